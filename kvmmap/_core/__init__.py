@@ -1,0 +1,35 @@
+"""The compiled core: row codec, attention, and the file's few machine-level operations.
+
+Private. Bindings take plain buffers and numbers and check only that sizes fit; shapes, dtypes and errors in words
+are the business of the modules that call them (`quantize`, `layer`, `storage`).
+"""
+
+from ._kernels import (
+    available_kernels,
+    current_kernel,
+    dequantize_rows,
+    import_dlpack,
+    load_sealed,
+    load_word,
+    publish,
+    quantize_rows,
+    seal,
+    store_word,
+    use_kernel,
+    write_all,
+)
+
+__all__ = [
+    "available_kernels",
+    "current_kernel",
+    "dequantize_rows",
+    "import_dlpack",
+    "load_sealed",
+    "load_word",
+    "publish",
+    "quantize_rows",
+    "seal",
+    "store_word",
+    "use_kernel",
+    "write_all",
+]

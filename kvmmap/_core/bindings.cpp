@@ -1,0 +1,210 @@
+// Python's view of the core. Bindings only bind: buffers are unpacked and their sizes checked here, and all the
+// work is elsewhere. What users see, with its errors in words, is kvmmap/quantize.py and kvmmap/layer.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+
+#include "cpu.h"
+#include "io.h"
+#include "rows_run.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvmmap;
+
+namespace {
+
+// A Python buffer for the length of one call. Py_buffer costs a tenth of what a DLPack capsule does, and a push of
+// one position hands over eight of them.
+class Buffer {
+  public:
+    Buffer(nb::handle object, int flags) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
+    }
+    ~Buffer() { PyBuffer_Release(&view_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    char* data() const { return static_cast<char*>(view_.buf); }
+    int64_t bytes() const { return view_.len; }
+    int ndim() const { return view_.ndim; }
+    int64_t shape(int axis) const { return view_.shape[axis]; }
+    int64_t stride(int axis) const { return view_.strides[axis]; }
+    int64_t itemsize() const { return view_.itemsize; }
+
+    // The data, if it is `bytes` long and `alignment`-aligned.
+    template <class T>
+    T* at_least(int64_t bytes, const char* what) const {
+        if (view_.len < bytes) throw nb::value_error(what);
+        if (reinterpret_cast<uintptr_t>(view_.buf) % alignof(T)) throw nb::value_error(what);
+        return reinterpret_cast<T*>(view_.buf);
+    }
+
+  private:
+    Py_buffer view_{};
+};
+
+constexpr int reading = PyBUF_STRIDED_RO;
+constexpr int contiguous = PyBUF_C_CONTIGUOUS;
+constexpr int writing = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE;
+
+Dtype to_dtype(int value) {
+    if (value < 0 || value >= dtype_count) throw nb::value_error("unknown dtype number");
+    return static_cast<Dtype>(value);
+}
+
+RowGrid to_grid(const Buffer& x, Dtype dtype) {
+    const int64_t item = dtype_bytes(dtype);
+    if (x.ndim() != 3 || x.itemsize() != item || (x.shape(2) > 1 && x.stride(2) != item))
+        throw nb::value_error("input must be [n, heads, dim] with its last axis contiguous");
+    return {x.data(), x.shape(0), x.shape(1), x.shape(2), x.stride(0), x.stride(1), dtype};
+}
+
+int64_t quantize_rows(nb::handle x_object, int dtype, nb::handle codes_object, nb::handle scales_object,
+                      int threads) {
+    Buffer x(x_object, reading), codes(codes_object, writing), scales(scales_object, writing);
+    const RowGrid grid = to_grid(x, to_dtype(dtype));
+    const int64_t rows = grid.outer * grid.inner;
+    auto* c = codes.at_least<int8_t>(rows * grid.dim, "codes: too small");
+    auto* s = scales.at_least<float>(rows * 4, "scales: too small or not aligned");
+    if (rows == 0) return -1;
+    if (rows * grid.dim < 16384) return quantize_grid(grid, c, s, 1);  // shorter than a release of the GIL is dear
+    nb::gil_scoped_release released;
+    return quantize_grid(grid, c, s, threads);
+}
+
+void dequantize_rows(nb::handle codes_object, nb::handle scales_object, int64_t dim, nb::handle out_object, int dtype,
+                     int threads) {
+    Buffer codes(codes_object, contiguous), scales(scales_object, contiguous), out(out_object, writing);
+    const int64_t rows = scales.bytes() / 4;
+    const Dtype type = to_dtype(dtype);
+    auto* s = scales.at_least<float>(rows * 4, "scales: not aligned");
+    auto* c = codes.at_least<int8_t>(rows * dim, "codes: too small");
+    if (out.bytes() < rows * dim * dtype_bytes(type)) throw nb::value_error("out: too small");
+    if (rows * dim < 16384) return dequantize_grid(c, s, rows, dim, type, out.data(), 1);
+    nb::gil_scoped_release released;
+    dequantize_grid(c, s, rows, dim, type, out.data(), threads);
+}
+
+void write_all_at(int fd, nb::tuple offsets, nb::tuple buffers) {
+    constexpr size_t most = 8;
+    const size_t count = offsets.size();
+    if (count != buffers.size() || count > most) throw nb::value_error("at most 8 offsets, and as many buffers");
+    alignas(Buffer) char space[most * sizeof(Buffer)];
+    Write writes[most];
+    size_t held = 0;
+    struct Release {
+        char* space;
+        size_t& held;
+        ~Release() {
+            while (held) reinterpret_cast<Buffer*>(space)[--held].~Buffer();
+        }
+    } release{space, held};
+    for (; held < count; ++held) {
+        auto* buffer = new (space + held * sizeof(Buffer)) Buffer(buffers[held], contiguous);
+        writes[held] = {0, buffer->data(), buffer->bytes()};
+    }
+    for (size_t i = 0; i < count; ++i) writes[i].offset = nb::cast<int64_t>(offsets[i]);
+    int error;
+    {
+        nb::gil_scoped_release released;
+        error = write_all(fd, writes, static_cast<int>(count));
+    }
+    if (error) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw nb::python_error();
+    }
+}
+
+char* word_address(const Buffer& map, int64_t offset) {
+    if (offset < 0 || offset % 8 || offset > map.bytes() - 8) throw nb::value_error("word outside of the map");
+    return map.data() + offset;
+}
+
+void store_at(nb::handle map_object, int64_t offset, uint64_t word) {
+    Buffer map(map_object, writing);
+    store_word(word_address(map, offset), word);
+}
+
+uint64_t load_at(nb::handle map_object, int64_t offset) {
+    Buffer map(map_object, contiguous);
+    return load_word(word_address(map, offset));
+}
+
+void publish_at(nb::handle map_object, int64_t offset, uint64_t value, uint64_t index, uint64_t salt) {
+    Buffer map(map_object, writing);
+    store_word(word_address(map, offset), seal(value, index, salt));
+}
+
+// `count` sealed words from `offset` on, the first of which has `index`; -1 for one whose seal is broken.
+std::vector<int64_t> sealed_at(nb::handle map_object, int64_t offset, int64_t count, uint64_t index, uint64_t salt) {
+    Buffer map(map_object, contiguous);
+    std::vector<int64_t> values;
+    if (count < 1) return values;
+    word_address(map, offset + 8 * (count - 1));
+    const char* address = word_address(map, offset);
+    values.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+        uint64_t value;
+        const bool whole = unseal(load_word(address + 8 * i), index + i, salt, &value);
+        values.push_back(whole ? static_cast<int64_t>(value) : -1);
+    }
+    return values;
+}
+
+// Any DLPack exporter on the CPU -> (array of its raw bits, dtype number). numpy has no bf16 of its own.
+nb::tuple import_dlpack(nb::handle object) {
+    auto array = nb::cast<nb::ndarray<nb::ro>>(object);
+    if (array.device_type() != nb::device::cpu::value) throw nb::type_error("not in the CPU's memory");
+    const auto type = array.dtype();
+    int dtype = -1;
+    if (type == nb::dtype<float>()) dtype = static_cast<int>(Dtype::f32);
+    if (type.bits == 16 && type.lanes == 1) {
+        if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)) dtype = static_cast<int>(Dtype::f16);
+        if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) dtype = static_cast<int>(Dtype::bf16);
+    }
+    if (dtype < 0) throw nb::type_error("not float32, float16 or bfloat16");
+    std::vector<size_t> shape(array.ndim());
+    std::vector<int64_t> strides(array.ndim());
+    for (size_t i = 0; i < array.ndim(); ++i) {
+        shape[i] = array.shape(i);
+        strides[i] = array.stride(i);
+    }
+    const auto raw = dtype == 0 ? nb::dtype<uint32_t>() : nb::dtype<uint16_t>();
+    nb::ndarray<nb::numpy, nb::ro> bits(array.data(), array.ndim(), shape.data(), nb::cast(array, nb::rv_policy::reference), strides.data(), raw);
+    return nb::make_tuple(bits, dtype);
+}
+
+std::vector<std::string> available_kernels() {
+    std::vector<std::string> names;
+    for (int i = 0; i < isa_count; ++i)
+        if (isa_available(static_cast<Isa>(i))) names.emplace_back(isa_name(static_cast<Isa>(i)));
+    return names;
+}
+
+void use_kernel(const std::string& name) {
+    for (int i = 0; i < isa_count; ++i)
+        if (name == isa_name(static_cast<Isa>(i)) && set_isa(static_cast<Isa>(i))) return;
+    throw nb::value_error("no such kernel on this machine; see available_kernels()");
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    m.def("quantize_rows", &quantize_rows, "x"_a, "dtype"_a, "codes"_a, "scales"_a, "threads"_a);
+    m.def("dequantize_rows", &dequantize_rows, "codes"_a, "scales"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
+    m.def("import_dlpack", &import_dlpack, "object"_a);
+    m.def("write_all", &write_all_at, "fd"_a, "offsets"_a, "buffers"_a);
+    m.def("store_word", &store_at, "map"_a, "offset"_a, "word"_a);
+    m.def("load_word", &load_at, "map"_a, "offset"_a);
+    m.def("publish", &publish_at, "map"_a, "offset"_a, "value"_a, "index"_a, "salt"_a);
+    m.def("load_sealed", &sealed_at, "map"_a, "offset"_a, "count"_a, "index"_a, "salt"_a);
+    m.def("seal", &seal, "value"_a, "index"_a, "salt"_a);
+    m.def("available_kernels", &available_kernels);
+    m.def("current_kernel", [] { return std::string(isa_name(current_isa())); });
+    m.def("use_kernel", &use_kernel, "name"_a);
+}

@@ -1,0 +1,54 @@
+#include "io.h"
+
+#include <cerrno>
+#include <unistd.h>
+
+namespace kvmmap {
+
+int write_all(int fd, const Write* writes, int count) {
+    for (int i = 0; i < count; ++i) {
+        const char* data = static_cast<const char*>(writes[i].data);
+        int64_t left = writes[i].size, offset = writes[i].offset;
+        while (left > 0) {
+            ssize_t written = ::pwrite(fd, data, static_cast<size_t>(left), static_cast<off_t>(offset));
+            if (written < 0) {
+                if (errno == EINTR) continue;
+                return errno;
+            }
+            if (written == 0) return EIO;  // no progress and no error: never loop on it
+            data += written;
+            offset += written;
+            left -= written;
+        }
+    }
+    return 0;
+}
+
+static uint64_t mix(uint64_t h) {  // the finaliser of splitmix64
+    h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9u;
+    h = (h ^ (h >> 27)) * 0x94d049bb133111ebu;
+    return h ^ (h >> 31);
+}
+
+uint64_t seal(uint64_t value, uint64_t index, uint64_t salt) {
+    const uint64_t check = mix(mix(salt + index) + value) >> seal_bits;
+    return value | check << seal_bits;
+}
+
+bool unseal(uint64_t word, uint64_t index, uint64_t salt, uint64_t* value) {
+    *value = word & ((uint64_t{1} << seal_bits) - 1);
+    return seal(*value, index, salt) == word;
+}
+
+void store_word(void* address, uint64_t word) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    __atomic_store_n(static_cast<uint64_t*>(address), word, __ATOMIC_RELEASE);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+uint64_t load_word(const void* address) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return __atomic_load_n(static_cast<const uint64_t*>(address), __ATOMIC_ACQUIRE);
+}
+
+}  // namespace kvmmap

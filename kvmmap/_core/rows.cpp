@@ -1,0 +1,54 @@
+#include "rows.h"
+
+#include "cpu.h"
+#include "rows_run.h"
+
+namespace kvmmap {
+
+const RowKernels& row_kernels() {
+    switch (current_isa()) {
+#if defined(__x86_64__)
+        case Isa::avx2: return rows_avx2;
+        case Isa::avx512: return rows_avx512;
+#elif defined(__aarch64__)
+        case Isa::neon: return rows_neon;
+#endif
+        default: return rows_portable;
+    }
+}
+
+int64_t quantize_grid(const RowGrid& x, int8_t* codes, float* scales, int threads) {
+    const QuantizeRun run = row_kernels().quantize[static_cast<int>(x.dtype)];
+    const int64_t rows = x.outer * x.inner;
+    const char* base = static_cast<const char*>(x.data);
+    std::atomic<int64_t> first_bad{rows};
+    auto quantize = [&](int64_t begin, int64_t end, int) {
+        // One run per stretch of evenly spaced rows; the whole input is one if the two strides agree.
+        const bool even = x.outer_stride == x.inner * x.inner_stride;
+        for (int64_t row = begin; row < end;) {
+            const int64_t o = row / x.inner, i = row % x.inner;
+            const int64_t n = even ? end - row : std::min(end - row, x.inner - i);
+            const int64_t done = run(base + o * x.outer_stride + i * x.inner_stride, x.inner_stride, n, x.dim,
+                                     codes + row * x.dim, scales + row);
+            if (done < n) {
+                lower_to(first_bad, row + done);
+                return;
+            }
+            row += n;
+        }
+    };
+    parallel_ranges(rows, worth_threads(rows * x.dim * dtype_bytes(x.dtype), threads), quantize);
+    return first_bad == rows ? -1 : first_bad.load();
+}
+
+void dequantize_grid(const int8_t* codes, const float* scales, int64_t rows, int64_t dim, Dtype dtype, void* out,
+                     int threads) {
+    const DequantizeRun run = row_kernels().dequantize[static_cast<int>(dtype)];
+    auto dequantize = [&](int64_t begin, int64_t end, int) {
+        run(codes + begin * dim, scales + begin, end - begin, dim,
+            static_cast<char*>(out) + begin * dim * dtype_bytes(dtype));
+    };
+    parallel_ranges(rows, worth_threads(rows * dim * dtype_bytes(dtype), threads), dequantize);
+}
+
+}  // namespace kvmmap
