@@ -1,1 +1,81 @@
-"""kvmmap."""
+"""kvmmap, the SQLite of KV caches: an embedded, crash-safe, memory-mapped int8 store for keys and values.
+
+import kvmmap
+
+with kvmmap.create("prompt.kvm", num_layers=30, capacity=8192, num_kv_heads=3, head_dim=64) as cache:
+    cache.extend(keys, values, token_ids)      # [num_layers, n, num_kv_heads, head_dim]
+
+cache = kvmmap.open("prompt.kvm")              # in constant time, from any process
+cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim]
+"""
+
+from .cache import QuantizedKvCache, compact, create, resize
+from .cache import open_cache as open
+from .errors import (
+    CacheChangedError,
+    CacheExistsError,
+    CacheLockedError,
+    CacheNotFoundError,
+    CapacityExceededError,
+    ClosedError,
+    CorruptCacheError,
+    DtypeError,
+    EmptyCacheError,
+    FormatError,
+    HeadOutOfRangeError,
+    KvmmapError,
+    LayerOutOfRangeError,
+    MetadataError,
+    NonFiniteError,
+    NotACacheError,
+    PoisonedError,
+    PositionOutOfRangeError,
+    ReadOnlyError,
+    ShapeMismatchError,
+    VersionMismatchError,
+)
+from .geometry import CacheGeometry, LayerGeometry
+from .layer import QuantizedKvLayer
+from .metadata import ModelInfo
+from .quantize import dequantize_rows, quantization_error, quantize_rows
+from .storage.base import Damage, VerifyReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheChangedError",
+    "CacheExistsError",
+    "CacheGeometry",
+    "CacheLockedError",
+    "CacheNotFoundError",
+    "CapacityExceededError",
+    "ClosedError",
+    "CorruptCacheError",
+    "Damage",
+    "DtypeError",
+    "EmptyCacheError",
+    "FormatError",
+    "HeadOutOfRangeError",
+    "KvmmapError",
+    "LayerGeometry",
+    "LayerOutOfRangeError",
+    "MetadataError",
+    "ModelInfo",
+    "NonFiniteError",
+    "NotACacheError",
+    "PoisonedError",
+    "PositionOutOfRangeError",
+    "QuantizedKvCache",
+    "QuantizedKvLayer",
+    "ReadOnlyError",
+    "ShapeMismatchError",
+    "VerifyReport",
+    "VersionMismatchError",
+    "compact",
+    "create",
+    "dequantize_rows",
+    "open",
+    "quantization_error",
+    "quantize_rows",
+    "resize",
+]

@@ -1,0 +1,129 @@
+"""Every error that kvmmap raises on purpose.
+
+All of them are `KvmmapError`. Each message says what is wrong, where, and what to do; the facts behind it are
+attributes, so that a program need not read the message. This module imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class KvmmapError(Exception):
+    """Base of all errors of this package.
+
+    Attributes that don't apply to an error are None: `expected` and `actual` (shapes, sizes, names), `capacity`
+    (positions), `position`, `head`, `layer` (indices), `path` (str).
+    """
+
+    expected: Any = None
+    actual: Any = None
+    capacity: int | None = None
+    position: int | None = None
+    head: int | None = None
+    layer: int | None = None
+    path: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        expected: Any = None,
+        actual: Any = None,
+        capacity: int | None = None,
+        position: int | None = None,
+        head: int | None = None,
+        layer: int | None = None,
+        path: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+        self.capacity = capacity
+        self.position = position
+        self.head = head
+        self.layer = layer
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CapacityExceededError(KvmmapError):
+    """More positions than were reserved; nothing was appended. Has `capacity`, `position`, `expected`, `actual`."""
+
+
+class ShapeMismatchError(KvmmapError, ValueError):
+    """An array's shape is not what the geometry asks for. Has `expected` and `actual`."""
+
+
+class DtypeError(KvmmapError, TypeError):
+    """An array's element type or device is not one that can be stored. Has `expected` and `actual`."""
+
+
+class PositionOutOfRangeError(KvmmapError, IndexError):
+    """A token position that is not stored. Has `position`, `actual` (positions stored); negative ones don't wrap."""
+
+
+class HeadOutOfRangeError(KvmmapError, IndexError):
+    """A KV head that the layer does not have. Has `head` and `expected` (the number of KV heads)."""
+
+
+class LayerOutOfRangeError(KvmmapError, IndexError):
+    """A layer that the cache does not have. Has `layer` and `expected` (the number of layers)."""
+
+
+class NonFiniteError(KvmmapError, ValueError):
+    """A NaN or an infinity in the input; nothing was appended. Has `position`, `head`, and in a cache `layer`."""
+
+
+class EmptyCacheError(KvmmapError, ValueError):
+    """Nothing is stored, so there is nothing to attend over."""
+
+
+class MetadataError(KvmmapError, ValueError):
+    """Metadata that is not plain JSON, or larger than the room reserved for it."""
+
+
+class CacheExistsError(KvmmapError, FileExistsError):
+    """`create` was given a path at which there is something already. Has `path`."""
+
+
+class CacheNotFoundError(KvmmapError, FileNotFoundError):
+    """There is nothing at the path. Has `path`."""
+
+
+class CacheLockedError(KvmmapError):
+    """Another writer holds the cache. Has `path`, and `actual`: the writer's process id where it is known."""
+
+
+class CacheChangedError(KvmmapError):
+    """The cache was truncated or replaced since this handle last looked: `refresh()` it, or open it again."""
+
+
+class ReadOnlyError(KvmmapError):
+    """A write through a handle that was opened for reading."""
+
+
+class ClosedError(KvmmapError):
+    """The cache has been closed."""
+
+
+class PoisonedError(KvmmapError, OSError):
+    """An earlier sync failed, so nothing more can be promised: close and reopen; the last commit is intact."""
+
+
+class FormatError(KvmmapError):
+    """A file that can't be used as a cache. Has `path`."""
+
+
+class NotACacheError(FormatError):
+    """The file is not a kvmmap cache at all."""
+
+
+class VersionMismatchError(FormatError):
+    """The file needs a newer kvmmap: its format version, a codec or a transform is unknown here."""
+
+
+class CorruptCacheError(FormatError):
+    """The file is a cache, and damaged. Has `layer` and `position` where the damage is in the data."""

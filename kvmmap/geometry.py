@@ -1,0 +1,205 @@
+"""Shapes, strides and byte arithmetic of caches and layers. Pure: no arrays, no files.
+
+Sizes count what is reserved (the whole capacity), as `memory_bytes` does; how much of it a sparse file really
+occupies is the file system's business.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import CapacityExceededError, PositionOutOfRangeError, ShapeMismatchError
+
+BLOCK_TOKENS = 256
+"""Positions in a block, the unit of checksums, of zarr chunks and of sketches."""
+
+MAX_LAYERS = 65_535
+MAX_HEADS = 65_535
+MAX_HEAD_DIM = 65_535
+MAX_CAPACITY = 2**40 - 1
+MAX_SLAB_BYTES = 2**56
+
+CODE_BYTES = 1  # int8
+SCALE_BYTES = 4  # f32
+
+
+def index(value: object, name: str) -> int:
+    """Return `value` as an int; anything that is not a whole number is a ShapeMismatchError naming `name`."""
+    if isinstance(value, bool):
+        raise ShapeMismatchError(
+            f"{name} must be a whole number, not {value!r}", expected="int", actual=value
+        )
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ShapeMismatchError(
+            f"{name} must be a whole number, not {value!r}", expected="int", actual=value
+        ) from None
+
+
+def _bounded(value: object, name: str, low: int, high: int) -> int:
+    number = index(value, name)
+    if not low <= number <= high:
+        raise ShapeMismatchError(
+            f"{name} must be from {low} to {high}, not {number}", expected=(low, high), actual=number
+        )
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """The shape of one layer's rows."""
+
+    num_kv_heads: int
+    """Key and value heads (not query heads), 1 to 65,535."""
+
+    head_dim: int
+    """Numbers in a key row, 1 to 65,535."""
+
+    value_head_dim: int
+    """Numbers in a value row; the same as `head_dim` in most models."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_kv_heads", _bounded(self.num_kv_heads, "num_kv_heads", 1, MAX_HEADS))
+        object.__setattr__(self, "head_dim", _bounded(self.head_dim, "head_dim", 1, MAX_HEAD_DIM))
+        object.__setattr__(
+            self, "value_head_dim", _bounded(self.value_head_dim, "value_head_dim", 1, MAX_HEAD_DIM)
+        )
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position: codes and scales of keys and values."""
+        return self.num_kv_heads * (CODE_BYTES * (self.head_dim + self.value_head_dim) + 2 * SCALE_BYTES)
+
+    @property
+    def fp32_position_bytes(self) -> int:
+        """Bytes that the same position takes as unquantised f32."""
+        return self.num_kv_heads * (self.head_dim + self.value_head_dim) * 4
+
+    def slab_bytes(self, capacity: int) -> tuple[int, int, int, int]:
+        """Bytes of key codes, key scales, value codes and value scales for `capacity` positions."""
+        codes = capacity * self.num_kv_heads * CODE_BYTES
+        scales = capacity * self.num_kv_heads * SCALE_BYTES
+        return codes * self.head_dim, scales, codes * self.value_head_dim, scales
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    """The shape of a whole cache: its layers may differ in theirs."""
+
+    capacity: int
+    """Token positions reserved in every layer, 0 to 2**40 - 1."""
+
+    layers: tuple[LayerGeometry, ...]
+    """At least one."""
+
+    block_tokens: int = BLOCK_TOKENS
+    """Positions in a block."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "capacity", _bounded(self.capacity, "capacity", 0, MAX_CAPACITY))
+        object.__setattr__(self, "block_tokens", _bounded(self.block_tokens, "block_tokens", 1, 2**20))
+        _bounded(len(self.layers), "num_layers", 1, MAX_LAYERS)
+        for layer in set(self.layers):
+            largest = max(layer.slab_bytes(self.capacity))
+            if largest > MAX_SLAB_BYTES:
+                number = self.layers.index(layer)
+                raise ShapeMismatchError(
+                    f"layer {number} would need a slab of {largest:,} bytes; the limit is {MAX_SLAB_BYTES:,}: "
+                    "lower the capacity",
+                    expected=MAX_SLAB_BYTES,
+                    actual=largest,
+                    layer=number,
+                )
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        num_layers: int,
+        capacity: int,
+        num_kv_heads: int | Sequence[int],
+        head_dim: int | Sequence[int],
+        value_head_dim: int | Sequence[int] | None = None,
+    ) -> CacheGeometry:
+        """Build a geometry from numbers: one for all layers, or a sequence with one a layer.
+
+        Raises:
+            ShapeMismatchError: a number out of bounds, or a sequence that is not `num_layers` long.
+        """
+        count = _bounded(num_layers, "num_layers", 1, MAX_LAYERS)
+
+        def spread(value: int | Sequence[int], name: str) -> list[int]:
+            if not isinstance(value, Sequence):
+                return [value] * count
+            if len(value) != count:
+                raise ShapeMismatchError(
+                    f"{name} has {len(value)} entries for {count} layers: give one number, or one a layer",
+                    expected=count,
+                    actual=len(value),
+                )
+            return list(value)
+
+        heads = spread(num_kv_heads, "num_kv_heads")
+        dims = spread(head_dim, "head_dim")
+        value_dims = dims if value_head_dim is None else spread(value_head_dim, "value_head_dim")
+        layers = tuple(LayerGeometry(*numbers) for numbers in zip(heads, dims, value_dims, strict=True))
+        return cls(capacity=capacity, layers=layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+        return len(self.layers)
+
+    @property
+    def num_blocks(self) -> int:
+        """Complete blocks that fit into the capacity; what is left over is always a tail."""
+        return self.capacity // self.block_tokens
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of int8 codes and f32 scales over the whole capacity, all layers."""
+        return self.capacity * sum(layer.position_bytes for layer in self.layers)
+
+    @property
+    def fp32_memory_bytes(self) -> int:
+        """Bytes of the same keys and values as f32."""
+        return self.capacity * sum(layer.fp32_position_bytes for layer in self.layers)
+
+
+def compression_ratio(fp32_bytes: int, quantized_bytes: int) -> float:
+    """f32 bytes over quantised bytes; 1.0 where there is nothing."""
+    return fp32_bytes / quantized_bytes if quantized_bytes else 1.0
+
+
+def check_room(length: int, count: int, capacity: int, *, layer: int | None = None) -> None:
+    """Refuse an append of `count` positions at `length` that goes past `capacity`."""
+    if length + count > capacity:
+        where = "" if layer is None else f" of layer {layer}"
+        raise CapacityExceededError(
+            f"capacity{where} is {capacity} positions, {length} are stored, and {count} more do not fit; nothing was "
+            "appended: create the cache with a larger capacity, or kvmmap.resize() its file",
+            capacity=capacity,
+            position=length,
+            expected=capacity - length,
+            actual=count,
+            layer=layer,
+        )
+
+
+def check_range(start: int, stop: int, length: int, *, layer: int | None = None) -> tuple[int, int]:
+    """Return [start, stop) as ints if it lies within `length` stored positions."""
+    start, stop = index(start, "start"), index(stop, "stop")
+    if not 0 <= start <= stop <= length:
+        bad = start if not 0 <= start <= length else stop
+        where = "" if layer is None else f" in layer {layer}"
+        raise PositionOutOfRangeError(
+            f"positions [{start}, {stop}) are not all stored{where}: there are {length}, counted from 0, and negative "
+            "ones do not wrap",
+            position=bad,
+            actual=length,
+            layer=layer,
+        )
+    return start, stop

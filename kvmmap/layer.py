@@ -1,0 +1,473 @@
+"""One layer's keys and values: push, extend, get, read. Quantises on the way in, dequantises on the way out.
+
+A layer stands alone in memory, or belongs to a cache; where its slabs lie is its store's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import _core
+from .errors import (
+    DtypeError,
+    HeadOutOfRangeError,
+    KvmmapError,
+    NonFiniteError,
+    PositionOutOfRangeError,
+    ShapeMismatchError,
+)
+from .geometry import CacheGeometry, LayerGeometry, check_range, compression_ratio, index
+from .quantize import MIN_SCALE, as_rows, dequantize_rows
+from .storage.base import LayerStore, Rows, Storage
+from .storage.memory import MemoryStorage
+
+
+class QuantizedKvLayer:
+    """Keys and values of one transformer layer, int8 with one f32 scale per position and head.
+
+    Args:
+        capacity: positions to reserve.
+        num_kv_heads: key and value heads.
+        head_dim: numbers in a key row.
+        value_head_dim: numbers in a value row, `head_dim` unless given.
+
+    Made like this it lies in memory and stands alone; `cache.layers[i]` is one that belongs to a cache. A layer may
+    be appended to on its own: the step is part of the cache once it has reached every layer.
+
+    Raises:
+        ShapeMismatchError: a number that is not a whole one, or out of bounds.
+    """
+
+    __slots__ = ("_key_shape", "_storage", "_store", "_value_shape")
+
+    def __init__(
+        self, capacity: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None = None
+    ) -> None:
+        geometry = CacheGeometry.build(
+            num_layers=1,
+            capacity=capacity,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_head_dim=value_head_dim,
+        )
+        storage = MemoryStorage(geometry)
+        self._attach(storage, storage.layers[0])
+
+    @classmethod
+    def of_store(cls, storage: Storage, store: LayerStore) -> QuantizedKvLayer:
+        """Make the layer of a storage that is there already (what a cache does)."""
+        layer = cls.__new__(cls)
+        layer._attach(storage, store)
+        return layer
+
+    def _attach(self, storage: Storage, store: LayerStore) -> None:
+        self._storage = storage
+        self._store = store
+        geometry = store.geometry
+        self._key_shape = (geometry.num_kv_heads, geometry.head_dim)
+        self._value_shape = (geometry.num_kv_heads, geometry.value_head_dim)
+
+    # Dimensions
+
+    def __len__(self) -> int:
+        """Positions stored, as of the last `refresh` where another process writes."""
+        return self._store.length
+
+    @property
+    def geometry(self) -> LayerGeometry:
+        """The shape of its rows."""
+        return self._store.geometry
+
+    @property
+    def capacity(self) -> int:
+        """Positions reserved."""
+        return self._store.capacity
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self._store.geometry.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a key row."""
+        return self._store.geometry.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers in a value row."""
+        return self._store.geometry.value_head_dim
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of codes and scales over the whole capacity."""
+        return self.capacity * self.geometry.position_bytes
+
+    @property
+    def fp32_memory_bytes(self) -> int:
+        """Bytes that the same capacity takes as f32."""
+        return self.capacity * self.geometry.fp32_position_bytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """`fp32_memory_bytes` over `memory_bytes`; 1.0 at capacity 0."""
+        return compression_ratio(self.fp32_memory_bytes, self.memory_bytes)
+
+    def __repr__(self) -> str:
+        heads, dim = self._key_shape
+        return f"<QuantizedKvLayer {len(self)}/{self.capacity} positions, {heads} heads x {dim}>"
+
+    # Appending
+
+    def push(self, keys: Any, values: Any) -> None:
+        """Append one position.
+
+        Args:
+            keys: [num_kv_heads, head_dim] or flat; f32, f16 or bf16; numpy, torch or any DLPack exporter on the CPU.
+            values: [num_kv_heads, value_head_dim] or flat, likewise.
+
+        Raises:
+            ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, ReadOnlyError, ClosedError: and
+                nothing was appended.
+            OSError: the disk is full or failing; nothing was appended.
+        """
+        key_rows, key_dtype = as_rows(keys)
+        value_rows, value_dtype = as_rows(values)
+        if key_rows.shape != self._key_shape:
+            key_rows = self._one_position(key_rows, "keys", self._key_shape)
+        if value_rows.shape != self._value_shape:
+            value_rows = self._one_position(value_rows, "values", self._value_shape)
+        store = self._store
+        with self._storage.lock:
+            position = store.begin(1)
+            rows = store.stage(position, 1)
+            bad = _core.quantize_rows(key_rows[None], key_dtype, rows.key_codes, rows.key_scales, 1)
+            if bad >= 0:
+                raise self._non_finite("keys", position, bad)
+            bad = _core.quantize_rows(value_rows[None], value_dtype, rows.value_codes, rows.value_scales, 1)
+            if bad >= 0:
+                raise self._non_finite("values", position, bad)
+            store.write(position, rows)
+            store.publish(position + 1)
+            self._storage.appended()
+
+    def extend(self, keys: Any, values: Any) -> None:
+        """Append many positions, all or none.
+
+        Args:
+            keys: [n, num_kv_heads, head_dim]; f32, f16 or bf16, any strides; numpy, torch or DLPack on the CPU.
+            values: [n, num_kv_heads, value_head_dim], likewise.
+
+        Raises:
+            ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, ReadOnlyError, ClosedError: and
+                nothing was appended.
+            OSError: the disk is full or failing; nothing was appended.
+        """
+        pair = self.check_input(keys, values)
+        with self._storage.lock:
+            count = len(pair[0])
+            position = self._store.begin(count)
+            self.write_rows(position, *pair)
+            self._store.publish(position + count)
+            self._storage.appended()
+
+    def extend_quantized(self, key_codes: Any, key_scales: Any, value_codes: Any, value_scales: Any) -> None:
+        """Append positions that are quantised already, bit by bit: a lossless copy between caches.
+
+        Args:
+            key_codes: int8 [n, num_kv_heads, head_dim], none of them -128.
+            key_scales: f32 [n, num_kv_heads], finite and at least 2**-23.
+            value_codes: int8 [n, num_kv_heads, value_head_dim].
+            value_scales: f32 [n, num_kv_heads].
+
+        Raises:
+            ShapeMismatchError, DtypeError: not such arrays.
+            NonFiniteError: codes or scales that the codec never makes.
+            CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
+        """
+        source = self._check_quantized(Rows(key_codes, key_scales, value_codes, value_scales))
+        count = len(source.key_codes)
+        with self._storage.lock:
+            start = self._store.begin(count)
+            done = 0
+            while done < count:
+                rows = self._store.stage(start + done, count - done)
+                stop = done + len(rows.key_codes)
+                for target, array in zip(rows, source, strict=True):
+                    np.copyto(target, array[done:stop])
+                self._store.write(start + done, rows)
+                done = stop
+            self._store.publish(start + count)
+            self._storage.appended()
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` positions. For a layer that stands alone; a cache truncates all of its layers.
+
+        Raises:
+            PositionOutOfRangeError: fewer are stored.
+            KvmmapError: the layer belongs to a cache of several.
+        """
+        if len(self._storage.layers) > 1:
+            raise KvmmapError("a layer of a cache is truncated with its cache: call cache.truncate()")
+        _, length = check_range(0, length, len(self))
+        self._storage.truncate(length)
+
+    # Reading
+
+    @property
+    def key_codes(self) -> NDArray[np.int8]:
+        """Read-only view, int8 [len, num_kv_heads, head_dim]; zero copy. Its memory stays valid as long as the array
+        lives; its contents are the cache's until `truncate`."""
+        return self._views().key_codes
+
+    @property
+    def key_scales(self) -> NDArray[np.float32]:
+        """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
+        return self._views().key_scales
+
+    @property
+    def value_codes(self) -> NDArray[np.int8]:
+        """Read-only view, int8 [len, num_kv_heads, value_head_dim]; as `key_codes`."""
+        return self._views().value_codes
+
+    @property
+    def value_scales(self) -> NDArray[np.float32]:
+        """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
+        return self._views().value_scales
+
+    def get_key(self, position: int, head: int) -> NDArray[np.float32]:
+        """Return one dequantised key row, f32 [head_dim].
+
+        Raises:
+            PositionOutOfRangeError, HeadOutOfRangeError: there is none (negative numbers don't wrap).
+        """
+        position, head = self._check_position(position), self._check_head(head)
+        slabs = self._store.slabs()
+        return self._dequantize(slabs.key_codes[position, head], slabs.key_scales[position, head : head + 1])
+
+    def get_value(self, position: int, head: int) -> NDArray[np.float32]:
+        """Return one dequantised value row, f32 [value_head_dim]; raises as `get_key`."""
+        position, head = self._check_position(position), self._check_head(head)
+        slabs = self._store.slabs()
+        return self._dequantize(
+            slabs.value_codes[position, head], slabs.value_scales[position, head : head + 1]
+        )
+
+    def get_keys_at(self, position: int) -> NDArray[np.float32]:
+        """Return a position's dequantised keys, f32 [num_kv_heads, head_dim].
+
+        Raises:
+            PositionOutOfRangeError: it is not stored.
+        """
+        position = self._check_position(position)
+        slabs = self._store.slabs()
+        return self._dequantize(slabs.key_codes[position], slabs.key_scales[position])
+
+    def get_values_at(self, position: int) -> NDArray[np.float32]:
+        """Return a position's dequantised values, f32 [num_kv_heads, value_head_dim]; raises as `get_keys_at`."""
+        position = self._check_position(position)
+        slabs = self._store.slabs()
+        return self._dequantize(slabs.value_codes[position], slabs.value_scales[position])
+
+    def read_keys(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: DTypeLike = "float32",
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Dequantise the keys of positions [start, stop).
+
+        Args:
+            start: first position.
+            stop: one past the last; all that are stored by default.
+            dtype: "float32", "float16" or "bfloat16".
+            out: where to put them, C-contiguous [stop - start, num_kv_heads, head_dim] of that dtype; new by default.
+            threads: at most so many; as many as there are processors by default.
+
+        Returns:
+            [stop - start, num_kv_heads, head_dim], in C order.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+            ShapeMismatchError, DtypeError: `out` or `dtype` does not fit.
+            CacheChangedError: the writer took positions back since the last `refresh`.
+        """
+        start, stop = self._check_range(start, stop)
+        slabs = self._store.slabs()
+        codes, scales = slabs.key_codes[start:stop], slabs.key_scales[start:stop]
+        return self._dequantize(codes, scales, dtype, out, threads)
+
+    def read_values(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: DTypeLike = "float32",
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Dequantise the values of positions [start, stop): [stop - start, num_kv_heads, value_head_dim].
+
+        Arguments and errors are those of `read_keys`.
+        """
+        start, stop = self._check_range(start, stop)
+        slabs = self._store.slabs()
+        codes, scales = slabs.value_codes[start:stop], slabs.value_scales[start:stop]
+        return self._dequantize(codes, scales, dtype, out, threads)
+
+    def _views(self) -> Rows:
+        rows = self._store.slabs().part(0, len(self))
+        self._store.check()
+        return rows
+
+    def _dequantize(
+        self,
+        codes: NDArray[np.int8],
+        scales: NDArray[np.float32],
+        dtype: DTypeLike = "float32",
+        out: NDArray[Any] | None = None,
+        threads: int | None = 1,
+    ) -> NDArray[Any]:
+        if codes.ndim == 1:
+            codes = codes[None]
+            return self._dequantize(codes, scales, dtype, out, threads)[0]
+        result = dequantize_rows(codes, scales, dtype, out, threads=threads)
+        self._store.check()  # the rows were still the cache's when they had been read
+        return result
+
+    # Checking
+
+    def check_input(self, keys: Any, values: Any) -> tuple[NDArray[Any], int, NDArray[Any], int]:
+        """Return `extend`'s arguments as (keys, dtype number, values, dtype number), their shapes checked."""
+        key_rows, key_dtype = as_rows(keys)
+        value_rows, value_dtype = as_rows(values)
+        for name, rows, shape in (
+            ("keys", key_rows, self._key_shape),
+            ("values", value_rows, self._value_shape),
+        ):
+            if rows.ndim != 3 or rows.shape[1:] != shape:
+                raise ShapeMismatchError(
+                    f"{name} must be [n, {shape[0]}, {shape[1]}] (positions, KV heads, head_dim), not "
+                    f"{list(rows.shape)}{self._where()}",
+                    expected=("n", *shape),
+                    actual=rows.shape,
+                    layer=self._store.index,
+                )
+        if len(key_rows) != len(value_rows):
+            raise ShapeMismatchError(
+                f"{len(key_rows)} positions of keys and {len(value_rows)} of values: give as many of both",
+                expected=len(key_rows),
+                actual=len(value_rows),
+                layer=self._store.index,
+            )
+        return key_rows, key_dtype, value_rows, value_dtype
+
+    def write_rows(
+        self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
+    ) -> None:
+        """Quantise and write checked rows at `start`, unpublished; the storage's lock is held."""
+        done, count = 0, len(keys)
+        while done < count:
+            rows = self._store.stage(start + done, count - done)
+            stop = done + len(rows.key_codes)
+            for name, source, dtype, codes, scales in (
+                ("keys", keys, key_dtype, rows.key_codes, rows.key_scales),
+                ("values", values, value_dtype, rows.value_codes, rows.value_scales),
+            ):
+                bad = _core.quantize_rows(source[done:stop], dtype, codes, scales, 1)
+                if bad >= 0:
+                    raise self._non_finite(name, start + done, bad)
+            self._store.write(start + done, rows)
+            done = stop
+
+    def _where(self) -> str:
+        return f" (layer {self._store.index})" if len(self._storage.layers) > 1 else ""
+
+    def _one_position(self, rows: NDArray[Any], name: str, shape: tuple[int, int]) -> NDArray[Any]:
+        if rows.shape != (shape[0] * shape[1],):
+            raise ShapeMismatchError(
+                f"{name} must be [{shape[0]}, {shape[1]}] (KV heads, head_dim) or flat, not {list(rows.shape)}"
+                f"{self._where()}",
+                expected=shape,
+                actual=rows.shape,
+                layer=self._store.index,
+            )
+        return rows.reshape(shape)
+
+    def _non_finite(self, name: str, start: int, row: int) -> NonFiniteError:
+        position, head = start + row // self.num_kv_heads, row % self.num_kv_heads
+        return NonFiniteError(
+            f"{name} hold a NaN or an infinity at position {position}, head {head}{self._where()}; nothing was appended",
+            position=position,
+            head=head,
+            layer=self._store.index,
+        )
+
+    def _check_quantized(self, rows: Rows) -> Rows:
+        count = len(rows.key_codes)
+        heads, dim = self._key_shape
+        wanted = ((heads, dim), (heads,), (heads, self._value_shape[1]), (heads,))
+        for name, array, shape in zip(Rows._fields, rows, wanted, strict=True):
+            dtype = np.dtype(np.int8 if name.endswith("codes") else np.float32)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype:
+                actual = getattr(array, "dtype", type(array).__name__)
+                raise DtypeError(
+                    f"{name} must be a numpy array of {dtype}, not {actual}",
+                    expected=str(dtype),
+                    actual=str(actual),
+                )
+            if array.shape != (count, *shape):
+                raise ShapeMismatchError(
+                    f"{name} must be {[count, *shape]}, not {list(array.shape)}{self._where()}",
+                    expected=(count, *shape),
+                    actual=array.shape,
+                    layer=self._store.index,
+                )
+            if not array.size:
+                continue
+            low, high = array.min(), array.max()  # a NaN is its own minimum
+            if dtype == np.int8:
+                sound = low > -128
+            else:
+                sound = low >= MIN_SCALE and high < np.inf
+            if not sound:
+                raise NonFiniteError(
+                    f"{name} were not made by this codec: codes lie in [-127, 127], scales are finite and at least "
+                    f"2**-23; here they go from {low} to {high}; nothing was appended",
+                    expected=(-127, 127) if dtype == np.int8 else (MIN_SCALE, None),
+                    actual=(float(low), float(high)),
+                    layer=self._store.index,
+                )
+        return rows
+
+    def _check_range(self, start: int, stop: int | None) -> tuple[int, int]:
+        return check_range(start, len(self) if stop is None else stop, len(self), layer=self._store.index)
+
+    def _check_position(self, position: int) -> int:
+        position = index(position, "position")
+        if not 0 <= position < self._store.length:
+            raise PositionOutOfRangeError(
+                f"position {position} is not stored{self._where()}: there are {len(self)}, counted from 0, and negative "
+                "ones do not wrap",
+                position=position,
+                actual=len(self),
+                layer=self._store.index,
+            )
+        return position
+
+    def _check_head(self, head: int) -> int:
+        head = index(head, "head")
+        if not 0 <= head < self.num_kv_heads:
+            raise HeadOutOfRangeError(
+                f"head {head} does not exist{self._where()}: there are {self.num_kv_heads} KV heads, counted from 0",
+                head=head,
+                expected=self.num_kv_heads,
+                layer=self._store.index,
+            )
+        return head

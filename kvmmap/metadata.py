@@ -1,0 +1,103 @@
+"""What a cache says about itself, as JSON: the model that made it, and the user's own notes.
+
+Pure: encodes, decodes and checks. It must not know where the bytes are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import CorruptCacheError, MetadataError
+
+MAX_METADATA_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What must agree before a saved cache may be given to a model again. Everything is optional."""
+
+    name: str | None = None
+    """The model's name, such as a hub id."""
+
+    revision: str | None = None
+    """The revision of its weights."""
+
+    fingerprint: str | None = None
+    """A digest of the config and weights, however the integration computes it."""
+
+    source_dtype: str | None = None
+    """The dtype the keys and values had before they were quantised: "float32", "float16" or "bfloat16"."""
+
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    """RoPE facts: theta, scaling and the like, plain JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The whole of what is stored as metadata."""
+
+    model: ModelInfo | None
+    metadata: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """Return the document as UTF-8 JSON.
+
+        Raises:
+            MetadataError: something in it is not plain JSON (NaN and infinity are not).
+        """
+        if not isinstance(self.metadata, Mapping):
+            raise MetadataError(
+                f"metadata must be a dict with str keys, not {type(self.metadata).__name__}",
+                expected="dict",
+                actual=type(self.metadata).__name__,
+            )
+        model = None if self.model is None else asdict(self.model)
+        try:
+            text = json.dumps(
+                {"model": model, "metadata": dict(self.metadata)}, allow_nan=False, separators=(",", ":")
+            )
+            data = text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MetadataError(f"metadata must be plain JSON: {error}") from error
+        # What comes back must be what went in: JSON would turn a key 1 into "1" and a tuple into a list, silently.
+        if not _has_str_keys(self.metadata):
+            raise MetadataError("metadata keys must all be str: JSON has no other kind")
+        if len(data) > MAX_METADATA_BYTES:
+            raise MetadataError(
+                f"metadata is {len(data):,} bytes of JSON; the limit is {MAX_METADATA_BYTES:,}"
+            )
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes, path: str | None = None) -> Document:
+        """Read what `encode` wrote.
+
+        Raises:
+            CorruptCacheError: it is not such a document.
+        """
+        try:
+            raw = json.loads(data, parse_constant=_refuse_constant)
+            model, metadata = raw["model"], raw["metadata"]
+            if model is not None:
+                known = {f.name for f in fields(ModelInfo)}
+                model = ModelInfo(**{name: value for name, value in model.items() if name in known})
+            if not isinstance(metadata, dict):
+                raise TypeError("metadata is not an object")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CorruptCacheError(f"metadata is not readable: {error}", path=path) from error
+        return cls(model, metadata)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _has_str_keys(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _has_str_keys(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(_has_str_keys(inner) for inner in value)
+    return True

@@ -1,0 +1,173 @@
+"""What a storage is: the protocols that layers and caches are written against.
+
+An append goes: `begin` (may I, and is there room), then `stage` and `write` as often as it takes, then `publish`.
+Nothing is visible, to anyone, before `publish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..geometry import CacheGeometry, LayerGeometry
+from ..metadata import Document
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+class Rows(NamedTuple):
+    """A stretch of positions of one layer: codes int8 [n, num_kv_heads, dim], scales f32 [n, num_kv_heads]."""
+
+    key_codes: NDArray[np.int8]
+    key_scales: NDArray[np.float32]
+    value_codes: NDArray[np.int8]
+    value_scales: NDArray[np.float32]
+
+    @classmethod
+    def allocate(cls, geometry: LayerGeometry, count: int) -> Rows:
+        """Make zeroed rows for `count` positions."""
+        heads = geometry.num_kv_heads
+        return cls(
+            np.zeros((count, heads, geometry.head_dim), np.int8),
+            np.zeros((count, heads), np.float32),
+            np.zeros((count, heads, geometry.value_head_dim), np.int8),
+            np.zeros((count, heads), np.float32),
+        )
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Views of positions [start, stop)."""
+        return Rows(*(array[start:stop] for array in self))
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that `verify` found wrong."""
+
+    what: str
+    """In words."""
+
+    layer: int | None = None
+    """The layer, if it is in one."""
+
+    start: int | None = None
+    """First position of the damaged block, if it is in one."""
+
+    stop: int | None = None
+    """One past its last committed position."""
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` looked at, and found."""
+
+    path: str | None
+    """The cache's path; None in memory."""
+
+    seq_len: int
+    """Positions stored."""
+
+    verified: int
+    """Positions, from 0, that checksums cover: those of the last commit. The rest is published and has none yet."""
+
+    blocks: int = 0
+    """Blocks looked at, over all layers and the token ids; the incomplete last one counts."""
+
+    bytes: int = 0
+    """Bytes of codes, scales and token ids looked at."""
+
+    damages: list[Damage] = field(default_factory=list)
+    """Empty if all is well."""
+
+    @property
+    def sound(self) -> bool:
+        """True if nothing is damaged."""
+        return not self.damages
+
+
+class LayerStore(Protocol):
+    """One layer's slabs."""
+
+    index: int
+    geometry: LayerGeometry
+    capacity: int
+    length: int
+    """Positions stored, as this handle sees them."""
+
+    def begin(self, count: int) -> int:
+        """Check that `count` positions may be appended, and return the position of the first."""
+
+    def stage(self, start: int, count: int) -> Rows:
+        """Give room to quantise at most `count` positions from `start` on into; it may hold fewer, never none."""
+
+    def write(self, start: int, rows: Rows) -> None:
+        """Put staged rows where they belong. They are not part of the layer before `publish`."""
+
+    def publish(self, length: int) -> None:
+        """Make everything below `length` part of the layer."""
+
+    def slabs(self) -> Rows:
+        """Read-only views of the whole capacity (of what there is of it)."""
+
+    def check(self) -> None:
+        """Raise if what was just read can't be trusted: the storage was closed, or its rows were taken back."""
+
+
+class Storage(Protocol):
+    """All layers' slabs, with what belongs to the cache as a whole."""
+
+    geometry: CacheGeometry
+    path: str | None
+    writable: bool
+    lock: AbstractContextManager[Any]
+    """Held around every append; an append by another thread waits for it."""
+    layers: Sequence[LayerStore]
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def token_len(self) -> int:
+        """Positions, from 0, whose token ids are recorded."""
+
+    @property
+    def document(self) -> Document:
+        """Metadata as it stands."""
+
+    def check(self) -> None: ...
+
+    def set_document(self, document: Document) -> None:
+        """Replace the metadata; part of the next commit."""
+
+    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None: ...
+
+    def publish_tokens(self, length: int) -> None: ...
+
+    def read_tokens(self, count: int) -> NDArray[np.int32]:
+        """Return a copy of the first `count` recorded ids."""
+
+    def appended(self) -> None:
+        """Called after an append was published; commits if the storage is to commit every one."""
+
+    def commit(self) -> None: ...
+
+    def truncate(self, length: int) -> None: ...
+
+    def refresh(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport: ...
+
+    def facts(self) -> dict[str, Any]:
+        """What `inspect` shows of the storage itself."""
+
+
+def seq_len(storage: Storage) -> int:
+    """Positions complete in every layer."""
+    return min([layer.length for layer in storage.layers])

@@ -1,0 +1,102 @@
+"""Block checksums over growing arrays: each row is hashed once, however often there is a commit.
+
+A `BlockHasher` follows tracks that grow together (all layers of a cache; or its token ids) and keeps the running
+hash of each one's incomplete block, so that committing after every token costs the same at any length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..format import block_checksum
+
+Track = Sequence[NDArray[Any]]
+"""Arrays that grow along their first axis together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a longer length adds."""
+
+    first_block: int
+    complete: NDArray[np.uint64]
+    """[new complete blocks, tracks]."""
+    tails: tuple[int, ...]
+    """One a track; 0 where the length ends on a block."""
+
+
+def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
+    """Return the checksum of positions [start, stop) of a block, from nothing."""
+    parts = [xxhash.xxh3_64_intdigest(array[start:stop]) for array in arrays]
+    return block_checksum(track, block, stop - start, parts)
+
+
+class BlockHasher:
+    """Checksums of tracks numbered from `first_track`, at the length last asked for."""
+
+    def __init__(self, tracks: Sequence[Track], first_track: int, block_tokens: int, length: int) -> None:
+        self._tracks = tracks
+        self._first_track = first_track
+        self._block_tokens = block_tokens
+        self.rewind(length)
+
+    def rewind(self, length: int) -> None:
+        """Forget what was hashed; `length` positions have checksums already."""
+        self._length = length
+        self._hashed = length - length % self._block_tokens
+        self._states: list[list[Any]] | None = None
+
+    def tails(self) -> tuple[int, ...]:
+        """Return the checksum of the incomplete block of each track, at the present length."""
+        return self.advance(self._length).tails
+
+    def advance(self, length: int) -> Advance:
+        """Hash what lies between the present length and `length`, which becomes the present one."""
+        size = self._block_tokens
+        first = self._length // size
+        complete = np.zeros((length // size - first, len(self._tracks)), np.uint64)
+        for number in range(len(complete)):
+            complete[number] = self._finish_block(first + number)
+        tails: tuple[int, ...] = (0,) * len(self._tracks)
+        if length % size:
+            tails = self._feed_tail(length)
+        self._length = length
+        return Advance(first, complete, tails)
+
+    def _finish_block(self, block: int) -> list[int]:
+        start, stop = block * self._block_tokens, (block + 1) * self._block_tokens
+        if self._states is None:
+            sums = [digest(t, self._first_track + i, block, start, stop) for i, t in enumerate(self._tracks)]
+        else:
+            self._feed(stop)
+            sums = self._sums(block, self._block_tokens)
+            self._states = None
+        self._hashed = stop
+        return sums
+
+    def _feed_tail(self, length: int) -> tuple[int, ...]:
+        if self._states is None:
+            self._states = [[xxhash.xxh3_64() for _ in arrays] for arrays in self._tracks]
+        self._feed(length)
+        return tuple(self._sums(length // self._block_tokens, length % self._block_tokens))
+
+    def _feed(self, stop: int) -> None:
+        assert self._states is not None
+        if stop > self._hashed:
+            for arrays, states in zip(self._tracks, self._states, strict=True):
+                for array, state in zip(arrays, states, strict=True):
+                    state.update(array[self._hashed : stop])
+        self._hashed = stop
+
+    def _sums(self, block: int, rows: int) -> list[int]:
+        assert self._states is not None
+        return [
+            block_checksum(self._first_track + i, block, rows, [state.intdigest() for state in states])
+            for i, states in enumerate(self._states)
+        ]

@@ -1,0 +1,198 @@
+"""The system calls on one cache file, and nothing else: open, write, sync, lock, map, put in place.
+
+Everything that reaches the disk goes through a `PosixFile`, so that a test can put one in its place that records,
+fails, or forgets. What the bytes mean is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from .. import _core
+
+FILE_MODE = 0o600  # a KV cache gives its prompt away
+
+
+class PosixFile:
+    """An open file. Writes are positioned and whole; every failure is an OSError."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.path = path
+        self._fd = fd
+
+    @classmethod
+    def open(cls, path: str, *, writable: bool) -> PosixFile:
+        """Open an existing file."""
+        flags = (
+            (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # a pipe must not hang us
+        return cls(os.open(path, flags), path)
+
+    @classmethod
+    def create_beside(cls, path: str) -> PosixFile:
+        """Make a new, empty file of mode 0600 in the directory of `path`, under a name nobody else uses."""
+        folder, name = os.path.split(path)
+        temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.tmp")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        return cls(fd, temporary)
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self._fd)
+
+    def is_at(self, path: str) -> bool:
+        """True if `path` still names this very file."""
+        try:
+            return os.path.samestat(self.stat(), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        parts = []
+        while size > 0:
+            part = os.pread(self._fd, size, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def write(self, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
+        """Write each buffer at its offset, in order, all of it."""
+        _core.write_all(self._fd, offsets, buffers)
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        os.fdatasync(self._fd)
+
+    def resize(self, size: int) -> None:
+        """Give the file its size; what is new is a hole."""
+        os.ftruncate(self._fd, size)
+
+    def allocate(self, offset: int, size: int) -> None:
+        """Reserve disk space, so that storing through a map there can't run out of it."""
+        try:
+            os.posix_fallocate(self._fd, offset, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self.write((offset,), (bytes(size),))
+
+    def map(self, offset: int, size: int, *, writable: bool = False) -> tuple[mmap.mmap, int]:
+        """Map `size` bytes from `offset`, shared; return the map and where in it they start."""
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        # mmap keeps a duplicate of the descriptor it is given for as long as any view lives, and a lock goes only
+        # with the last duplicate. So it gets one of another open file, which never held the lock.
+        fd = self._reopen(os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            memory = mmap.mmap(fd, size + offset - start, access=access, offset=start)
+        finally:
+            os.close(fd)
+        return memory, offset - start
+
+    def _reopen(self, flags: int) -> int:
+        """Open the very same file anew, under whatever name it has by now."""
+        by_number = f"/proc/self/fd/{self._fd}"
+        fd = os.open(by_number if os.path.exists(by_number) else self.path, flags | os.O_CLOEXEC)
+        if os.path.samestat(os.fstat(fd), self.stat()):
+            return fd
+        os.close(fd)
+        raise OSError(errno.ESTALE, "the file was replaced while it was being opened", self.path)
+
+    def try_lock(self) -> bool:
+        """Take the writer's lock if it is free. It goes with the descriptor, so it dies with the process."""
+        # flock and not lockf: POSIX locks are dropped when any descriptor of the file is closed.
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Give the lock back."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def lock(self, timeout: float) -> bool:
+        """Take the writer's lock, waiting up to `timeout` seconds for it."""
+        deadline = time.monotonic() + timeout
+        pause = 0.001
+        while not self.try_lock():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(pause * 2, 0.05)
+        return True
+
+    def link_to(self, path: str) -> None:
+        """Give this file the name `path`, which must be free, in place of its own; durable on return."""
+        try:
+            os.link(self.path, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            # No hard links here (FAT): the check and the rename are not one step, and no more is to be had.
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+            os.rename(self.path, path)
+        else:
+            os.unlink(self.path)
+        self.path = path
+        sync_folder(path)
+
+    def replace(self, path: str) -> None:
+        """Give this file the name `path`, whoever has it now; durable on return."""
+        os.replace(self.path, path)
+        self.path = path
+        sync_folder(path)
+
+    def discard(self) -> None:
+        """Remove the file's name and close it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; maps stay as long as they are used."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            warnings.warn(f"cache not closed: {self.path}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+
+def sync_folder(path: str) -> None:
+    """Make the directory entry of `path` durable."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def closing_on_error(file: PosixFile) -> Iterator[PosixFile]:
+    """Close the file if the block fails; leave it open if it does not."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise

@@ -1,0 +1,338 @@
+"""A `.kvm` file mapped for reading: open, look, refresh. What a writer does besides is in `writer`.
+
+A reader takes no lock and never waits. It sees a snapshot, the positions that were complete in every layer when it
+last looked; `refresh` looks again. Data below a published length does not change, but for `truncate`, which changes
+the generation: so every read is followed by a look at that one word.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import (
+    CacheChangedError,
+    CacheNotFoundError,
+    ClosedError,
+    CorruptCacheError,
+    NotACacheError,
+    ReadOnlyError,
+)
+from ..format import FORMAT_VERSION, HEADER, PAGE, SLAB_SECTIONS, Section, Slot, Superblock, checksum
+from ..geometry import LayerGeometry
+from ..metadata import Document
+from .base import Progress, Rows, VerifyReport
+from .file import PosixFile, closing_on_error
+from .live import LiveRecord
+from .slots import Slots
+
+
+class Snapshot(NamedTuple):
+    """What a look at the file found."""
+
+    which: int
+    """The slot that counts, 0 or 1."""
+    slot: Slot
+    live: bool
+    """True if the lengths are the published ones, False if they are the commit's."""
+    lengths: list[int]
+    token_len: int
+    generation_word: int
+
+
+class MappedLayer:
+    """One layer's slabs in the map."""
+
+    def __init__(self, storage: MappedReader, index: int, geometry: LayerGeometry) -> None:
+        self.index = index
+        self.geometry = geometry
+        self.capacity = storage.geometry.capacity
+        self.length = 0
+        self._storage = storage
+        self._slabs: Rows | None = None
+
+    def begin(self, count: int) -> int:
+        self._storage.refuse_write()
+
+    def stage(self, start: int, count: int) -> Rows:
+        self._storage.refuse_write()
+
+    def write(self, start: int, rows: Rows) -> None:
+        self._storage.refuse_write()
+
+    def publish(self, length: int) -> None:
+        self._storage.refuse_write()
+
+    def slabs(self) -> Rows:
+        if self._storage.closed:
+            self._storage.check()
+        if self._slabs is None:
+            self._slabs = self._storage.map_slabs(self.index)
+        return self._slabs
+
+    def check(self) -> None:
+        self._storage.check()
+
+
+class MappedReader:
+    """An open `.kvm` file."""
+
+    writable = False
+
+    def __init__(self, file: PosixFile, superblock: Superblock, *, recover: bool = False) -> None:
+        self.path: str = file.path
+        self.geometry = superblock.geometry
+        self.lock = threading.RLock()
+        self.superblock = superblock
+        self.file = file
+        self.recover = recover
+        memory, _ = file.map(0, superblock.file_bytes)
+        self._memory: mmap.mmap | None = memory
+        self.slots = Slots(memory, superblock, self.path)
+        self.live = self._live_record(memory)
+        self.layers: Sequence[MappedLayer] = self._make_layers()
+        self.token_len = 0
+        self._document: Document | None = None
+        self.snapshot = self.look()
+        self._take(self.snapshot)
+
+    @classmethod
+    def open(cls, path: str, *, recover: bool = False) -> MappedReader:
+        """Open a file for reading."""
+        with closing_on_error(open_file(path, writable=False)) as file:
+            return cls(file, read_superblock(file), recover=recover)
+
+    def _live_record(self, memory: mmap.mmap) -> LiveRecord:
+        offset = self.superblock.section(Section.LIVE).offset
+        return LiveRecord(memory, offset, self.superblock.salt, self.geometry.num_layers)
+
+    def _make_layers(self) -> Sequence[MappedLayer]:
+        return [MappedLayer(self, number, layer) for number, layer in enumerate(self.geometry.layers)]
+
+    # What is there
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """The map of the whole file."""
+        if self._memory is None:
+            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
+        return self._memory
+
+    @property
+    def closed(self) -> bool:
+        return self._memory is None
+
+    def check(self) -> None:
+        """Raise if the cache is closed, or rows that this handle counts on were taken back."""
+        if self._memory is None:
+            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
+        if self.live.generation_word() != self.snapshot.generation_word:
+            raise CacheChangedError(
+                f"{self.path}: was truncated by its writer since this handle last looked; call refresh()",
+                path=self.path,
+            )
+
+    def refuse_write(self) -> NoReturn:
+        self.check()
+        raise ReadOnlyError(
+            f'{self.path}: is open for reading; kvmmap.open(path, mode="a") appends', path=self.path
+        )
+
+    def map_slabs(self, layer: int) -> Rows:
+        """Views of a layer's four slabs, as long as the capacity."""
+        geometry, capacity = self.geometry.layers[layer], self.geometry.capacity
+        codes, scales = np.dtype(np.int8), np.dtype("<f4")
+        kc, ks, vc, vs = (self.superblock.sections[kind, layer].offset for kind in SLAB_SECTIONS)
+        heads, dim, value_dim = geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim
+        memory = self.memory
+        return Rows(
+            np.ndarray((capacity, heads, dim), codes, memory, kc),
+            np.ndarray((capacity, heads), scales, memory, ks),
+            np.ndarray((capacity, heads, value_dim), codes, memory, vc),
+            np.ndarray((capacity, heads), scales, memory, vs),
+        )
+
+    def map_tokens(self) -> NDArray[np.int32]:
+        """A view of the token ids, as long as the capacity."""
+        offset = self.superblock.section(Section.TOKEN_IDS).offset
+        return np.ndarray((self.geometry.capacity,), np.dtype("<i4"), self.memory, offset)
+
+    def read_tokens(self, count: int) -> NDArray[np.int32]:
+        return self.map_tokens()[:count].copy()
+
+    @property
+    def document(self) -> Document:
+        if self._document is None:
+            self._document = self.read_document(self.snapshot.slot)
+        return self._document
+
+    def read_document(self, slot: Slot) -> Document:
+        """Read the metadata that a commit names."""
+        section = self.superblock.section(Section.METADATA)
+        start = section.offset + slot.metadata_half * (section.size // 2)
+        data = self.memory[start : start + slot.metadata_bytes]
+        if checksum(data) != slot.metadata_checksum:
+            raise CorruptCacheError(
+                f"{self.path}: metadata damaged: its checksum does not match", path=self.path
+            )
+        return Document.decode(data, self.path)
+
+    # Looking
+
+    def look(self) -> Snapshot:
+        """Find the lengths that may be believed.
+
+        Raises:
+            CorruptCacheError: there are none, or published or acknowledged positions are missing.
+        """
+        for attempt in range(20):
+            word = self.live.generation_word()
+            which, slot = self.slots.newest()
+            live = self.live.trusted() and not self.recover
+            lengths = self.live.lengths() if live else [slot.seq_len] * self.geometry.num_layers
+            tokens = self.live.get("token_len") if live else slot.token_len
+            wrong = self._contradiction(slot, lengths if live else None, tokens)
+            # A truncation lowers the lengths first and changes the generation then: under an unchanged word they
+            # belong to it, or are lower, and so sound.
+            if wrong is None and self.live.generation_word() == word:
+                return Snapshot(which, slot, live, lengths, tokens, word)
+            time.sleep(0.0001 * attempt)  # a writer may be between two of its steps
+        raise CorruptCacheError(
+            f"{self.path}: {wrong or 'its generation is'} damaged; {slot.seq_len} positions of an earlier commit are "
+            "intact: kvmmap.open(path, recover=True) goes back to them",
+            path=self.path,
+            position=slot.seq_len,
+        )
+
+    def _contradiction(self, slot: Slot, lengths: list[int] | None, tokens: int) -> str | None:
+        """Name what can't be true: of published lengths if they are believed, else of the commit."""
+        if lengths is None:
+            lost = self.live.get("acknowledged") > slot.sequence and not self.recover
+            return "the last commit record is" if lost else None
+        capacity = self.geometry.capacity
+        # Lengths are lowered only after a shorter commit.
+        sound = slot.seq_len <= min(lengths) and max(lengths) <= capacity and 0 <= tokens <= capacity
+        return None if sound else "the published lengths are"
+
+    def _take(self, snapshot: Snapshot) -> None:
+        """Make a snapshot this handle's view: positions complete in every layer."""
+        self.snapshot = snapshot
+        length = min(snapshot.lengths)
+        for layer in self.layers:
+            layer.length = length
+        self.token_len = min(snapshot.token_len, length)
+        self._document = None
+
+    def refresh(self) -> bool:
+        """Look again; True if there is more or less than before, or another commit.
+
+        Raises:
+            CacheChangedError: another file has taken this one's place.
+        """
+        if self._memory is None:
+            self.check()
+        if self.superseded():
+            raise CacheChangedError(
+                f"{self.path}: was replaced by a new file (resized or compacted); open it again",
+                path=self.path,
+            )
+        before = self.snapshot
+        self._take(self.look())
+        return self.snapshot != before
+
+    def superseded(self) -> bool:
+        """True if another file stands at the path in this one's place."""
+        if self.live.get("superseded") == 1:
+            return True
+        # The mark is set right after the replacement; if its setter died in between, the name tells.
+        return self.file.stat().st_nlink == 0 and os.path.exists(self.path)
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Compare every committed block with its checksum."""
+        from .verify import verify_file  # here, and not above, because verify uses this module's names
+
+        self.check()
+        return verify_file(self, progress)
+
+    def facts(self) -> dict[str, Any]:
+        """What `inspect` shows of the file."""
+        slot, status = self.snapshot.slot, self.file.stat()
+        return {
+            "kind": "kvm",
+            "format_version": FORMAT_VERSION,
+            "file_bytes": status.st_size,
+            "disk_bytes": status.st_blocks * 512,
+            "created_ns": self.superblock.created_ns,
+            "commit_sequence": slot.sequence,
+            "committed_len": slot.seq_len,
+            "commit_ns": slot.commit_ns,
+            "generation": self.live.get("generation"),
+            "state": self._state(),
+            "writer_pid": max(self.live.get("writer_pid"), 0) if self.live.in_use() else 0,
+        }
+
+    def _state(self) -> str:
+        if not self.live.in_use():
+            return "closed" if self.snapshot.slot.closed else "interrupted"
+        return "open for writing" if self.live.trusted() else "interrupted"
+
+    # Nothing of these in a reader
+
+    def set_document(self, document: Document) -> None:
+        self.refuse_write()
+
+    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
+        self.refuse_write()
+
+    def publish_tokens(self, length: int) -> None:
+        self.refuse_write()
+
+    def appended(self) -> None:
+        self.refuse_write()
+
+    def commit(self) -> None:
+        self.refuse_write()
+
+    def truncate(self, length: int) -> None:
+        self.refuse_write()
+
+    def close(self) -> None:
+        """Let go of the file. Views that were handed out keep their pages mapped until they are gone themselves."""
+        if self._memory is not None:
+            self._memory = None
+            del self.slots, self.live  # they hold the map too
+            for layer in self.layers:
+                layer._slabs = None
+            self.file.close()
+
+
+def open_file(path: str, *, writable: bool) -> PosixFile:
+    """Open a regular file, with errors that say what is wrong."""
+    path = os.path.abspath(path)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise NotACacheError(f"{path}: not a kvmmap cache ({kind})", path=path)
+        return PosixFile.open(path, writable=writable)
+    except FileNotFoundError:
+        raise CacheNotFoundError(
+            f"{path}: there is no such file; kvmmap.create() makes one", path=path
+        ) from None
+
+
+def read_superblock(file: PosixFile) -> Superblock:
+    """Read and check a file's superblock."""
+    start = file.read(0, PAGE)
+    size = Superblock.peek(start[: HEADER.size], file.path)
+    if size > len(start):
+        start += file.read(len(start), size - len(start))
+    return Superblock.decode(start[:size], file.path, file.stat().st_size)

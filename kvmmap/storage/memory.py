@@ -1,0 +1,121 @@
+"""Slabs in this process's memory: reserved whole at once, zeroed lazily by the system, gone with the process."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ClosedError
+from ..format import NO_TOKEN
+from ..geometry import CacheGeometry, LayerGeometry, check_room
+from ..metadata import Document
+from .base import Progress, Rows, VerifyReport, seq_len
+
+
+class MemoryLayer:
+    """One layer's arrays; rows are quantised straight into them."""
+
+    def __init__(self, index: int, geometry: LayerGeometry, capacity: int) -> None:
+        self.index = index
+        self.geometry = geometry
+        self.capacity = capacity
+        self.length = 0
+        self._slabs: Rows | None = Rows.allocate(geometry, capacity)
+        self._views: Rows | None = Rows(*(array.view() for array in self._slabs))
+        for view in self._views:
+            view.flags.writeable = False
+
+    def begin(self, count: int) -> int:
+        self.check()
+        check_room(self.length, count, self.capacity, layer=self.index)
+        return self.length
+
+    def stage(self, start: int, count: int) -> Rows:
+        assert self._slabs is not None
+        return self._slabs.part(start, start + count)
+
+    def write(self, start: int, rows: Rows) -> None:
+        """Nothing to do: they were staged in place."""
+
+    def publish(self, length: int) -> None:
+        self.length = length
+
+    def slabs(self) -> Rows:
+        self.check()
+        assert self._views is not None
+        return self._views
+
+    def check(self) -> None:
+        if self._views is None:
+            raise ClosedError("the cache is closed")
+
+    def close(self) -> None:
+        self._slabs = self._views = None
+
+
+class MemoryStorage:
+    """All layers' arrays."""
+
+    def __init__(self, geometry: CacheGeometry, document: Document | None = None) -> None:
+        self.geometry = geometry
+        self.path: str | None = None
+        self.writable = True
+        self.lock = threading.RLock()
+        self.layers = [
+            MemoryLayer(number, layer, geometry.capacity) for number, layer in enumerate(geometry.layers)
+        ]
+        self.document = document or Document(None, {})
+        self.token_len = 0
+        self._tokens = np.full(geometry.capacity, NO_TOKEN, np.int32)
+
+    @property
+    def closed(self) -> bool:
+        return self.layers[0]._views is None
+
+    def check(self) -> None:
+        self.layers[0].check()
+
+    def set_document(self, document: Document) -> None:
+        self.check()
+        document.encode()
+        self.document = document
+
+    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
+        self._tokens[start : start + len(ids)] = ids
+
+    def publish_tokens(self, length: int) -> None:
+        self.token_len = length
+
+    def read_tokens(self, count: int) -> NDArray[np.int32]:
+        return self._tokens[:count].copy()
+
+    def appended(self) -> None:
+        """Memory has nothing to commit to."""
+
+    def commit(self) -> None:
+        self.check()
+
+    def truncate(self, length: int) -> None:
+        self.check()
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+        self.token_len = min(self.token_len, length)
+
+    def refresh(self) -> bool:
+        self.check()
+        return False
+
+    def close(self) -> None:
+        for layer in self.layers:
+            layer.close()
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Memory carries no checksums: there is nothing to compare."""
+        self.check()
+        return VerifyReport(path=None, seq_len=seq_len(self), verified=0)
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "memory"}

@@ -1,0 +1,116 @@
+"""Comparing a `.kvm` file with its checksums.
+
+Blocks are read with `pread` and not through the map: what the disk can't give is then an error to report, and not a
+signal that ends the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import CorruptCacheError
+from ..format import SLAB_SECTIONS, Section, Slot, Superblock, block_checksum, checksum
+from .base import Damage, Progress, VerifyReport, seq_len
+
+if TYPE_CHECKING:
+    from .mapped import MappedReader
+
+
+def verify_file(reader: MappedReader, progress: Progress | None = None) -> VerifyReport:
+    """Check everything that the last commit promises; a writer may be appending meanwhile."""
+    slot, geometry = reader.snapshot.slot, reader.geometry
+    report = VerifyReport(path=reader.path, seq_len=seq_len(reader), verified=slot.seq_len)
+    report.damages += _check_head(reader)
+    row_bytes = sum(layer.position_bytes for layer in geometry.layers)
+    total = slot.seq_len * row_bytes + 4 * slot.token_len
+    blocks = -(-slot.seq_len // geometry.block_tokens)
+    for block in range(blocks):
+        report.damages += check_blocks(reader, block, block + 1)
+        rows = min(geometry.block_tokens, slot.seq_len - block * geometry.block_tokens)
+        report.bytes += rows * row_bytes
+        report.blocks += geometry.num_layers
+        if progress:
+            progress(report.bytes, total)
+    report.damages += _check_tokens(reader, slot)
+    report.blocks += -(-slot.token_len // geometry.block_tokens)
+    report.bytes = total
+    if progress:
+        progress(total, total)
+    reader.check()  # were rows taken back meanwhile, the comparison was with the wrong ones
+    return report
+
+
+def check_blocks(reader: MappedReader, first: int, stop: int) -> Iterator[Damage]:
+    """Yield what is wrong in blocks [first, stop) of every layer, as far as they are committed."""
+    slot, geometry = reader.snapshot.slot, reader.geometry
+    size, layers = geometry.block_tokens, geometry.num_layers
+    for block in range(first, stop):
+        start, end = block * size, min((block + 1) * size, slot.seq_len)
+        expected = list(slot.tail_checksums[:-1])
+        if end - start == size:
+            expected = _stored(reader, Section.CHECKSUMS, block * layers, layers)
+        for layer in range(layers):
+            row_bytes = geometry.layers[layer].slab_bytes(1)
+            extents = [
+                (reader.superblock.sections[kind, layer].offset + start * row, (end - start) * row)
+                for kind, row in zip(SLAB_SECTIONS, row_bytes, strict=True)
+            ]
+            problem = _compare(reader, extents, layer, block, end - start, expected[layer])
+            if problem:
+                yield Damage(f"layer {layer}, positions [{start}, {end}): {problem}", layer, start, end)
+
+
+def _check_tokens(reader: MappedReader, slot: Slot) -> Iterator[Damage]:
+    size, layers = reader.geometry.block_tokens, reader.geometry.num_layers
+    offset = reader.superblock.section(Section.TOKEN_IDS).offset
+    complete = slot.token_len // size
+    expected = _stored(reader, Section.TOKEN_CHECKSUMS, 0, complete) + [slot.tail_checksums[-1]]
+    for block in range(-(-slot.token_len // size)):
+        start, end = block * size, min((block + 1) * size, slot.token_len)
+        extents = [(offset + 4 * start, 4 * (end - start))]
+        problem = _compare(reader, extents, layers, block, end - start, expected[block])
+        if problem:
+            yield Damage(f"token ids, positions [{start}, {end}): {problem}", None, start, end)
+
+
+def _stored(reader: MappedReader, section: Section, first: int, count: int) -> list[int]:
+    data = reader.file.read(reader.superblock.section(section).offset + 8 * first, 8 * count)
+    values: list[int] = np.frombuffer(data, "<u8").tolist()
+    return values
+
+
+def _compare(
+    reader: MappedReader, extents: list[tuple[int, int]], track: int, block: int, rows: int, expected: int
+) -> str | None:
+    try:
+        digests = [checksum(reader.file.read(offset, size)) for offset, size in extents]
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    if block_checksum(track, block, rows, digests) != expected:
+        return "checksum does not match"
+    return None
+
+
+def _check_head(reader: MappedReader) -> Iterator[Damage]:
+    """Superblock, commit slots, live record and metadata."""
+    superblock = reader.superblock
+    try:
+        again = Superblock.decode(
+            reader.file.read(0, superblock.size), reader.path, reader.file.stat().st_size
+        )
+        if again != superblock:
+            yield Damage("the superblock has changed since the file was opened")
+    except CorruptCacheError as error:
+        yield Damage(str(error))
+    for name, slot in zip("AB", reader.slots.settle(), strict=True):
+        if slot is None:
+            yield Damage(f"commit record {name} does not hold; the other one does")
+    if reader.snapshot.live:
+        yield from (Damage(f"live record: {name} does not hold") for name in reader.live.broken_seals())
+    try:
+        reader.read_document(reader.snapshot.slot)
+    except CorruptCacheError as error:
+        yield Damage(str(error))

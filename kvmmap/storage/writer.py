@@ -1,0 +1,560 @@
+"""The one writer of a `.kvm` file: append and publish, commit, truncate, recover, close.
+
+Order is everything here. Publishing: data, then the length. Committing: data and checksums, sync, slot, sync.
+Truncating below a commit: the shorter commit in both slots, then the lower lengths, then the generation, and only
+then may rows be overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import (
+    CacheChangedError,
+    CacheExistsError,
+    CacheLockedError,
+    CacheNotFoundError,
+    ClosedError,
+    CorruptCacheError,
+    KvmmapError,
+    MetadataError,
+    NotACacheError,
+    PoisonedError,
+)
+from ..format import PAGE, SLAB_SECTIONS, Section, Slot, Superblock, checksum
+from ..geometry import CacheGeometry, LayerGeometry, check_room
+from ..metadata import Document
+from .base import Rows, seq_len
+from .checksums import BlockHasher
+from .file import PosixFile, closing_on_error
+from .live import LiveRecord
+from .mapped import MappedLayer, MappedReader, Snapshot, open_file, read_superblock
+
+Durability = Literal["publish", "commit"]
+"""When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
+
+STRETCH_BYTES = 256 * 1024
+"""Rows are quantised and written in stretches of about this size: codes stay in the second-level cache."""
+
+METADATA_ROOM = 64 * 1024
+
+
+class WriterLayer(MappedLayer):
+    """One layer's slabs, written with `pwrite` and read through the map."""
+
+    _storage: MappedWriter
+
+    def __init__(self, storage: MappedWriter, index: int, geometry: LayerGeometry) -> None:
+        super().__init__(storage, index, geometry)
+        sections = storage.superblock.sections
+        self._offsets = [sections[kind, index].offset for kind in SLAB_SECTIONS]
+        self._row_bytes = geometry.slab_bytes(1)
+        self._scratch, self._one = storage.scratch(geometry)
+
+    def begin(self, count: int) -> int:
+        self._storage.check_writer()
+        length = self.length
+        if length + count > self.capacity:
+            check_room(length, count, self.capacity, layer=self.index)
+        return length
+
+    def stage(self, start: int, count: int) -> Rows:
+        if count == 1:
+            return self._one
+        room = len(self._scratch.key_codes)
+        return self._scratch if count >= room else self._scratch.part(0, count)
+
+    def write(self, start: int, rows: Rows) -> None:
+        a, b, c, d = self._offsets
+        i, j, k, m = self._row_bytes
+        self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
+
+    def publish(self, length: int) -> None:
+        self._storage.live.publish(self.index, length)
+        self.length = length
+
+
+class MappedWriter(MappedReader):
+    """A `.kvm` file open for appending. Holds the writer's lock until it is closed or the process ends."""
+
+    writable = True
+
+    def __init__(
+        self, file: PosixFile, superblock: Superblock, *, durability: Durability, recover: bool = False
+    ) -> None:
+        self._pid = os.getpid()
+        self._poison: OSError | None = None
+        self._durability = durability
+        self._scratches: dict[LayerGeometry, tuple[Rows, Rows]] = {}
+        self._new_document: tuple[Document, bytes] | None = None
+        self._tail_checked = False
+        super().__init__(file, superblock, recover=recover)
+        self._recover()
+        size = self.geometry.block_tokens
+        slot = self.snapshot.slot
+        self._rows_hasher = BlockHasher(_LazyTracks(self, self.geometry.num_layers), 0, size, slot.seq_len)
+        self._tokens_hasher = BlockHasher(
+            [[self.map_tokens()]], self.geometry.num_layers, size, slot.token_len
+        )
+        _close_in_children(self)
+
+    # Opening
+
+    @classmethod
+    def open_locked(
+        cls, path: str, *, timeout: float, durability: Durability = "publish", recover: bool = False
+    ) -> MappedWriter:
+        """Open for appending, waiting up to `timeout` seconds for another writer to finish."""
+        file, superblock = lock_file(path, timeout)
+        with closing_on_error(file):
+            return cls(file, superblock, durability=durability, recover=recover)
+
+    @classmethod
+    def create(
+        cls,
+        path: str,
+        geometry: CacheGeometry,
+        document: Document,
+        *,
+        durability: Durability = "publish",
+        overwrite: bool = False,
+        timeout: float = 0,
+        metadata_room: int = METADATA_ROOM,
+    ) -> MappedWriter:
+        """Make a new file, put it at `path` whole, and hold it for appending."""
+        path = os.path.abspath(path)
+        if os.path.lexists(path) and not overwrite:
+            raise _exists(path)
+        file = build_file(path, geometry, document, metadata_room=metadata_room)
+        try:
+            file.try_lock()
+            superblock = read_superblock(file)
+            if overwrite and os.path.lexists(path):
+                replace_file(file, path, timeout)
+            else:
+                file.link_to(path)
+            return cls(file, superblock, durability=durability)
+        except BaseException as error:
+            if file.path != path:
+                file.discard()
+            else:
+                file.close()
+            if isinstance(error, FileExistsError) and not isinstance(error, KvmmapError):
+                raise _exists(path) from None
+            raise
+
+    def _live_record(self, memory: mmap.mmap) -> LiveRecord:
+        return map_live(self.file, self.superblock, writable=True)
+
+    def _make_layers(self) -> Sequence[MappedLayer]:
+        return [WriterLayer(self, number, layer) for number, layer in enumerate(self.geometry.layers)]
+
+    def scratch(self, geometry: LayerGeometry) -> tuple[Rows, Rows]:
+        """Rows to quantise into: a stretch, and its first position. Layers of one shape share them."""
+        if geometry not in self._scratches:
+            count = max(1, min(STRETCH_BYTES // geometry.position_bytes, self.geometry.capacity))
+            rows = Rows.allocate(geometry, count)
+            self._scratches[geometry] = rows, rows.part(0, 1)
+        return self._scratches[geometry]
+
+    def _recover(self) -> None:
+        """Go on from what may be believed: roll back steps that reached only some layers, and make the lengths live."""
+        before, live = self.snapshot, self.live
+        length = min(before.lengths)
+        if live.in_use() or not before.slot.closed:
+            # Whoever wrote the counting slot may have died between writing and syncing it, or its sync may have
+            # failed. It is about to become the only copy: write it again, same bytes, and see it to the disk.
+            self.slots.write(self.file, before.which, before.slot)
+            self.file.sync()
+        for layer in range(self.geometry.num_layers):
+            live.publish(layer, length)
+        live.put("token_len", min(before.token_len, length))
+        live.put("superseded", 0)
+        live.put("acknowledged", before.slot.sequence)
+        live.put("writer_pid", self._pid)
+        generation = max(live.get("generation"), before.slot.generation)
+        if not before.live and not (before.slot.closed and not live.in_use()):
+            generation += 1  # positions that readers may have seen are gone
+        live.put("generation", generation)
+        live.trust()
+        self._take(
+            Snapshot(
+                before.which,
+                before.slot,
+                True,
+                [length] * self.geometry.num_layers,
+                min(before.token_len, length),
+                live.generation_word(),
+            )
+        )
+
+    # Appending
+
+    def check(self) -> None:
+        if self._memory is None:
+            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
+
+    def check_writer(self) -> None:
+        """Raise unless this process may write, and what it would build on is sound."""
+        if self._memory is None:
+            self.check()
+        if os.getpid() != self._pid:
+            raise CacheLockedError(
+                f"{self.path}: process {self._pid} holds it for writing, and this one was forked from it; open it "
+                "here once that one has closed it",
+                path=self.path,
+                actual=self._pid,
+            )
+        if self._poison is not None:
+            raise PoisonedError(
+                f"{self.path}: an earlier sync failed ({self._poison}); close and reopen it: everything up to the "
+                "last commit is there",
+                path=self.path,
+            ) from self._poison
+        if not self._tail_checked:
+            self._check_tail()
+
+    def _check_tail(self) -> None:
+        """The incomplete block is about to get new checksums: see first that it has its old ones."""
+        slot = self.snapshot.slot
+        found = self._rows_hasher.tails()
+        for layer, (actual, expected) in enumerate(zip(found, slot.tail_checksums[:-1], strict=True)):
+            if actual != expected:
+                start = slot.seq_len - slot.seq_len % self.geometry.block_tokens
+                raise CorruptCacheError(
+                    f"{self.path}: layer {layer} is damaged in positions [{start}, {slot.seq_len}): their checksum "
+                    "does not match; nothing was appended",
+                    path=self.path,
+                    layer=layer,
+                    position=start,
+                )
+        if self._tokens_hasher.tails()[0] != slot.tail_checksums[-1]:
+            raise CorruptCacheError(f"{self.path}: token ids damaged; nothing was appended", path=self.path)
+        self._tail_checked = True
+
+    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
+        offset = self.superblock.section(Section.TOKEN_IDS).offset + 4 * start
+        self.file.write((offset,), (np.ascontiguousarray(ids, "<i4"),))
+
+    def publish_tokens(self, length: int) -> None:
+        self.live.put("token_len", length)
+        self.token_len = length
+
+    def appended(self) -> None:
+        if self._durability == "commit":
+            self.commit()
+
+    # Committing
+
+    def set_document(self, document: Document) -> None:
+        self.check_writer()
+        data = document.encode()
+        room = self.superblock.section(Section.METADATA).size // 2
+        if len(data) > room:
+            raise MetadataError(
+                f"{self.path}: metadata is {len(data):,} bytes of JSON and there is room for {room:,}; "
+                "kvmmap.create(metadata_room=...) reserves more",
+                path=self.path,
+                expected=room,
+                actual=len(data),
+            )
+        self._new_document = document, data
+
+    @property
+    def document(self) -> Document:
+        return self._new_document[0] if self._new_document else super().document
+
+    def commit(self, *, closing: bool = False) -> None:
+        """Make the positions complete in every layer survive power loss; nothing is done if they do already."""
+        with self.lock:
+            self.check_writer()
+            slot, length = self.snapshot.slot, seq_len(self)
+            tokens = min(self.token_len, length)
+            same = (slot.seq_len, slot.token_len) == (length, tokens) and self._new_document is None
+            if same and (slot.closed or not closing):
+                return
+            if self.file.stat().st_nlink == 0:
+                raise CacheChangedError(
+                    f"{self.path}: the file was removed or replaced, so a commit would save nothing; copy what you "
+                    "need into a new cache",
+                    path=self.path,
+                )
+            self._commit(length, tokens, self.live.get("generation"), closed=closing, both=closing)
+
+    def _commit(self, length: int, tokens: int, generation: int, *, closed: bool, both: bool) -> None:
+        before = self.snapshot.slot
+        try:
+            rows, ids = self._rows_hasher.advance(length), self._tokens_hasher.advance(tokens)
+            self._write_checksums(Section.CHECKSUMS, rows.first_block, rows.complete)
+            self._write_checksums(Section.TOKEN_CHECKSUMS, ids.first_block, ids.complete)
+            half, size, digest = before.metadata_half, before.metadata_bytes, before.metadata_checksum
+            if self._new_document is not None:
+                # The half that the last commit does not name: it stays readable until this one counts.
+                data = self._new_document[1]
+                half, size, digest = 1 - half, len(data), checksum(data)
+                section = self.superblock.section(Section.METADATA)
+                self.file.write((section.offset + half * (section.size // 2),), (data,))
+            self._sync()
+            slot = Slot(
+                sequence=max(before.sequence, self.live.get("acknowledged")) + 1,
+                seq_len=length,
+                token_len=tokens,
+                generation=generation,
+                commit_ns=time.time_ns(),
+                closed=closed,
+                metadata_half=half,
+                metadata_bytes=size,
+                metadata_checksum=digest,
+                tail_checksums=rows.tails + ids.tails,
+            )
+            self._write_slot(slot)
+        except BaseException:
+            self._rows_hasher.rewind(self.snapshot.slot.seq_len)
+            self._tokens_hasher.rewind(self.snapshot.slot.token_len)
+            raise
+        self._new_document = None
+        self.live.put("acknowledged", slot.sequence)
+        if both:
+            self._write_slot(_successor(slot))
+
+    def _write_slot(self, slot: Slot) -> None:
+        which = 1 - self.snapshot.which
+        self.slots.write(self.file, which, slot)
+        self._sync()
+        self.snapshot = self.snapshot._replace(which=which, slot=slot)
+        self._document = None
+
+    def _write_checksums(self, section: Section, first_block: int, sums: NDArray[np.uint64]) -> None:
+        if len(sums):
+            offset = self.superblock.section(section).offset + 8 * first_block * sums.shape[1]
+            self.file.write((offset,), (sums.astype("<u8", copy=False),))
+
+    def _sync(self) -> None:
+        try:
+            self.file.sync()
+        except OSError as error:
+            # What the kernel could not write it may have dropped, so a second try would promise what is lost, and
+            # what was published can no longer be believed by anyone.
+            self._poison = error
+            self.live.distrust()
+            raise
+
+    # Taking back
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` positions; durable on return as far as they were committed."""
+        with self.lock:
+            self.check_writer()
+            generation = self.live.get("generation") + 1
+            if length < self.snapshot.slot.seq_len or length < self.snapshot.slot.token_len:
+                self._check_block(length)
+                tokens = min(self.snapshot.slot.token_len, length)
+                self._rows_hasher.rewind(length)
+                self._tokens_hasher.rewind(tokens)
+                # Both slots: the older one promises rows that are about to be overwritten.
+                self._commit(length, tokens, generation, closed=False, both=True)
+            for layer in self.layers:
+                layer.publish(min(layer.length, length))
+            self.publish_tokens(min(self.token_len, length))
+            self.live.put("generation", generation)
+            self.snapshot = self.snapshot._replace(generation_word=self.live.generation_word())
+
+    def _check_block(self, length: int) -> None:
+        """The block that a truncation cuts gets a new checksum: see first that its old one holds."""
+        from .verify import check_blocks
+
+        size = self.geometry.block_tokens
+        if length % size:
+            for damage in check_blocks(self, length // size, length // size + 1):
+                raise CorruptCacheError(
+                    f"{self.path}: {damage.what}; nothing was truncated: truncate({length // size * size}) leaves "
+                    "the damaged block out",
+                    path=self.path,
+                    layer=damage.layer,
+                    position=damage.start,
+                )
+
+    def refresh(self) -> bool:
+        """The writer sees all there is already."""
+        self.check()
+        return False
+
+    # Closing
+
+    def close(self) -> None:
+        """Commit, and let go of the lock. An error of the commit is raised, and the file is closed all the same."""
+        with self.lock:
+            if self._memory is None:
+                return
+            try:
+                if os.getpid() == self._pid and self._poison is None:
+                    self._close_commit()
+            finally:
+                del self._rows_hasher, self._tokens_hasher  # they hold views of the map
+                super().close()
+
+    def _close_commit(self) -> None:
+        slot = self.snapshot.slot
+        changed = (slot.seq_len, slot.token_len) != (seq_len(self), min(self.token_len, seq_len(self)))
+        if changed or self._new_document is not None or not slot.closed:
+            self.commit(closing=True)
+        self.live.distrust()  # from here on only the commit counts
+
+
+class _LazyTracks(Sequence[Rows]):
+    """Each layer's slabs, mapped when they are first hashed: opening a file maps no view it does not need."""
+
+    def __init__(self, storage: MappedWriter, count: int) -> None:
+        self._storage = weakref.proxy(storage)
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, layer: int) -> Rows:  # type: ignore[override]
+        if not 0 <= layer < self._count:
+            raise IndexError(layer)
+        rows: Rows = self._storage.layers[layer].slabs()
+        return rows
+
+
+def _successor(slot: Slot) -> Slot:
+    """The same commit under the next sequence, for the other slot."""
+    return dataclasses.replace(slot, sequence=slot.sequence + 1)
+
+
+def _exists(path: str) -> CacheExistsError:
+    return CacheExistsError(
+        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) '
+        "replaces it",
+        path=path,
+    )
+
+
+def lock_file(path: str, timeout: float) -> tuple[PosixFile, Superblock]:
+    """Open a cache file and take the writer's lock on it."""
+    deadline = time.monotonic() + timeout
+    while True:
+        file = open_file(path, writable=True)
+        with closing_on_error(file):
+            superblock = read_superblock(file)  # first: what is no cache is not locked
+            if not file.lock(max(0.0, deadline - time.monotonic())):
+                _locked(file, superblock)
+            if file.is_at(file.path):
+                return file, superblock
+        # While we waited, the file was replaced (resized) or removed: the lock is on one that nobody will open.
+        file.close()
+
+
+def _locked(file: PosixFile, superblock: Superblock) -> NoReturn:
+    pid = map_live(file, superblock, writable=False).get("writer_pid")
+    who = f"process {pid}" if pid > 0 else "another process"
+    if pid == os.getpid():
+        who = "this process"
+    raise CacheLockedError(
+        f"{file.path}: {who} has it open for writing; close it there, or wait for it with timeout=SECONDS "
+        '(reading needs no lock: mode="r")',
+        path=file.path,
+        actual=pid if pid > 0 else None,
+    )
+
+
+def build_file(
+    path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
+) -> PosixFile:
+    """Make a complete, empty, durable cache file beside `path`, under a name of its own."""
+    data = document.encode()
+    superblock = Superblock.plan(
+        geometry,
+        file_id=os.urandom(16),
+        created_ns=time.time_ns(),
+        metadata_bytes=max(metadata_room, len(data)),
+    )
+    try:
+        file = PosixFile.create_beside(path)
+    except FileNotFoundError:
+        raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
+    try:
+        file.resize(superblock.file_bytes)
+        live, metadata = superblock.section(Section.LIVE), superblock.section(Section.METADATA)
+        # Everything up to the live record is written in place or through a map later on: it has its room from now.
+        file.allocate(0, -(-(live.offset + live.size) // PAGE) * PAGE)
+        file.write((0, metadata.offset), (superblock.encode(), data))
+        slot = Slot(
+            sequence=1,
+            seq_len=0,
+            token_len=0,
+            generation=1,
+            commit_ns=superblock.created_ns,
+            closed=True,
+            metadata_half=0,
+            metadata_bytes=len(data),
+            metadata_checksum=checksum(data),
+            tail_checksums=(0,) * (geometry.num_layers + 1),
+        )
+        for section, commit in ((Section.SLOT_A, slot), (Section.SLOT_B, _successor(slot))):
+            file.write((superblock.section(section).offset,), (commit.encode(superblock.file_id),))
+        record = map_live(file, superblock, writable=True)
+        for name in ("superseded", "writer_pid", "token_len"):
+            record.put(name, 0)
+        record.put("generation", 1)
+        record.put("acknowledged", 1)
+        for layer in range(geometry.num_layers):
+            record.publish(layer, 0)
+        file.sync()
+    except BaseException:
+        file.discard()
+        raise
+    return file
+
+
+def replace_file(new: PosixFile, path: str, timeout: float) -> None:
+    """Put `new` at `path` in place of a cache that nobody writes to, and tell who holds the old one.
+
+    Raises:
+        CacheExistsError: what is at `path` is no cache.
+        CacheLockedError: a writer holds it.
+    """
+    try:
+        old, superblock = lock_file(path, timeout)
+    except NotACacheError as error:
+        raise CacheExistsError(f"{error}, so it is not replaced: remove it yourself", path=path) from None
+    with contextlib.closing(old):
+        live = map_live(old, superblock, writable=True)
+        new.replace(path)
+        live.put("superseded", 1)
+
+
+def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
+    """Map the pages of the live record alone."""
+    extent = superblock.section(Section.LIVE)
+    memory, offset = file.map(extent.offset, extent.size, writable=writable)
+    return LiveRecord(memory, offset, superblock.salt, superblock.geometry.num_layers)
+
+
+_writers: weakref.WeakSet[MappedWriter] | None = None
+
+
+def _close_in_children(writer: MappedWriter) -> None:
+    """A forked child inherits the descriptor, and with it the lock: let go of it there, so that the lock dies with
+    the process that took it."""
+    global _writers
+    if _writers is None:
+        _writers = weakref.WeakSet()
+        os.register_at_fork(after_in_child=_let_go)
+    _writers.add(writer)
+
+
+def _let_go() -> None:
+    for writer in _writers or ():
+        writer.file.close()
