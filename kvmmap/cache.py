@@ -187,9 +187,7 @@ class QuantizedKvCache:
         where = "in memory" if self.path is None else repr(self.path)
         if self.closed:
             return f"<QuantizedKvCache {where}, closed>"
-        return (
-            f"<QuantizedKvCache {where}: {self.num_layers} layers, {self.seq_len}/{self.capacity} positions>"
-        )
+        return f"<QuantizedKvCache {where}: {self.num_layers} layers, {self.seq_len}/{self.capacity} positions>"
 
     # What it says of itself
 
@@ -277,10 +275,7 @@ class QuantizedKvCache:
                     expected=self.num_layers,
                     actual=len(arrays),
                 )
-        pairs = [
-            layer.check_input(key, value)
-            for layer, key, value in zip(self._layers, keys, values, strict=True)
-        ]
+        pairs = [layer.check_input(key, value) for layer, key, value in zip(self._layers, keys, values, strict=True)]
         count = len(pairs[0][0])
         for number, pair in enumerate(pairs):
             if len(pair[0]) != count:
@@ -633,9 +628,7 @@ def _check_token_ids(token_ids: Any, count: int | None) -> NDArray[np.int32]:
     if ids.size == 0:
         ids = ids.astype(np.int32)
     if ids.dtype.kind not in "iu":
-        raise DtypeError(
-            f"token ids must be whole numbers, not {ids.dtype}", expected="int32", actual=str(ids.dtype)
-        )
+        raise DtypeError(f"token ids must be whole numbers, not {ids.dtype}", expected="int32", actual=str(ids.dtype))
     if ids.ndim != 1 or (count is not None and len(ids) != count):
         wanted = "n" if count is None else count
         raise ShapeMismatchError(

@@ -201,9 +201,7 @@ class Superblock:
         return int.from_bytes(self.file_id[:8], "little")
 
     @classmethod
-    def plan(
-        cls, geometry: CacheGeometry, *, file_id: bytes, created_ns: int, metadata_bytes: int
-    ) -> Superblock:
+    def plan(cls, geometry: CacheGeometry, *, file_id: bytes, created_ns: int, metadata_bytes: int) -> Superblock:
         """Lay out a new file; `metadata_bytes` is the room for one document."""
         sizes = _section_sizes(geometry, metadata_bytes)
         size = HEADER.size + LAYER_ENTRY.size * geometry.num_layers + SECTION_ENTRY.size * len(sizes)
@@ -258,11 +256,7 @@ class Superblock:
             CorruptCacheError: a size that can't be.
         """
         if len(start) < HEADER.size or start[: len(MAGIC)] != MAGIC:
-            what = (
-                f"it has {len(start)} bytes"
-                if len(start) < HEADER.size
-                else "its first bytes are not kvmmap's"
-            )
+            what = f"it has {len(start)} bytes" if len(start) < HEADER.size else "its first bytes are not kvmmap's"
             raise NotACacheError(f"{path}: not a kvmmap cache ({what})", path=path)
         header = HEADER.unpack(start)
         if header["format_version"] != FORMAT_VERSION:
@@ -337,9 +331,7 @@ class Superblock:
             raise corrupt(str(error)) from error
         sections = _decode_sections(body[sections_at:], path)
         _check_sections(sections, geometry, len(data), header["file_bytes"], corrupt)
-        return cls(
-            geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections
-        )
+        return cls(geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections)
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,9 +477,7 @@ def _decode_sections(data: memoryview, path: str) -> dict[tuple[int, int], Exten
                 actual=kind,
             )
         if (kind, layer) in sections:
-            raise CorruptCacheError(
-                f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path
-            )
+            raise CorruptCacheError(f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path)
         sections[kind, layer] = Extent(offset, size)
     return sections
 

@@ -28,9 +28,7 @@ SCALE_BYTES = 4  # f32
 def index(value: object, name: str) -> int:
     """Return `value` as an int; anything that is not a whole number is a ShapeMismatchError naming `name`."""
     if isinstance(value, bool):
-        raise ShapeMismatchError(
-            f"{name} must be a whole number, not {value!r}", expected="int", actual=value
-        )
+        raise ShapeMismatchError(f"{name} must be a whole number, not {value!r}", expected="int", actual=value)
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -64,9 +62,7 @@ class LayerGeometry:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_kv_heads", _bounded(self.num_kv_heads, "num_kv_heads", 1, MAX_HEADS))
         object.__setattr__(self, "head_dim", _bounded(self.head_dim, "head_dim", 1, MAX_HEAD_DIM))
-        object.__setattr__(
-            self, "value_head_dim", _bounded(self.value_head_dim, "value_head_dim", 1, MAX_HEAD_DIM)
-        )
+        object.__setattr__(self, "value_head_dim", _bounded(self.value_head_dim, "value_head_dim", 1, MAX_HEAD_DIM))
 
     @property
     def position_bytes(self) -> int:

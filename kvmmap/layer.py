@@ -43,9 +43,7 @@ class QuantizedKvLayer:
 
     __slots__ = ("_key_shape", "_storage", "_store", "_value_shape")
 
-    def __init__(
-        self, capacity: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None = None
-    ) -> None:
+    def __init__(self, capacity: int, num_kv_heads: int, head_dim: int, value_head_dim: int | None = None) -> None:
         geometry = CacheGeometry.build(
             num_layers=1,
             capacity=capacity,
@@ -252,9 +250,7 @@ class QuantizedKvLayer:
         """Return one dequantised value row, f32 [value_head_dim]; raises as `get_key`."""
         position, head = self._check_position(position), self._check_head(head)
         slabs = self._store.slabs()
-        return self._dequantize(
-            slabs.value_codes[position, head], slabs.value_scales[position, head : head + 1]
-        )
+        return self._dequantize(slabs.value_codes[position, head], slabs.value_scales[position, head : head + 1])
 
     def get_keys_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised keys, f32 [num_kv_heads, head_dim].

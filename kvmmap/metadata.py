@@ -56,9 +56,7 @@ class Document:
             )
         model = None if self.model is None else asdict(self.model)
         try:
-            text = json.dumps(
-                {"model": model, "metadata": dict(self.metadata)}, allow_nan=False, separators=(",", ":")
-            )
+            text = json.dumps({"model": model, "metadata": dict(self.metadata)}, allow_nan=False, separators=(",", ":"))
             data = text.encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise MetadataError(f"metadata must be plain JSON: {error}") from error
@@ -66,9 +64,7 @@ class Document:
         if not _has_str_keys(self.metadata):
             raise MetadataError("metadata keys must all be str: JSON has no other kind")
         if len(data) > MAX_METADATA_BYTES:
-            raise MetadataError(
-                f"metadata is {len(data):,} bytes of JSON; the limit is {MAX_METADATA_BYTES:,}"
-            )
+            raise MetadataError(f"metadata is {len(data):,} bytes of JSON; the limit is {MAX_METADATA_BYTES:,}")
         return data
 
     @classmethod

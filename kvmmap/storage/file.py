@@ -32,9 +32,7 @@ class PosixFile:
     @classmethod
     def open(cls, path: str, *, writable: bool) -> PosixFile:
         """Open an existing file."""
-        flags = (
-            (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-        )  # a pipe must not hang us
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not hang us
         return cls(os.open(path, flags), path)
 
     @classmethod

@@ -142,9 +142,7 @@ class MappedReader:
 
     def refuse_write(self) -> NoReturn:
         self.check()
-        raise ReadOnlyError(
-            f'{self.path}: is open for reading; kvmmap.open(path, mode="a") appends', path=self.path
-        )
+        raise ReadOnlyError(f'{self.path}: is open for reading; kvmmap.open(path, mode="a") appends', path=self.path)
 
     def map_slabs(self, layer: int) -> Rows:
         """Views of a layer's four slabs, as long as the capacity."""
@@ -180,9 +178,7 @@ class MappedReader:
         start = section.offset + slot.metadata_half * (section.size // 2)
         data = self.memory[start : start + slot.metadata_bytes]
         if checksum(data) != slot.metadata_checksum:
-            raise CorruptCacheError(
-                f"{self.path}: metadata damaged: its checksum does not match", path=self.path
-            )
+            raise CorruptCacheError(f"{self.path}: metadata damaged: its checksum does not match", path=self.path)
         return Document.decode(data, self.path)
 
     # Looking
@@ -324,9 +320,7 @@ def open_file(path: str, *, writable: bool) -> PosixFile:
             raise NotACacheError(f"{path}: not a kvmmap cache ({kind})", path=path)
         return PosixFile.open(path, writable=writable)
     except FileNotFoundError:
-        raise CacheNotFoundError(
-            f"{path}: there is no such file; kvmmap.create() makes one", path=path
-        ) from None
+        raise CacheNotFoundError(f"{path}: there is no such file; kvmmap.create() makes one", path=path) from None
 
 
 def read_superblock(file: PosixFile) -> Superblock:

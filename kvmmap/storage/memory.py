@@ -64,9 +64,7 @@ class MemoryStorage:
         self.path: str | None = None
         self.writable = True
         self.lock = threading.RLock()
-        self.layers = [
-            MemoryLayer(number, layer, geometry.capacity) for number, layer in enumerate(geometry.layers)
-        ]
+        self.layers = [MemoryLayer(number, layer, geometry.capacity) for number, layer in enumerate(geometry.layers)]
         self.document = document or Document(None, {})
         self.token_len = 0
         self._tokens = np.full(geometry.capacity, NO_TOKEN, np.int32)

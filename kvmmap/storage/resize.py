@@ -17,9 +17,7 @@ from .verify import check_blocks
 from .writer import MappedWriter, build_file
 
 
-def resize_file(
-    path: str, capacity: int | None, *, timeout: float = 0, progress: Progress | None = None
-) -> None:
+def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress: Progress | None = None) -> None:
     """Rebuild the file at `path` with room for `capacity` positions; None for just as many as are stored.
 
     Raises:

@@ -98,9 +98,7 @@ def _check_head(reader: MappedReader) -> Iterator[Damage]:
     """Superblock, commit slots, live record and metadata."""
     superblock = reader.superblock
     try:
-        again = Superblock.decode(
-            reader.file.read(0, superblock.size), reader.path, reader.file.stat().st_size
-        )
+        again = Superblock.decode(reader.file.read(0, superblock.size), reader.path, reader.file.stat().st_size)
         if again != superblock:
             yield Damage("the superblock has changed since the file was opened")
     except CorruptCacheError as error:

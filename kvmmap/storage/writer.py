@@ -103,9 +103,7 @@ class MappedWriter(MappedReader):
         size = self.geometry.block_tokens
         slot = self.snapshot.slot
         self._rows_hasher = BlockHasher(_LazyTracks(self, self.geometry.num_layers), 0, size, slot.seq_len)
-        self._tokens_hasher = BlockHasher(
-            [[self.map_tokens()]], self.geometry.num_layers, size, slot.token_len
-        )
+        self._tokens_hasher = BlockHasher([[self.map_tokens()]], self.geometry.num_layers, size, slot.token_len)
         _close_in_children(self)
 
     # Opening
@@ -435,8 +433,7 @@ def _successor(slot: Slot) -> Slot:
 
 def _exists(path: str) -> CacheExistsError:
     return CacheExistsError(
-        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) '
-        "replaces it",
+        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) replaces it',
         path=path,
     )
 
