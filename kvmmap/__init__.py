@@ -9,8 +9,7 @@ cache = kvmmap.open("prompt.kvm")              # in constant time, from any proc
 cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim]
 """
 
-from .cache import QuantizedKvCache, compact, create, resize
-from .cache import open_cache as open
+from .cache import QuantizedKvCache
 from .errors import (
     CacheChangedError,
     CacheExistsError,
@@ -37,6 +36,8 @@ from .errors import (
 from .geometry import CacheGeometry, LayerGeometry
 from .layer import QuantizedKvLayer
 from .metadata import ModelInfo
+from .opening import compact, create, resize
+from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.base import Damage, VerifyReport
 

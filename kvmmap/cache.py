@@ -1,39 +1,26 @@
-"""A whole cache: create, open, push_step, commit, close. The only module that puts the others together.
+"""A whole cache: push_step, extend, flush, truncate, close. A storage, its layers, and what they have in common.
 
-A cache is a storage, its layers, and what they have in common: the length, token ids, metadata. Which storage it is
-is decided in `create` and `open_cache` and known nowhere else.
+Which kind of storage it is, is not known here: `opening` decides that.
 """
 
 from __future__ import annotations
 
-import os
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import (
-    DtypeError,
-    KvmmapError,
-    LayerOutOfRangeError,
-    NotACacheError,
-    PositionOutOfRangeError,
-    ShapeMismatchError,
-)
+from .errors import LayerOutOfRangeError, PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
 from .geometry import CacheGeometry, check_range, check_room, compression_ratio, index
+from .inputs import check_token_ids, one_step, per_layer
 from .layer import QuantizedKvLayer
-from .metadata import Document, ModelInfo
-from .quantize import as_rows
+from .metadata import ModelInfo, document
 from .storage.base import Progress, Storage, VerifyReport, seq_len
-from .storage.mapped import MappedReader
 from .storage.memory import MemoryStorage
-from .storage.resize import resize_file
-from .storage.writer import METADATA_ROOM, Durability, MappedWriter
-
-PathLike = str | os.PathLike[str]
 
 
 class Layers(Sequence[QuantizedKvLayer]):
@@ -49,21 +36,21 @@ class Layers(Sequence[QuantizedKvLayer]):
         return iter(self._layers)
 
     @overload
-    def __getitem__(self, index: int) -> QuantizedKvLayer: ...
+    def __getitem__(self, layer: int) -> QuantizedKvLayer: ...
     @overload
-    def __getitem__(self, index: slice) -> list[QuantizedKvLayer]: ...
-    def __getitem__(self, index: int | slice) -> QuantizedKvLayer | list[QuantizedKvLayer]:
-        if isinstance(index, slice):
-            return self._layers[index]
-        return self._layers[self.check(index)]
+    def __getitem__(self, layer: slice) -> list[QuantizedKvLayer]: ...
+    def __getitem__(self, layer: int | slice) -> QuantizedKvLayer | list[QuantizedKvLayer]:
+        if isinstance(layer, slice):
+            return self._layers[layer]
+        return self._layers[self.check(layer)]
 
     def check(self, layer: int) -> int:
         """Return `layer` if there is such a one."""
         layer = index(layer, "layer")
         if not 0 <= layer < len(self._layers):
             raise LayerOutOfRangeError(
-                f"layer {layer} does not exist: there are {len(self._layers)}, counted from 0, and negative ones do not "
-                "wrap",
+                f"layer {layer} does not exist: there are {len(self._layers)}, counted from 0, and "
+                "negative ones do not wrap",
                 layer=layer,
                 expected=len(self._layers),
             )
@@ -107,9 +94,9 @@ class QuantizedKvCache:
             head_dim=head_dim,
             value_head_dim=value_head_dim,
         )
-        document = _document(metadata, model)
-        document.encode()
-        self._attach(MemoryStorage(geometry, document))
+        notes = document(metadata, model)
+        notes.encode()
+        self._attach(MemoryStorage(geometry, notes))
 
     @classmethod
     def of_storage(cls, storage: Storage) -> QuantizedKvCache:
@@ -199,11 +186,11 @@ class QuantizedKvCache:
             MetadataError: not plain JSON, or more than there is room for; the old notes stay.
         """
         self._storage.check()
-        return _deep_copy(self._storage.document.metadata)
+        return copy.deepcopy(self._storage.document.metadata)
 
     @metadata.setter
     def metadata(self, metadata: Mapping[str, Any]) -> None:
-        self._storage.set_document(_document(metadata, self._storage.document.model))
+        self._storage.set_document(document(metadata, self._storage.document.model))
 
     @property
     def model(self) -> ModelInfo | None:
@@ -213,7 +200,7 @@ class QuantizedKvCache:
 
     @model.setter
     def model(self, model: ModelInfo | None) -> None:
-        self._storage.set_document(_document(self._storage.document.metadata, model))
+        self._storage.set_document(document(self._storage.document.metadata, model))
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -246,7 +233,7 @@ class QuantizedKvCache:
             ShapeMismatchError: wrong shapes, or layers that were pushed to on their own and are not level.
             DtypeError, NonFiniteError, CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
         """
-        self._append(_one_step(keys), _one_step(values), None if token_id is None else [token_id])
+        self._append(one_step(keys), one_step(values), None if token_id is None else [token_id])
 
     def extend(self, keys: Any, values: Any, token_ids: Any = None) -> None:
         """Append many positions to every layer: all or nothing.
@@ -265,7 +252,7 @@ class QuantizedKvCache:
             ReadOnlyError, ClosedError, CacheLockedError, PoisonedError: this handle can't write.
             OSError: the disk is full or failing.
         """
-        self._append(_per_layer(keys), _per_layer(values), token_ids)
+        self._append(per_layer(keys), per_layer(values), token_ids)
 
     def _append(self, keys: Sequence[Any], values: Sequence[Any], token_ids: Any) -> None:
         for name, arrays in (("keys", keys), ("values", values)):
@@ -276,21 +263,21 @@ class QuantizedKvCache:
                     actual=len(arrays),
                 )
         pairs = [layer.check_input(key, value) for layer, key, value in zip(self._layers, keys, values, strict=True)]
-        count = len(pairs[0][0])
+        count = len(pairs[0].keys)
         for number, pair in enumerate(pairs):
-            if len(pair[0]) != count:
+            if len(pair.keys) != count:
                 raise ShapeMismatchError(
-                    f"layer {number} has {len(pair[0])} positions and layer 0 has {count}: give as many to each",
+                    f"layer {number} has {len(pair.keys)} positions and layer 0 has {count}: give as many to each",
                     expected=count,
-                    actual=len(pair[0]),
+                    actual=len(pair.keys),
                     layer=number,
                 )
-        ids = None if token_ids is None else _check_token_ids(token_ids, count)
+        ids = None if token_ids is None else check_token_ids(token_ids, count)
         storage = self._storage
         with storage.lock:
             start = self._check_level(count)
             for layer, pair in zip(self._layers, pairs, strict=True):
-                layer.write_rows(start, *pair)
+                layer.write_rows(start, pair)
             if ids is not None:
                 self._record_tokens(start, ids)
             for store in storage.layers:
@@ -321,7 +308,7 @@ class QuantizedKvCache:
             DtypeError, ShapeMismatchError: not such numbers.
             CapacityExceededError: more than fit.
         """
-        ids = _check_token_ids(token_ids, None)
+        ids = check_token_ids(token_ids, None)
         with self._storage.lock:
             self._storage.layers[0].begin(0)
             start = self._storage.token_len
@@ -446,200 +433,3 @@ class QuantizedKvCache:
             assert layer.key_codes.shape == (len(layer), layer.num_kv_heads, layer.head_dim)
             assert not layer.key_codes.size or layer.key_codes.min() >= -127
             assert not layer.key_scales.size or layer.key_scales.min() > 0
-
-
-def create(
-    path: PathLike,
-    *,
-    num_layers: int,
-    capacity: int,
-    num_kv_heads: int | Sequence[int],
-    head_dim: int | Sequence[int],
-    value_head_dim: int | Sequence[int] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    model: ModelInfo | None = None,
-    durability: Durability = "publish",
-    overwrite: bool = False,
-    timeout: float = 0,
-    metadata_room: int = METADATA_ROOM,
-) -> QuantizedKvCache:
-    """Make a new cache file and open it for appending.
-
-    Args:
-        path: where; its directory must exist. The file appears whole, mode 0600, and is sparse: reserving costs no disk.
-        num_layers: transformer layers.
-        capacity: positions to reserve; `resize` changes it.
-        num_kv_heads: key and value heads; one number, or one a layer.
-        head_dim: numbers in a key row; one number, or one a layer.
-        value_head_dim: numbers in a value row, `head_dim` unless given.
-        metadata: plain JSON of your own.
-        model: what makes the cache, so that nothing else uses it.
-        durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
-            `close` on. "commit": every append that completes a step survives power loss when the call returns.
-        overwrite: replace a cache that is there already.
-        timeout: seconds to wait for a writer of the cache that is to be replaced.
-        metadata_room: bytes to reserve for model and metadata as JSON.
-
-    Raises:
-        CacheExistsError: there is something at `path`, and `overwrite` was not given or it is no cache.
-        CacheNotFoundError: the directory does not exist.
-        ShapeMismatchError, MetadataError: as in `QuantizedKvCache`.
-        CacheLockedError: a writer holds the cache that is to be replaced.
-        OSError: the file can't be made.
-    """
-    geometry = CacheGeometry.build(
-        num_layers=num_layers,
-        capacity=capacity,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
-    )
-    storage = MappedWriter.create(
-        _local_path(path),
-        geometry,
-        _document(metadata, model),
-        durability=_check_durability(durability),
-        overwrite=overwrite,
-        timeout=timeout,
-        metadata_room=metadata_room,
-    )
-    return QuantizedKvCache.of_storage(storage)
-
-
-def open_cache(
-    path_or_url: PathLike,
-    mode: Literal["r", "a"] = "r",
-    *,
-    timeout: float = 0,
-    durability: Durability = "publish",
-    recover: bool = False,
-) -> QuantizedKvCache:
-    """Open a cache, in constant time.
-
-    Args:
-        path_or_url: the path of a `.kvm` file.
-        mode: "r" reads, beside any number of others and a writer; "a" appends, and is the only one that does.
-        timeout: with "a", seconds to wait for another writer to finish.
-        durability: with "a", as in `create`.
-        recover: believe only the last sound commit, where published lengths are damaged.
-
-    Raises:
-        CacheNotFoundError: there is nothing at the path.
-        NotACacheError, VersionMismatchError, CorruptCacheError: what is there can't be used.
-        CacheLockedError: another writer holds it.
-        OSError: it can't be read, or with "a" written.
-    """
-    path = _local_path(path_or_url)
-    storage: Storage
-    if mode == "r":
-        storage = MappedReader.open(path, recover=recover)
-    elif mode == "a":
-        storage = MappedWriter.open_locked(
-            path, timeout=timeout, durability=_check_durability(durability), recover=recover
-        )
-    else:
-        raise KvmmapError(f'mode must be "r" (read) or "a" (append), not {mode!r}')
-    return QuantizedKvCache.of_storage(storage)
-
-
-def resize(path: PathLike, capacity: int, *, timeout: float = 0, progress: Progress | None = None) -> None:
-    """Give a cache file another capacity: a new file is built beside it, checked, and takes its place.
-
-    Readers of the old file go on reading it until they `refresh`, which tells them.
-
-    Args:
-        path: the cache; nobody may have it open for writing.
-        capacity: positions to reserve.
-        timeout: seconds to wait for a writer.
-        progress: called with (bytes done, bytes in all) now and then.
-
-    Raises:
-        CapacityExceededError: more positions are stored.
-        CorruptCacheError: a block does not match its checksum; nothing was changed.
-        CacheLockedError, OSError, FormatError: as in `open`; nothing was changed.
-    """
-    resize_file(_local_path(path), index(capacity, "capacity"), timeout=timeout, progress=progress)
-
-
-def compact(path: PathLike, *, timeout: float = 0, progress: Progress | None = None) -> None:
-    """Drop the capacity that is not used: `resize` to the positions stored."""
-    resize_file(_local_path(path), None, timeout=timeout, progress=progress)
-
-
-def _local_path(path: PathLike) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        text = os.fsdecode(text)
-    if "://" in text:
-        raise NotACacheError(f"{text}: URLs are not supported by this version; give a file's path", path=text)
-    return text
-
-
-def _check_durability(durability: str) -> Durability:
-    if durability == "publish":
-        return "publish"
-    if durability == "commit":
-        return "commit"
-    raise KvmmapError(f'durability must be "publish" or "commit", not {durability!r}')
-
-
-def _document(metadata: Mapping[str, Any] | None, model: ModelInfo | None) -> Document:
-    return Document(model, {} if metadata is None else metadata)  # type: ignore[arg-type]
-
-
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _deep_copy(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_deep_copy(inner) for inner in value]
-    return value
-
-
-def _per_layer(x: Any) -> Sequence[Any]:
-    """Split [num_layers, ...] into one array a layer; a sequence of arrays is that already."""
-    if isinstance(x, list | tuple):
-        return x
-    rows, _ = as_rows(x)
-    if rows.ndim != 4:
-        raise ShapeMismatchError(
-            f"must be [num_layers, n, num_kv_heads, head_dim], or a sequence of one array a layer, not {list(rows.shape)}",
-            expected=("num_layers", "n", "num_kv_heads", "head_dim"),
-            actual=rows.shape,
-        )
-    return [x[number] for number in range(len(rows))]
-
-
-def _one_step(x: Any) -> Sequence[Any]:
-    """Split [num_layers, num_kv_heads, head_dim] into one [1, num_kv_heads, head_dim] a layer."""
-    if isinstance(x, list | tuple):
-        return [as_rows(array)[0][None] for array in x]
-    rows, _ = as_rows(x)
-    if rows.ndim != 3:
-        raise ShapeMismatchError(
-            f"must be [num_layers, num_kv_heads, head_dim], or a sequence of one array a layer, not {list(rows.shape)}",
-            expected=("num_layers", "num_kv_heads", "head_dim"),
-            actual=rows.shape,
-        )
-    return [x[number : number + 1] for number in range(len(rows))]
-
-
-def _check_token_ids(token_ids: Any, count: int | None) -> NDArray[np.int32]:
-    ids = np.asarray(token_ids)
-    if ids.size == 0:
-        ids = ids.astype(np.int32)
-    if ids.dtype.kind not in "iu":
-        raise DtypeError(f"token ids must be whole numbers, not {ids.dtype}", expected="int32", actual=str(ids.dtype))
-    if ids.ndim != 1 or (count is not None and len(ids) != count):
-        wanted = "n" if count is None else count
-        raise ShapeMismatchError(
-            f"token ids must be [{wanted}], one a position, not {list(ids.shape)}",
-            expected=(wanted,),
-            actual=ids.shape,
-        )
-    if ids.size and not (ids.min() >= 0 and ids.max() < 2**31):
-        raise ShapeMismatchError(
-            f"token ids must lie in [0, 2**31), not from {ids.min()} to {ids.max()}",
-            expected=(0, 2**31 - 1),
-            actual=(int(ids.min()), int(ids.max())),
-        )
-    return ids.astype(np.int32)

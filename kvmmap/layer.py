@@ -11,16 +11,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
-from .errors import (
-    DtypeError,
-    HeadOutOfRangeError,
-    KvmmapError,
-    NonFiniteError,
-    PositionOutOfRangeError,
-    ShapeMismatchError,
-)
+from .errors import HeadOutOfRangeError, KvmmapError, NonFiniteError, PositionOutOfRangeError
 from .geometry import CacheGeometry, LayerGeometry, check_range, compression_ratio, index
-from .quantize import MIN_SCALE, as_rows, dequantize_rows
+from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
+from .quantize import as_rows, dequantize_rows
 from .storage.base import LayerStore, Rows, Storage
 from .storage.memory import MemoryStorage
 
@@ -135,9 +129,9 @@ class QuantizedKvLayer:
         key_rows, key_dtype = as_rows(keys)
         value_rows, value_dtype = as_rows(values)
         if key_rows.shape != self._key_shape:
-            key_rows = self._one_position(key_rows, "keys", self._key_shape)
+            key_rows = check_position_rows(key_rows, "keys", self._key_shape, self._number())
         if value_rows.shape != self._value_shape:
-            value_rows = self._one_position(value_rows, "values", self._value_shape)
+            value_rows = check_position_rows(value_rows, "values", self._value_shape, self._number())
         store = self._store
         with self._storage.lock:
             position = store.begin(1)
@@ -166,9 +160,9 @@ class QuantizedKvLayer:
         """
         pair = self.check_input(keys, values)
         with self._storage.lock:
-            count = len(pair[0])
+            count = len(pair.keys)
             position = self._store.begin(count)
-            self.write_rows(position, *pair)
+            self.write_rows(position, pair)
             self._store.publish(position + count)
             self._storage.appended()
 
@@ -186,7 +180,9 @@ class QuantizedKvLayer:
             NonFiniteError: codes or scales that the codec never makes.
             CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
         """
-        source = self._check_quantized(Rows(key_codes, key_scales, value_codes, value_scales))
+        source = check_quantized(
+            Rows(key_codes, key_scales, value_codes, value_scales), self._store.geometry, self._number()
+        )
         count = len(source.key_codes)
         with self._storage.lock:
             start = self._store.begin(count)
@@ -194,8 +190,7 @@ class QuantizedKvLayer:
             while done < count:
                 rows = self._store.stage(start + done, count - done)
                 stop = done + len(rows.key_codes)
-                for target, array in zip(rows, source, strict=True):
-                    np.copyto(target, array[done:stop])
+                rows.fill(source.part(done, stop))
                 self._store.write(start + done, rows)
                 done = stop
             self._store.publish(start + count)
@@ -339,108 +334,38 @@ class QuantizedKvLayer:
 
     # Checking
 
-    def check_input(self, keys: Any, values: Any) -> tuple[NDArray[Any], int, NDArray[Any], int]:
-        """Return `extend`'s arguments as (keys, dtype number, values, dtype number), their shapes checked."""
-        key_rows, key_dtype = as_rows(keys)
-        value_rows, value_dtype = as_rows(values)
-        for name, rows, shape in (
-            ("keys", key_rows, self._key_shape),
-            ("values", value_rows, self._value_shape),
-        ):
-            if rows.ndim != 3 or rows.shape[1:] != shape:
-                raise ShapeMismatchError(
-                    f"{name} must be [n, {shape[0]}, {shape[1]}] (positions, KV heads, head_dim), not "
-                    f"{list(rows.shape)}{self._where()}",
-                    expected=("n", *shape),
-                    actual=rows.shape,
-                    layer=self._store.index,
-                )
-        if len(key_rows) != len(value_rows):
-            raise ShapeMismatchError(
-                f"{len(key_rows)} positions of keys and {len(value_rows)} of values: give as many of both",
-                expected=len(key_rows),
-                actual=len(value_rows),
-                layer=self._store.index,
-            )
-        return key_rows, key_dtype, value_rows, value_dtype
+    def check_input(self, keys: Any, values: Any) -> RowPair:
+        """Return `extend`'s arguments as rows, their shapes checked."""
+        return check_pair(keys, values, self._store.geometry, self._number())
 
-    def write_rows(
-        self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
-    ) -> None:
-        """Quantise and write checked rows at `start`, unpublished; the storage's lock is held."""
-        done, count = 0, len(keys)
+    def write_rows(self, start: int, pair: RowPair) -> None:
+        """Quantise and write rows at `start`, unpublished; the storage's lock is held."""
+        done, count = 0, len(pair.keys)
         while done < count:
             rows = self._store.stage(start + done, count - done)
             stop = done + len(rows.key_codes)
-            for name, source, dtype, codes, scales in (
-                ("keys", keys, key_dtype, rows.key_codes, rows.key_scales),
-                ("values", values, value_dtype, rows.value_codes, rows.value_scales),
-            ):
-                bad = _core.quantize_rows(source[done:stop], dtype, codes, scales, 1)
-                if bad >= 0:
-                    raise self._non_finite(name, start + done, bad)
+            bad = _core.quantize_rows(pair.keys[done:stop], pair.key_dtype, rows.key_codes, rows.key_scales, 1)
+            if bad >= 0:
+                raise self._non_finite("keys", start + done, bad)
+            bad = _core.quantize_rows(pair.values[done:stop], pair.value_dtype, rows.value_codes, rows.value_scales, 1)
+            if bad >= 0:
+                raise self._non_finite("values", start + done, bad)
             self._store.write(start + done, rows)
             done = stop
 
-    def _where(self) -> str:
-        return f" (layer {self._store.index})" if len(self._storage.layers) > 1 else ""
-
-    def _one_position(self, rows: NDArray[Any], name: str, shape: tuple[int, int]) -> NDArray[Any]:
-        if rows.shape != (shape[0] * shape[1],):
-            raise ShapeMismatchError(
-                f"{name} must be [{shape[0]}, {shape[1]}] (KV heads, head_dim) or flat, not {list(rows.shape)}"
-                f"{self._where()}",
-                expected=shape,
-                actual=rows.shape,
-                layer=self._store.index,
-            )
-        return rows.reshape(shape)
+    def _number(self) -> int | None:
+        """The layer's index, if there are others to tell it from."""
+        return self._store.index if len(self._storage.layers) > 1 else None
 
     def _non_finite(self, name: str, start: int, row: int) -> NonFiniteError:
         position, head = start + row // self.num_kv_heads, row % self.num_kv_heads
         return NonFiniteError(
-            f"{name} hold a NaN or an infinity at position {position}, head {head}{self._where()}; nothing was appended",
+            f"{name} hold a NaN or an infinity at position {position}, head {head}{where(self._number())}; nothing was "
+            "appended",
             position=position,
             head=head,
             layer=self._store.index,
         )
-
-    def _check_quantized(self, rows: Rows) -> Rows:
-        count = len(rows.key_codes)
-        heads, dim = self._key_shape
-        wanted = ((heads, dim), (heads,), (heads, self._value_shape[1]), (heads,))
-        for name, array, shape in zip(Rows._fields, rows, wanted, strict=True):
-            dtype = np.dtype(np.int8 if name.endswith("codes") else np.float32)
-            if not isinstance(array, np.ndarray) or array.dtype != dtype:
-                actual = getattr(array, "dtype", type(array).__name__)
-                raise DtypeError(
-                    f"{name} must be a numpy array of {dtype}, not {actual}",
-                    expected=str(dtype),
-                    actual=str(actual),
-                )
-            if array.shape != (count, *shape):
-                raise ShapeMismatchError(
-                    f"{name} must be {[count, *shape]}, not {list(array.shape)}{self._where()}",
-                    expected=(count, *shape),
-                    actual=array.shape,
-                    layer=self._store.index,
-                )
-            if not array.size:
-                continue
-            low, high = array.min(), array.max()  # a NaN is its own minimum
-            if dtype == np.int8:
-                sound = low > -128
-            else:
-                sound = low >= MIN_SCALE and high < np.inf
-            if not sound:
-                raise NonFiniteError(
-                    f"{name} were not made by this codec: codes lie in [-127, 127], scales are finite and at least "
-                    f"2**-23; here they go from {low} to {high}; nothing was appended",
-                    expected=(-127, 127) if dtype == np.int8 else (MIN_SCALE, None),
-                    actual=(float(low), float(high)),
-                    layer=self._store.index,
-                )
-        return rows
 
     def _check_range(self, start: int, stop: int | None) -> tuple[int, int]:
         return check_range(start, len(self) if stop is None else stop, len(self), layer=self._store.index)
@@ -449,8 +374,8 @@ class QuantizedKvLayer:
         position = index(position, "position")
         if not 0 <= position < self._store.length:
             raise PositionOutOfRangeError(
-                f"position {position} is not stored{self._where()}: there are {len(self)}, counted from 0, and negative "
-                "ones do not wrap",
+                f"position {position} is not stored{where(self._number())}: there are {len(self)}, counted from 0, and "
+                "negative ones do not wrap",
                 position=position,
                 actual=len(self),
                 layer=self._store.index,
@@ -461,7 +386,8 @@ class QuantizedKvLayer:
         head = index(head, "head")
         if not 0 <= head < self.num_kv_heads:
             raise HeadOutOfRangeError(
-                f"head {head} does not exist{self._where()}: there are {self.num_kv_heads} KV heads, counted from 0",
+                f"head {head} does not exist{where(self._number())}: there are {self.num_kv_heads} KV heads, counted "
+                "from 0",
                 head=head,
                 expected=self.num_kv_heads,
                 layer=self._store.index,

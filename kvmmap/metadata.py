@@ -87,6 +87,11 @@ class Document:
         return cls(model, metadata)
 
 
+def document(metadata: Mapping[str, Any] | None, model: ModelInfo | None) -> Document:
+    """Return the document of a user's metadata and model."""
+    return Document(model, {} if metadata is None else metadata)  # type: ignore[arg-type]
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 

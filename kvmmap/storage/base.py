@@ -42,7 +42,19 @@ class Rows(NamedTuple):
 
     def part(self, start: int, stop: int) -> Rows:
         """Views of positions [start, stop)."""
-        return Rows(*(array[start:stop] for array in self))
+        return Rows(
+            self.key_codes[start:stop],
+            self.key_scales[start:stop],
+            self.value_codes[start:stop],
+            self.value_scales[start:stop],
+        )
+
+    def fill(self, source: Rows) -> None:
+        """Copy rows of the same shapes in."""
+        np.copyto(self.key_codes, source.key_codes)
+        np.copyto(self.key_scales, source.key_scales)
+        np.copyto(self.value_codes, source.value_codes)
+        np.copyto(self.value_scales, source.value_scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +105,18 @@ class VerifyReport:
 class LayerStore(Protocol):
     """One layer's slabs."""
 
-    index: int
-    geometry: LayerGeometry
-    capacity: int
-    length: int
-    """Positions stored, as this handle sees them."""
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def geometry(self) -> LayerGeometry: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """Positions stored, as this handle sees them."""
 
     def begin(self, count: int) -> int:
         """Check that `count` positions may be appended, and return the position of the first."""
@@ -121,15 +140,24 @@ class LayerStore(Protocol):
 class Storage(Protocol):
     """All layers' slabs, with what belongs to the cache as a whole."""
 
-    geometry: CacheGeometry
-    path: str | None
-    writable: bool
-    lock: AbstractContextManager[Any]
-    """Held around every append; an append by another thread waits for it."""
-    layers: Sequence[LayerStore]
+    @property
+    def geometry(self) -> CacheGeometry: ...
+
+    @property
+    def path(self) -> str | None: ...
+
+    @property
+    def writable(self) -> bool: ...
 
     @property
     def closed(self) -> bool: ...
+
+    @property
+    def lock(self) -> AbstractContextManager[Any, Any]:
+        """Held around every append; an append by another thread waits for it."""
+
+    @property
+    def layers(self) -> Sequence[LayerStore]: ...
 
     @property
     def token_len(self) -> int:

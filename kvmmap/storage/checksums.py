@@ -33,7 +33,7 @@ class Advance:
 
 def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
     """Return the checksum of positions [start, stop) of a block, from nothing."""
-    parts = [xxhash.xxh3_64_intdigest(array[start:stop]) for array in arrays]
+    parts = [xxhash.xxh3_64_intdigest(array[start:stop].data) for array in arrays]
     return block_checksum(track, block, stop - start, parts)
 
 

@@ -24,7 +24,7 @@ class MemoryLayer:
         self.capacity = capacity
         self.length = 0
         self._slabs: Rows | None = Rows.allocate(geometry, capacity)
-        self._views: Rows | None = Rows(*(array.view() for array in self._slabs))
+        self._views: Rows | None = self._slabs.part(0, capacity)
         for view in self._views:
             view.flags.writeable = False
 

@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import os
 
-from ..errors import CorruptCacheError
+from ..errors import CapacityExceededError, CorruptCacheError
 from ..geometry import CacheGeometry
 from .base import Progress, Rows, seq_len
 from .mapped import MappedLayer, read_superblock
+from .placing import build_file
 from .verify import check_blocks
-from .writer import MappedWriter, build_file
+from .writer import MappedWriter
 
 
 def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress: Progress | None = None) -> None:
@@ -49,8 +50,6 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
 
 
 def _refuse_loss(geometry: CacheGeometry, length: int) -> None:
-    from ..errors import CapacityExceededError
-
     if geometry.capacity < length:
         raise CapacityExceededError(
             f"{length} positions are stored, and a capacity of {geometry.capacity} would lose some; truncate() first",

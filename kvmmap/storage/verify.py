@@ -67,7 +67,7 @@ def _check_tokens(reader: MappedReader, slot: Slot) -> Iterator[Damage]:
     size, layers = reader.geometry.block_tokens, reader.geometry.num_layers
     offset = reader.superblock.section(Section.TOKEN_IDS).offset
     complete = slot.token_len // size
-    expected = _stored(reader, Section.TOKEN_CHECKSUMS, 0, complete) + [slot.tail_checksums[-1]]
+    expected = [*_stored(reader, Section.TOKEN_CHECKSUMS, 0, complete), slot.tail_checksums[-1]]
     for block in range(-(-slot.token_len // size)):
         start, end = block * size, min((block + 1) * size, slot.token_len)
         extents = [(offset + 4 * start, 4 * (end - start))]

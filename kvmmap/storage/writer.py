@@ -7,46 +7,40 @@ then may rows be overwritten.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import mmap
 import os
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import (
     CacheChangedError,
-    CacheExistsError,
     CacheLockedError,
-    CacheNotFoundError,
     ClosedError,
     CorruptCacheError,
     KvmmapError,
     MetadataError,
-    NotACacheError,
     PoisonedError,
 )
-from ..format import PAGE, SLAB_SECTIONS, Section, Slot, Superblock, checksum
+from ..format import SLAB_SECTIONS, Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 from .base import Rows, seq_len
 from .checksums import BlockHasher
 from .file import PosixFile, closing_on_error
 from .live import LiveRecord
-from .mapped import MappedLayer, MappedReader, Snapshot, open_file, read_superblock
+from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
+from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, replace_file
 
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
 
 STRETCH_BYTES = 256 * 1024
 """Rows are quantised and written in stretches of about this size: codes stay in the second-level cache."""
-
-METADATA_ROOM = 64 * 1024
 
 
 class WriterLayer(MappedLayer):
@@ -132,7 +126,7 @@ class MappedWriter(MappedReader):
         """Make a new file, put it at `path` whole, and hold it for appending."""
         path = os.path.abspath(path)
         if os.path.lexists(path) and not overwrite:
-            raise _exists(path)
+            raise already_exists(path)
         file = build_file(path, geometry, document, metadata_room=metadata_room)
         try:
             file.try_lock()
@@ -148,7 +142,7 @@ class MappedWriter(MappedReader):
             else:
                 file.close()
             if isinstance(error, FileExistsError) and not isinstance(error, KvmmapError):
-                raise _exists(path) from None
+                raise already_exists(path) from None
             raise
 
     def _live_record(self, memory: mmap.mmap) -> LiveRecord:
@@ -323,7 +317,7 @@ class MappedWriter(MappedReader):
         self._new_document = None
         self.live.put("acknowledged", slot.sequence)
         if both:
-            self._write_slot(_successor(slot))
+            self._write_slot(slot.successor())
 
     def _write_slot(self, slot: Slot) -> None:
         which = 1 - self.snapshot.which
@@ -424,119 +418,6 @@ class _LazyTracks(Sequence[Rows]):
             raise IndexError(layer)
         rows: Rows = self._storage.layers[layer].slabs()
         return rows
-
-
-def _successor(slot: Slot) -> Slot:
-    """The same commit under the next sequence, for the other slot."""
-    return dataclasses.replace(slot, sequence=slot.sequence + 1)
-
-
-def _exists(path: str) -> CacheExistsError:
-    return CacheExistsError(
-        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) replaces it',
-        path=path,
-    )
-
-
-def lock_file(path: str, timeout: float) -> tuple[PosixFile, Superblock]:
-    """Open a cache file and take the writer's lock on it."""
-    deadline = time.monotonic() + timeout
-    while True:
-        file = open_file(path, writable=True)
-        with closing_on_error(file):
-            superblock = read_superblock(file)  # first: what is no cache is not locked
-            if not file.lock(max(0.0, deadline - time.monotonic())):
-                _locked(file, superblock)
-            if file.is_at(file.path):
-                return file, superblock
-        # While we waited, the file was replaced (resized) or removed: the lock is on one that nobody will open.
-        file.close()
-
-
-def _locked(file: PosixFile, superblock: Superblock) -> NoReturn:
-    pid = map_live(file, superblock, writable=False).get("writer_pid")
-    who = f"process {pid}" if pid > 0 else "another process"
-    if pid == os.getpid():
-        who = "this process"
-    raise CacheLockedError(
-        f"{file.path}: {who} has it open for writing; close it there, or wait for it with timeout=SECONDS "
-        '(reading needs no lock: mode="r")',
-        path=file.path,
-        actual=pid if pid > 0 else None,
-    )
-
-
-def build_file(
-    path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
-) -> PosixFile:
-    """Make a complete, empty, durable cache file beside `path`, under a name of its own."""
-    data = document.encode()
-    superblock = Superblock.plan(
-        geometry,
-        file_id=os.urandom(16),
-        created_ns=time.time_ns(),
-        metadata_bytes=max(metadata_room, len(data)),
-    )
-    try:
-        file = PosixFile.create_beside(path)
-    except FileNotFoundError:
-        raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
-    try:
-        file.resize(superblock.file_bytes)
-        live, metadata = superblock.section(Section.LIVE), superblock.section(Section.METADATA)
-        # Everything up to the live record is written in place or through a map later on: it has its room from now.
-        file.allocate(0, -(-(live.offset + live.size) // PAGE) * PAGE)
-        file.write((0, metadata.offset), (superblock.encode(), data))
-        slot = Slot(
-            sequence=1,
-            seq_len=0,
-            token_len=0,
-            generation=1,
-            commit_ns=superblock.created_ns,
-            closed=True,
-            metadata_half=0,
-            metadata_bytes=len(data),
-            metadata_checksum=checksum(data),
-            tail_checksums=(0,) * (geometry.num_layers + 1),
-        )
-        for section, commit in ((Section.SLOT_A, slot), (Section.SLOT_B, _successor(slot))):
-            file.write((superblock.section(section).offset,), (commit.encode(superblock.file_id),))
-        record = map_live(file, superblock, writable=True)
-        for name in ("superseded", "writer_pid", "token_len"):
-            record.put(name, 0)
-        record.put("generation", 1)
-        record.put("acknowledged", 1)
-        for layer in range(geometry.num_layers):
-            record.publish(layer, 0)
-        file.sync()
-    except BaseException:
-        file.discard()
-        raise
-    return file
-
-
-def replace_file(new: PosixFile, path: str, timeout: float) -> None:
-    """Put `new` at `path` in place of a cache that nobody writes to, and tell who holds the old one.
-
-    Raises:
-        CacheExistsError: what is at `path` is no cache.
-        CacheLockedError: a writer holds it.
-    """
-    try:
-        old, superblock = lock_file(path, timeout)
-    except NotACacheError as error:
-        raise CacheExistsError(f"{error}, so it is not replaced: remove it yourself", path=path) from None
-    with contextlib.closing(old):
-        live = map_live(old, superblock, writable=True)
-        new.replace(path)
-        live.put("superseded", 1)
-
-
-def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
-    """Map the pages of the live record alone."""
-    extent = superblock.section(Section.LIVE)
-    memory, offset = file.map(extent.offset, extent.size, writable=writable)
-    return LiveRecord(memory, offset, superblock.salt, superblock.geometry.num_layers)
 
 
 _writers: weakref.WeakSet[MappedWriter] | None = None

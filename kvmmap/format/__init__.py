@@ -1,0 +1,37 @@
+"""The `.kvm` file as bytes: encode, decode, validate. Pure: no file is touched here."""
+
+from .records import (
+    FORMAT_VERSION,
+    HEADER,
+    LIVE,
+    LIVE_LENGTHS,
+    NO_TOKEN,
+    PAGE,
+    SLAB_SECTIONS,
+    WHOLE_CACHE,
+    Extent,
+    Section,
+    block_checksum,
+    checksum,
+    tables,
+)
+from .slot import Slot
+from .superblock import Superblock
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HEADER",
+    "LIVE",
+    "LIVE_LENGTHS",
+    "NO_TOKEN",
+    "PAGE",
+    "SLAB_SECTIONS",
+    "WHOLE_CACHE",
+    "Extent",
+    "Section",
+    "Slot",
+    "Superblock",
+    "block_checksum",
+    "checksum",
+    "tables",
+]

@@ -1,0 +1,5 @@
+"""Print the layout's tables, as they stand in docs/format.md."""
+
+from . import tables
+
+print(tables(), end="")

@@ -1,0 +1,205 @@
+"""The layout of a `.kvm` file as data: its records, field by field, its sections, and its checksums.
+
+This is the only description of the bytes: structs are built from it, and so are the tables in `docs/format.md`
+(`python -m kvmmap.format`, checked by a test). Everything is little-endian and unpadded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import xxhash
+
+MAGIC = b"KVMMAP\x00\x01"
+FORMAT_VERSION = 1
+PAGE = 4096
+"""Sections start on multiples of this."""
+
+SLOT_MAGIC = 0x544F4C53  # "SLOT"
+WHOLE_CACHE = 0xFFFFFFFF  # the `layer` of a section that belongs to no layer
+MAX_SUPERBLOCK_BYTES = 64 * 2**20
+NO_TOKEN = -1
+"""The token id of a position that was appended without one."""
+
+CODECS = {1: "int8-row"}
+TRANSFORMS = {0: "none"}
+
+
+class Field(NamedTuple):
+    """One field of a record."""
+
+    name: str
+    code: str  # as in the struct module
+    about: str
+
+
+class Record:
+    """A fixed run of fields: packs from and unpacks to a mapping."""
+
+    def __init__(self, title: str, *fields: Field) -> None:
+        self.title = title
+        self.fields = fields
+        self.struct = struct.Struct("<" + "".join(field.code for field in fields))
+        self.size = self.struct.size
+        self._names = [field.name for field in fields]
+
+    def pack(self, values: Mapping[str, Any]) -> bytes:
+        return self.struct.pack(*(values[name] for name in self._names))
+
+    def unpack(self, data: bytes | memoryview, offset: int = 0) -> dict[str, Any]:
+        return dict(zip(self._names, self.struct.unpack_from(data, offset), strict=True))
+
+    def rows(self) -> Iterable[tuple[int, int, Field]]:
+        """Yield (offset, size, field)."""
+        offset = 0
+        for field in self.fields:
+            size = struct.calcsize("<" + field.code)
+            yield offset, size, field
+            offset += size
+
+
+HEADER = Record(
+    "Superblock header",
+    Field("magic", "8s", '"KVMMAP", 0x00, 0x01'),
+    Field("format_version", "I", "1; a reader refuses a later one"),
+    Field("superblock_bytes", "I", "header, layer entries, section entries and checksum together"),
+    Field("file_id", "16s", "random, made with the file; slots and sealed words are bound to it"),
+    Field("created_ns", "Q", "when the file was made, nanoseconds since 1970"),
+    Field("file_bytes", "Q", "size of the file; a shorter file is damaged"),
+    Field("capacity", "Q", "token positions reserved in every layer"),
+    Field("block_tokens", "I", "positions in a block (256)"),
+    Field("num_layers", "I", "layer entries that follow the header"),
+    Field("num_sections", "I", "section entries that follow the layer entries"),
+    Field("features", "I", "bits a reader must know to read the file; 0"),
+)
+
+LAYER_ENTRY = Record(
+    "Layer entry",
+    Field("num_kv_heads", "I", "key and value heads"),
+    Field("head_dim", "I", "numbers in a key row"),
+    Field("value_head_dim", "I", "numbers in a value row"),
+    Field("key_codec", "B", "1 = `int8-row`"),
+    Field("key_transform", "B", "0 = `none`"),
+    Field("value_codec", "B", "1 = `int8-row`"),
+    Field("value_transform", "B", "0 = `none`"),
+)
+
+SECTION_ENTRY = Record(
+    "Section entry",
+    Field("kind", "H", "which section, by the table below"),
+    Field("flags", "H", "bit 0: a reader that does not know the kind may ignore it"),
+    Field("layer", "I", "the layer it belongs to, or 0xFFFFFFFF"),
+    Field("offset", "Q", "bytes from the start of the file; a multiple of 4096"),
+    Field("bytes", "Q", "its size"),
+)
+
+SLOT = Record(
+    "Commit slot header",
+    Field("magic", "I", '"SLOT"'),
+    Field("state", "I", "0 = in use, 1 = closed"),
+    Field("file_id", "16s", "as in the superblock"),
+    Field("sequence", "Q", "the valid slot with the higher one is the last commit"),
+    Field("seq_len", "Q", "positions committed in every layer"),
+    Field("token_len", "Q", "positions, from 0, whose token ids are recorded; at most `seq_len`"),
+    Field("generation", "Q", "writer generation at the commit"),
+    Field("commit_ns", "Q", "when, nanoseconds since 1970"),
+    Field("metadata_half", "I", "which half of the metadata section counts, 0 or 1"),
+    Field("metadata_bytes", "I", "length of the JSON in it"),
+    Field("metadata_checksum", "Q", "xxh3_64 of the JSON"),
+)
+
+LIVE = Record(
+    "Live record",
+    Field("boot_id_low", "Q", "boot id of the machine while lengths are live; 0 when closed"),
+    Field("boot_id_high", "Q", "its other half"),
+    Field("generation", "Q", "sealed; changes when stored rows are taken back"),
+    Field("acknowledged", "Q", "sealed; sequence of the last commit known to be durable"),
+    Field("writer_pid", "Q", "sealed; process id of the last writer, to name it in messages"),
+    Field("superseded", "Q", "sealed; 1 when another file has taken this one's place"),
+    Field("token_len", "Q", "sealed; published token ids"),
+    Field("reserved", "Q", "0"),
+)
+LIVE_LENGTHS = LIVE.size
+"""Offset in the live record of the per-layer published lengths: sealed words, one a layer."""
+
+
+class Section(IntEnum):
+    """Kinds of section."""
+
+    SLOT_A = 1
+    SLOT_B = 2
+    LIVE = 3
+    METADATA = 4
+    TOKEN_IDS = 5
+    CHECKSUMS = 6
+    TOKEN_CHECKSUMS = 7
+    KEY_CODES = 16
+    KEY_SCALES = 17
+    VALUE_CODES = 18
+    VALUE_SCALES = 19
+
+
+SECTION_ABOUT = {
+    Section.SLOT_A: "commit slot: header, a tail checksum (u64) per layer and one for token ids, xxh3_64 of all before",
+    Section.SLOT_B: "the other commit slot",
+    Section.LIVE: "live record: header, then one sealed word a layer, its published length",
+    Section.METADATA: "two halves of equal size, each room for one JSON document",
+    Section.TOKEN_IDS: "int32 [capacity]; -1 where none was given",
+    Section.CHECKSUMS: "u64 [block, layer], of complete blocks",
+    Section.TOKEN_CHECKSUMS: "u64 [block], of complete blocks of token ids",
+    Section.KEY_CODES: "int8 [capacity, num_kv_heads, head_dim]",
+    Section.KEY_SCALES: "f32 [capacity, num_kv_heads]",
+    Section.VALUE_CODES: "int8 [capacity, num_kv_heads, value_head_dim]",
+    Section.VALUE_SCALES: "f32 [capacity, num_kv_heads]",
+}
+SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
+"""A layer's four slabs, in the order in which everything lists them."""
+
+CHECKSUM = struct.Struct("<Q")
+OPTIONAL = 1  # section flag: who does not know the kind may ignore it
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """Return the xxh3_64 of `data`."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+class Extent(NamedTuple):
+    """A stretch of the file, in bytes."""
+
+    offset: int
+    size: int
+
+
+BLOCK_CHECKSUM = struct.Struct("<IIQ")
+
+
+def block_checksum(track: int, block: int, rows: int, digests: Sequence[int]) -> int:
+    """Return the checksum of one block of one track (a layer, or the token ids at index num_layers).
+
+    Args:
+        track: layer index, or num_layers for token ids.
+        block: block index.
+        rows: positions in it; fewer than block_tokens for a tail.
+        digests: xxh3_64 of the block's part of each of its arrays, in the order of the sections.
+
+    The track, the block and the row count are part of it, so that a sound block in a wrong place does not pass.
+    """
+    head = BLOCK_CHECKSUM.pack(track, rows, block)
+    return xxhash.xxh3_64_intdigest(head + struct.pack(f"<{len(digests)}Q", *digests))
+
+
+def tables() -> str:
+    """Return the layout as Markdown tables, for docs/format.md."""
+    parts = []
+    for record in (HEADER, LAYER_ENTRY, SECTION_ENTRY, SLOT, LIVE):
+        parts += [f"### {record.title} ({record.size} bytes)", "", "| offset | bytes | field | meaning |"]
+        parts.append("|---:|---:|---|---|")
+        parts += [f"| {offset} | {size} | `{f.name}` | {f.about} |" for offset, size, f in record.rows()]
+        parts.append("")
+    parts += ["### Sections", "", "| kind | name | contents |", "|---:|---|---|"]
+    parts += [f"| {kind.value} | `{kind.name}` | {about} |" for kind, about in SECTION_ABOUT.items()]
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,273 @@
+"""The superblock: the geometry of a cache and where in its file everything lies; written once.
+
+Pure: bytes in, dataclasses out. Every count, offset and size is checked before anyone maps anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CorruptCacheError, NotACacheError, ShapeMismatchError, VersionMismatchError
+from ..geometry import MAX_LAYERS, CacheGeometry, LayerGeometry
+from .records import (
+    CHECKSUM,
+    CODECS,
+    FORMAT_VERSION,
+    HEADER,
+    LAYER_ENTRY,
+    LIVE_LENGTHS,
+    MAGIC,
+    MAX_SUPERBLOCK_BYTES,
+    OPTIONAL,
+    PAGE,
+    SECTION_ENTRY,
+    SLAB_SECTIONS,
+    SLOT,
+    TRANSFORMS,
+    WHOLE_CACHE,
+    Extent,
+    Section,
+    checksum,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """The first section, written once: the geometry, and where everything is."""
+
+    geometry: CacheGeometry
+    file_id: bytes
+    created_ns: int
+    file_bytes: int
+    size: int
+    """Bytes of the superblock itself."""
+    sections: Mapping[tuple[int, int], Extent]
+    """(kind, layer or WHOLE_CACHE) -> extent."""
+
+    def section(self, kind: Section, layer: int = WHOLE_CACHE) -> Extent:
+        """Where a section lies."""
+        return self.sections[kind, layer]
+
+    @property
+    def salt(self) -> int:
+        """What sealed words are sealed with."""
+        return int.from_bytes(self.file_id[:8], "little")
+
+    @classmethod
+    def plan(cls, geometry: CacheGeometry, *, file_id: bytes, created_ns: int, metadata_bytes: int) -> Superblock:
+        """Lay out a new file; `metadata_bytes` is the room for one document."""
+        sizes = _section_sizes(geometry, metadata_bytes)
+        size = HEADER.size + LAYER_ENTRY.size * geometry.num_layers + SECTION_ENTRY.size * len(sizes)
+        size += CHECKSUM.size
+        sections = {}
+        end = _to_page(size)
+        for key, section_size in sizes.items():
+            sections[key] = Extent(end, section_size)
+            end += _to_page(section_size)
+        if end >= 2**63:
+            raise ShapeMismatchError(f"the file would be {end:,} bytes: lower the capacity", actual=end)
+        return cls(geometry, file_id, created_ns, end, size, sections)
+
+    def encode(self) -> bytes:
+        """Return the superblock's bytes."""
+        geometry = self.geometry
+        parts = [
+            HEADER.pack(
+                {
+                    "magic": MAGIC,
+                    "format_version": FORMAT_VERSION,
+                    "superblock_bytes": self.size,
+                    "file_id": self.file_id,
+                    "created_ns": self.created_ns,
+                    "file_bytes": self.file_bytes,
+                    "capacity": geometry.capacity,
+                    "block_tokens": geometry.block_tokens,
+                    "num_layers": geometry.num_layers,
+                    "num_sections": len(self.sections),
+                    "features": 0,
+                }
+            )
+        ]
+        codec = {"key_codec": 1, "key_transform": 0, "value_codec": 1, "value_transform": 0}
+        for layer in geometry.layers:
+            shape = {name: getattr(layer, name) for name in ("num_kv_heads", "head_dim", "value_head_dim")}
+            parts.append(LAYER_ENTRY.pack(shape | codec))
+        parts.extend(
+            SECTION_ENTRY.struct.pack(kind, 0, layer, extent.offset, extent.size)
+            for (kind, layer), extent in self.sections.items()
+        )
+        body = b"".join(parts)
+        return body + CHECKSUM.pack(checksum(body))
+
+    @staticmethod
+    def peek(start: bytes, path: str) -> int:
+        """Return the superblock's size from the file's first HEADER.size bytes.
+
+        Raises:
+            NotACacheError: they are not a cache's.
+            VersionMismatchError: a version this package can't read.
+            CorruptCacheError: a size that can't be.
+        """
+        if len(start) < HEADER.size or start[: len(MAGIC)] != MAGIC:
+            what = f"it has {len(start)} bytes" if len(start) < HEADER.size else "its first bytes are not kvmmap's"
+            raise NotACacheError(f"{path}: not a kvmmap cache ({what})", path=path)
+        header = HEADER.unpack(start)
+        if header["format_version"] != FORMAT_VERSION:
+            raise VersionMismatchError(
+                f"{path}: format version {header['format_version']}, and this kvmmap reads {FORMAT_VERSION}: "
+                "use a newer kvmmap (or the file is damaged)",
+                path=path,
+                expected=FORMAT_VERSION,
+                actual=header["format_version"],
+            )
+        size = header["superblock_bytes"]
+        if not HEADER.size + CHECKSUM.size <= size <= MAX_SUPERBLOCK_BYTES:
+            raise CorruptCacheError(f"{path}: superblock size {size} can't be", path=path, actual=size)
+        return int(size)
+
+    @classmethod
+    def decode(cls, data: bytes, path: str, real_bytes: int) -> Superblock:
+        """Read and check a whole superblock, before anything is mapped.
+
+        Args:
+            data: exactly as many bytes as `peek` said.
+            path: for messages.
+            real_bytes: the file's real size.
+
+        Raises:
+            CorruptCacheError: the checksum, a count, an offset or a size is wrong.
+            VersionMismatchError: a codec, a transform, a feature or a section this package does not know.
+        """
+
+        def corrupt(what: str) -> CorruptCacheError:
+            return CorruptCacheError(f"{path}: superblock damaged: {what}", path=path)
+
+        body = memoryview(data)[: -CHECKSUM.size]
+        header = HEADER.unpack(data)
+        if header["superblock_bytes"] != len(data):
+            raise corrupt(f"it is cut off at {len(data)} of {header['superblock_bytes']} bytes")
+        if CHECKSUM.unpack_from(data, len(body))[0] != checksum(body):
+            raise corrupt("its checksum does not match")
+        if header["features"]:
+            raise VersionMismatchError(
+                f"{path}: needs features {header['features']:#x}, unknown here: use a newer kvmmap",
+                path=path,
+                expected=0,
+                actual=header["features"],
+            )
+        num_layers, num_sections = header["num_layers"], header["num_sections"]
+        if not 1 <= num_layers <= MAX_LAYERS:
+            raise corrupt(f"{num_layers} layers")
+        tables = LAYER_ENTRY.size * num_layers + SECTION_ENTRY.size * num_sections
+        if HEADER.size + tables != len(body):
+            raise corrupt(f"{num_layers} layers and {num_sections} sections do not fill its size")
+        if real_bytes < header["file_bytes"]:
+            raise CorruptCacheError(
+                f"{path}: cut off: {real_bytes:,} of {header['file_bytes']:,} bytes are there; restore it from where "
+                "it was copied",
+                path=path,
+                expected=header["file_bytes"],
+                actual=real_bytes,
+            )
+        sections_at = HEADER.size + LAYER_ENTRY.size * num_layers
+        shapes = _decode_layers(body[HEADER.size : sections_at], path)
+        try:
+            # Most layers share one shape: one object serves them all, and opening stays under a millisecond.
+            distinct = {shape: LayerGeometry(*shape) for shape in set(shapes)}
+            layers = tuple([distinct[shape] for shape in shapes])
+            geometry = CacheGeometry(
+                capacity=header["capacity"],
+                layers=layers,
+                block_tokens=header["block_tokens"],
+            )
+        except ShapeMismatchError as error:
+            raise corrupt(str(error)) from error
+        sections = _decode_sections(body[sections_at:], path)
+        _check_sections(sections, geometry, len(data), header["file_bytes"], corrupt)
+        return cls(geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections)
+
+
+def _to_page(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _section_sizes(geometry: CacheGeometry, metadata_bytes: int) -> dict[tuple[int, int], int]:
+    tracks = geometry.num_layers + 1
+    slot = SLOT.size + 8 * tracks + CHECKSUM.size
+    sizes: dict[tuple[int, int], int] = {
+        (Section.SLOT_A, WHOLE_CACHE): slot,
+        (Section.SLOT_B, WHOLE_CACHE): slot,
+        (Section.LIVE, WHOLE_CACHE): LIVE_LENGTHS + 8 * geometry.num_layers,
+        (Section.METADATA, WHOLE_CACHE): 2 * _to_page(metadata_bytes),
+        (Section.TOKEN_IDS, WHOLE_CACHE): 4 * geometry.capacity,
+        (Section.CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_layers * geometry.num_blocks,
+        (Section.TOKEN_CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_blocks,
+    }
+    slabs = {layer: layer.slab_bytes(geometry.capacity) for layer in set(geometry.layers)}
+    for number, layer in enumerate(geometry.layers):
+        for kind, size in zip(SLAB_SECTIONS, slabs[layer], strict=True):
+            sizes[kind, number] = size
+    return sizes
+
+
+def _decode_layers(data: memoryview, path: str) -> list[tuple[int, int, int]]:
+    entries = list(LAYER_ENTRY.struct.iter_unpack(data))
+    distinct = {entry[3:]: number for number, entry in reversed(list(enumerate(entries)))}
+    for entry, number in distinct.items():
+        for what, known, value in (
+            ("key codec", CODECS, entry[0]),
+            ("key transform", TRANSFORMS, entry[1]),
+            ("value codec", CODECS, entry[2]),
+            ("value transform", TRANSFORMS, entry[3]),
+        ):
+            if value not in known:
+                raise VersionMismatchError(
+                    f"{path}: layer {number} has {what} {value}, and this kvmmap knows {known}: use a newer kvmmap",
+                    path=path,
+                    expected=tuple(known),
+                    actual=value,
+                    layer=number,
+                )
+    return [entry[:3] for entry in entries]
+
+
+def _decode_sections(data: memoryview, path: str) -> dict[tuple[int, int], Extent]:
+    sections = {}
+    known = {int(kind) for kind in Section}
+    for kind, flags, layer, offset, size in SECTION_ENTRY.struct.iter_unpack(data):
+        if kind not in known and not flags & OPTIONAL:
+            raise VersionMismatchError(
+                f"{path}: has a section of kind {kind}, unknown here: use a newer kvmmap",
+                path=path,
+                expected=tuple(sorted(known)),
+                actual=kind,
+            )
+        if (kind, layer) in sections:
+            raise CorruptCacheError(f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path)
+        sections[kind, layer] = Extent(offset, size)
+    return sections
+
+
+def _check_sections(
+    sections: Mapping[tuple[int, int], Extent],
+    geometry: CacheGeometry,
+    superblock_bytes: int,
+    file_bytes: int,
+    corrupt: Any,
+) -> None:
+    """Every section is there, as large as the geometry says, on a page, inside the file, and overlaps no other."""
+    metadata = sections.get((Section.METADATA, WHOLE_CACHE))
+    if metadata is None or metadata.size % (2 * PAGE):
+        raise corrupt("the metadata section is missing or of odd size")
+    for key, size in _section_sizes(geometry, metadata.size // 2).items():
+        if key not in sections:
+            raise corrupt(f"section {Section(key[0]).name} of layer {key[1]} is missing")
+        if sections[key].size != size:
+            raise corrupt(f"section {Section(key[0]).name} has {sections[key].size} bytes for {size}")
+    end = superblock_bytes
+    for offset, size in sorted(sections.values()):
+        if offset % PAGE or offset < end or offset + size > file_bytes:
+            raise corrupt(f"the section at {offset} is off its page, overlaps another, or leaves the file")
+        end = offset + size

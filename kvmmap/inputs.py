@@ -1,0 +1,155 @@
+"""What users hand over, brought into shape: one array a layer, rows of the right shape, token ids.
+
+Pure checks; nothing here knows where rows go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DtypeError, NonFiniteError, ShapeMismatchError
+from .geometry import LayerGeometry
+from .quantize import MIN_SCALE, as_rows
+from .storage.base import Rows
+
+
+class RowPair(NamedTuple):
+    """Keys and values of as many positions, [n, num_kv_heads, dim], with their dtype numbers."""
+
+    keys: NDArray[Any]
+    key_dtype: int
+    values: NDArray[Any]
+    value_dtype: int
+
+
+def where(layer: int | None) -> str:
+    """Return " (layer i)", or nothing where there is only one."""
+    return "" if layer is None else f" (layer {layer})"
+
+
+def check_pair(keys: Any, values: Any, geometry: LayerGeometry, layer: int | None) -> RowPair:
+    """Return `extend`'s arguments as rows, their shapes checked."""
+    key_rows, key_dtype = as_rows(keys)
+    value_rows, value_dtype = as_rows(values)
+    heads = geometry.num_kv_heads
+    for name, rows, dim in (("keys", key_rows, geometry.head_dim), ("values", value_rows, geometry.value_head_dim)):
+        if rows.ndim != 3 or rows.shape[1:] != (heads, dim):
+            raise ShapeMismatchError(
+                f"{name} must be [n, {heads}, {dim}] (positions, KV heads, head_dim), not "
+                f"{list(rows.shape)}{where(layer)}",
+                expected=("n", heads, dim),
+                actual=rows.shape,
+                layer=layer,
+            )
+    if len(key_rows) != len(value_rows):
+        raise ShapeMismatchError(
+            f"{len(key_rows)} positions of keys and {len(value_rows)} of values: give as many of both{where(layer)}",
+            expected=len(key_rows),
+            actual=len(value_rows),
+            layer=layer,
+        )
+    return RowPair(key_rows, key_dtype, value_rows, value_dtype)
+
+
+def check_position_rows(rows: NDArray[Any], name: str, shape: tuple[int, int], layer: int | None) -> NDArray[Any]:
+    """Return flat rows of one position as [num_kv_heads, dim]."""
+    if rows.shape != (shape[0] * shape[1],):
+        raise ShapeMismatchError(
+            f"{name} must be [{shape[0]}, {shape[1]}] (KV heads, head_dim) or flat, not {list(rows.shape)}"
+            f"{where(layer)}",
+            expected=shape,
+            actual=rows.shape,
+            layer=layer,
+        )
+    return rows.reshape(shape)
+
+
+def check_quantized(rows: Rows, geometry: LayerGeometry, layer: int | None) -> Rows:
+    """Return `extend_quantized`'s arguments, if they are what the codec makes."""
+    heads = geometry.num_kv_heads
+    wanted = ((heads, geometry.head_dim), (heads,), (heads, geometry.value_head_dim), (heads,))
+    count = len(rows.key_codes) if isinstance(rows.key_codes, np.ndarray) and rows.key_codes.ndim else 0
+    for name, array, shape in zip(Rows._fields, rows, wanted, strict=True):
+        dtype = np.dtype(np.int8 if name.endswith("codes") else np.float32)
+        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+            actual = str(getattr(array, "dtype", type(array).__name__))
+            raise DtypeError(
+                f"{name} must be a numpy array of {dtype}, not {actual}", expected=str(dtype), actual=actual
+            )
+        if array.shape != (count, *shape):
+            raise ShapeMismatchError(
+                f"{name} must be {[count, *shape]}, not {list(array.shape)}{where(layer)}",
+                expected=(count, *shape),
+                actual=array.shape,
+                layer=layer,
+            )
+        _check_made_by_codec(name, array, layer)
+    return rows
+
+
+def _check_made_by_codec(name: str, array: NDArray[Any], layer: int | None) -> None:
+    if not array.size:
+        return
+    low, high = array.min(), array.max()  # a NaN is its own minimum, and compares as false
+    sound = low >= -127 if array.dtype == np.int8 else low >= MIN_SCALE and high < np.inf
+    if not sound:
+        raise NonFiniteError(
+            f"{name} were not made by this codec: codes lie in [-127, 127], scales are finite and at least 2**-23; "
+            f"here they go from {low} to {high}{where(layer)}; nothing was appended",
+            actual=(float(low), float(high)),
+            layer=layer,
+        )
+
+
+def per_layer(x: Any) -> Sequence[Any]:
+    """Split [num_layers, ...] into one array a layer; a sequence of arrays is that already."""
+    if isinstance(x, list | tuple):
+        return x
+    rows, _ = as_rows(x)
+    if rows.ndim != 4:
+        raise ShapeMismatchError(
+            f"must be [num_layers, n, num_kv_heads, head_dim], or a list of one array a layer, not {list(rows.shape)}",
+            expected=("num_layers", "n", "num_kv_heads", "head_dim"),
+            actual=rows.shape,
+        )
+    return [x[number] for number in range(len(rows))]
+
+
+def one_step(x: Any) -> Sequence[Any]:
+    """Split [num_layers, num_kv_heads, head_dim] into one [1, num_kv_heads, head_dim] a layer."""
+    if isinstance(x, list | tuple):
+        return [as_rows(array)[0][None] for array in x]
+    rows, _ = as_rows(x)
+    if rows.ndim != 3:
+        raise ShapeMismatchError(
+            f"must be [num_layers, num_kv_heads, head_dim], or a list of one array a layer, not {list(rows.shape)}",
+            expected=("num_layers", "num_kv_heads", "head_dim"),
+            actual=rows.shape,
+        )
+    return [x[number : number + 1] for number in range(len(rows))]
+
+
+def check_token_ids(token_ids: Any, count: int | None) -> NDArray[np.int32]:
+    ids = np.asarray(token_ids)
+    if ids.size == 0:
+        ids = ids.astype(np.int32)
+    if ids.dtype.kind not in "iu":
+        raise DtypeError(f"token ids must be whole numbers, not {ids.dtype}", expected="int32", actual=str(ids.dtype))
+    if ids.ndim != 1 or (count is not None and len(ids) != count):
+        wanted = "n" if count is None else count
+        raise ShapeMismatchError(
+            f"token ids must be [{wanted}], one a position, not {list(ids.shape)}",
+            expected=(wanted,),
+            actual=ids.shape,
+        )
+    if ids.size and not (ids.min() >= 0 and ids.max() < 2**31):
+        raise ShapeMismatchError(
+            f"token ids must lie in [0, 2**31), not from {ids.min()} to {ids.max()}",
+            expected=(0, 2**31 - 1),
+            actual=(int(ids.min()), int(ids.max())),
+        )
+    return ids.astype(np.int32)

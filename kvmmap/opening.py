@@ -1,0 +1,155 @@
+"""Caches by path: create, open, resize, compact. Which storage a path means is decided here and known nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from .cache import QuantizedKvCache
+from .errors import KvmmapError, NotACacheError
+from .geometry import CacheGeometry, index
+from .metadata import ModelInfo, document
+from .storage.base import Progress, Storage
+from .storage.mapped import MappedReader
+from .storage.placing import METADATA_ROOM
+from .storage.resize import resize_file
+from .storage.writer import Durability, MappedWriter
+
+PathLike = str | os.PathLike[str]
+
+
+def create(
+    path: PathLike,
+    *,
+    num_layers: int,
+    capacity: int,
+    num_kv_heads: int | Sequence[int],
+    head_dim: int | Sequence[int],
+    value_head_dim: int | Sequence[int] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    model: ModelInfo | None = None,
+    durability: Durability = "publish",
+    overwrite: bool = False,
+    timeout: float = 0,
+    metadata_room: int = METADATA_ROOM,
+) -> QuantizedKvCache:
+    """Make a new cache file and open it for appending.
+
+    Args:
+        path: where; its directory must exist. The file appears whole, has mode 0600, and is sparse: reserving costs
+            no disk.
+        num_layers: transformer layers.
+        capacity: positions to reserve; `resize` changes it.
+        num_kv_heads: key and value heads; one number, or one a layer.
+        head_dim: numbers in a key row; one number, or one a layer.
+        value_head_dim: numbers in a value row, `head_dim` unless given.
+        metadata: plain JSON of your own.
+        model: what makes the cache, so that nothing else uses it.
+        durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
+            `close` on. "commit": every append that completes a step survives power loss when the call returns.
+        overwrite: replace a cache that is there already.
+        timeout: seconds to wait for a writer of the cache that is to be replaced.
+        metadata_room: bytes to reserve for model and metadata as JSON.
+
+    Raises:
+        CacheExistsError: there is something at `path`, and `overwrite` was not given or it is no cache.
+        CacheNotFoundError: the directory does not exist.
+        ShapeMismatchError, MetadataError: as in `QuantizedKvCache`.
+        CacheLockedError: a writer holds the cache that is to be replaced.
+        OSError: the file can't be made.
+    """
+    geometry = CacheGeometry.build(
+        num_layers=num_layers,
+        capacity=capacity,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+    )
+    storage = MappedWriter.create(
+        _local_path(path),
+        geometry,
+        document(metadata, model),
+        durability=_check_durability(durability),
+        overwrite=overwrite,
+        timeout=timeout,
+        metadata_room=metadata_room,
+    )
+    return QuantizedKvCache.of_storage(storage)
+
+
+def open_cache(
+    path_or_url: PathLike,
+    mode: Literal["r", "a"] = "r",
+    *,
+    timeout: float = 0,
+    durability: Durability = "publish",
+    recover: bool = False,
+) -> QuantizedKvCache:
+    """Open a cache, in constant time.
+
+    Args:
+        path_or_url: the path of a `.kvm` file.
+        mode: "r" reads, beside any number of others and a writer; "a" appends, and is the only one that does.
+        timeout: with "a", seconds to wait for another writer to finish.
+        durability: with "a", as in `create`.
+        recover: believe only the last sound commit, where published lengths are damaged.
+
+    Raises:
+        CacheNotFoundError: there is nothing at the path.
+        NotACacheError, VersionMismatchError, CorruptCacheError: what is there can't be used.
+        CacheLockedError: another writer holds it.
+        OSError: it can't be read, or with "a" written.
+    """
+    path = _local_path(path_or_url)
+    storage: Storage
+    if mode == "r":
+        storage = MappedReader.open(path, recover=recover)
+    elif mode == "a":
+        storage = MappedWriter.open_locked(
+            path, timeout=timeout, durability=_check_durability(durability), recover=recover
+        )
+    else:
+        raise KvmmapError(f'mode must be "r" (read) or "a" (append), not {mode!r}')
+    return QuantizedKvCache.of_storage(storage)
+
+
+def resize(path: PathLike, capacity: int, *, timeout: float = 0, progress: Progress | None = None) -> None:
+    """Give a cache file another capacity: a new file is built beside it, checked, and takes its place.
+
+    Readers of the old file go on reading it until they `refresh`, which tells them.
+
+    Args:
+        path: the cache; nobody may have it open for writing.
+        capacity: positions to reserve.
+        timeout: seconds to wait for a writer.
+        progress: called with (bytes done, bytes in all) now and then.
+
+    Raises:
+        CapacityExceededError: more positions are stored.
+        CorruptCacheError: a block does not match its checksum; nothing was changed.
+        CacheLockedError, OSError, FormatError: as in `open`; nothing was changed.
+    """
+    resize_file(_local_path(path), index(capacity, "capacity"), timeout=timeout, progress=progress)
+
+
+def compact(path: PathLike, *, timeout: float = 0, progress: Progress | None = None) -> None:
+    """Drop the capacity that is not used: `resize` to the positions stored."""
+    resize_file(_local_path(path), None, timeout=timeout, progress=progress)
+
+
+def _local_path(path: PathLike) -> str:
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        text = os.fsdecode(text)
+    if "://" in text:
+        raise NotACacheError(f"{text}: URLs are not supported by this version; give a file's path", path=text)
+    return text
+
+
+def _check_durability(durability: str) -> Durability:
+    if durability == "publish":
+        return "publish"
+    if durability == "commit":
+        return "commit"
+    raise KvmmapError(f'durability must be "publish" or "commit", not {durability!r}')

@@ -1,0 +1,131 @@
+"""Making a `.kvm` file, putting it in its place, and taking the writer's lock on one.
+
+A file appears at its path whole and durable, or not at all; and it takes another's place only while it holds that
+one's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import NoReturn
+
+from ..errors import CacheExistsError, CacheLockedError, CacheNotFoundError, NotACacheError
+from ..format import PAGE, Section, Slot, Superblock, checksum
+from ..geometry import CacheGeometry
+from ..metadata import Document
+from .file import PosixFile, closing_on_error
+from .live import LiveRecord
+from .mapped import open_file, read_superblock
+
+METADATA_ROOM = 64 * 1024
+"""Bytes reserved for model and metadata, unless asked for otherwise."""
+
+
+def already_exists(path: str) -> CacheExistsError:
+    return CacheExistsError(
+        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) replaces it',
+        path=path,
+    )
+
+
+def lock_file(path: str, timeout: float) -> tuple[PosixFile, Superblock]:
+    """Open a cache file and take the writer's lock on it."""
+    deadline = time.monotonic() + timeout
+    while True:
+        file = open_file(path, writable=True)
+        with closing_on_error(file):
+            superblock = read_superblock(file)  # first: what is no cache is not locked
+            if not file.lock(max(0.0, deadline - time.monotonic())):
+                _locked(file, superblock)
+            if file.is_at(file.path):
+                return file, superblock
+        # While we waited, the file was replaced (resized) or removed: the lock is on one that nobody will open.
+        file.close()
+
+
+def _locked(file: PosixFile, superblock: Superblock) -> NoReturn:
+    pid = map_live(file, superblock, writable=False).get("writer_pid")
+    who = f"process {pid}" if pid > 0 else "another process"
+    if pid == os.getpid():
+        who = "this process"
+    raise CacheLockedError(
+        f"{file.path}: {who} has it open for writing; close it there, or wait for it with timeout=SECONDS "
+        '(reading needs no lock: mode="r")',
+        path=file.path,
+        actual=pid if pid > 0 else None,
+    )
+
+
+def build_file(
+    path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
+) -> PosixFile:
+    """Make a complete, empty, durable cache file beside `path`, under a name of its own."""
+    data = document.encode()
+    superblock = Superblock.plan(
+        geometry,
+        file_id=os.urandom(16),
+        created_ns=time.time_ns(),
+        metadata_bytes=max(metadata_room, len(data)),
+    )
+    try:
+        file = PosixFile.create_beside(path)
+    except FileNotFoundError:
+        raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
+    try:
+        file.resize(superblock.file_bytes)
+        live, metadata = superblock.section(Section.LIVE), superblock.section(Section.METADATA)
+        # Everything up to the live record is written in place or through a map later on: it has its room from now.
+        file.allocate(0, -(-(live.offset + live.size) // PAGE) * PAGE)
+        file.write((0, metadata.offset), (superblock.encode(), data))
+        slot = Slot(
+            sequence=1,
+            seq_len=0,
+            token_len=0,
+            generation=1,
+            commit_ns=superblock.created_ns,
+            closed=True,
+            metadata_half=0,
+            metadata_bytes=len(data),
+            metadata_checksum=checksum(data),
+            tail_checksums=(0,) * (geometry.num_layers + 1),
+        )
+        for section, commit in ((Section.SLOT_A, slot), (Section.SLOT_B, slot.successor())):
+            file.write((superblock.section(section).offset,), (commit.encode(superblock.file_id),))
+        record = map_live(file, superblock, writable=True)
+        for name in ("superseded", "writer_pid", "token_len"):
+            record.put(name, 0)
+        record.put("generation", 1)
+        record.put("acknowledged", 1)
+        for layer in range(geometry.num_layers):
+            record.publish(layer, 0)
+        file.sync()
+    except BaseException:
+        file.discard()
+        raise
+    return file
+
+
+def replace_file(new: PosixFile, path: str, timeout: float) -> None:
+    """Put `new` at `path` in place of a cache that nobody writes to, and tell who holds the old one.
+
+    Raises:
+        CacheExistsError: what is at `path` is no cache.
+        CacheLockedError: a writer holds it.
+    """
+    try:
+        old, superblock = lock_file(path, timeout)
+    except NotACacheError as error:
+        raise CacheExistsError(f"{error}, so it is not replaced: remove it yourself", path=path) from None
+    with contextlib.closing(old):
+        live = map_live(old, superblock, writable=True)
+        new.replace(path)
+        live.put("superseded", 1)
+
+
+def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
+    """Map the pages of the live record alone."""
+    extent = superblock.section(Section.LIVE)
+    memory, offset = file.map(extent.offset, extent.size, writable=writable)
+    return LiveRecord(memory, offset, superblock.salt, superblock.geometry.num_layers)
