@@ -173,9 +173,8 @@ def compression_ratio(fp32_bytes: int, quantized_bytes: int) -> float:
 def check_room(length: int, count: int, capacity: int, *, layer: int | None = None) -> None:
     """Refuse an append of `count` positions at `length` that goes past `capacity`."""
     if length + count > capacity:
-        where = "" if layer is None else f" of layer {layer}"
         raise CapacityExceededError(
-            f"capacity{where} is {capacity} positions, {length} are stored, and {count} more do not fit; nothing was "
+            f"capacity is {capacity} positions, {length} are stored, and {count} more do not fit; nothing was "
             "appended: create the cache with a larger capacity, or kvmmap.resize() its file",
             capacity=capacity,
             position=length,
