@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -56,7 +57,8 @@ class MappedLayer:
         self.geometry = geometry
         self.capacity = storage.geometry.capacity
         self.length = 0
-        self._storage = storage
+        # Not a cycle: a writer that is simply dropped gives its lock back at once, and not when garbage is collected.
+        self._storage: MappedReader = weakref.proxy(storage)
         self._slabs: Rows | None = None
 
     def begin(self, count: int) -> int:

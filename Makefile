@@ -1,0 +1,32 @@
+# What a person does with kvmmap. Each target makes what it needs, on a machine with Python and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+CORE := $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
+
+.PHONY: test lint format bench demo wheel clean
+
+# The test environment: kvmmap in editable form, rebuilt when its compiled part has changed.
+$(INSTALLED): pyproject.toml CMakeLists.txt $(CORE)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: $(INSTALLED)
+	$(VENV)/bin/pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+wheel: $(INSTALLED)
+	$(VENV)/bin/python -m build --quiet
+
+clean:
+	rm -rf $(VENV) .venv-demo .venv-bench build dist demo-out bench-out

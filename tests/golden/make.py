@@ -1,0 +1,51 @@
+"""Make the golden file of the present format version: `python tests/golden/make.py tests/golden/v1.kvm`.
+
+Run it once, when a version is new; from then on the file that was committed is what must still open.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+import kvmmap
+
+LENGTH = 261  # a complete block, and a tail
+SHAPE = (2, LENGTH, 2, 5)
+
+
+def golden_rows(start: int) -> np.ndarray:
+    """Rows that any version of numpy computes alike."""
+    numbers = np.arange(start, start + np.prod(SHAPE), dtype=np.int64) * 7919 % 2001 - 1000
+    return (numbers.astype(np.float32) / np.float32(64)).reshape(SHAPE)
+
+
+def make(path: Path) -> None:
+    """Write the file; the same bytes every time."""
+    with (
+        mock.patch("os.urandom", return_value=bytes(range(16))),
+        mock.patch("time.time_ns", return_value=1_700_000_000_000_000_000),
+        mock.patch("os.getpid", return_value=4242),
+        kvmmap.create(
+            path,
+            num_layers=2,
+            capacity=300,
+            num_kv_heads=2,
+            head_dim=5,
+            value_head_dim=[5, 5],
+            metadata={"purpose": "golden", "version": 1},
+            model=kvmmap.ModelInfo(name="golden", source_dtype="float32", rope={"theta": 10000.0}),
+            metadata_room=1000,
+        ) as cache,
+    ):
+        keys, values = golden_rows(0), golden_rows(12345)
+        cache.extend(keys[:, :200], values[:, :200], np.arange(200))
+        cache.flush()
+        cache.extend(keys[:, 200:], values[:, 200:], np.arange(200, LENGTH))
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

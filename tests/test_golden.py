@@ -1,0 +1,46 @@
+"""A committed file of each format version still opens, and this version still writes the very same bytes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import kvmmap
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+from make import LENGTH, golden_rows, make  # noqa: E402
+
+
+def test_version_1_opens() -> None:
+    with kvmmap.open(GOLDEN / "v1.kvm") as cache:
+        assert (cache.num_layers, cache.seq_len, cache.capacity) == (2, LENGTH, 300)
+        assert cache.metadata == {"purpose": "golden", "version": 1}
+        assert cache.model == kvmmap.ModelInfo(name="golden", source_dtype="float32", rope={"theta": 10000.0})
+        np.testing.assert_array_equal(cache.token_ids, np.arange(LENGTH))
+        for number, layer in enumerate(cache.layers):
+            for codes, scales, rows in (
+                (layer.key_codes, layer.key_scales, golden_rows(0)[number]),
+                (layer.value_codes, layer.value_scales, golden_rows(12345)[number]),
+            ):
+                expected_codes, expected_scales = kvmmap.quantize_rows(rows)
+                np.testing.assert_array_equal(codes, expected_codes)
+                np.testing.assert_array_equal(scales, expected_scales)
+        assert cache.verify().sound
+
+
+def test_version_1_is_appended_to(path: Path) -> None:
+    shutil.copy(GOLDEN / "v1.kvm", path)
+    with kvmmap.open(path, "a") as cache:
+        cache.extend(golden_rows(7)[:, :30], golden_rows(7)[:, :30])
+    with kvmmap.open(path) as cache:
+        assert cache.seq_len == LENGTH + 30
+        assert cache.verify().sound
+
+
+def test_version_1_is_written_byte_for_byte(path: Path) -> None:
+    make(path)
+    assert path.read_bytes() == (GOLDEN / "v1.kvm").read_bytes()
