@@ -1,3 +1,122 @@
-// avx512 kernels of the row codec.
-#include "rows.h"
-namespace kvmmap { const RowKernels rows_avx512 = rows_portable; }
+// The row codec with AVX-512: rows of any length, the last vector of which is masked.
+#include <immintrin.h>
+
+#include "rows_batch.h"
+
+namespace kvmmap {
+namespace {
+
+constexpr int64_t lanes = 16;
+
+inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline __mmask32 first32(int64_t n) { return (1u << n) - 1; }
+
+// 16 numbers as f32; those outside of the mask are not read, and are zero.
+template <Dtype D>
+inline __m512 load(const char* p, __mmask16 mask = 0xffff) {
+    if constexpr (D == Dtype::f32) {
+        return _mm512_maskz_loadu_ps(mask, p);
+    } else {
+        const __m256i half = _mm256_maskz_loadu_epi16(mask, p);
+        if constexpr (D == Dtype::f16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+}
+
+template <Dtype D>
+inline void store(char* out, __m512 v, __mmask16 mask = 0xffff) {
+    if constexpr (D == Dtype::f32) {
+        _mm512_mask_storeu_ps(out, mask, v);
+    } else if constexpr (D == Dtype::f16) {
+        _mm256_mask_storeu_epi16(out, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    } else {
+        // In integers, as half.h does it: the processor's own conversion flushes denormals.
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        _mm256_mask_storeu_epi16(out, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+}
+
+// Codes of 16 numbers, 32 bits each.
+inline __m512i divide(__m512 x, __m512 scale) {
+    const __m512 q = _mm512_div_ps(x, scale);
+    const __m512 away = _mm512_or_ps(_mm512_set1_ps(below_half), _mm512_and_ps(q, _mm512_set1_ps(-0.0f)));
+    return _mm512_cvttps_epi32(_mm512_add_ps(q, away));
+}
+
+// 64 numbers' codes side by side. The packs work within 128-bit lanes; the permutation undoes that.
+inline __m512i pack(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(order, packed);
+}
+
+inline __m512 widen(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
+
+struct Avx512 {
+    static constexpr int64_t step = 1;
+
+    template <Dtype D>
+    static uint32_t absmax_bits(const char* in, int64_t dim) {
+        if constexpr (D == Dtype::f32) {
+            const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+            __m512i top = _mm512_setzero_si512();
+            int64_t i = 0;
+            for (; i + 16 <= dim; i += 16)
+                top = _mm512_max_epu32(top, _mm512_and_si512(magnitude, _mm512_loadu_si512(in + 4 * i)));
+            const __m512i tail = _mm512_maskz_loadu_epi32(first16(dim - i), in + 4 * i);
+            return _mm512_reduce_max_epu32(_mm512_max_epu32(top, _mm512_and_si512(magnitude, tail)));
+        } else {
+            // Sixteen-bit floats are in integer order, too, so they need not be widened first.
+            const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+            __m512i top = _mm512_setzero_si512();
+            int64_t i = 0;
+            for (; i + 32 <= dim; i += 32)
+                top = _mm512_max_epu16(top, _mm512_and_si512(magnitude, _mm512_loadu_si512(in + 2 * i)));
+            const __m512i tail = _mm512_maskz_loadu_epi16(first32(dim - i), in + 2 * i);
+            top = _mm512_max_epu16(top, _mm512_and_si512(magnitude, tail));
+            const __m512i odd = _mm512_srli_epi32(top, 16);
+            const __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(0xffff));
+            const uint32_t half = _mm512_reduce_max_epu32(_mm512_max_epu32(odd, even));
+            if constexpr (D == Dtype::bf16) return half << 16;
+            return _mm_cvtsi128_si32(_mm_castps_si128(_mm_cvtph_ps(_mm_cvtsi32_si128(half))));
+        }
+    }
+
+    template <Dtype D>
+    static void code(const char* in, int64_t dim, float row_scale, int8_t* codes) {
+        constexpr int64_t bytes = lanes * item<D>;
+        const __m512 scale = _mm512_set1_ps(row_scale);
+        int64_t i = 0;
+        for (; i + 4 * lanes <= dim; i += 4 * lanes, in += 4 * bytes) {
+            const __m512i packed = pack(divide(load<D>(in), scale), divide(load<D>(in + bytes), scale),
+                                        divide(load<D>(in + 2 * bytes), scale), divide(load<D>(in + 3 * bytes), scale));
+            _mm512_storeu_si512(codes + i, packed);
+        }
+        for (; i + lanes <= dim; i += lanes, in += bytes)
+            _mm_storeu_epi8(codes + i, _mm512_cvtsepi32_epi8(divide(load<D>(in), scale)));
+        if (i < dim) {
+            const __mmask16 mask = first16(dim - i);
+            _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtsepi32_epi8(divide(load<D>(in, mask), scale)));
+        }
+    }
+
+    template <Dtype D>
+    static void restore(const int8_t* codes, int64_t dim, float row_scale, char* out) {
+        const __m512 scale = _mm512_set1_ps(row_scale);
+        int64_t i = 0;
+        for (; i + lanes <= dim; i += lanes)
+            store<D>(out + i * item<D>, _mm512_mul_ps(widen(_mm_loadu_epi8(codes + i)), scale));
+        if (i < dim) {
+            const __mmask16 mask = first16(dim - i);
+            store<D>(out + i * item<D>, _mm512_mul_ps(widen(_mm_maskz_loadu_epi8(mask, codes + i)), scale), mask);
+        }
+    }
+};
+
+}  // namespace
+
+const RowKernels rows_avx512 = kernels_of<Avx512>();
+
+}  // namespace kvmmap

@@ -1,0 +1,50 @@
+#!/bin/sh
+# Builds and runs the native checks: plainly, under the address and undefined-behaviour sanitizers, and for AArch64 under
+# qemu where there are a cross compiler and an emulator. Usage: run.sh [build directory]
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+core=$here/../../kvmmap/_core
+build=${1:-$here/../../build/native}
+mkdir -p "$build"
+
+# compile NAME COMPILER FLAGS...: every kernel file with the flags CMakeLists.txt gives it, then the program.
+compile() {
+    name=$1 compiler=$2
+    shift 2
+    objects=
+    for source in "$core/cpu.cpp" "$core/rows.cpp" "$core"/rows_*.cpp "$here/rows_check.cpp"; do
+        unit=$(basename "$source" .cpp)
+        case $name/$unit in
+            aarch64/*avx*|native*/*neon|sanitized/*neon) continue ;;
+        esac
+        case $unit in
+            rows_avx2) isa="-mavx2 -mfma -mf16c" ;;
+            rows_avx512) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -Wno-maybe-uninitialized" ;;
+            *) isa= ;;
+        esac
+        # shellcheck disable=SC2086
+        $compiler -std=c++17 -Wall -Wextra -ffp-contract=off "$@" $isa -c "$source" -o "$build/$name-$unit.o"
+        objects="$objects $build/$name-$unit.o"
+    done
+    # shellcheck disable=SC2086
+    $compiler "$@" $objects -pthread -o "$build/$name"
+}
+
+host=$(uname -m)
+if [ "$host" = x86_64 ]; then
+    compile native "${CXX:-g++}" -O3
+    compile sanitized "${CXX:-g++}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+    "$build/native"
+    "$build/sanitized"
+    if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+        compile aarch64 aarch64-linux-gnu-g++ -O3 -static
+        qemu-aarch64 "$build/aarch64"
+    else
+        echo "skipped: aarch64 (needs aarch64-linux-gnu-g++ and qemu-aarch64)"
+    fi
+elif [ "$host" = aarch64 ]; then
+    compile aarch64 "${CXX:-g++}" -O3
+    "$build/aarch64"
+else
+    echo "skipped: no vector kernels for $host"
+fi
