@@ -122,7 +122,7 @@ def per_layer(x: Any) -> Sequence[Any]:
 def one_step(x: Any) -> Sequence[Any]:
     """Split [num_layers, num_kv_heads, head_dim] into one [1, num_kv_heads, head_dim] a layer."""
     if isinstance(x, list | tuple):
-        return [as_rows(array)[0][None] for array in x]
+        return [array[None] for array in x]
     rows, _ = as_rows(x)
     if rows.ndim != 3:
         raise ShapeMismatchError(

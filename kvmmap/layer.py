@@ -325,10 +325,10 @@ class QuantizedKvLayer:
         out: NDArray[Any] | None = None,
         threads: int | None = 1,
     ) -> NDArray[Any]:
-        if codes.ndim == 1:
+        shape = codes.shape
+        if len(shape) == 1:
             codes = codes[None]
-            return self._dequantize(codes, scales, dtype, out, threads)[0]
-        result = dequantize_rows(codes, scales, dtype, out, threads=threads)
+        result = dequantize_rows(codes, scales, dtype, out, threads=threads).reshape(shape)
         self._store.check()  # the rows were still the cache's when they had been read
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from support import MakeCache, fill, rows
 
 import kvmmap
@@ -33,6 +34,21 @@ def test_extend_equals_steps(make_cache: MakeCache) -> None:
         np.testing.assert_array_equal(a.key_codes, b.key_codes)
         np.testing.assert_array_equal(a.value_scales, b.value_scales)
     np.testing.assert_array_equal(one.token_ids, two.token_ids)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+def test_narrow_input(make_cache: MakeCache, dtype: type) -> None:
+    one, two = make_cache(3), make_cache(3)
+    keys, values = rows(3, 40, 2, 16).astype(dtype), rows(3, 40, 2, 16, seed=1).astype(dtype)
+    one.extend(keys, values)
+    for position in range(40):
+        two.push_step(keys[:, position], list(values[:, position]))
+    for layer in range(3):
+        codes, scales = kvmmap.quantize_rows(keys[layer])
+        for cache in (one, two):
+            np.testing.assert_array_equal(cache.layers[layer].key_codes, codes)
+            np.testing.assert_array_equal(cache.layers[layer].key_scales, scales)
+        np.testing.assert_array_equal(one.layers[layer].value_codes, two.layers[layer].value_codes)
 
 
 def test_dimensions(make_cache: MakeCache) -> None:

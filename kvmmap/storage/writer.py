@@ -39,7 +39,7 @@ from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_l
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
 
-STRETCH_BYTES = 256 * 1024
+STRETCH_BYTES = 512 * 1024
 """Rows are quantised and written in stretches of about this size: codes stay in the second-level cache."""
 
 
