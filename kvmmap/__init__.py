@@ -9,6 +9,7 @@ cache = kvmmap.open("prompt.kvm")              # in constant time, from any proc
 cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim]
 """
 
+from . import _core, report
 from .cache import QuantizedKvCache
 from .errors import (
     CacheChangedError,
@@ -43,6 +44,12 @@ from .storage.base import Damage, VerifyReport
 
 __version__ = "0.1.0"
 
+
+def kernel() -> str:
+    """Return the name of the compiled code in use on this processor, such as "avx512" or "portable"."""
+    return _core.current_kernel()
+
+
 __all__ = [
     "CacheChangedError",
     "CacheExistsError",
@@ -75,8 +82,10 @@ __all__ = [
     "compact",
     "create",
     "dequantize_rows",
+    "kernel",
     "open",
     "quantization_error",
     "quantize_rows",
+    "report",
     "resize",
 ]

@@ -1,0 +1,5 @@
+"""`python -m kvmmap_cli` is `kvmmap`."""
+
+from .main import main
+
+main()

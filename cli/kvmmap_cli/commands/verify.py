@@ -1,0 +1,105 @@
+"""`kvmmap verify`: compare a cache with its checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..output import DAMAGED, SOUND, count, plain, print_json, read, show, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvmmap import Damage, VerifyReport
+
+
+@click.command("verify")
+@click.argument("path", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--progress/--no-progress", default=True, help="Draw a progress bar on stderr, if that is a terminal.")
+def command(path: str, as_json: bool, progress: bool) -> None:
+    """Check the cache at PATH against its checksums.
+
+    Compares every committed block of keys, values and token ids, and the records that lead to them.
+
+    Exit code 0: all is sound. 1: damaged; says which layers and positions. 2: usage, or PATH is no cache or can't be
+    read. Positions that a writer has not committed yet have no checksum, and are only counted.
+
+    \b
+    Examples:
+      kvmmap verify prompt.kvm
+      kvmmap verify --json prompt.kvm | jq .damages
+    """
+    with _bar() if progress and sys.stderr.isatty() else contextlib.nullcontext() as advance:
+        report, num_layers = read(path, lambda cache: (cache.verify(advance), cache.num_layers))
+    if as_json:
+        print_json(to_dict(report))
+    else:
+        show(*render(report, path, num_layers))
+    click.get_current_context().exit(SOUND if report.sound else DAMAGED)
+
+
+def to_dict(report: VerifyReport) -> dict[str, Any]:
+    """Return a report as plain JSON types."""
+    import dataclasses
+
+    unverified = report.seq_len - report.verified
+    return dataclasses.asdict(report) | {"unverified": unverified, "sound": report.sound}
+
+
+def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[RenderableType]:
+    """Yield the lines of the result."""
+    from rich.text import Text
+
+    if report.sound:
+        yield Text.assemble((plain(title), "bold"), ": ", ("sound", "green"))
+    else:
+        yield Text.assemble((plain(title), "bold"), ": ", ("damaged", "bold red"))
+        yield from (f"  {plain(line)}" for line in _lines(report.damages))
+    yield (
+        f"checked {count(report.blocks, 'block')}, {size(report.bytes)}: {count(report.verified, 'position')} in "
+        f"{count(num_layers, 'layer')}, token ids and metadata"
+    )
+    unverified = report.seq_len - report.verified
+    if unverified:
+        yield f"not checked: {count(unverified, 'position')} not yet committed, [{report.verified}, {report.seq_len})"
+
+
+def _lines(damages: list[Damage]) -> Iterator[str]:
+    """Yield what is damaged, neighbouring blocks of a layer with the same trouble drawn together."""
+    runs: dict[tuple[int | None, str], list[list[int]]] = {}
+    for damage in damages:
+        if damage.start is None or damage.stop is None:
+            yield damage.what
+            continue
+        place = "token ids" if damage.layer is None else f"layer {damage.layer}"
+        trouble = f"{place}, positions [{{}}, {{}}): {damage.what.rpartition(': ')[2]}"
+        found = runs.setdefault((damage.layer, trouble), [])
+        if found and found[-1][1] == damage.start:
+            found[-1][1] = damage.stop
+        else:
+            found.append([damage.start, damage.stop])
+    for (_, trouble), stretches in sorted(runs.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0)):
+        yield from (trouble.format(start, stop) for start, stop in stretches)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """Draw a progress bar on stderr, and give the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verifying", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,128 @@
+"""The `kvmmap` command: finds its subcommands, and turns errors into one line and an exit code.
+
+Exit codes: 0 all is well, 1 a damaged cache, 2 a usage error or a path that can't be read, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from . import commands
+from .output import DAMAGED, INTERRUPTED, USAGE, drop_output, plain
+
+
+class Commands(click.Group):
+    """A group whose commands are the modules of `kvmmap_cli.commands`, imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(f"{commands.__name__}.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            known = ", ".join(self.list_commands(ctx))
+            raise click.UsageError(f"there is no command {plain(args[0])!r}; there are: {known}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run, and exit; every error that a user can cause is one line on stderr."""
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(*args, **extra)
+            if code != INTERRUPTED:
+                sys.stdout.flush()
+        except click.Abort:
+            code = INTERRUPTED
+        except click.UsageError as error:
+            code = _usage(error)
+        except Exception as error:
+            code, message = _failure(error)
+            click.echo(f"kvmmap: {message}", err=True)
+            drop_output()
+        if code == INTERRUPTED:
+            drop_output()
+        sys.exit(code)
+
+
+def _usage(error: click.UsageError) -> int:
+    context = error.ctx
+    where = "kvmmap" if context is None else context.command_path
+    message = plain(error.format_message()).rstrip(".")
+    click.echo(f"kvmmap: {message[:1].lower()}{message[1:]} ({where} --help tells more)", err=True)
+    return USAGE
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """Return exit code and message of an error that is no bug; raise it again if it is one."""
+    from kvmmap import CorruptCacheError, KvmmapError
+
+    if isinstance(error, KvmmapError):
+        return DAMAGED if isinstance(error, CorruptCacheError) else USAGE, plain(str(error))
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        return USAGE, plain(what if error.filename is None else f"{error.filename}: {what}")
+    raise error
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        import kvmmap
+
+        click.echo(f"kvmmap {kvmmap.__version__}, {kvmmap.kernel()} kernel")
+        ctx.exit()
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version, and the compiled kernel that this processor gets.",
+)
+@click.pass_context
+def kvmmap(ctx: click.Context) -> None:
+    """Look at kvmmap caches: language models' keys and values, as int8, in one file.
+
+    Commands read, beside any writer, and change nothing. Data goes to stdout, all else to stderr.
+
+    \b
+    Example:
+      kvmmap inspect prompt.kvm
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(USAGE)
+
+
+def main() -> NoReturn:
+    """Be the program `kvmmap`."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `kvmmap ... | head`: end quietly
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open("/dev/null", "w"))  # noqa: SIM115
+        else:
+            stream.reconfigure(errors="backslashreplace")
+    kvmmap.main(prog_name="kvmmap")
