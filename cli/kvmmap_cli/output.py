@@ -68,6 +68,15 @@ def show(*parts: RenderableType) -> None:
         click.echo(line.rstrip())
 
 
+def can_show(characters: str) -> bool:
+    """True if stdout's encoding has these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def print_json(data: Any) -> None:
     """Print plain JSON types to stdout."""
     click.echo(json.dumps(data, indent=2))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..output import count, moment, plain, print_json, ranges, read, show, size
+from ..output import can_show, count, moment, plain, print_json, ranges, read, show, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,7 +25,7 @@ STYLES = {"closed": "green", "open for writing": "cyan", "interrupted": "yellow"
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=click.Path(readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, every layer by itself.")
 def command(path: str, as_json: bool) -> None:
     """Show what the cache at PATH holds.
@@ -94,11 +94,12 @@ def _fill(length: int, capacity: int) -> Text:
     filled = round(share * BAR_WIDTH)
     if 0 < length < capacity:
         filled = min(max(filled, 1), BAR_WIDTH - 1)
+    full, free = "━─" if can_show("━─") else "#-"
     style = "yellow" if share > 0.9 else "green"
     return Text.assemble(
         f"{length:,} of {count(capacity, 'position')}  ",
-        ("━" * filled, style),
-        ("─" * (BAR_WIDTH - filled), "dim"),
+        (full * filled, style),
+        (free * (BAR_WIDTH - filled), "dim"),
         f"  {_percent(share)}",
     )
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=click.Path(readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--progress/--no-progress", default=True, help="Draw a progress bar on stderr, if that is a terminal.")
-def command(path: str, as_json: bool, progress: bool) -> None:
+@click.option("--no-progress", is_flag=True, help="Draw no progress bar; there is one only if stderr is a terminal.")
+def command(path: str, as_json: bool, no_progress: bool) -> None:
     """Check the cache at PATH against its checksums.
 
     Compares every committed block of keys, values and token ids, and the records that lead to them.
@@ -34,7 +34,7 @@ def command(path: str, as_json: bool, progress: bool) -> None:
       kvmmap verify prompt.kvm
       kvmmap verify --json prompt.kvm | jq .damages
     """
-    with _bar() if progress and sys.stderr.isatty() else contextlib.nullcontext() as advance:
+    with contextlib.nullcontext() if no_progress or not sys.stderr.isatty() else _bar() as advance:
         report, num_layers = read(path, lambda cache: (cache.verify(advance), cache.num_layers))
     if as_json:
         print_json(to_dict(report))
@@ -62,7 +62,7 @@ def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[Render
         yield from (f"  {plain(line)}" for line in _lines(report.damages))
     yield (
         f"checked {count(report.blocks, 'block')}, {size(report.bytes)}: {count(report.verified, 'position')} in "
-        f"{count(num_layers, 'layer')}, token ids and metadata"
+        f"{count(num_layers, 'layer')}"
     )
     unverified = report.seq_len - report.verified
     if unverified:
@@ -91,15 +91,24 @@ def _lines(damages: list[Damage]) -> Iterator[str]:
 def _bar() -> Iterator[Callable[[int, int], None]]:
     """Draw a progress bar on stderr, and give the function that moves it."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{size(int(task.speed))}/s" if task.speed else "")
 
     columns = (
+        TextColumn("verifying"),
+        BarColumn(bar_width=24),
         TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        Rate(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verifying", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=f"{size(done)} of {size(total)}")
+
+        yield advance

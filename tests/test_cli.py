@@ -1,0 +1,448 @@
+"""`kvmmap` at a shell: what it prints where, its exit codes, and that it never shows a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from kvmmap_cli.main import kvmmap as group
+
+import kvmmap
+
+PROGRAM = Path(sys.executable).with_name("kvmmap")
+PLAIN = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in {"NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"}
+} | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+
+LAYERS, HEADS, DIM, LENGTH = 4, 2, 16, 700
+
+
+def fill(cache: kvmmap.QuantizedKvCache, count: int, *, tokens: bool = True) -> None:
+    rows = np.random.default_rng(count).standard_normal((cache.num_layers, count, HEADS, DIM), dtype=np.float32)
+    cache.extend(rows, rows, np.arange(count) if tokens else None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A closed cache of 700 positions: two complete blocks and a tail."""
+    path = tmp_path / "prompt.kvm"
+    model = kvmmap.ModelInfo(name="some/model", revision="abc123", source_dtype="bfloat16", rope={"theta": 1e5})
+    with kvmmap.create(
+        path,
+        num_layers=LAYERS,
+        capacity=1000,
+        num_kv_heads=HEADS,
+        head_dim=DIM,
+        model=model,
+        metadata={"title": "a licence", "list": [1, 2]},
+    ) as cache:
+        fill(cache, LENGTH)
+    return path
+
+
+def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed program as a user would, with pipes for its output."""
+    return subprocess.run(
+        [PROGRAM, *map(str, args)], capture_output=True, text=True, env=PLAIN | env, timeout=60, check=False
+    )
+
+
+def click_run(*args: object) -> Result:
+    """Run a command within this process."""
+    return CliRunner().invoke(group, [str(arg) for arg in args])
+
+
+def in_terminal(*args: object, columns: int = 80, **env: str) -> tuple[int, str]:
+    """Run the program with a terminal for stdout and stderr; return exit code and all that it drew."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve(PROGRAM, ["kvmmap", *map(str, args)], PLAIN | {"COLUMNS": str(columns), "LINES": "24"} | env)
+    drawn = b""
+    try:
+        while select.select([fd], [], [], 60)[0] and (data := os.read(fd, 65536)):
+            drawn += data
+    except OSError:  # Linux's way to say that the other end is gone
+        pass
+    finally:
+        os.close(fd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), drawn.decode()
+
+
+def expect_line(result: subprocess.CompletedProcess[str] | Result, code: int, *words: str) -> None:
+    """Assert one line on stderr, nothing on stdout, and an exit code."""
+    returned = result.exit_code if isinstance(result, Result) else result.returncode
+    assert (returned, result.stdout) == (code, "")
+    assert result.stderr.startswith("kvmmap: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one byte."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def offset_of(path: Path, layer: int, position: int) -> int:
+    """Find a position's keys in the file by their bytes."""
+    with kvmmap.open(path) as cache:
+        needle = cache.layers[layer].key_codes[position].tobytes()
+    found = path.read_bytes().find(needle)
+    assert found > 0
+    return found
+
+
+# inspect
+
+
+def test_inspect_shows_it_all(path: Path) -> None:
+    result = run("inspect", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    for words in (
+        "4 layers",
+        "700 of 1,000 positions",
+        "70 %",
+        "700 recorded",
+        "3.20: f32 would reserve",
+        "in a sparse file of",
+        "state        closed",
+        "committed    700 positions; commit ",
+        "format version 1",
+        "some/model",
+        "revision abc123",
+        "title: a licence",
+        "int8-row",
+    ):
+        assert words in result.stdout
+    assert result.stdout.splitlines()[-1].split()[:4] == ["0-3", "2", "16", "int8-row"]
+
+
+def test_inspect_json_is_what_the_api_says(path: Path) -> None:
+    result = run("inspect", "--json", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    with kvmmap.open(path) as cache:
+        report = kvmmap.report.inspect(cache)
+        assert json.loads(result.stdout) == report.to_dict()
+        assert report.seq_len == cache.seq_len == LENGTH
+        assert report.memory_bytes == cache.memory_bytes == sum(layer.memory_bytes for layer in report.layers)
+        assert report.compression_ratio == cache.compression_ratio
+        assert report.stored_bytes * report.capacity == report.memory_bytes * report.seq_len
+    assert report.file_bytes == path.stat().st_size
+    assert report.disk_bytes == path.stat().st_blocks * 512
+    assert report.commit is not None
+    assert (report.commit.state, report.commit.uncommitted, report.commit.writer_pid) == ("closed", 0, None)
+
+
+def test_a_report_in_memory_has_no_file() -> None:
+    report = kvmmap.report.inspect(kvmmap.QuantizedKvCache(2, 8, HEADS, DIM))
+    assert (report.kind, report.path, report.commit, report.file_bytes) == ("memory", None, None, None)
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+
+
+@pytest.fixture
+def writer(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that appended 50 positions to the cache and has not committed them."""
+    program = f"""
+import kvmmap, numpy, sys
+cache = kvmmap.open({str(path)!r}, "a")
+rows = numpy.ones(({LAYERS}, 50, {HEADS}, {DIM}), numpy.float32)
+cache.extend(rows, rows)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=PLAIN
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_cache_that_is_being_written(path: Path, writer: subprocess.Popen[str]) -> None:
+    seen = run("inspect", path)
+    assert seen.returncode == 0
+    assert "750 of 1,000 positions" in seen.stdout
+    assert f"open for writing by process {writer.pid}" in seen.stdout
+    assert "700 positions, and 50 more not yet" in seen.stdout
+    checked = run("verify", path)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "not checked: 50 positions not yet committed, [700, 750)" in checked.stdout
+    commit = json.loads(run("inspect", "--json", path).stdout)["commit"]
+    assert (commit["state"], commit["uncommitted"], commit["writer_pid"]) == ("open for writing", 50, writer.pid)
+    assert json.loads(run("verify", "--json", path).stdout)["unverified"] == 50
+
+    writer.kill()
+    writer.wait()
+    seen = run("inspect", path)
+    assert f"interrupted: not closed by process {writer.pid}" in seen.stdout
+    assert "750 of 1,000 positions" in seen.stdout
+
+
+def test_layers_of_one_shape_share_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.kvm"
+    heads = [2, 1, 1, 2, 1, 1]
+    kvmmap.create(path, num_layers=6, capacity=10, num_kv_heads=heads, head_dim=8, value_head_dim=4).close()
+    rows = [line.split()[:6] for line in run("inspect", path).stdout.splitlines()[-2:]]
+    assert rows == [["0,", "3", "2", "8,", "values", "4"], ["1-2,", "4-5", "1", "8,", "values", "4"]]
+
+
+def test_an_empty_cache(tmp_path: Path) -> None:
+    path = tmp_path / "empty.kvm"
+    kvmmap.create(path, num_layers=1, capacity=0, num_kv_heads=1, head_dim=1).close()
+    assert "nothing is reserved" in run("inspect", path).stdout
+    assert run("verify", path).returncode == 0
+
+
+def test_what_a_file_says_can_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "evil.kvm"
+    notes = {"[bold]k\x1b]0;x\x07": "\x1b[31m\x9b2J\u202e\n" + "long " * 1000, **{f"n{i}": i for i in range(50)}}
+    model = kvmmap.ModelInfo(name="\x1b[2J")
+    kvmmap.create(path, num_layers=1, capacity=1, num_kv_heads=1, head_dim=1, metadata=notes, model=model).close()
+    result = run("inspect", path)
+    assert result.returncode == 0
+    assert all(c.isprintable() or c == "\n" for c in result.stdout)
+    assert "[bold]k\\x1b" in result.stdout
+    assert "46 more: --json shows all" in result.stdout
+    assert len(result.stdout.splitlines()) < 24
+    assert json.loads(run("inspect", "--json", path).stdout)["metadata"] == notes
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_inspect_fits_a_terminal(path: Path, columns: int) -> None:
+    code, drawn = in_terminal("inspect", path, columns=columns, NO_COLOR="1", TERM="dumb")
+    assert code == 0
+    lines = drawn.replace("\r\n", "\n").splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= columns
+
+
+# verify
+
+
+def test_verify_of_a_sound_cache(path: Path) -> None:
+    result = run("verify", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{path}: sound\n" in result.stdout
+    assert "checked 15 blocks" in result.stdout  # three a layer, and three of token ids
+    assert "700 positions in 4 layers" in result.stdout
+    assert "not checked" not in result.stdout
+
+
+def test_verify_json_is_what_the_api_says(path: Path) -> None:
+    flip(path, offset_of(path, 1, 600))
+    result = run("verify", "--json", path)
+    assert (result.returncode, result.stderr) == (1, "")
+    with kvmmap.open(path) as cache:
+        report = cache.verify()
+    told = json.loads(result.stdout)
+    assert told == {
+        "path": str(path),
+        "seq_len": report.seq_len,
+        "verified": report.verified,
+        "blocks": report.blocks,
+        "bytes": report.bytes,
+        "damages": [{"what": report.damages[0].what, "layer": 1, "start": 512, "stop": 700}],
+        "unverified": 0,
+        "sound": False,
+    }
+
+
+def test_verify_names_layer_and_positions(path: Path) -> None:
+    for layer, position in ((2, 10), (2, 300), (3, 699)):
+        flip(path, offset_of(path, layer, position))
+    result = run("verify", path)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.splitlines()[:3] == [
+        f"{path}: damaged",
+        "  layer 2, positions [0, 512): checksum does not match",
+        "  layer 3, positions [512, 700): checksum does not match",
+    ]
+    assert run("inspect", path).returncode == 0  # its records are sound
+
+
+def test_verify_finds_damaged_token_ids(path: Path) -> None:
+    needle = np.arange(256, 300, dtype="<i4").tobytes()
+    flip(path, path.read_bytes().find(needle))
+    result = run("verify", path)
+    assert result.returncode == 1
+    assert "  token ids, positions [256, 512): checksum does not match\n" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_damage_that_stops_it_from_opening(path: Path, command: str) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5000])
+    expect_line(run(command, path), 1, "cut off")
+    path.write_bytes(whole[:2000])
+    expect_line(run(command, path), 1)
+    path.write_bytes(whole)
+    flip(path, 70)  # a number in the superblock
+    expect_line(click_run(command, path), 1, "superblock damaged")
+    path.write_bytes(whole)
+    for offset in (4096, 8192):  # both commit slots
+        flip(path, offset + 40)
+    expect_line(click_run(command, path), 1, "both commit records are damaged")
+    path.write_bytes(whole)
+    flip(path, 8)  # the format version
+    expect_line(click_run(command, path), 2, "format version", "newer kvmmap")
+
+
+# What can't be used
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_paths_that_are_no_cache(tmp_path: Path, command: str) -> None:
+    expect_line(run(command, tmp_path / "nowhere"), 2, "no such file")
+    expect_line(run(command, tmp_path), 2, "a directory")
+    for content in (b"", b"short", b"x" * 10_000):
+        other = tmp_path / "other"
+        other.write_bytes(content)
+        expect_line(click_run(command, other), 2, "not a kvmmap cache")
+    expect_line(click_run(command, "/dev/null"), 2, "not a regular file")
+    expect_line(click_run(command, tmp_path / "new\nline\x1b[31m"), 2, "new\\nline\\x1b")
+    expect_line(click_run(command, tmp_path / ("n" * 300)), 2, "File name too long")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_no_permission(path: Path, command: str) -> None:
+    path.chmod(0)
+    expect_line(run(command, path), 2, f"{path}: Permission denied")
+
+
+def test_usage() -> None:
+    expect_line(run("inspct"), 2, "inspct", "inspect, verify")
+    expect_line(run("inspect"), 2, "missing argument 'PATH'", "kvmmap inspect --help")
+    expect_line(click_run("inspect", "a", "b"), 2, "unexpected extra argument")
+    expect_line(click_run("verify", "--jsn", "a"), 2, "--jsn", "--json")
+    expect_line(click_run("--nonsense"), 2, "--nonsense")
+    alone = run()
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert "Usage: kvmmap" in alone.stderr
+
+
+def test_help_and_version() -> None:
+    for args in (["--help"], ["inspect", "--help"], ["verify", "-h"]):
+        result = run(*args)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "Example" in result.stdout
+    assert run("--version").stdout == f"kvmmap {kvmmap.__version__}, {kvmmap.kernel()} kernel\n"
+    module = subprocess.run([sys.executable, "-m", "kvmmap_cli", "--version"], capture_output=True, text=True)
+    assert module.stdout.startswith("kvmmap ")
+
+
+# Terminals and pipes
+
+
+def test_colours_are_for_terminals(path: Path) -> None:
+    for command in ("inspect", "verify"):
+        assert "\x1b" not in run(command, path).stdout
+        code, drawn = in_terminal(command, path, "--no-progress" if command == "verify" else "--")
+        assert code == 0
+        assert "\x1b[32m" in drawn
+        code, drawn = in_terminal(command, path, "--no-progress" if command == "verify" else "--", NO_COLOR="1")
+        assert code == 0
+        assert "\x1b[32m" not in drawn
+
+
+def test_the_progress_bar_is_for_terminals(path: Path) -> None:
+    assert run("verify", path, FORCE_COLOR="1").stderr == ""
+    assert "verifying" in in_terminal("verify", path)[1]
+    assert "verifying" not in in_terminal("verify", "--no-progress", path)[1]
+
+
+def test_output_that_is_not_folded_in_a_pipe(path: Path) -> None:
+    for line in run("inspect", path, COLUMNS="40").stdout.splitlines():
+        assert line == line.rstrip()
+    assert "revision abc123, dtype bfloat16, rope" in run("inspect", path, COLUMNS="40").stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_unicode(path: Path, encoding: str) -> None:
+    result = run("inspect", path, PYTHONIOENCODING=encoding)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.isascii()
+    assert "  #################-------  70 %" in result.stdout
+    code, drawn = in_terminal("inspect", path, PYTHONIOENCODING=encoding)
+    assert code == 0
+    assert drawn.isascii()
+
+
+@pytest.fixture
+def long_output(tmp_path: Path) -> list[str]:
+    """A command that prints more than a pipe holds."""
+    path = tmp_path / "deep.kvm"
+    kvmmap.create(path, num_layers=1000, capacity=1, num_kv_heads=1, head_dim=1).close()
+    return [str(PROGRAM), "inspect", "--json", str(path)]
+
+
+def test_a_reader_that_goes_away(long_output: list[str]) -> None:
+    with subprocess.Popen(long_output, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"{\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE
+
+
+def test_ctrl_c(long_output: list[str]) -> None:
+    with subprocess.Popen(long_output, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(2) == b"{\n"  # it waits for room in the pipe now, or soon
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk(path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([PROGRAM, "inspect", path], stdout=full, stderr=subprocess.PIPE, text=True, env=PLAIN)
+    assert (result.returncode, result.stderr) == (2, "kvmmap: No space left on device\n")
+
+
+def test_stdout_closed(path: Path) -> None:
+    result = subprocess.run(["/bin/sh", "-c", f"'{PROGRAM}' verify '{path}' >&- 2>&-"], env=PLAIN)
+    assert result.returncode == 0
+
+
+def test_start_up_loads_only_what_it_needs(path: Path) -> None:
+    program = "import sys, kvmmap_cli.main; print([m for m in ('numpy', 'rich', 'kvmmap') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "[]\n"
+    program = f"""
+import sys, atexit
+from kvmmap_cli.main import main
+atexit.register(lambda: print([m for m in ("rich", "ml_dtypes", "torch", "zarr") if m in sys.modules], file=sys.stderr))
+sys.argv = ["kvmmap", "inspect", "--json", {str(path)!r}]
+main()
+"""
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "rich" not in loaded.stderr
+    assert "torch" not in loaded.stderr

@@ -1,0 +1,40 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from kvmmap_cli.docs import reference
+from kvmmap_cli.main import kvmmap as group
+
+CLI = Path(__file__).parents[1] / "docs" / "cli.md"
+COMMANDS = group.list_commands(click.Context(group))
+
+
+def test_the_cli_reference_is_up_to_date() -> None:
+    assert CLI.read_text() == reference(), "run: python -m kvmmap_cli.docs > docs/cli.md"
+
+
+def test_the_cli_reference_is_made_for_80_columns() -> None:
+    blocks = CLI.read_text().split("```")[1::2]
+    assert max(len(line) for block in blocks for line in block.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented(name: str) -> None:
+    assert f"\n## kvmmap {name}\n" in CLI.read_text()
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_every_help_text_says_something_and_has_an_example(name: str) -> None:
+    context = click.Context(group)
+    command = group.get_command(context, name) if name else group
+    assert command is not None
+    assert command.help
+    assert "Example" in command.help
+    assert f"  kvmmap {name}" in command.help.partition("Example")[2]
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
