@@ -1,0 +1,29 @@
+"""The texts of the demo: real ones that every Python has, so that nothing is fetched."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def _manual() -> str:
+    from pydoc_data.topics import topics
+
+    return str(topics["compound"])
+
+
+TEXTS: Mapping[str, tuple[str, Callable[[], str]]] = {
+    "manual": ("prose: the chapter on compound statements of Python's manual", _manual),
+    "source": ("code: the source of Python's argparse module", lambda: inspect.getsource(argparse)),
+}
+"""Each text's name, what it is, and how to get it."""
+
+
+def read_text(name: str) -> tuple[str, str]:
+    """Return what a text is, and the text: one of `TEXTS`, or else a file's path."""
+    if name in TEXTS:
+        title, get = TEXTS[name]
+        return title, get()
+    return f"the file {name}", Path(name).read_text()
