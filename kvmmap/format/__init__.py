@@ -1,6 +1,7 @@
 """The `.kvm` file as bytes: encode, decode, validate. Pure: no file is touched here."""
 
 from .records import (
+    CODECS,
     FORMAT_VERSION,
     HEADER,
     LIVE,
@@ -8,6 +9,7 @@ from .records import (
     NO_TOKEN,
     PAGE,
     SLAB_SECTIONS,
+    TRANSFORMS,
     WHOLE_CACHE,
     Extent,
     Section,
@@ -19,6 +21,7 @@ from .slot import Slot
 from .superblock import Superblock
 
 __all__ = [
+    "CODECS",
     "FORMAT_VERSION",
     "HEADER",
     "LIVE",
@@ -26,6 +29,7 @@ __all__ = [
     "NO_TOKEN",
     "PAGE",
     "SLAB_SECTIONS",
+    "TRANSFORMS",
     "WHOLE_CACHE",
     "Extent",
     "Section",
