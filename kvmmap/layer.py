@@ -325,10 +325,10 @@ class QuantizedKvLayer:
         out: NDArray[Any] | None = None,
         threads: int | None = 1,
     ) -> NDArray[Any]:
-        shape = codes.shape
-        if len(shape) == 1:
-            codes = codes[None]
-        result = dequantize_rows(codes, scales, dtype, out, threads=threads).reshape(shape)
+        if codes.ndim == 1:
+            row: NDArray[Any] = self._dequantize(codes[None], scales, dtype, out, threads)[0]
+            return row
+        result = dequantize_rows(codes, scales, dtype, out, threads=threads)
         self._store.check()  # the rows were still the cache's when they had been read
         return result
 
