@@ -37,7 +37,7 @@ from .errors import (
 from .geometry import CacheGeometry, LayerGeometry
 from .layer import QuantizedKvLayer
 from .metadata import ModelInfo
-from .opening import compact, create, resize
+from .opening import compact, create, fork, remove, resize
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.base import Damage, VerifyReport
@@ -82,10 +82,12 @@ __all__ = [
     "compact",
     "create",
     "dequantize_rows",
+    "fork",
     "kernel",
     "open",
     "quantization_error",
     "quantize_rows",
+    "remove",
     "report",
     "resize",
 ]

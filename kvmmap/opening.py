@@ -1,4 +1,7 @@
-"""Caches by path: create, open, resize, compact. Which storage a path means is decided here and known nowhere else."""
+"""Caches by path: create, open, resize, compact, fork, remove.
+
+Which storage a path means is decided here and known nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .geometry import CacheGeometry, index
 from .metadata import ModelInfo, document
 from .storage.base import Progress, Storage
 from .storage.mapped import MappedReader
-from .storage.placing import METADATA_ROOM
+from .storage.placing import METADATA_ROOM, remove_file
 from .storage.resize import resize_file
 from .storage.writer import Durability, MappedWriter
 
@@ -136,6 +139,69 @@ def resize(path: PathLike, capacity: int, *, timeout: float = 0, progress: Progr
 def compact(path: PathLike, *, timeout: float = 0, progress: Progress | None = None) -> None:
     """Drop the capacity that is not used: `resize` to the positions stored."""
     resize_file(_local_path(path), None, timeout=timeout, progress=progress)
+
+
+def fork(
+    source: PathLike,
+    target: PathLike,
+    *,
+    length: int | None = None,
+    capacity: int | None = None,
+    durability: Durability = "publish",
+    progress: Progress | None = None,
+) -> QuantizedKvCache:
+    """Make a private continuation of a shared prefix: a new cache file that begins with another's positions.
+
+    The source is only read, and may have a writer meanwhile. On btrfs, XFS and the like the rows are shared on the
+    disk, so a fork costs nearly nothing; elsewhere they are copied. Rows, token ids, model and metadata come along,
+    and so do checksums: what is damaged in the source is damaged in the fork, and not hidden.
+
+    Args:
+        source: the cache to begin with.
+        target: where to make the new one; there must be nothing.
+        length: keep so many positions of the source; all that are stored by default.
+        capacity: positions to reserve; the source's by default.
+        durability: as in `create`.
+        progress: called with (bytes done, bytes in all) now and then.
+
+    Returns:
+        The new cache, open for appending; what it holds is committed.
+
+    Raises:
+        CacheExistsError: there is something at `target`.
+        CacheNotFoundError: there is nothing at `source`, or no directory for `target`.
+        PositionOutOfRangeError: fewer than `length` positions are stored.
+        CapacityExceededError: `capacity` is less than `length`.
+        CorruptCacheError: the block that is cut does not match its checksum; nothing was made.
+        CacheChangedError: the source's writer took positions back meanwhile; nothing was made.
+        OSError: the disk is full or failing; nothing was made.
+    """
+    from .storage.fork import fork_file
+
+    storage = fork_file(
+        _local_path(source),
+        _local_path(target),
+        length=length,
+        capacity=None if capacity is None else index(capacity, "capacity"),
+        durability=_check_durability(durability),
+        progress=progress,
+    )
+    return QuantizedKvCache.of_storage(storage)
+
+
+def remove(path: PathLike, *, timeout: float = 0) -> None:
+    """Delete a cache file, unless a writer holds it. Readers that have it open go on reading what they see.
+
+    Args:
+        path: the cache.
+        timeout: seconds to wait for a writer.
+
+    Raises:
+        CacheNotFoundError: there is nothing at the path.
+        NotACacheError: what is there is no cache; it stays.
+        CacheLockedError: a writer holds it; it stays.
+    """
+    remove_file(_local_path(path), timeout)
 
 
 def _local_path(path: PathLike) -> str:

@@ -12,6 +12,8 @@ import fcntl
 import mmap
 import os
 import secrets
+import struct
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +22,11 @@ from typing import Any
 from .. import _core
 
 FILE_MODE = 0o600  # a KV cache gives its prompt away
+
+_PAGE = 4096
+_COPY_BYTES = 1 << 20
+_FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+_CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
 
 class PosixFile:
@@ -73,6 +80,40 @@ class PosixFile:
         """Write each buffer at its offset, in order, all of it."""
         _core.write_all(self._fd, offsets, buffers)
 
+    def copy_from(self, source: PosixFile, start: int, at: int, size: int) -> None:
+        """Copy `size` bytes of another file, from `start` on, to `at`, both on a page.
+
+        Whole pages are shared with it on the disk where the file system can; elsewhere the kernel copies them.
+        """
+        whole = size - size % _PAGE
+        if whole and self._clone(source, start, at, whole):
+            start, at, size = start + whole, at + whole, size - whole
+        while size:
+            count = self._copy_some(source, start, at, size)
+            start, at, size = start + count, at + count, size - count
+
+    def _clone(self, source: PosixFile, start: int, at: int, size: int) -> bool:
+        """Share pages; False if that can't be done here."""
+        if sys.platform != "linux":
+            return False
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, _CLONE_RANGE.pack(source._fd, start, size, at))
+        except OSError:  # not this file system, not across two, or its blocks are larger
+            return False
+        return True
+
+    def _copy_some(self, source: PosixFile, start: int, at: int, size: int) -> int:
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # not across these two: the way below says what is wrong
+                count = os.copy_file_range(source._fd, self._fd, size, start, at)
+                if count:
+                    return count
+        data = source.read(start, min(size, _COPY_BYTES))
+        if not data:
+            raise OSError(errno.EIO, "the file ends before its rows do", source.path)
+        self.write((at,), (data,))
+        return len(data)
+
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         os.fdatasync(self._fd)
@@ -89,6 +130,20 @@ class PosixFile:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
             self.write((offset,), (bytes(size),))
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of what lies on the disk; the whole file where the file system does not tell."""
+        size, start = self.stat().st_size, 0
+        while start < size:
+            try:
+                start = os.lseek(self._fd, start, os.SEEK_DATA)
+                stop = os.lseek(self._fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    return
+                stop = size
+            yield start, stop
+            start = stop
 
     def map(self, offset: int, size: int, *, writable: bool = False) -> tuple[mmap.mmap, int]:
         """Map `size` bytes from `offset`, shared; return the map and where in it they start."""

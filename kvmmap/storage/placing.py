@@ -1,4 +1,4 @@
-"""Making a `.kvm` file, putting it in its place, and taking the writer's lock on one.
+"""Making a `.kvm` file, putting it in its place, removing it, and taking the writer's lock on one.
 
 A file appears at its path whole and durable, or not at all; and it takes another's place only while it holds that
 one's lock.
@@ -15,7 +15,7 @@ from ..errors import CacheExistsError, CacheLockedError, CacheNotFoundError, Not
 from ..format import PAGE, Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry
 from ..metadata import Document
-from .file import PosixFile, closing_on_error
+from .file import PosixFile, closing_on_error, sync_folder
 from .live import LiveRecord
 from .mapped import open_file, read_superblock
 
@@ -122,6 +122,14 @@ def replace_file(new: PosixFile, path: str, timeout: float) -> None:
         live = map_live(old, superblock, writable=True)
         new.replace(path)
         live.put("superseded", 1)
+
+
+def remove_file(path: str, timeout: float) -> None:
+    """Delete the cache at `path` while holding its lock, so never from under a writer; durable on return."""
+    file, _ = lock_file(path, timeout)
+    with contextlib.closing(file):
+        os.unlink(file.path)
+        sync_folder(file.path)
 
 
 def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:

@@ -34,7 +34,7 @@ def verify_file(reader: MappedReader, progress: Progress | None = None) -> Verif
         report.blocks += geometry.num_layers
         if progress:
             progress(report.bytes, total)
-    report.damages += _check_tokens(reader, slot)
+    report.damages += check_tokens(reader, slot)
     report.blocks += -(-slot.token_len // geometry.block_tokens)
     report.bytes = total
     if progress:
@@ -63,7 +63,8 @@ def check_blocks(reader: MappedReader, first: int, stop: int) -> Iterator[Damage
                 yield Damage(f"layer {layer}, positions [{start}, {end}): {problem}", layer, start, end)
 
 
-def _check_tokens(reader: MappedReader, slot: Slot) -> Iterator[Damage]:
+def check_tokens(reader: MappedReader, slot: Slot) -> Iterator[Damage]:
+    """Yield what is wrong in the committed token ids."""
     size, layers = reader.geometry.block_tokens, reader.geometry.num_layers
     offset = reader.superblock.section(Section.TOKEN_IDS).offset
     complete = slot.token_len // size

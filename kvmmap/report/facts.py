@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from .cache import QuantizedKvCache
-from .format import CODECS, TRANSFORMS
-from .geometry import compression_ratio
-from .metadata import ModelInfo
+from ..cache import QuantizedKvCache
+from ..format import CODECS, TRANSFORMS
+from ..geometry import compression_ratio
+from ..metadata import ModelInfo
 
 State = Literal["closed", "open for writing", "interrupted"]
 

@@ -1,0 +1,65 @@
+"""What is known of a cache, as dataclasses: facts, statistics, grids for pictures, differences, the map of its file.
+
+All of it is read through the public face of a cache, block by block, so any storage and any size will do. Nothing is
+formatted here; printing and drawing are the caller's. Modules are loaded when something of theirs is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .difference import CacheDifference, LayerDifference, PartDifference, compare
+    from .facts import CacheReport, CommitReport, LayerReport, inspect
+    from .filemap import FileMap, FileSection, file_map
+    from .gathering import CacheStatistics, LayerStatistics, Outliers, statistics
+    from .grids import ScaleGrid, scale_grids
+    from .tally import ChannelOutlier, PositionOutlier, RowStatistics, ScaleStatistics
+
+_HOMES = {
+    "facts": ("CacheReport", "CommitReport", "LayerReport", "inspect"),
+    "gathering": ("CacheStatistics", "LayerStatistics", "Outliers", "statistics"),
+    "tally": ("ChannelOutlier", "PositionOutlier", "RowStatistics", "ScaleStatistics"),
+    "grids": ("ScaleGrid", "scale_grids"),
+    "difference": ("CacheDifference", "LayerDifference", "PartDifference", "compare"),
+    "filemap": ("FileMap", "FileSection", "file_map"),
+}
+_WHERE = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})
+
+
+__all__ = [
+    "CacheDifference",
+    "CacheReport",
+    "CacheStatistics",
+    "ChannelOutlier",
+    "CommitReport",
+    "FileMap",
+    "FileSection",
+    "LayerDifference",
+    "LayerReport",
+    "LayerStatistics",
+    "Outliers",
+    "PartDifference",
+    "PositionOutlier",
+    "RowStatistics",
+    "ScaleGrid",
+    "ScaleStatistics",
+    "compare",
+    "file_map",
+    "inspect",
+    "scale_grids",
+    "statistics",
+]

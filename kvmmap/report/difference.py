@@ -1,0 +1,207 @@
+"""How two caches differ: where first, and by how much. Compares stored bytes; numbers only where bytes differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import QuantizedKvCache
+from ..errors import ShapeMismatchError
+from ..quantize import dequantize_rows
+from ..storage.base import Progress
+from .gathering import PARTS, blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartDifference:
+    """Keys, or values, of one layer."""
+
+    first: int | None
+    """The first position whose codes or scales differ; None if none does."""
+
+    rows: int
+    """Rows compared: positions times heads."""
+
+    different_rows: int
+    """Rows whose codes or scale differ."""
+
+    largest: float
+    """The largest absolute difference of two numbers."""
+
+    mean: float
+    """The mean absolute difference, over all rows compared."""
+
+    relative: float
+    """Root mean square of the differences over that of the first cache's numbers; 0.0 where both are zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDifference:
+    """One layer."""
+
+    index: int
+    """Which one, from 0."""
+
+    keys: PartDifference
+    values: PartDifference
+
+    @property
+    def first(self) -> int | None:
+        """The first position that differs in keys or values."""
+        return _earliest(self.keys.first, self.values.first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheDifference:
+    """Two caches of the same shape."""
+
+    lengths: tuple[int, int]
+    """Positions stored in each."""
+
+    compared: int
+    """Positions that both have; only these are compared."""
+
+    first_token: int | None
+    """The first of them whose token ids differ (-1, not recorded, is an id here); None if none does."""
+
+    same_about: bool
+    """True if model and metadata are the same."""
+
+    layers: tuple[LayerDifference, ...]
+    """One a layer, in order."""
+
+    @property
+    def first(self) -> int | None:
+        """The first position that differs in any layer."""
+        return _earliest(*(layer.first for layer in self.layers))
+
+    @property
+    def same(self) -> bool:
+        """True if length, token ids and every row are the same; model and metadata need not be."""
+        return self.lengths[0] == self.lengths[1] and self.first_token is None and self.first is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as plain JSON types."""
+        plain = asdict(self) | {"first": self.first, "same": self.same}
+        plain["lengths"] = list(self.lengths)
+        plain["layers"] = [
+            layer | {"first": told.first} for layer, told in zip(plain["layers"], self.layers, strict=True)
+        ]
+        return plain
+
+
+def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | None = None) -> CacheDifference:
+    """Compare what two caches hold, as far as both go, in bounded memory.
+
+    Capacity, storage and commits don't count: a cache and its resized copy are the same.
+
+    Raises:
+        ShapeMismatchError: their layers have other numbers of heads, or other dimensions.
+        CacheChangedError: a writer took positions back meanwhile: refresh, and compare again.
+        ClosedError: one of them is closed.
+    """
+    if a.geometry.layers != b.geometry.layers:
+        raise _unlike(a, b)
+    length = min(a.seq_len, b.seq_len)
+    total = length * sum(layer.position_bytes for layer in a.geometry.layers)
+    done, layers = 0, []
+    for number in range(a.num_layers):
+        parts = {}
+        for part in PARTS:
+            tally = _Differences(a.geometry.layers[number].num_kv_heads)
+            mine, others = (blocks(cache.layers[number], part, length) for cache in (a, b))
+            for (start, codes, scales), (_, other_codes, other_scales) in zip(mine, others, strict=True):
+                tally.add(start, codes, scales, other_codes, other_scales)
+                done += codes.nbytes + scales.nbytes
+                if progress:
+                    progress(done, total)
+            parts[part] = tally.result()
+        layers.append(LayerDifference(index=number, keys=parts["keys"], values=parts["values"]))
+    ids = np.flatnonzero(a.token_ids[:length] != b.token_ids[:length])
+    return CacheDifference(
+        lengths=(a.seq_len, b.seq_len),
+        compared=length,
+        first_token=int(ids[0]) if len(ids) else None,
+        same_about=(a.model, a.metadata) == (b.model, b.metadata),
+        layers=tuple(layers),
+    )
+
+
+class _Differences:
+    """What differs in one part of one layer, counted stretch by stretch."""
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.first: int | None = None
+        self.positions = 0
+        self.different = 0
+        self.numbers = 0
+        self.largest = 0.0
+        self.sum = 0.0
+        self.squares = 0.0
+        self.power = 0.0
+
+    def add(
+        self,
+        start: int,
+        codes: NDArray[np.int8],
+        scales: NDArray[np.float32],
+        other_codes: NDArray[np.int8],
+        other_scales: NDArray[np.float32],
+    ) -> None:
+        self.positions += len(codes)
+        self.numbers += codes.size
+        numbers = dequantize_rows(codes, scales)
+        self.power += float(np.square(numbers, dtype=np.float64).sum())
+        different = (codes != other_codes).any(axis=-1) | (scales.view(np.uint32) != other_scales.view(np.uint32))
+        if not different.any():
+            return
+        if self.first is None:
+            self.first = start + int(different.any(axis=1).argmax())
+        self.different += int(different.sum())
+        off = np.subtract(numbers, dequantize_rows(other_codes, other_scales), dtype=np.float64)
+        np.abs(off, out=off)
+        self.largest = max(self.largest, float(off.max()))
+        self.sum += float(off.sum())
+        self.squares += float(np.square(off, out=off).sum())
+
+    def result(self) -> PartDifference:
+        numbers = max(self.numbers, 1)
+        return PartDifference(
+            first=self.first,
+            rows=self.positions * self.heads,
+            different_rows=self.different,
+            largest=self.largest,
+            mean=self.sum / numbers,
+            relative=math.sqrt(self.squares / self.power) if self.power else 0.0,
+        )
+
+
+def _earliest(*positions: int | None) -> int | None:
+    return min((position for position in positions if position is not None), default=None)
+
+
+def _unlike(a: QuantizedKvCache, b: QuantizedKvCache) -> ShapeMismatchError:
+    """Say what is different about two shapes."""
+    numbers = f"{a.num_layers} layers, and {b.num_layers}"
+    what = next(_shapes(a, b)) if a.num_layers == b.num_layers else numbers
+    return ShapeMismatchError(
+        f"the caches have different shapes ({what}), so their rows can't be compared",
+        expected=a.geometry.layers,
+        actual=b.geometry.layers,
+    )
+
+
+def _shapes(a: QuantizedKvCache, b: QuantizedKvCache) -> Iterator[str]:
+    for number, (mine, others) in enumerate(zip(a.geometry.layers, b.geometry.layers, strict=True)):
+        if mine != others:
+            yield f"layer {number} has {_shape(mine)}, and {_shape(others)}"
+
+
+def _shape(layer: Any) -> str:
+    return f"{layer.num_kv_heads} KV heads x {layer.head_dim} (values {layer.value_head_dim})"

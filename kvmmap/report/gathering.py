@@ -1,0 +1,194 @@
+"""Statistics of a whole cache: one pass over its codes and scales, layer by layer, in bounded memory."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import QuantizedKvCache
+from ..layer import QuantizedKvLayer
+from ..quantize import MIN_SCALE
+from ..storage.base import Progress
+from .tally import ChannelOutlier, PositionOutlier, RowStatistics, Tally
+
+Part = Literal["keys", "values"]
+PARTS: tuple[Part, Part] = ("keys", "values")
+
+STEP_NUMBERS = 1 << 20
+"""Codes that are looked at together."""
+
+MOST_OUTLIERS = 16
+"""How many outliers of a kind are kept."""
+
+CHANNEL_RATIO = 4.0
+"""A channel stands out if its root mean square is this many times that of the layer's median channel."""
+
+POSITION_RATIO = 4.0
+"""A position stands out if a scale of its is this many times the mean scale of its head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStatistics:
+    """One layer."""
+
+    index: int
+    """Which one, from 0."""
+
+    keys: RowStatistics
+    values: RowStatistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outliers:
+    """What stands out, the furthest first, `MOST_OUTLIERS` at most; key outliers are what attention feels first."""
+
+    key_channels: tuple[ChannelOutlier, ...]
+    value_channels: tuple[ChannelOutlier, ...]
+    key_positions: tuple[PositionOutlier, ...]
+    value_positions: tuple[PositionOutlier, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStatistics:
+    """A whole cache, at one moment."""
+
+    seq_len: int
+    """Positions looked at, in every layer."""
+
+    keys: RowStatistics
+    """Of all layers together."""
+
+    values: RowStatistics
+    """Of all layers together."""
+
+    layers: tuple[LayerStatistics, ...]
+    """One a layer that was asked for, in order."""
+
+    outliers: Outliers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as plain JSON types."""
+        plain = asdict(self)
+        plain["layers"] = list(plain["layers"])
+        return plain
+
+
+def statistics(
+    cache: QuantizedKvCache, layers: list[int] | None = None, *, progress: Progress | None = None
+) -> CacheStatistics:
+    """Look at every stored row of a cache.
+
+    Args:
+        cache: an open cache; at most a few MiB of it are worked on at a time.
+        layers: only these, by index; all by default.
+        progress: called with (bytes done, bytes in all) now and then.
+
+    Raises:
+        LayerOutOfRangeError: there is no such layer.
+        CacheChangedError: the writer took positions back meanwhile: refresh, and look again.
+        ClosedError: the cache is closed.
+    """
+    length = cache.seq_len
+    wanted = list(range(cache.num_layers)) if layers is None else [cache.layers.check(layer) for layer in layers]
+    total = length * sum(cache.geometry.layers[layer].position_bytes for layer in wanted)
+    whole = {part: Tally() for part in PARTS}
+    channels: dict[Part, list[ChannelOutlier]] = {part: [] for part in PARTS}
+    positions: dict[Part, list[PositionOutlier]] = {part: [] for part in PARTS}
+    results, done = [], 0
+    for number in wanted:
+        rows: dict[Part, RowStatistics] = {}
+        for part in PARTS:
+            look = _Look(number, cache.layers[number].num_kv_heads)
+            for start, codes, scales in blocks(cache.layers[number], part, length):
+                look.add(start, codes, scales)
+                done += codes.nbytes + scales.nbytes
+                if progress:
+                    progress(done, total)
+            rows[part] = look.tally.result()
+            whole[part].merge(look.tally)
+            channels[part] = heapq.nlargest(MOST_OUTLIERS, [*channels[part], *look.channels()])
+            positions[part] = heapq.nlargest(MOST_OUTLIERS, [*positions[part], *look.positions()])
+        results.append(LayerStatistics(index=number, keys=rows["keys"], values=rows["values"]))
+    return CacheStatistics(
+        seq_len=length,
+        keys=whole["keys"].result(),
+        values=whole["values"].result(),
+        layers=tuple(results),
+        outliers=Outliers(
+            key_channels=tuple(channels["keys"]),
+            value_channels=tuple(channels["values"]),
+            key_positions=tuple(positions["keys"]),
+            value_positions=tuple(positions["values"]),
+        ),
+    )
+
+
+def blocks(
+    layer: QuantizedKvLayer, part: Part, stop: int, step: int | None = None
+) -> Iterator[tuple[int, NDArray[np.int8], NDArray[np.float32]]]:
+    """Yield (first position, codes, scales) of a layer's stretches below `stop`; views.
+
+    Whoever took rows back meanwhile is found out before the next stretch, and after the last.
+    """
+    dim = layer.head_dim if part == "keys" else layer.value_head_dim
+    step = step or max(1, STEP_NUMBERS // (layer.num_kv_heads * dim))
+    for start in range(0, stop, step):
+        end = min(start + step, stop)
+        if part == "keys":
+            yield start, layer.key_codes[start:end], layer.key_scales[start:end]
+        else:
+            yield start, layer.value_codes[start:end], layer.value_scales[start:end]
+    _ = layer.key_scales
+
+
+class _Look:
+    """One pass over one part of one layer."""
+
+    def __init__(self, layer: int, heads: int) -> None:
+        self.layer = layer
+        self.tally = Tally()
+        self.power: NDArray[np.float64] | float = 0.0  # of each channel, [heads, dim]
+        self.scale_sum = np.zeros(heads)
+        self.peaks = np.zeros((0, heads), np.float32)  # each head's largest scales so far, and where they are
+        self.places = np.zeros((0, heads), np.int64)
+
+    def add(self, start: int, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> None:
+        self.power = self.power + self.tally.add(codes, scales)
+        self.scale_sum += scales.sum(axis=0, dtype=np.float64)
+        peaks = np.concatenate([self.peaks, scales])
+        here = np.broadcast_to(np.arange(start, start + len(scales))[:, None], scales.shape)
+        places = np.concatenate([self.places, here])
+        if len(peaks) > MOST_OUTLIERS:
+            best = np.argpartition(peaks, -MOST_OUTLIERS, axis=0)[-MOST_OUTLIERS:]
+            peaks, places = np.take_along_axis(peaks, best, axis=0), np.take_along_axis(places, best, axis=0)
+        self.peaks, self.places = peaks, places
+
+    def positions(self) -> list[PositionOutlier]:
+        """Return the rows that stand out, each position but once."""
+        positions = self.tally.rows // len(self.scale_sum)
+        ratios = self.peaks * (positions / np.maximum(self.scale_sum, MIN_SCALE))
+        found: dict[int, PositionOutlier] = {}
+        for peak, head in np.argwhere(ratios > POSITION_RATIO).tolist():
+            outlier = PositionOutlier(
+                ratio=float(ratios[peak, head]), layer=self.layer, position=int(self.places[peak, head]), head=head
+            )
+            found[outlier.position] = max(outlier, found.get(outlier.position, outlier))
+        return heapq.nlargest(MOST_OUTLIERS, found.values())
+
+    def channels(self) -> list[ChannelOutlier]:
+        """Return the channels that stand out."""
+        size = np.sqrt(np.atleast_2d(self.power))
+        median = float(np.median(size))
+        found = np.argwhere(size > CHANNEL_RATIO * median).tolist() if median else []
+        return heapq.nlargest(
+            MOST_OUTLIERS,
+            (
+                ChannelOutlier(ratio=float(size[head, channel]) / median, layer=self.layer, head=head, channel=channel)
+                for head, channel in found
+            ),
+        )

@@ -1,0 +1,57 @@
+"""Scales over layers, heads and positions, coarse enough to be drawn. Reads scales alone, not codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import QuantizedKvCache
+from ..layer import QuantizedKvLayer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleGrid:
+    """One layer's mean scales."""
+
+    layer: int
+    """Which one, from 0."""
+
+    edges: NDArray[np.int64]
+    """Positions between the bins, [bins + 1]: bin i is [edges[i], edges[i + 1])."""
+
+    keys: NDArray[np.float32]
+    """[num_kv_heads, bins]: the mean scale of a head's key rows in a bin of positions."""
+
+    values: NDArray[np.float32]
+    """[num_kv_heads, bins], likewise."""
+
+
+def scale_grids(cache: QuantizedKvCache, bins: int, layers: list[int] | None = None) -> list[ScaleGrid]:
+    """Average scales over at most `bins` stretches of positions, about equally long; no bins of an empty cache.
+
+    Args:
+        cache: an open cache.
+        bins: at least 1.
+        layers: only these, by index; all by default.
+
+    Raises:
+        LayerOutOfRangeError: there is no such layer.
+        CacheChangedError: the writer took positions back meanwhile: refresh, and look again.
+    """
+    length = cache.seq_len
+    edges = np.linspace(0, length, min(bins, length) + 1).round().astype(np.int64)
+    wanted = range(cache.num_layers) if layers is None else layers
+    return [_grid(cache.layers[number], number, edges) for number in wanted]
+
+
+def _grid(layer: QuantizedKvLayer, number: int, edges: NDArray[np.int64]) -> ScaleGrid:
+    shape = (layer.num_kv_heads, len(edges) - 1)
+    keys, values = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    for bin, (start, stop) in enumerate(pairwise(edges)):
+        keys[:, bin] = layer.key_scales[start:stop].mean(axis=0, dtype=np.float64)
+        values[:, bin] = layer.value_scales[start:stop].mean(axis=0, dtype=np.float64)
+    _ = layer.key_scales  # were rows taken back, this tells
+    return ScaleGrid(layer=number, edges=edges, keys=keys, values=values)
