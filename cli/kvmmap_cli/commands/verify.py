@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..output import DAMAGED, SOUND, count, plain, print_json, read, show, size
+from ..progress import no_progress_option, progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("verify")
 @click.argument("path", type=click.Path(readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--no-progress", is_flag=True, help="Draw no progress bar; there is one only if stderr is a terminal.")
+@no_progress_option
 def command(path: str, as_json: bool, no_progress: bool) -> None:
     """Check the cache at PATH against its checksums.
 
@@ -34,7 +33,7 @@ def command(path: str, as_json: bool, no_progress: bool) -> None:
       kvmmap verify prompt.kvm
       kvmmap verify --json prompt.kvm | jq .damages
     """
-    with contextlib.nullcontext() if no_progress or not sys.stderr.isatty() else _bar() as advance:
+    with progress("verifying", no_progress) as advance:
         report, num_layers = read(path, lambda cache: (cache.verify(advance), cache.num_layers))
     if as_json:
         print_json(to_dict(report))
@@ -85,30 +84,3 @@ def _lines(damages: list[Damage]) -> Iterator[str]:
             found.append([damage.start, damage.stop])
     for (_, trouble), stretches in sorted(runs.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0)):
         yield from (trouble.format(start, stop) for start, stop in stretches)
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """Draw a progress bar on stderr, and give the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{size(int(task.speed))}/s" if task.speed else "")
-
-    columns = (
-        TextColumn("verifying"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.description}"),
-        Rate(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=f"{size(done)} of {size(total)}")
-
-        yield advance

@@ -1,0 +1,79 @@
+"""How far long work is: a bar on stderr with rate and time left, for terminals only, and only if it takes a while.
+
+rich is imported when a bar is drawn, and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .output import size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATIENCE = 0.4
+"""Seconds that pass before there is a bar."""
+
+BAR_WIDTH = 24
+
+
+def no_progress_option(command: F) -> F:
+    """Give a command the option that `progress` takes."""
+    about = "Draw no progress bar; there is one only if stderr is a terminal, and the work takes a while."
+    return click.option("--no-progress", is_flag=True, help=about)(command)
+
+
+@contextlib.contextmanager
+def progress(verb: str, no_progress: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Give the function that is to be called with (bytes done, bytes in all); None where nobody would see a bar."""
+    if no_progress or not sys.stderr.isatty():
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        yield _Meter(verb, stack)
+
+
+class _Meter:
+    def __init__(self, verb: str, stack: contextlib.ExitStack) -> None:
+        self._verb = verb
+        self._stack = stack
+        self._start = time.monotonic()
+        self._bar: tuple[Progress, Any] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            if time.monotonic() - self._start < PATIENCE:
+                return
+            bar = self._stack.enter_context(_bar(self._verb))
+            self._bar = bar, bar.add_task("", total=total)
+        bar, task = self._bar
+        bar.update(task, completed=done, total=total, description=f"{size(done)} of {size(total)}")
+
+
+def _bar(verb: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{size(int(task.speed))}/s" if task.speed else "")
+
+    return Progress(
+        TextColumn(verb),
+        BarColumn(bar_width=BAR_WIDTH),
+        TextColumn("{task.description}"),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
