@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -14,6 +15,39 @@ import pytest
 from support import check_filled, fill, make_file, rows, run_python
 
 import kvmmap
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no way to empty the page cache here")
+def test_opening_reads_only_the_pages_it_needs(path: Path) -> None:
+    make_file(path, 10, capacity=2_000_000).close()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    with kvmmap.open(path) as cache:
+        assert cache.seq_len == 10
+    assert resident_pages(path) * 4096 < 512 * 1024
+
+
+def resident_pages(path: Path) -> int:
+    """Count a file's pages in the page cache (mincore of a map that touches none)."""
+    size = path.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        address = libc.mmap(None, size, 1, 1, fd, 0)
+        found = ctypes.create_string_buffer(-(-size // 4096))
+        assert libc.mincore(address, size, found) == 0
+        libc.munmap(address, size)
+    finally:
+        os.close(fd)
+    return sum(byte & 1 for byte in found.raw)
 
 
 def test_append_in_one_process_and_in_a_second_and_read_in_a_third(path: Path) -> None:

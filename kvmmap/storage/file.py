@@ -232,6 +232,16 @@ class PosixFile:
             self.close()
 
 
+def expect_few_pages(memory: mmap.mmap, size: int) -> None:
+    """Tell the kernel not to read around what is touched in the first `size` bytes of a map.
+
+    It would, as far as the disk's read-ahead goes (128 KiB to 8 MiB), holes included: opening a thousand caches would
+    push gigabytes of zeros through the page cache.
+    """
+    if hasattr(mmap, "MADV_RANDOM"):
+        memory.madvise(mmap.MADV_RANDOM, 0, size)
+
+
 def sync_folder(path: str) -> None:
     """Make the directory entry of `path` durable."""
     fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -31,7 +31,7 @@ from ..format import FORMAT_VERSION, HEADER, PAGE, SLAB_SECTIONS, Section, Slot,
 from ..geometry import LayerGeometry
 from ..metadata import Document
 from .base import Progress, Rows, VerifyReport
-from .file import PosixFile, closing_on_error
+from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
 from .slots import Slots
 
@@ -97,6 +97,7 @@ class MappedReader:
         self.file = file
         self.recover = recover
         memory, _ = file.map(0, superblock.file_bytes)
+        expect_few_pages(memory, superblock.section(Section.TOKEN_IDS).offset)
         self._memory: mmap.mmap | None = memory
         self.slots = Slots(memory, superblock, self.path)
         self.live = self._live_record(memory)

@@ -15,7 +15,7 @@ from ..errors import CacheExistsError, CacheLockedError, CacheNotFoundError, Not
 from ..format import PAGE, Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry
 from ..metadata import Document
-from .file import PosixFile, closing_on_error, sync_folder
+from .file import PosixFile, closing_on_error, expect_few_pages, sync_folder
 from .live import LiveRecord
 from .mapped import open_file, read_superblock
 
@@ -136,4 +136,5 @@ def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> Live
     """Map the pages of the live record alone."""
     extent = superblock.section(Section.LIVE)
     memory, offset = file.map(extent.offset, extent.size, writable=writable)
+    expect_few_pages(memory, len(memory))
     return LiveRecord(memory, offset, superblock.salt, superblock.geometry.num_layers)
