@@ -245,6 +245,226 @@ def test_inspect_fits_a_terminal(path: Path, columns: int) -> None:
     assert max(map(len, lines)) <= columns
 
 
+def told(*args: object) -> dict[str, object]:
+    """Return what a command prints as JSON."""
+    result = run(*args, "--json")
+    assert result.stderr == ""
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+def test_inspect_statistics(path: Path) -> None:
+    result = run("inspect", "--stats", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{path}: 4 layers, 700 positions"
+    assert [line.split()[0] for line in lines[4:8]] == ["0", "1", "2", "3"]
+    for words in ("zero rows", "scale, p99", "saturation", "entropy", "error bound", "codes of keys", "-127"):
+        assert words in result.stdout
+    with kvmmap.open(path) as cache:
+        found = told("inspect", "--stats", path)["statistics"]
+        assert found == json.loads(json.dumps(kvmmap.report.statistics(cache).to_dict()))
+
+
+def test_inspect_of_some_layers(path: Path) -> None:
+    one = run("inspect", "--layer", "2", path).stdout
+    assert one.splitlines()[0] == f"{path}: layer 2 of 4, 2 KV heads x 16, int8-row, 700 positions"
+    assert "rows 1,400 1,400 positions times heads" in " ".join(one.split())
+    some = told("inspect", "--layer", "3,0-1", path)
+    assert [layer["index"] for layer in some["layers"]] == [0, 1, 3]
+    assert [layer["index"] for layer in some["statistics"]["layers"]] == [0, 1, 3]
+    for layers, words in (("4", "layer 4 does not exist"), ("x", "no list of layers"), ("2-1", ""), ("-1", "")):
+        expect_line(run("inspect", "--layer", layers, path), 2, words)
+
+
+def test_heat_maps_without_colours(path: Path) -> None:
+    lines = run("inspect", "--heatmap", path).stdout.splitlines()
+    assert lines[2] == "layer  scales by head, then by position, 0 to 700"
+    assert [line[:4] for line in lines[4:8]] == ["  0 ", "  1 ", "  2 ", "  3 "]
+    assert max(map(len, lines[1:])) <= 80
+    alone = run("inspect", "--heatmap", "--layer", "1", path).stdout.splitlines()
+    assert "head  scales by position, 0 to 700" in alone
+
+
+def test_heat_maps_in_a_terminal(path: Path) -> None:
+    code, drawn = in_terminal("inspect", "--heatmap", path, columns=100, COLORTERM="truecolor")
+    assert code == 0
+    assert "▀" in drawn
+    assert "\x1b[38;2;" in drawn
+    code, drawn = in_terminal("inspect", "--heatmap", path, NO_COLOR="1")
+    assert code == 0
+    assert "▀" not in drawn
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_plots(path: Path, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"out.{ending}"
+    result = run("inspect", "--plot", picture, path)
+    assert (result.returncode, result.stderr) == (0, "")
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert picture.read_bytes().startswith(starts[ending])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([picture.name, path.name])
+    if ending == "svg":
+        assert "svg" in picture.read_text()
+
+
+def test_plots_that_can_not_be(path: Path, tmp_path: Path) -> None:
+    expect_line(run("inspect", "--plot", tmp_path / "out.txt", path), 2, "ends in .png, .svg, .pdf")
+    expect_line(run("inspect", "--plot", tmp_path / "no" / "out.png", path), 2, "no such directory")
+    empty = tmp_path / "empty.kvm"
+    kvmmap.create(empty, num_layers=1, capacity=9, num_kv_heads=1, head_dim=8).close()
+    assert run("inspect", "--plot", tmp_path / "out.png", "--stats", "--heatmap", empty).returncode == 0
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A tokenizer of 700 words, whose ids are their numbers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({f"word{i}": i for i in range(LENGTH)} | {"?": LENGTH}, unk_token="?")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_inspect_tokens(path: Path, tokenizer: Path) -> None:
+    plain = run("inspect", "--tokens", path).stdout
+    assert "tokens 0 to 47\n0 1 2 3 " in plain
+    assert "tokens 652 to 699\n652 653 " in plain
+    for named in (tokenizer, tokenizer / "tokenizer.json"):
+        assert "\nword0 word1 word2 " in run("inspect", "--tokens", "--tokenizer", named, path).stdout
+    found = told("inspect", "--tokenizer", tokenizer, path)
+    assert found["token_ids"] == list(range(LENGTH))
+    assert str(found["text"]).startswith("word0 word1")
+    broken = tokenizer / "broken.json"
+    broken.write_text("{}")
+    expect_line(run("inspect", "--tokenizer", broken, path), 2, "not a tokenizer")
+    expect_line(run("inspect", "--tokenizer", "no/such", path), 2, "no/such")
+
+
+# Many caches
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three caches below one directory, and what is none."""
+    folder = tmp_path / "caches"
+    (folder / "deep").mkdir(parents=True)
+    for name, length in (("b", 30), ("a", 10), ("deep/c", 20)):
+        with kvmmap.create(
+            folder / f"{name}.kvm", num_layers=LAYERS, capacity=100, num_kv_heads=HEADS, head_dim=DIM
+        ) as cache:
+            fill(cache, length)
+    (folder / "notes.txt").write_text("no cache")
+    (folder / ".b.kvm.0123456789ab.tmp").write_text("left over")
+    return folder
+
+
+def test_a_directory_is_a_table(folder: Path) -> None:
+    result = run("inspect", folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == [f"{folder}/{name}.kvm" for name in ("a", "b", "deep/c")]
+    assert lines[-1].startswith("3 caches, 60 positions, ")
+    assert [line.split()[1] for line in run("inspect", "--sort", "length", folder).stdout.splitlines()[1:4]] == [
+        "30",
+        "20",
+        "10",
+    ]
+    for sort in ("size", "time"):
+        assert len(run("inspect", "--sort", sort, folder).stdout.splitlines()) == 5
+
+
+def test_several_paths_and_patterns(folder: Path) -> None:
+    named = run("inspect", folder / "a.kvm", folder / "b.kvm").stdout
+    assert named.splitlines()[-1].startswith("2 caches, 40 positions, ")
+    assert run("inspect", folder / "*.kvm").stdout == named
+    assert "3 caches" in run("inspect", f"{folder}/**/*.kvm").stdout
+    found = json.loads(run("inspect", "--json", folder).stdout)
+    assert [entry["seq_len"] for entry in found] == [10, 30, 20]
+    assert found[0]["path"] == f"{folder}/a.kvm"
+
+
+def test_caches_among_many_that_can_not_be_read(folder: Path) -> None:
+    (folder / "a.kvm").write_bytes((folder / "b.kvm").read_bytes()[:-5000])
+    result = run("inspect", folder)
+    assert result.returncode == 1
+    assert f"{folder}/a.kvm: " in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("2 caches, 50 positions, ")
+    assert result.stdout.splitlines()[-1].endswith("; 1 can't be read")
+    assert "cut off" in json.loads(run("inspect", "--json", folder).stdout)[0]["error"]
+    (folder / "a.kvm").write_text("no cache at all")
+    assert run("inspect", folder).returncode == 2
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    expect_line(run("inspect", tmp_path), 2, "no caches", str(tmp_path))
+    expect_line(run("inspect", tmp_path / "*.kvm"), 2, "no caches")
+    expect_line(run("inspect", "--stats", tmp_path), 2, "--stats is for one cache")
+
+
+# watch
+
+
+def watch_lines(path: Path, *args: str) -> Iterator[str]:
+    """Yield what `inspect --watch` prints, and end it with Ctrl-C."""
+    command = [PROGRAM, "inspect", "--watch", "--interval", "0.05", *args, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PLAIN) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield from process.stdout
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+            assert process.stderr.read() == ""
+
+
+def test_watch_tells_what_changes(path: Path) -> None:
+    lines = watch_lines(path)
+    assert next(lines) == "700 positions, 0.0 a second, closed\n"
+    with kvmmap.open(path, "a") as cache:
+        assert "open for writing by process" in next(lines)
+        fill(cache, 5)
+        assert next(lines).startswith("705 positions, ")
+        cache.truncate(100)
+        assert next(lines).startswith("100 positions, ")
+    assert "closed" in next(lines)
+    kvmmap.compact(path)
+    with kvmmap.open(path, "a") as cache:
+        assert "open for writing" in next(lines)
+        cache.truncate(3)
+        assert next(lines).startswith("3 positions, ")  # of the file that has taken the path
+    lines.close()  # type: ignore[attr-defined]
+
+
+def test_watch_as_json_lines(path: Path) -> None:
+    lines = watch_lines(path, "--json")
+    assert json.loads(next(lines))["seq_len"] == 700
+    lines.close()  # type: ignore[attr-defined]
+
+
+def test_watch_in_a_terminal(path: Path) -> None:
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execve(PROGRAM, ["kvmmap", "inspect", "--watch", str(path)], PLAIN | {"COLUMNS": "80", "LINES": "24"})
+    drawn = b""
+    while b"Ctrl-C ends" not in drawn:
+        drawn += os.read(fd, 65536)
+    os.write(fd, b"\x03")
+    while True:
+        try:
+            drawn += os.read(fd, 65536)
+        except OSError:
+            break
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    for words in ("700 of 1,000 positions", "positions a second", "closed"):
+        assert words in drawn.decode()
+    assert drawn.decode().count("\x1b[?25l") == drawn.decode().count("\x1b[?25h")  # the cursor is back
+
+
 # verify
 
 
@@ -322,7 +542,8 @@ def test_damage_that_stops_it_from_opening(path: Path, command: str) -> None:
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_paths_that_are_no_cache(tmp_path: Path, command: str) -> None:
     expect_line(run(command, tmp_path / "nowhere"), 2, "no such file")
-    expect_line(run(command, tmp_path), 2, "a directory")
+    if command == "verify":
+        expect_line(run(command, tmp_path), 2, "a directory")
     for content in (b"", b"short", b"x" * 10_000):
         other = tmp_path / "other"
         other.write_bytes(content)
@@ -340,9 +561,9 @@ def test_no_permission(path: Path, command: str) -> None:
 
 
 def test_usage() -> None:
-    expect_line(run("inspct"), 2, "inspct", "inspect, verify")
-    expect_line(run("inspect"), 2, "missing argument 'PATH'", "kvmmap inspect --help")
-    expect_line(click_run("inspect", "a", "b"), 2, "unexpected extra argument")
+    expect_line(run("inspct"), 2, "inspct", "inspect", "verify")
+    expect_line(run("inspect"), 2, "missing argument 'PATH...'", "kvmmap inspect --help")
+    expect_line(click_run("verify", "a", "b"), 2, "unexpected extra argument")
     expect_line(click_run("verify", "--jsn", "a"), 2, "--jsn", "--json")
     expect_line(click_run("--nonsense"), 2, "--nonsense")
     alone = run()

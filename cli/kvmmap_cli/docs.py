@@ -14,7 +14,8 @@ INTRO = """\
 `kvmmap` looks at cache files and changes none. It takes no lock, so a cache that is being written may be looked at.
 Data goes to stdout; errors, each one line, and the progress bar go to stderr. Colours and the bar are for terminals
 only, and `NO_COLOR` turns colours off. With `--json` a command prints what the Python API gives:
-`kvmmap.report.inspect(cache).to_dict()` for `inspect`, the fields of `cache.verify()` for `verify`.
+`kvmmap.report.inspect(cache).to_dict()` for `inspect` (of many, a list of these), with `statistics`, `token_ids` and
+`text` where they were asked for; the fields of `cache.verify()` for `verify`.
 
 | exit code | meaning |
 |---:|---|

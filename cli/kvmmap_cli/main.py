@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from . import commands
-from .output import DAMAGED, INTERRUPTED, USAGE, drop_output, plain
+from .output import INTERRUPTED, USAGE, drop_output, failure, plain
 
 
 class Commands(click.Group):
@@ -55,7 +55,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             code = _usage(error)
         except Exception as error:
-            code, message = _failure(error)
+            code, message = failure(error)
             click.echo(f"kvmmap: {message}", err=True)
             drop_output()
         if code == INTERRUPTED:
@@ -69,18 +69,6 @@ def _usage(error: click.UsageError) -> int:
     message = plain(error.format_message()).rstrip(".")
     click.echo(f"kvmmap: {message[:1].lower()}{message[1:]} ({where} --help tells more)", err=True)
     return USAGE
-
-
-def _failure(error: Exception) -> tuple[int, str]:
-    """Return exit code and message of an error that is no bug; raise it again if it is one."""
-    from kvmmap import CorruptCacheError, KvmmapError
-
-    if isinstance(error, KvmmapError):
-        return DAMAGED if isinstance(error, CorruptCacheError) else USAGE, plain(str(error))
-    if isinstance(error, OSError):
-        what = error.strerror or str(error)
-        return USAGE, plain(what if error.filename is None else f"{error.filename}: {what}")
-    raise error
 
 
 def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -30,6 +31,9 @@ INTERRUPTED = 130
 WIDE = 10_000
 """Columns where there is no terminal to fold lines for."""
 
+NARROW = 80
+"""Columns of a picture where there is no terminal."""
+
 
 def read(path: str, look: Callable[[QuantizedKvCache], T]) -> T:
     """Open a cache for reading, look, and close it; look anew if its writer took positions back meanwhile."""
@@ -44,6 +48,18 @@ def read(path: str, look: Callable[[QuantizedKvCache], T]) -> T:
         except kvmmap.CacheChangedError:
             if not tries:
                 raise
+
+
+def failure(error: Exception) -> tuple[int, str]:
+    """Return exit code and message of an error that is no bug; raise it again if it is one."""
+    from kvmmap import CorruptCacheError, KvmmapError
+
+    if isinstance(error, KvmmapError):
+        return DAMAGED if isinstance(error, CorruptCacheError) else USAGE, plain(str(error))
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        return USAGE, plain(what if error.filename is None else f"{error.filename}: {what}")
+    raise error
 
 
 def drop_output() -> None:
@@ -66,6 +82,19 @@ def show(*parts: RenderableType) -> None:
         console.print(*parts, sep="\n")
     for line in text.get().splitlines():
         click.echo(line.rstrip())
+
+
+def width() -> int:
+    """Return the columns that there are for pictures and wide tables."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else NARROW
+
+
+def can_colour() -> bool:
+    """True if stdout shows colours."""
+    from rich.console import Console
+
+    console = Console()
+    return console.is_terminal and not console.no_color and console.color_system is not None
 
 
 def can_show(characters: str) -> bool:
@@ -105,6 +134,24 @@ def size(number: int) -> str:
 def moment(time: datetime) -> str:
     """Return a time as the clock on the wall shows it."""
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def indices(text: str, end: int, noun: str) -> list[int]:
+    """Return what "0-4, 6, 8-9" means, rising, each once; the opposite of `ranges`.
+
+    Raises:
+        click.UsageError: that is no such list, or not all of it is below `end`.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise click.UsageError(f"{plain(text)!r} is no list of {noun}s, such as 3, 0-5 or 0,7,20-22")
+        low, high = int(first), int(last or first)
+        if not low <= high < end:
+            raise click.UsageError(f"{noun} {low if low >= end else high} does not exist: there are {end}, from 0 on")
+        found.update(range(low, high + 1))
+    return sorted(found)
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -1,187 +1,223 @@
-"""`kvmmap inspect`: what a cache holds, on one screen or as JSON."""
+"""`kvmmap inspect`: what caches hold, on one screen, as pictures, or as JSON."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..output import can_show, count, moment, plain, print_json, ranges, read, show, size
+from .. import summary
+from ..output import can_colour, indices, plain, print_json, read, show, width
+from ..paths import find, names_one
+from ..progress import no_progress_option, progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
-    from rich.text import Text
 
-    from kvmmap.report import CacheReport, CommitReport, LayerReport
+    from kvmmap import QuantizedKvCache
+    from kvmmap.report import CacheReport, CacheStatistics, ScaleGrid
 
-BAR_WIDTH = 24
-MOST_NOTES = 5
-MOST_SHAPES = 8
-MOST_TEXT = 200
-STYLES = {"closed": "green", "open for writing": "cyan", "interrupted": "yellow"}
+    from ..tokenizer import Decode
+
+PLOT_BINS = 400
+"""Stretches of positions in a plot's heat maps; in a terminal there are as many as columns."""
+
+SHOWN_TOKENS = 48
+"""Token ids that are shown of the first and of the last."""
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(readable=False))
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(readable=False))
+@click.option("--layer", "wanted", metavar="LAYERS", help="Only these layers, each by itself: 3, 0-5, 0,7,20-22.")
+@click.option("--stats", is_flag=True, help="What int8 costs in each layer: scales, outliers, entropy, errors.")
+@click.option("--heatmap", is_flag=True, help="Draw key and value scales over layers, heads and positions.")
+@click.option("--tokens", is_flag=True, help="Show the first and last token ids; `kvmmap tokens` has all.")
+@click.option("--tokenizer", metavar="NAME", help="Decode them: a tokenizer.json, its folder, or a model's name.")
+@click.option("--plot", metavar="FILE", help="Draw the pictures into a .png, .svg or .pdf (needs kvmmap[plot]).")
+@click.option("--watch", is_flag=True, help="Go on looking while another process writes; Ctrl-C ends.")
+@click.option("--interval", default=0.5, show_default=True, help="Seconds between two looks of --watch.")
+@click.option(
+    "--sort",
+    type=click.Choice(["name", "length", "size", "time"]),
+    default="name",
+    show_default=True,
+    help="Order of a table of many.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, every layer by itself.")
-def command(path: str, as_json: bool) -> None:
-    """Show what the cache at PATH holds.
+@no_progress_option
+def command(paths: tuple[str, ...], **options: Any) -> None:
+    """Show what the cache at PATH holds; of many, a table.
 
     Dimensions, length and capacity, sizes, layers, model and metadata, and what is committed. A cache that is being
-    written shows as it is at the moment.
+    written shows as it is at the moment. PATH may be a file, a .zarr directory or an s3:// address; several of them,
+    a pattern, or a directory, whose caches are looked for at any depth, give a table with totals.
+
+    Exit code 1: a cache is damaged. 2: usage, or one is no cache or can't be read.
 
     \b
     Examples:
       kvmmap inspect prompt.kvm
-      kvmmap inspect --json prompt.kvm | jq .seq_len
+      kvmmap inspect --stats --heatmap prompt.kvm
+      kvmmap inspect --layer 0-3 --json prompt.kvm | jq .layers
+      kvmmap inspect --watch --interval 0.2 prompt.kvm
+      kvmmap inspect --sort size caches/ 'old/*.kvm'
     """
-    from kvmmap import report
-
-    facts = read(path, report.inspect)
-    if as_json:
-        print_json(facts.to_dict())
+    if names_one(paths):
+        _one(paths[0], **options)
     else:
-        show(*render(facts, path))
+        _many(paths, **options)
 
 
-def render(report: CacheReport, title: str) -> Iterator[RenderableType]:
-    """Yield what makes up the screen."""
-    from rich.text import Text
+def _many(paths: tuple[str, ...], sort: str, as_json: bool, no_progress: bool, **details: Any) -> None:
+    from .. import listing
 
-    yield Text.assemble((plain(title), "bold"), f": {count(report.num_layers, 'layer')}")
+    for name in ("wanted", "stats", "heatmap", "tokens", "plot", "watch"):
+        if details[name]:
+            option = "layer" if name == "wanted" else name
+            raise click.UsageError(f"--{option} is for one cache, not for several")
+    found = find(paths)
+    if not found:
+        raise click.UsageError(f"no caches (*.kvm, *.zarr) in {', '.join(map(plain, paths))}")
+    entries = listing.sort([listing.look(path) for path in found], sort)
+    if as_json:
+        print_json([entry.to_dict() for entry in entries])
+    else:
+        show(*listing.render(entries))
+    click.get_current_context().exit(listing.worst(entries))
+
+
+def _one(
+    path: str,
+    wanted: str | None,
+    stats: bool,
+    heatmap: bool,
+    tokens: bool,
+    tokenizer: str | None,
+    plot: str | None,
+    watch: bool,
+    interval: float,
+    as_json: bool,
+    no_progress: bool,
+    sort: str,
+) -> None:
+    if watch:
+        from ..watching import watch as go_on_looking
+
+        go_on_looking(path, interval, as_json=as_json)
+    decode = _decoder(tokenizer)
+    if plot is not None:
+        from ..plot import check
+
+        check(plot)
+    bins = PLOT_BINS if plot else width() if heatmap else 0
+    with progress("reading", no_progress) as advance:
+        look = _Look(path, wanted, stats=stats or bool(wanted or plot), bins=bins)
+        read(path, lambda cache: look.take(cache, advance))
+    if plot is not None and look.statistics is not None:
+        from ..plot import draw
+
+        draw(plot, look.report, look.statistics, look.grids)
+    if as_json:
+        print_json(look.to_dict(decode if tokens or tokenizer else None, tokens=tokens or tokenizer is not None))
+    else:
+        show(*look.render(tokens=tokens or tokenizer is not None, decode=decode, stats=stats, heatmap=heatmap))
+
+
+def _decoder(tokenizer: str | None) -> Decode | None:
+    if tokenizer is None:
+        return None
+    from ..tokenizer import load
+
+    return load(tokenizer)
+
+
+class _Look:
+    """What was asked for, and what was found."""
+
+    report: CacheReport
+    statistics: CacheStatistics | None = None
+    grids: list[ScaleGrid]
+    token_ids: list[int]
+
+    def __init__(self, path: str, wanted: str | None, *, stats: bool, bins: int) -> None:
+        self.path = path
+        self.wanted = wanted
+        self.want_statistics = stats
+        self.bins = bins
+        self.layers: list[int] | None = None
+        self.grids = []
+
+    def take(self, cache: QuantizedKvCache, advance: Callable[[int, int], None] | None) -> None:
+        """Look at an open cache."""
+        from kvmmap import report
+
+        self.report = report.inspect(cache)
+        self.layers = None if self.wanted is None else indices(self.wanted, cache.num_layers, "layer")
+        self.token_ids = cache.token_ids[: cache.token_len].tolist()
+        if self.want_statistics:
+            self.statistics = report.statistics(cache, self.layers, progress=advance)
+        if self.bins:
+            self.grids = report.scale_grids(cache, self.bins, self.layers)
+
+    def to_dict(self, decode: Decode | None, *, tokens: bool) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        from ..tokenizer import text_of
+
+        told = self.report.to_dict()
+        if self.layers is not None:
+            told["layers"] = [told["layers"][layer] for layer in self.layers]
+        if self.statistics is not None:
+            told["statistics"] = self.statistics.to_dict()
+        if tokens:
+            told["token_ids"] = self.token_ids
+            if decode is not None:
+                told["text"] = text_of(self.token_ids, decode)
+        return told
+
+    def render(self, *, tokens: bool, decode: Decode | None, stats: bool, heatmap: bool) -> Iterator[RenderableType]:
+        """Yield what makes up the screen: the summary, or the details that were asked for."""
+        if self.layers is None and not (stats or heatmap):
+            yield from summary.render(self.report, self.path)
+        else:
+            yield summary.headline(self.report, self.path, self.layers)
+        if tokens:
+            yield ""
+            yield from _tokens(self.token_ids, decode)
+        if self.statistics is not None and (stats or self.layers is not None):
+            yield ""
+            yield from _statistics(self.statistics)
+        if heatmap and self.grids:
+            from ..pictures import heat_maps
+
+            yield ""
+            yield from heat_maps(self.grids, width(), colours=can_colour())
+
+
+def _statistics(found: CacheStatistics) -> Iterator[RenderableType]:
+    from .. import figures
+    from ..pictures import histograms
+
+    if len(found.layers) > 1:
+        yield figures.table(found.layers, width())
+        yield ""
+    yield figures.summary(found)
     yield ""
-    yield _fields(report)
-    yield ""
-    yield _layers(report)
+    yield from histograms(found.keys, found.values, width())
+    yield from figures.outliers(found)
 
 
-def _fields(report: CacheReport) -> Table:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-
-    def add(name: str, value: str | Text) -> None:
-        table.add_row(name, value)
-
-    add("length", _fill(report.seq_len, report.capacity))
-    add("token ids", f"{report.token_len:,} recorded" if report.token_len else "none recorded")
-    add("stored", f"{size(report.stored_bytes)} of {size(report.memory_bytes)} reserved")
-    add("compression", f"{report.compression_ratio:.2f}: f32 would reserve {size(report.fp32_memory_bytes)}")
-    if report.file_bytes is not None and report.disk_bytes is not None:
-        add("on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}")
-    if report.commit is not None:
-        add("state", _state(report.commit))
-        add("committed", _committed(report.commit))
-    if report.created is not None:
-        add("made", f"{moment(report.created)}, format version {report.format_version}")
-    for name, value in _about(report):
-        add(name, value)
-    return table
-
-
-def _fill(length: int, capacity: int) -> Text:
-    """Draw how full the cache is; it looks neither empty nor full unless it is."""
+def _tokens(ids: list[int], decode: Decode | None) -> Iterator[RenderableType]:
+    """Yield the first and the last of the recorded ids, as text if they can be decoded."""
     from rich.text import Text
 
-    if not capacity:
-        return Text("0: nothing is reserved")
-    share = length / capacity
-    filled = round(share * BAR_WIDTH)
-    if 0 < length < capacity:
-        filled = min(max(filled, 1), BAR_WIDTH - 1)
-    full, free = "━─" if can_show("━─") else "#-"
-    style = "yellow" if share > 0.9 else "green"
-    return Text.assemble(
-        f"{length:,} of {count(capacity, 'position')}  ",
-        (full * filled, style),
-        (free * (BAR_WIDTH - filled), "dim"),
-        f"  {_percent(share)}",
-    )
+    from ..tokenizer import text_of
 
-
-def _percent(share: float) -> str:
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    return "> 99.9 %" if 0.999 < share < 1 else f"{share * 100:.3g} %"
-
-
-def _state(commit: CommitReport) -> Text:
-    from rich.text import Text
-
-    process = "" if commit.writer_pid is None else f" by process {commit.writer_pid}"
-    detail = {"closed": "", "open for writing": process, "interrupted": f": not closed{process}"}[commit.state]
-    return Text.assemble((commit.state, STYLES[commit.state]), detail)
-
-
-def _committed(commit: CommitReport) -> str:
-    what = count(commit.committed_len, "position")
-    if commit.uncommitted:
-        what += f", and {commit.uncommitted:,} more not yet"
-    return f"{what}; commit {commit.sequence:,}, {moment(commit.committed)}"
-
-
-def _about(report: CacheReport) -> Iterator[tuple[str, str]]:
-    """Yield model and metadata, shortened to what fits a screen."""
-    model = report.model
-    if model is not None:
-        facts = {"revision": model.revision, "fingerprint": model.fingerprint, "dtype": model.source_dtype}
-        named = [f"{name} {_value(value)}" for name, value in facts.items() if value is not None]
-        named += [f"rope {_value(dict(model.rope))}"] if model.rope else []
-        yield "model", "unnamed" if model.name is None else _value(model.name)
-        if named:
-            yield "", ", ".join(named)
-    notes = list(report.metadata.items())
-    for number, (key, value) in enumerate(notes[:MOST_NOTES]):
-        yield "" if number else "metadata", f"{_value(key)}: {_value(value)}"
-    if len(notes) > MOST_NOTES:
-        yield "", f"and {len(notes) - MOST_NOTES:,} more: --json shows all"
-
-
-def _value(value: Any) -> str:
-    text = plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 3]}..."
-
-
-def _layers(report: CacheReport) -> RenderableType:
-    """Make the table of layers; those of one shape share a row."""
-    from rich.table import Table
-
-    shapes: dict[tuple[str, ...], list[LayerReport]] = {}
-    for layer in report.layers:
-        shapes.setdefault(_shape(layer), []).append(layer)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("layers", overflow="fold", max_width=24)
-    for name in ("KV heads", "head dim"):
-        table.add_column(name, justify="right")
-    table.add_column("codec")
-    for name in ("stored", "reserved"):
-        table.add_column(name, justify="right")
-    for shape, layers in list(shapes.items())[:MOST_SHAPES]:
-        stored, reserved = sum(x.stored_bytes for x in layers), sum(x.memory_bytes for x in layers)
-        table.add_row(_value(ranges(x.index for x in layers)), *shape, size(stored), size(reserved))
-    if len(shapes) > MOST_SHAPES:
-        table.caption = f"and {len(shapes) - MOST_SHAPES:,} more shapes: --json shows every layer"
-        table.caption_justify = "left"
-    return table
-
-
-def _shape(layer: LayerReport) -> tuple[str, ...]:
-    """Return the cells that say how a layer is built; the values' only where they differ from the keys'."""
-    dim = _pair(str(layer.head_dim), str(layer.value_head_dim))
-    keys, values = (
-        codec if transform == "none" else f"{codec} after {transform}"
-        for codec, transform in (
-            (layer.key_codec, layer.key_transform),
-            (layer.value_codec, layer.value_transform),
-        )
-    )
-    return str(layer.num_kv_heads), dim, _pair(keys, values)
-
-
-def _pair(keys: str, values: str) -> str:
-    return keys if keys == values else f"{keys}, values {values}"
+    if not ids:
+        yield Text("no token ids are recorded", "dim")
+        return
+    last = len(ids) - SHOWN_TOKENS
+    parts = [(0, ids)] if last <= SHOWN_TOKENS else [(0, ids[:SHOWN_TOKENS]), (last, ids[last:])]
+    for first, part in parts:
+        yield Text(f"tokens {first:,} to {first + len(part) - 1:,}", "dim")
+        yield Text(" ".join(map(str, part)) if decode is None else plain(text_of(part, decode)))
