@@ -5,7 +5,7 @@ A layer stands alone in memory, or belongs to a cache; where its slabs lie is it
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -14,7 +14,7 @@ from . import _core
 from .errors import HeadOutOfRangeError, KvmmapError, NonFiniteError, PositionOutOfRangeError
 from .geometry import CacheGeometry, LayerGeometry, check_range, compression_ratio, index
 from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
-from .quantize import as_rows, dequantize_rows
+from .quantize import as_rows, dequantize_rows, output_array
 from .storage.base import LayerStore, Rows, Storage
 from .storage.memory import MemoryStorage
 
@@ -238,14 +238,14 @@ class QuantizedKvLayer:
             PositionOutOfRangeError, HeadOutOfRangeError: there is none (negative numbers don't wrap).
         """
         position, head = self._check_position(position), self._check_head(head)
-        slabs = self._store.slabs()
-        return self._dequantize(slabs.key_codes[position, head], slabs.key_scales[position, head : head + 1])
+        rows = self._store.rows(position, position + 1)
+        return self._dequantize(rows.key_codes[0, head], rows.key_scales[0, head : head + 1])
 
     def get_value(self, position: int, head: int) -> NDArray[np.float32]:
         """Return one dequantised value row, f32 [value_head_dim]; raises as `get_key`."""
         position, head = self._check_position(position), self._check_head(head)
-        slabs = self._store.slabs()
-        return self._dequantize(slabs.value_codes[position, head], slabs.value_scales[position, head : head + 1])
+        rows = self._store.rows(position, position + 1)
+        return self._dequantize(rows.value_codes[0, head], rows.value_scales[0, head : head + 1])
 
     def get_keys_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised keys, f32 [num_kv_heads, head_dim].
@@ -254,14 +254,14 @@ class QuantizedKvLayer:
             PositionOutOfRangeError: it is not stored.
         """
         position = self._check_position(position)
-        slabs = self._store.slabs()
-        return self._dequantize(slabs.key_codes[position], slabs.key_scales[position])
+        rows = self._store.rows(position, position + 1)
+        return self._dequantize(rows.key_codes[0], rows.key_scales[0])
 
     def get_values_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised values, f32 [num_kv_heads, value_head_dim]; raises as `get_keys_at`."""
         position = self._check_position(position)
-        slabs = self._store.slabs()
-        return self._dequantize(slabs.value_codes[position], slabs.value_scales[position])
+        rows = self._store.rows(position, position + 1)
+        return self._dequantize(rows.value_codes[0], rows.value_scales[0])
 
     def read_keys(
         self,
@@ -289,10 +289,7 @@ class QuantizedKvLayer:
             ShapeMismatchError, DtypeError: `out` or `dtype` does not fit.
             CacheChangedError: the writer took positions back since the last `refresh`.
         """
-        start, stop = self._check_range(start, stop)
-        slabs = self._store.slabs()
-        codes, scales = slabs.key_codes[start:stop], slabs.key_scales[start:stop]
-        return self._dequantize(codes, scales, dtype, out, threads)
+        return self._read("key", start, stop, dtype, out, threads)
 
     def read_values(
         self,
@@ -307,29 +304,41 @@ class QuantizedKvLayer:
 
         Arguments and errors are those of `read_keys`.
         """
+        return self._read("value", start, stop, dtype, out, threads)
+
+    def _read(
+        self,
+        which: Literal["key", "value"],
+        start: int,
+        stop: int | None,
+        dtype: DTypeLike,
+        out: NDArray[Any] | None,
+        threads: int | None,
+    ) -> NDArray[Any]:
         start, stop = self._check_range(start, stop)
-        slabs = self._store.slabs()
-        codes, scales = slabs.value_codes[start:stop], slabs.value_scales[start:stop]
-        return self._dequantize(codes, scales, dtype, out, threads)
+        dim = self.head_dim if which == "key" else self.value_head_dim
+        result = output_array((stop - start, self.num_kv_heads, dim), dtype, out)
+        done = 0
+        for rows in self._store.stretches(start, stop):
+            codes = rows.key_codes if which == "key" else rows.value_codes
+            scales = rows.key_scales if which == "key" else rows.value_scales
+            dequantize_rows(codes, scales, dtype, result[done : done + len(codes)], threads=threads)
+            done += len(codes)
+        self._store.check()  # the rows were still the cache's when they had been read
+        return result
 
     def _views(self) -> Rows:
-        rows = self._store.slabs().part(0, len(self))
+        rows = self._store.rows(0, len(self))
         self._store.check()
         return rows
 
-    def _dequantize(
-        self,
-        codes: NDArray[np.int8],
-        scales: NDArray[np.float32],
-        dtype: DTypeLike = "float32",
-        out: NDArray[Any] | None = None,
-        threads: int | None = 1,
-    ) -> NDArray[Any]:
+    def _dequantize(self, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Dequantise the row or the rows of one position."""
         if codes.ndim == 1:
-            row: NDArray[Any] = self._dequantize(codes[None], scales, dtype, out, threads)[0]
+            row: NDArray[np.float32] = self._dequantize(codes[None], scales)[0]
             return row
-        result = dequantize_rows(codes, scales, dtype, out, threads=threads)
-        self._store.check()  # the rows were still the cache's when they had been read
+        result = dequantize_rows(codes, scales, threads=1)
+        self._store.check()
         return result
 
     # Checking

@@ -106,9 +106,7 @@ def dequantize_rows(
         DtypeError: codes are not int8, scales not f32, or `dtype` or out's is not one of the three.
         ReadOnlyError: `out` is not writable.
     """
-    target = _DTYPES.get(dtype) if type(dtype) is str else None
-    if target is None:
-        target = _output_dtype(dtype)
+    target = _target(dtype)
     codes = _quantized(codes, "codes", _INT8)
     scales = _quantized(scales, "scales", _F32)
     shape = codes.shape
@@ -244,6 +242,20 @@ def _thread_count(threads: int | None, numbers: int) -> int:
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}; None takes all processors")
     return threads
+
+
+def output_array(shape: tuple[int, ...], dtype: Any, out: Any = None) -> NDArray[Any]:
+    """Return `out` if it is such an array as `dequantize_rows` fills, or make one.
+
+    Raises:
+        ShapeMismatchError, DtypeError, ReadOnlyError: as `dequantize_rows`.
+    """
+    target = _target(dtype)
+    return np.empty(shape, target) if out is None else _check_out(out, "out", shape, target)
+
+
+def _target(dtype: Any) -> np.dtype[Any]:
+    return (_DTYPES.get(dtype) if type(dtype) is str else None) or _output_dtype(dtype)
 
 
 def _output_dtype(dtype: Any) -> np.dtype[Any]:

@@ -6,7 +6,7 @@ Nothing is visible, to anyone, before `publish`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +48,10 @@ class Rows(NamedTuple):
             self.value_codes[start:stop],
             self.value_scales[start:stop],
         )
+
+    def named(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield each array with its name."""
+        yield from zip(self._fields, self, strict=True)
 
     def fill(self, source: Rows) -> None:
         """Copy rows of the same shapes in."""
@@ -125,13 +129,20 @@ class LayerStore(Protocol):
         """Give room to quantise at most `count` positions from `start` on into; it may hold fewer, never none."""
 
     def write(self, start: int, rows: Rows) -> None:
-        """Put staged rows where they belong. They are not part of the layer before `publish`."""
+        """Put rows, staged ones or others of the right shapes, where they belong. They are not part of the layer
+        before `publish`; others than staged ones must stay as they are until the next commit."""
 
     def publish(self, length: int) -> None:
         """Make everything below `length` part of the layer."""
 
     def slabs(self) -> Rows:
-        """Read-only views of the whole capacity (of what there is of it)."""
+        """Read-only views of the whole capacity (of what there is of it); a copy where rows do not lie in memory."""
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Return stored positions [start, stop), read-only: views where they lie in one piece, else a copy."""
+
+    def stretches(self, start: int, stop: int) -> Iterator[Rows]:
+        """Yield stored positions [start, stop) piece by piece, as they lie; later ones may be fetched meanwhile."""
 
     def check(self) -> None:
         """Raise if what was just read can't be trusted: the storage was closed, or its rows were taken back."""

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -79,6 +79,12 @@ class MappedLayer:
         if self._slabs is None:
             self._slabs = self._storage.map_slabs(self.index)
         return self._slabs
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.slabs().part(start, stop)
+
+    def stretches(self, start: int, stop: int) -> Iterator[Rows]:
+        yield self.rows(start, stop)
 
     def check(self) -> None:
         self._storage.check()

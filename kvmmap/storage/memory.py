@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,12 @@ class MemoryLayer:
         self.check()
         assert self._views is not None
         return self._views
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.slabs().part(start, stop)
+
+    def stretches(self, start: int, stop: int) -> Iterator[Rows]:
+        yield self.rows(start, stop)
 
     def check(self) -> None:
         if self._views is None:

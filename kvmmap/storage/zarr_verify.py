@@ -1,0 +1,74 @@
+"""Comparing a Zarr-backed cache with its checksums: everything that its last commit promises."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .base import Damage, Progress, VerifyReport, seq_len
+from .zarr_fetch import Block, Fetch, ShardRows
+
+if TYPE_CHECKING:
+    from .zarr_reader import ZarrReader
+
+UNDER_WAY = 2**26
+"""Bytes that are being read while others are compared."""
+
+
+def verify_group(reader: ZarrReader, progress: Progress | None = None) -> VerifyReport:
+    """Read every committed block; a writer may be appending meanwhile.
+
+    Raises:
+        CacheChangedError: positions were taken back meanwhile.
+    """
+    root, geometry, layout = reader.root, reader.geometry, reader.layout
+    report = VerifyReport(path=reader.path, seq_len=seq_len(reader), verified=root.seq_len)
+    total = root.seq_len * sum(layer.position_bytes for layer in geometry.layers) + 4 * root.token_len
+    queue: deque[tuple[int, int, Fetch]] = deque()
+    waiting = 0
+    for shard in range(-(-root.seq_len // layout.shard_tokens)):
+        count = min(layout.shard_tokens, root.seq_len - shard * layout.shard_tokens)
+        size = geometry.block_tokens
+        blocks = [Block(number, min(size, count - number * size)) for number in range(-(-count // size))]
+        sums = reader.pool.submit(reader.read_sums, shard, root)
+        for layer, shape in enumerate(geometry.layers):
+            target = ShardRows(shape, layout)
+            queue.append((layer, shard, reader.fetch(layer, shard, target, blocks, sums)))
+            waiting += count * shape.position_bytes
+            while queue and (waiting > UNDER_WAY or len(queue) > 64):
+                waiting -= _finish(reader, report, *queue.popleft())
+                if progress:
+                    progress(report.bytes, total)
+    while queue:
+        _finish(reader, report, *queue.popleft())
+        if progress:
+            progress(report.bytes, total)
+    _check_tokens(reader, report)
+    report.bytes = total
+    if progress:
+        progress(total, total)
+    reader.refuse_changed()
+    return report
+
+
+def _finish(reader: ZarrReader, report: VerifyReport, layer: int, shard: int, fetch: Fetch) -> int:
+    """Note what is wrong with the blocks of a shard; return its bytes."""
+    size = reader.geometry.block_tokens
+    for block, trouble in fetch.finish():
+        start = (shard * reader.layout.shard_blocks + block.number) * size
+        stop = start + block.rows
+        report.damages.append(Damage(f"layer {layer}, positions [{start}, {stop}): {trouble}", layer, start, stop))
+    count = sum(block.rows for block in fetch.blocks) * reader.geometry.layers[layer].position_bytes
+    report.blocks += len(fetch.blocks)
+    report.bytes += count
+    return count
+
+
+def _check_tokens(reader: ZarrReader, report: VerifyReport) -> None:
+    size, length = reader.layout.shard_tokens, reader.root.token_len
+    for chunk in range(len(reader.root.token_digests)):
+        if reader.read_token_chunk(chunk, reader.root) is None:
+            start, stop = chunk * size, min(length, (chunk + 1) * size)
+            what = f"token ids, positions [{start}, {stop}): missing, or checksum does not match"
+            report.damages.append(Damage(what, None, start, stop))
+    report.blocks += -(-length // reader.geometry.block_tokens)
