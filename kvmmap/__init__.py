@@ -12,6 +12,7 @@ cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim
 from . import _core, report
 from .cache import QuantizedKvCache
 from .errors import (
+    AccessDeniedError,
     CacheChangedError,
     CacheExistsError,
     CacheLockedError,
@@ -26,12 +27,14 @@ from .errors import (
     KvmmapError,
     LayerOutOfRangeError,
     MetadataError,
+    MissingLibraryError,
     NonFiniteError,
     NotACacheError,
     PoisonedError,
     PositionOutOfRangeError,
     ReadOnlyError,
     ShapeMismatchError,
+    StoreError,
     VersionMismatchError,
 )
 from .geometry import CacheGeometry, LayerGeometry
@@ -51,6 +54,7 @@ def kernel() -> str:
 
 
 __all__ = [
+    "AccessDeniedError",
     "CacheChangedError",
     "CacheExistsError",
     "CacheGeometry",
@@ -68,6 +72,7 @@ __all__ = [
     "LayerGeometry",
     "LayerOutOfRangeError",
     "MetadataError",
+    "MissingLibraryError",
     "ModelInfo",
     "NonFiniteError",
     "NotACacheError",
@@ -77,6 +82,7 @@ __all__ = [
     "QuantizedKvLayer",
     "ReadOnlyError",
     "ShapeMismatchError",
+    "StoreError",
     "VerifyReport",
     "VersionMismatchError",
     "compact",

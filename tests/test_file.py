@@ -50,18 +50,18 @@ def resident_pages(path: Path) -> int:
     return sum(byte & 1 for byte in found.raw)
 
 
-def test_append_in_one_process_and_in_a_second_and_read_in_a_third(path: Path) -> None:
+def test_append_in_one_process_and_in_a_second_and_read_in_a_third(any_path: Path) -> None:
     code = (
         "import sys, kvmmap; from support import fill\n"
         "with kvmmap.open(sys.argv[1], 'a') as cache: fill(cache, int(sys.argv[2]))"
     )
-    make_file(path, 10).close()
-    run_python(code, path, 300)
-    run_python(code, path, 517)
+    make_file(any_path, 10).close()
+    run_python(code, any_path, 300)
+    run_python(code, any_path, 517)
     done = run_python(
         "import sys, kvmmap; from support import check_filled\n"
         "with kvmmap.open(sys.argv[1]) as cache: check_filled(cache, 517); print(cache.seq_len)",
-        path,
+        any_path,
     )
     assert done.stdout == "517\n"
 
@@ -212,9 +212,9 @@ def test_readers_need_no_write_permission(path: Path) -> None:
         check_filled(cache, 5)
 
 
-def test_a_reader_does_not_write(path: Path) -> None:
-    make_file(path, 5).close()
-    with kvmmap.open(path) as cache:
+def test_a_reader_does_not_write(any_path: Path) -> None:
+    make_file(any_path, 5).close()
+    with kvmmap.open(any_path) as cache:
         for write in (
             lambda: cache.push_step(rows(2, 2, 8), rows(2, 2, 8)),
             lambda: cache.layers[0].push(rows(2, 8), rows(2, 8)),
@@ -229,30 +229,30 @@ def test_a_reader_does_not_write(path: Path) -> None:
         check_filled(cache, 5)
 
 
-def test_one_writer(path: Path) -> None:
-    cache = make_file(path, 3)
+def test_one_writer(any_path: Path) -> None:
+    cache = make_file(any_path, 3)
     with pytest.raises(kvmmap.CacheLockedError, match="this process") as caught:
-        kvmmap.open(path, "a")
-    assert caught.value.path == str(path)
+        kvmmap.open(any_path, "a")
+    assert caught.value.path == str(any_path)
     threading.Timer(0.2, cache.close).start()
-    with kvmmap.open(path, "a", timeout=10) as second:
+    with kvmmap.open(any_path, "a", timeout=10) as second:
         check_filled(second, 3)
     with pytest.raises(kvmmap.ClosedError):
         cache.push_step(rows(2, 2, 8), rows(2, 2, 8))
 
 
-def test_the_lock_goes_with_close_even_while_views_live(path: Path) -> None:
-    cache = make_file(path, 3)
+def test_the_lock_goes_with_close_even_while_views_live(any_path: Path) -> None:
+    cache = make_file(any_path, 3)
     view = cache.layers[0].key_codes
     kept = view.copy()
     cache.close()
-    with kvmmap.open(path, "a") as again:
+    with kvmmap.open(any_path, "a") as again:
         again.truncate(0)
         again.close()
     np.testing.assert_array_equal(view.shape, kept.shape)
 
 
-def test_a_forked_child_does_not_write(path: Path) -> None:
+def test_a_forked_child_does_not_write(any_path: Path) -> None:
     code = (
         "import os, sys, kvmmap; from support import fill, rows\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 5)\n"
@@ -269,9 +269,9 @@ def test_a_forked_child_does_not_write(path: Path) -> None:
         "else: raise SystemExit('the child gave the lock away')\n"
         "fill(cache, 6); cache.close()"
     )
-    make_file(path).close()
-    run_python(code, path)
-    with kvmmap.open(path) as cache:
+    make_file(any_path).close()
+    run_python(code, any_path)
+    with kvmmap.open(any_path) as cache:
         check_filled(cache, 6)
 
 
@@ -424,8 +424,8 @@ def test_open_refuses(path: Path) -> None:
         kvmmap.open(path.with_name("pipe"))
     with pytest.raises(kvmmap.KvmmapError, match="mode must be"):
         kvmmap.open(path, "w")  # type: ignore[arg-type]
-    with pytest.raises(kvmmap.NotACacheError, match="URLs"):
-        kvmmap.open("s3://bucket/key.zarr")
+    with pytest.raises(kvmmap.NotACacheError, match="no such kind of URL"):
+        kvmmap.open("gopher://bucket/key.zarr")
     with pytest.raises(kvmmap.KvmmapError, match="durability"):
         make_file(path.with_name("b"), durability="always")
 

@@ -29,6 +29,20 @@ TABLE = [
     "storage.writer",
     "storage.resize",
     "storage.fork",
+    "storage.zarr_needs",
+    "storage.zarr_objects",
+    "storage.zarr_lock",
+    "storage.zarr_folder",
+    "storage.zarr_bucket",
+    "storage.zarr_shard",
+    "storage.zarr_layout",
+    "storage.zarr_root",
+    "storage.zarr_fetch",
+    "storage.zarr_upload",
+    "storage.zarr_verify",
+    "storage.zarr_reader",
+    "storage.zarr_writer",
+    "storage.zarr_place",
     "inputs",
     "layer",
     "cache",
@@ -36,7 +50,13 @@ TABLE = [
     "report",
     "integrations",
 ]
-FRAMEWORKS = {"zarr": "storage", "torch": "integrations", "transformers": "integrations", "mmap": "storage"}
+FRAMEWORKS = {
+    "zarr": "storage",
+    "obstore": "storage",
+    "torch": "integrations",
+    "transformers": "integrations",
+    "mmap": "storage",
+}
 
 
 def modules() -> list[Path]:

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import kvmmap
+from kvmmap.metadata import Document
+from kvmmap.storage.zarr_folder import FolderObjects
+from kvmmap.storage.zarr_place import create_group
 
 LAYERS, HEADS, DIM, CAPACITY = 2, 2, 3, 600
 
@@ -26,11 +29,12 @@ class CacheMachine(RuleBasedStateMachine):
     """Keys, values and token ids as lists beside the real thing; a reader follows along."""
 
     in_memory = False
+    suffix = ".kvm"
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.path = self.folder / "cache.kvm"
+        self.path = self.folder / f"cache{self.suffix}"
         self.keys: list[np.ndarray] = []  # [LAYERS, HEADS, DIM] a position
         self.ids: list[int] = []
         self.ahead = 0  # positions that only layer 0 has
@@ -41,10 +45,11 @@ class CacheMachine(RuleBasedStateMachine):
         if self.in_memory:
             self.cache = kvmmap.QuantizedKvCache(LAYERS, CAPACITY, HEADS, DIM)
         else:
-            self.cache = kvmmap.create(
-                self.path, num_layers=LAYERS, capacity=CAPACITY, num_kv_heads=HEADS, head_dim=DIM
-            )
+            self.cache = self.make()
             self.reader = kvmmap.open(self.path)
+
+    def make(self) -> kvmmap.QuantizedKvCache:
+        return kvmmap.create(self.path, num_layers=LAYERS, capacity=CAPACITY, num_kv_heads=HEADS, head_dim=DIM)
 
     @precondition(lambda self: not self.ahead)
     @rule(count=st.sampled_from([1, 2, 3, 100, 255, 256, 257]), with_ids=st.booleans())
@@ -103,12 +108,14 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.in_memory)
     @rule()
     def reader_follows(self) -> None:
+        if self.suffix == ".zarr":
+            self.cache.flush()  # others see what is committed
         self.reader.refresh()
         self.compare(self.reader)
         report = self.reader.verify()
         assert report.sound, report.damages
 
-    @precondition(lambda self: not self.in_memory)
+    @precondition(lambda self: not self.in_memory and self.suffix == ".kvm")
     @rule()
     def compact_and_resize(self) -> None:
         self.cache.close()
@@ -152,7 +159,20 @@ class MemoryMachine(CacheMachine):
     in_memory = True
 
 
+class ZarrMachine(CacheMachine):
+    """The same over a Zarr group, whose shards are as short as they can be."""
+
+    suffix = ".zarr"
+
+    def make(self) -> kvmmap.QuantizedKvCache:
+        geometry = kvmmap.CacheGeometry.build(num_layers=LAYERS, capacity=CAPACITY, num_kv_heads=HEADS, head_dim=DIM)
+        objects = FolderObjects(str(self.path), durable=False)
+        return kvmmap.QuantizedKvCache.of_storage(create_group(objects, geometry, Document(None, {}), shard_blocks=1))
+
+
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 MemoryMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+ZarrMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestFile = CacheMachine.TestCase
 TestMemory = MemoryMachine.TestCase
+TestZarr = ZarrMachine.TestCase

@@ -76,6 +76,20 @@ class PosixFile:
             size -= len(part)
         return b"".join(parts)
 
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill a buffer from `offset`.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        done, size = 0, target.nbytes
+        target = target.cast("B")
+        while done < size:
+            count = os.preadv(self._fd, [target[done:]], offset + done)
+            if not count:
+                raise EOFError(f"{self.path}: ends at {offset + done}, {size - done} bytes early")
+            done += count
+
     def write(self, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
         """Write each buffer at its offset, in order, all of it."""
         _core.write_all(self._fd, offsets, buffers)

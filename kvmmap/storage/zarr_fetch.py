@@ -57,7 +57,7 @@ class ShardRows:
         """Make one of rows that lie somewhere already; they are not copied."""
         shard = cls.__new__(cls)
         shard.borrowed = True
-        shard._take(Rows(*(np.ascontiguousarray(array) for array in rows)), layout)
+        shard._take(Rows._make(np.ascontiguousarray(array) for _, array in rows.named()), layout)
         return shard
 
     def _take(self, rows: Rows, layout: Layout) -> None:
@@ -77,7 +77,7 @@ def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 def block_digests(data: NDArray[np.uint8], row_bytes: int, block_tokens: int, blocks: Sequence[Block]) -> list[int]:
     """Hash blocks of one array of a shard, given as bytes."""
     size = block_tokens * row_bytes
-    view = memoryview(data)
+    view = data.data
     return [checksum(view[b.number * size : b.number * size + b.rows * row_bytes]) for b in blocks]
 
 
@@ -110,7 +110,7 @@ class Fetch:
             pool.submit(
                 _read_array, objects, layout, layout.data_key(self._layer, name, self._shard), as_bytes(array), blocks
             )
-            for name, array in zip(Rows._fields, target.rows, strict=True)
+            for name, array in target.rows.named()
         ]
 
     def finish(self) -> list[tuple[Block, str]]:
@@ -155,7 +155,7 @@ def _read_array(
     chunk_bytes = len(target) // chunks
     wanted = [block.number for block in blocks]
     packed = layout.level is not None
-    view = memoryview(target)
+    view = target.data
     whole = objects.remote and (2 * len(wanted) >= chunks or len(target) <= WHOLE_BYTES)
     data = memoryview(objects.get(key)) if whole else None
     tail = data if data is not None else objects.get_suffix(key, index_size(chunks))

@@ -104,7 +104,9 @@ class FolderObjects:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(folder, FOLDER_MODE)
             except FileNotFoundError:
-                raise CacheNotFoundError(f"{os.path.dirname(folder)}: there is no such directory", path=folder) from None
+                raise CacheNotFoundError(
+                    f"{os.path.dirname(folder)}: there is no such directory", path=folder
+                ) from None
             with self._lock:
                 self._unsettled.add(folder)
         self._made.add(folder)
@@ -126,7 +128,7 @@ class FolderObjects:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self.path, key))
 
-    def keys(self) -> Iterator[str]:
+    def list(self) -> Iterator[str]:
         for folder, _, names in os.walk(self.path):
             for name in names:
                 yield os.path.relpath(os.path.join(folder, name), self.path)
@@ -141,7 +143,7 @@ class FolderObjects:
     def lock(self, timeout: float, *, break_lock: bool) -> FolderLock:
         """Take the lock. There is nothing to break: it died with its process."""
         path = os.path.join(self.path, LOCK_KEY)
-        self._make_folders(self.path)
+        self._make_folders(os.path.dirname(path))
         if not os.path.isdir(self.path):
             raise NotACacheError(f"{self.path}: not a kvmmap cache (not a directory)", path=self.path)
         file = PosixFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE), path)
@@ -204,5 +206,3 @@ def _abandon() -> None:
 
 def _tag(status: os.stat_result) -> str:
     return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
-
-

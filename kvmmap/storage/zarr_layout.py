@@ -85,7 +85,7 @@ def _group() -> bytes:
 def _layer_arrays(layout: Layout, shape: LayerGeometry) -> dict[str, bytes]:
     """The four arrays' metadata; the same for all layers of one shape."""
     found = {}
-    for name, row in zip(Rows._fields, Rows.allocate(shape, 1), strict=True):
+    for name, row in Rows.allocate(shape, 1).named():
         axes = ("position", "kv_head", "dim")[: row.ndim]
         chunk = (layout.geometry.block_tokens, *row.shape[1:])
         shard = (layout.shard_tokens, *row.shape[1:])

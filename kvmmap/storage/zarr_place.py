@@ -14,7 +14,7 @@ from .zarr_reader import read_root
 from .zarr_root import Root
 from .zarr_writer import ZarrWriter
 
-OURS = {ROOT_KEY, LOCK_KEY, "layers", "token_ids", "block_checksums"}
+OURS = {ROOT_KEY, "layers", "token_ids", "block_checksums"}
 """First parts of the keys of a cache's objects."""
 
 
@@ -87,7 +87,7 @@ def _refuse_what_is_there(objects: Objects, overwrite: bool) -> None:
         objects.get(ROOT_KEY)
     except MissingObjectError:
         # What an interrupted create() has left is no obstacle; somebody else's things are.
-        if any(key.partition("/")[0] not in OURS for key in objects.keys() if not key.endswith(".tmp")):
+        if any(key.partition("/")[0] not in OURS for key in objects.list() if not key.endswith(".tmp")):
             raise CacheExistsError(
                 f"{objects.url}: there is something else already, and no cache: choose another place", path=objects.url
             ) from None
@@ -112,6 +112,6 @@ def _clear(objects: Objects) -> None:
     """Remove a cache, its root first: there is none from then on, whatever happens."""
     objects.delete(ROOT_KEY)
     objects.settle()
-    for key in list(objects.keys()):
+    for key in list(objects.list()):
         if key != LOCK_KEY:
             objects.delete(key)

@@ -57,7 +57,7 @@ class ZarrLayer:
         self.capacity = storage.geometry.capacity
         self.length = storage.root.seq_len
         # Not a cycle: a writer that is simply dropped gives its lock back at once.
-        self._storage: Any = weakref.proxy(storage)
+        self._storage: ZarrReader = weakref.proxy(storage)
 
     def begin(self, count: int) -> int:
         self._storage.refuse_write()
@@ -178,7 +178,12 @@ class ZarrReader:
         with self._fetch_lock:
             self.check()
             coming = [(layer, number) for number in range(shard, last)]
-            if self.objects.remote and start == 0 and stop == self.layers[layer].length and layer + 1 < len(self.layers):
+            if (
+                self.objects.remote
+                and start == 0
+                and stop == self.layers[layer].length
+                and layer + 1 < len(self.layers)
+            ):
                 coming += [(layer + 1, number) for number in range(last)]
             room = min(AHEAD_BYTES, self._cache_bytes // 2) if self.objects.remote else 0
             for number, place in enumerate(coming):
@@ -193,17 +198,25 @@ class ZarrReader:
 
     def _require(self, layer: int, shard: int, start: int, stop: int) -> ShardRows:
         """Have positions [start, stop) of a shard in memory."""
+        place = (layer, shard)
+        trouble: list[tuple[Block, str]] = []
         for _ in range(3):
+            early = place in self._under_way
             self._start(layer, shard, start, stop)
-            fetch = self._under_way.pop((layer, shard), None)
-            bad = fetch.finish() if fetch else []
-            if not bad:
-                # It may have been started for other blocks than these.
-                if not self._missing(layer, shard, start, stop):
-                    return self._keep(layer, shard)
-                continue
-        number, trouble = (bad[0][0].number, bad[0][1]) if bad else (start // self.geometry.block_tokens, "is missing")
-        self._explain(layer, shard * self.layout.shard_blocks + number, trouble)
+            if place in self._under_way:
+                try:
+                    trouble = self._under_way.pop(place).finish()
+                except OSError:
+                    if not early:  # else it may have failed long ago, and a new try succeed
+                        raise
+                    continue
+            # It may have been started for other blocks than these.
+            if not trouble and not self._missing(layer, shard, start, stop):
+                break
+        if trouble:
+            block, what = trouble[0]
+            self._explain(layer, shard * self.layout.shard_blocks + block.number, what)
+        return self._keep(layer, shard)
 
     def _start(self, layer: int, shard: int, start: int, stop: int) -> None:
         """Start fetching what is not here and not on its way."""
@@ -266,7 +279,9 @@ class ZarrReader:
         root, _ = read_root(self.objects)
         if (root.cache_id, root.generation) != (self.root.cache_id, self.root.generation):
             what = "truncated by its writer" if root.cache_id == self.root.cache_id else "replaced by another cache"
-            raise CacheChangedError(f"{self.path}: was {what} since this handle last looked; call refresh()", path=self.path)
+            raise CacheChangedError(
+                f"{self.path}: was {what} since this handle last looked; call refresh()", path=self.path
+            )
 
     def _drop_kept(self, first_block: int = 0) -> None:
         """Forget fetched blocks from `first_block` on."""
@@ -304,7 +319,8 @@ class ZarrReader:
 
     def _start_sums(self, chunk: int) -> Sums:
         """Fetch a chunk of checksums, [blocks, num_layers], if it was not yet."""
-        if chunk not in self._sums:
+        known = self._sums.get(chunk)
+        if known is None or (known.done() and known.exception() is not None):
             self._sums[chunk] = self.pool.submit(self.read_sums, chunk, self.root)
         return self._sums[chunk]
 
@@ -467,5 +483,3 @@ def read_root(objects: Objects) -> tuple[Root, str]:
     except MissingObjectError as error:
         raise CacheNotFoundError(f"{error}; kvmmap.create() makes a cache there", path=objects.url) from None
     return Root.decode(data, objects.url), tag
-
-

@@ -197,7 +197,9 @@ def _refuse_unknown(facts: dict[str, Any], url: str) -> None:
     known = {"codec": CODECS[1], "transform": TRANSFORMS[0]}
     for name, value in known.items():
         if facts.get(name) != value:
-            raise VersionMismatchError(f"{url}: its {name} is {facts.get(name)!r}, and this kvmmap reads {value!r}", path=url)
+            raise VersionMismatchError(
+                f"{url}: its {name} is {facts.get(name)!r}, and this kvmmap reads {value!r}", path=url
+            )
     if facts.get("compressor") not in COMPRESSORS:
         raise VersionMismatchError(f"{url}: its compressor {facts.get('compressor')!r} is unknown here", path=url)
 

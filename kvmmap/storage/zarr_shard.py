@@ -105,5 +105,3 @@ def unpack(data: Any, target: memoryview) -> None:
         zstd(0).decode(data, out=np.frombuffer(target, np.uint8))
     except (RuntimeError, ValueError) as error:
         raise ShardError(f"has a chunk that does not decompress: {error}") from None
-
-

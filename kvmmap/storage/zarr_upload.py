@@ -33,9 +33,9 @@ class Upload:
         layer, shard = place
         self._parts: list[Future[list[int]]] = [
             pool.submit(_put_array, objects, layout, layout.data_key(layer, name, shard), array[:count], self._blocks)
-            for name, array in zip(Rows._fields, rows, strict=True)
+            for name, array in rows.named()
         ]
-        self.bytes = sum(array[:count].nbytes for array in rows)
+        self.bytes = sum(array[:count].nbytes for _, array in rows.named())
 
     def finish(self) -> list[int]:
         """Wait until all is stored, and return the checksums of the blocks; an incomplete one's is the last.

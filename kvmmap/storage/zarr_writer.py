@@ -46,6 +46,8 @@ class OpenShard:
 class ZarrWriterLayer(ZarrLayer):
     """One layer, appended to."""
 
+    _storage: ZarrWriter
+
     def __init__(self, storage: ZarrWriter, index: int, geometry: LayerGeometry) -> None:
         super().__init__(storage, index, geometry)
         self.open: dict[int, OpenShard] = {}
@@ -126,6 +128,7 @@ class ZarrWriter(ZarrReader):
         self._durability = durability
         self._uploads: dict[tuple[int, int], Upload] = {}
         self._new_document: Document | None = None
+        self._doubtful: tuple[Root, bytes] | None = None
         self._overtaken = False
         self._ids: NDArray[np.int32] | None = None
         self.copying = copying
@@ -221,7 +224,9 @@ class ZarrWriter(ZarrReader):
     def roll_back(self, layer: ZarrWriterLayer) -> None:
         """Forget what an append that failed has written past a layer's length."""
         size = self.layout.shard_tokens
-        for place in [place for place in self._uploads if place[0] == layer.index and (place[1] + 1) * size > layer.length]:
+        for place in [
+            place for place in self._uploads if place[0] == layer.index and (place[1] + 1) * size > layer.length
+        ]:
             self._settle(*place)
         for shard in list(layer.open):
             if shard * size >= layer.length:
@@ -268,6 +273,7 @@ class ZarrWriter(ZarrReader):
         """Store what is not, and then the root that counts it; nothing is done if there is nothing new."""
         with self.lock:
             self.check_writer()
+            self._resolve_doubt()
             for layer in self.layers:
                 if layer.ahead:
                     self.roll_back(layer)
@@ -297,18 +303,27 @@ class ZarrWriter(ZarrReader):
             copying=self.copying,
         )
         data = root.encode()
+        self._doubtful = root, data
         try:
             self.tag = self.objects.put_if(ROOT_KEY, data, self.tag)
         except ObjectChangedError:
-            # An answer that was lost on its way is no other writer.
-            present, tag = self.objects.get_tagged(ROOT_KEY)
-            if bytes(present) != data:
+            self._resolve_doubt()
+            if self.root is not root:
                 self._overtaken = True
                 self._refuse_overtaken()
-            self.tag = tag
         self.objects.settle()
+        self._doubtful = None
         self.root = root
         self._new_document = None
+
+    def _resolve_doubt(self) -> None:
+        """A root was put and the answer was an error, or never came: find out whether it counts."""
+        if self._doubtful is not None:
+            root, data = self._doubtful
+            present, tag = self.objects.get_tagged(ROOT_KEY)
+            if bytes(present) == data:
+                self.root, self.tag = root, tag
+            self._doubtful = None
 
     def _refuse_overtaken(self) -> NoReturn:
         raise CacheChangedError(
@@ -383,11 +398,14 @@ class ZarrWriter(ZarrReader):
         """Keep the first `length` positions; durable on return as far as they were committed."""
         with self.lock:
             self.check_writer()
+            self._resolve_doubt()
             shard, rest = divmod(length, self.layout.shard_tokens)
             for layer in self.layers:
                 self.roll_back(layer)
                 if rest and shard not in layer.open and layer.length > length:
-                    self.adopt(layer, shard, rest)  # the block that is cut gets a new checksum: see that its old one holds
+                    self.adopt(
+                        layer, shard, rest
+                    )  # the block that is cut gets a new checksum: see that its old one holds
             tokens = min(self.root.token_len, length)
             if length < self.root.seq_len or tokens < self.root.token_len:
                 # Before anything is written past it: the root that counts promises what would be overwritten.

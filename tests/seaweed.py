@@ -1,0 +1,127 @@
+"""A real S3 server for tests: SeaweedFS on loopback, on free ports, with a user who may all and one who may read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.store import S3Store
+
+PROGRAM = Path(sys.executable).with_name("weed")
+BUCKET = "caches"
+KEYS = {"access_key_id": "kvmmap", "secret_access_key": "only-for-tests"}
+READER_KEYS = {"access_key_id": "reader", "secret_access_key": "only-for-reading"}
+
+
+class Server:
+    """One server and its folder; it may be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ports = free_ports(4)
+        self.port = self._ports[0]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = folder / "weed.log"
+        users = [("kvmmap", KEYS, ["Admin", "Read", "Write", "List"]), ("reader", READER_KEYS, ["Read", "List"])]
+        identities = [
+            {
+                "name": name,
+                "credentials": [{"accessKey": keys["access_key_id"], "secretKey": keys["secret_access_key"]}],
+                "actions": actions,
+            }
+            for name, keys, actions in users
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+
+    def options(self, keys: dict[str, str] = KEYS, **more: Any) -> dict[str, Any]:
+        """`storage_options` for this server."""
+        return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1"} | keys | more
+
+    def environment(self, keys: dict[str, str] = KEYS) -> dict[str, str]:
+        """The same as environment variables."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": keys["access_key_id"],
+            "AWS_SECRET_ACCESS_KEY": keys["secret_access_key"],
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start, and wait until it serves."""
+        s3, filer, master, volume = self._ports
+        arguments = {
+            "dir": self.folder,
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "volume.max": 20,
+            "volume.port": volume,
+            "volume.port.grpc": free_ports(1)[0],
+            "master.port": master,
+            "master.port.grpc": free_ports(1)[0],
+            "master.volumeSizeLimitMB": 1024,
+            "filer": "",
+            "filer.port": filer,
+            "filer.port.grpc": free_ports(1)[0],
+            "s3": "",
+            "s3.port": s3,
+            "s3.port.grpc": free_ports(1)[0],
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "master.telemetry": "false",
+            "s3.config": self.folder / "s3.json",
+        }
+        flags = [f"-{name}={value}" if value != "" else f"-{name}" for name, value in arguments.items()]
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen([PROGRAM, "server", *flags], stdout=log, stderr=log)
+        store = self.store()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                obstore.put(store, "ready", b"yes")
+                return
+            except Exception:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    raise RuntimeError(f"no S3 server: {self.log.read_text()[-2000:]}") from None
+                time.sleep(0.1)
+
+    def store(self, prefix: str | None = None) -> S3Store:
+        """obstore's own view of the bucket."""
+        return S3Store(
+            BUCKET,
+            prefix=prefix,
+            config=self.options(),
+            client_options={"allow_http": True},
+            retry_config={"max_retries": 0},
+        )
+
+    def kill(self) -> None:
+        """End it without a warning."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody uses just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
