@@ -10,6 +10,7 @@ cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim
 """
 
 from . import _core, report
+from .attention import merge_attention
 from .cache import QuantizedKvCache
 from .errors import (
     AccessDeniedError,
@@ -90,6 +91,7 @@ __all__ = [
     "dequantize_rows",
     "fork",
     "kernel",
+    "merge_attention",
     "open",
     "quantization_error",
     "quantize_rows",

@@ -5,13 +5,15 @@ A layer stands alone in memory, or belongs to a cache; where its slabs lie is it
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
-from .errors import HeadOutOfRangeError, KvmmapError, NonFiniteError, PositionOutOfRangeError
+from .attend import attend_store
+from .attention import AttendOptions
+from .errors import EmptyCacheError, HeadOutOfRangeError, KvmmapError, NonFiniteError, PositionOutOfRangeError
 from .geometry import CacheGeometry, LayerGeometry, check_range, compression_ratio, index
 from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
 from .quantize import as_rows, dequantize_rows, output_array
@@ -326,6 +328,82 @@ class QuantizedKvLayer:
             done += len(codes)
         self._store.check()  # the rows were still the cache's when they had been read
         return result
+
+    # Attending
+
+    @overload
+    def attend(
+        self, queries: Any, *, return_lse: Literal[False] = False, **options: Unpack[AttendOptions]
+    ) -> NDArray[np.float32]: ...
+    @overload
+    def attend(
+        self, queries: Any, *, return_lse: Literal[True], **options: Unpack[AttendOptions]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+    def attend(
+        self,
+        queries: Any,
+        *,
+        scale: float | None = None,
+        causal: bool = True,
+        query_start: int | None = None,
+        window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        positions: Any = None,
+        out: NDArray[np.float32] | None = None,
+        return_lse: bool = False,
+        resident: Literal["keep", "stream"] = "keep",
+        threads: int | None = None,
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Attend over the stored keys and values where they lie, without expanding them: softmax(q k^T) v, exactly.
+
+        Query head q uses KV head q // (num_q_heads // num_kv_heads) (GQA; Ainslie et al. 2023, arXiv:2305.13245).
+
+        Args:
+            queries: [n, num_q_heads, head_dim]; num_q_heads a multiple of num_kv_heads; f32, f16 or bf16, any strides;
+                numpy, torch or DLPack on the CPU.
+            scale: what q . k is multiplied by; head_dim ** -0.5 by default.
+            causal: query i sees no position beyond its own.
+            query_start: position of the first query; len(layer) - n by default, where their own keys are stored
+                already. At len(layer) or beyond, a query sees the past alone.
+            window: see only so many positions up to the query's own, its own included (a sliding window).
+            sinks: see so many first positions in spite of the window (Xiao et al. 2023, arXiv:2309.17453).
+            softcap: scores s become softcap * tanh(s / softcap).
+            positions: see only some: a pair (start, stop), a slice or range, or blocks, int [k] or
+                [num_kv_heads, k].
+            out: f32 [n, num_q_heads, value_head_dim] to put the result into, C-contiguous; new by default.
+            return_lse: give the log-sum-exp of the scores as well, for `merge_attention`.
+            threads: at most so many; by default as many as there are processors. Results differ by f32 rounding alone.
+
+        Returns:
+            f32 [n, num_q_heads, value_head_dim]; zeros where a query sees nothing. With `return_lse`, (that, f32
+            [n, num_q_heads]); natural logarithm, -inf where a query sees nothing.
+
+        Raises:
+            EmptyCacheError: nothing is stored.
+            ShapeMismatchError, DtypeError: queries, `out` or `positions` don't fit.
+            NonFiniteError: a NaN or an infinity in the queries; names query (`position`) and query head.
+            PositionOutOfRangeError: `positions` are not all stored, or a negative number.
+            CacheChangedError: the writer took positions back since the last `refresh`.
+        """
+        if not len(self):
+            raise EmptyCacheError(f"nothing is stored{where(self._number())}: push or extend before attending")
+        result = attend_store(
+            self._store,
+            queries,
+            block_tokens=self._storage.geometry.block_tokens,
+            scale=scale,
+            causal=causal,
+            query_start=query_start,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+            positions=positions,
+            out=out,
+            resident=resident,
+            threads=threads,
+        )
+        return result if return_lse else result[0]
 
     def _views(self) -> Rows:
         rows = self._store.rows(0, len(self))

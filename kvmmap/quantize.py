@@ -74,7 +74,7 @@ def quantize_rows(
     shape = rows.shape
     codes = np.empty(shape, _INT8) if codes is None else _check_out(codes, "codes", shape, _INT8)
     scales = np.empty(shape[:-1], _F32) if scales is None else _check_out(scales, "scales", shape[:-1], _F32)
-    bad = _core.quantize_rows(_as_grid(rows), dtype, codes, scales, _thread_count(threads, rows.size))
+    bad = _core.quantize_rows(_as_grid(rows), dtype, codes, scales, thread_count(threads, rows.size))
     if bad >= 0:
         raise _non_finite(bad, shape)
     return codes, scales
@@ -117,7 +117,7 @@ def dequantize_rows(
             actual=scales.shape,
         )
     out = np.empty(shape, target) if out is None else _check_out(out, "out", shape, target)
-    _core.dequantize_rows(codes, scales, shape[-1], _bits(out), _NUMBERS[target], _thread_count(threads, codes.size))
+    _core.dequantize_rows(codes, scales, shape[-1], _bits(out), _NUMBERS[target], thread_count(threads, codes.size))
     return out
 
 
@@ -234,7 +234,8 @@ def _blocks(*arrays: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
         yield from _blocks(*(a[half:] for a in arrays))
 
 
-def _thread_count(threads: int | None, numbers: int) -> int:
+def thread_count(threads: int | None, numbers: int) -> int:
+    """Return how many threads work on so many numbers may take: `threads`, or as many as there are processors."""
     if threads is None:
         if numbers < _ONE_THREAD:
             return 1

@@ -44,6 +44,7 @@ TABLE = [
     "storage.zarr_writer",
     "storage.zarr_place",
     "inputs",
+    "attend",
     "layer",
     "cache",
     "opening",

@@ -5,6 +5,7 @@ are the business of the modules that call them (`quantize`, `layer`, `storage`).
 """
 
 from ._kernels import (
+    attend,
     available_kernels,
     current_kernel,
     dequantize_rows,
@@ -20,6 +21,7 @@ from ._kernels import (
 )
 
 __all__ = [
+    "attend",
     "available_kernels",
     "current_kernel",
     "dequantize_rows",

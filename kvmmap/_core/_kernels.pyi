@@ -2,6 +2,24 @@ from typing import Any
 
 def quantize_rows(x: Any, dtype: int, codes: Any, scales: Any, threads: int) -> int: ...
 def dequantize_rows(codes: Any, scales: Any, dim: int, out: Any, dtype: int, threads: int) -> None: ...
+def attend(
+    queries: Any,
+    dtype: int,
+    slabs: tuple[Any, Any, Any, Any],
+    kv_heads: int,
+    value_dim: int,
+    first_position: int,
+    ranges: Any,
+    scale: float,
+    softcap: float,
+    query_start: int,
+    causal: bool,
+    window: int,
+    sinks: int,
+    out: Any,
+    lse: Any,
+    threads: int,
+) -> int: ...
 def import_dlpack(object: Any) -> tuple[Any, int]: ...
 def write_all(fd: int, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None: ...
 def store_word(map: Any, offset: int, word: int) -> None: ...

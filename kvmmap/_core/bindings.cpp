@@ -5,9 +5,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstring>
 
+#include "attend.h"
 #include "cpu.h"
+#include "half.h"
 #include "io.h"
 #include "rows_run.h"
 
@@ -87,6 +91,70 @@ void dequantize_rows(nb::handle codes_object, nb::handle scales_object, int64_t 
     if (rows * dim < 16384) return dequantize_grid(c, s, rows, dim, type, out.data(), 1);
     nb::gil_scoped_release released;
     dequantize_grid(c, s, rows, dim, type, out.data(), threads);
+}
+
+// Queries of any dtype and strides -> f32 side by side, or the first row that is not finite.
+int64_t widen_queries(const RowGrid& x, float* out) {
+    for (int64_t row = 0; row < x.outer * x.inner; ++row) {
+        const char* in = static_cast<const char*>(x.data) + row / x.inner * x.outer_stride + row % x.inner * x.inner_stride;
+        uint32_t top = 0;
+        for (int64_t d = 0; d < x.dim; ++d) {
+            uint16_t half;
+            float value;
+            if (x.dtype == Dtype::f32) {
+                std::memcpy(&value, in + 4 * d, 4);
+            } else {
+                std::memcpy(&half, in + 2 * d, 2);
+                value = x.dtype == Dtype::f16 ? f16_to_f32(half) : bf16_to_f32(half);
+            }
+            *out++ = value;
+            top = std::max(top, f32_bits(value) & 0x7fffffffu);
+        }
+        if (top >= 0x7f800000u) return row;
+    }
+    return -1;
+}
+
+// The shape of one call of attend, as Python hands it over.
+int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
+                    int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
+                    bool causal, int64_t window, int64_t sinks, nb::handle out_object, nb::handle lse_object,
+                    int threads) {
+    if (slabs.size() != 4 || kv_heads < 1) throw nb::value_error("four slabs of at least one head");
+    Buffer queries(queries_object, reading), ranges(ranges_object, contiguous);
+    Buffer key_codes(slabs[0], contiguous), key_scales(slabs[1], contiguous);
+    Buffer value_codes(slabs[2], contiguous), value_scales(slabs[3], contiguous);
+    Buffer out(out_object, writing), lse(lse_object, writing);
+    const RowGrid grid = to_grid(queries, to_dtype(dtype));
+    if (grid.inner % kv_heads) throw nb::value_error("query heads must be a multiple of KV heads");
+
+    AttendJob job{};
+    job.n = grid.outer, job.q_heads = grid.inner, job.kv_heads = kv_heads, job.dim = grid.dim, job.value_dim = value_dim;
+    const int64_t rows = key_scales.bytes() / 4 / kv_heads;
+    job.key_codes = key_codes.at_least<int8_t>(rows * kv_heads * job.dim, "key codes: too small");
+    job.key_scales = key_scales.at_least<float>(rows * kv_heads * 4, "key scales: not aligned");
+    job.value_codes = value_codes.at_least<int8_t>(rows * kv_heads * value_dim, "value codes: too small");
+    job.value_scales = value_scales.at_least<float>(rows * kv_heads * 4, "value scales: too small or not aligned");
+    job.first_position = first_position;
+    job.scale = scale, job.softcap = softcap, job.query_start = query_start;
+    job.causal = causal, job.window = window, job.sinks = sinks;
+    job.num_ranges = ranges.bytes() / static_cast<int64_t>(sizeof(AttendRange));
+    job.ranges = ranges.at_least<AttendRange>(0, "ranges: not aligned");
+    for (int64_t i = 0; i < job.num_ranges; ++i) {
+        const AttendRange& r = job.ranges[i];
+        if (r.head < 0 || r.head > r.head_end || r.head_end > kv_heads || r.start < 0 || r.start > r.stop || r.stop > rows)
+            throw nb::value_error("a range outside of the rows");
+    }
+    job.out = out.at_least<float>(job.rows() * value_dim * 4, "out: too small");
+    job.lse = lse.at_least<float>(job.rows() * 4, "lse: too small");
+
+    nb::gil_scoped_release released;
+    std::vector<float> wide(job.rows() * job.dim);
+    const int64_t bad = widen_queries(grid, wide.data());
+    if (bad >= 0) return bad;
+    job.queries = wide.data();
+    attend(job, threads);
+    return -1;
 }
 
 void write_all_at(int fd, nb::tuple offsets, nb::tuple buffers) {
@@ -197,6 +265,9 @@ void use_kernel(const std::string& name) {
 NB_MODULE(_kernels, m) {
     m.def("quantize_rows", &quantize_rows, "x"_a, "dtype"_a, "codes"_a, "scales"_a, "threads"_a);
     m.def("dequantize_rows", &dequantize_rows, "codes"_a, "scales"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
+    m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
+          "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
+          "threads"_a);
     m.def("import_dlpack", &import_dlpack, "object"_a);
     m.def("write_all", &write_all_at, "fd"_a, "offsets"_a, "buffers"_a);
     m.def("store_word", &store_at, "map"_a, "offset"_a, "word"_a);

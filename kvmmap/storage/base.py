@@ -122,6 +122,10 @@ class LayerStore(Protocol):
     def length(self) -> int:
         """Positions stored, as this handle sees them."""
 
+    @property
+    def in_memory(self) -> bool:
+        """True where any rows can be had as views at no cost; else they come, and are best taken, in stretches."""
+
     def begin(self, count: int) -> int:
         """Check that `count` positions may be appended, and return the position of the first."""
 

@@ -52,6 +52,8 @@ class Snapshot(NamedTuple):
 class MappedLayer:
     """One layer's slabs in the map."""
 
+    in_memory = True
+
     def __init__(self, storage: MappedReader, index: int, geometry: LayerGeometry) -> None:
         self.index = index
         self.geometry = geometry

@@ -19,6 +19,8 @@ from .base import Progress, Rows, VerifyReport, seq_len
 class MemoryLayer:
     """One layer's arrays; rows are quantised straight into them."""
 
+    in_memory = True
+
     def __init__(self, index: int, geometry: LayerGeometry, capacity: int) -> None:
         self.index = index
         self.geometry = geometry

@@ -51,6 +51,8 @@ LOCAL_THREADS = 4
 class ZarrLayer:
     """One layer's rows in the group."""
 
+    in_memory = False
+
     def __init__(self, storage: ZarrReader, index: int, geometry: LayerGeometry) -> None:
         self.index = index
         self.geometry = geometry

@@ -1,0 +1,187 @@
+// Sharing one attention out over threads, and putting its parts together. What happens within a part is a kernel's.
+#include "attend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu.h"
+#include "parallel.h"
+
+namespace kvmmap {
+namespace {
+
+const AttendKernel& attend_kernel() {
+    switch (current_isa()) {
+#if defined(__x86_64__)
+        case Isa::avx2: return attend_avx2;
+        case Isa::avx512: return attend_avx512;
+#elif defined(__aarch64__)
+        case Isa::neon: return attend_neon;
+#endif
+        default: return attend_portable;
+    }
+}
+
+constexpr float nothing = -std::numeric_limits<float>::infinity();
+
+// Sums over more positions than this are put together from parts: f32 sums of a million terms, one by one, lose digits.
+constexpr int64_t part_positions = 4096;
+
+// Bytes of rows that are worth a thread: starting one costs some 10 us.
+constexpr int64_t thread_bytes = 256 * 1024;
+
+struct State {
+    std::unique_ptr<char[]> memory;
+    AttendState view;
+
+    State(int64_t rows, int64_t width) : memory(new char[(rows * (width + 2) + 16) * sizeof(float)]) {
+        auto address = reinterpret_cast<uintptr_t>(memory.get());
+        float* start = reinterpret_cast<float*>(address + (64 - address % 64));
+        view = {start + rows * width, start + rows * width + rows, start};
+    }
+};
+
+// The rows of query heads that belong to KV heads [head, head_end): calls body(row).
+template <class Body>
+void each_row(const AttendJob& job, int64_t head, int64_t head_end, Body&& body) {
+    for (int64_t i = 0; i < job.n; ++i)
+        for (int64_t q = head * job.group(); q < head_end * job.group(); ++q) body(i * job.q_heads + q);
+}
+
+void clear(AttendState state, int64_t row, int64_t width) {
+    state.top[row] = nothing;
+    state.total[row] = 0;
+    std::fill_n(state.sums + row * width, width, 0.0f);
+}
+
+// Adds a row of `part` to the same row of `whole`.
+void merge(AttendState whole, AttendState part, int64_t row, int64_t width) {
+    if (part.top[row] == nothing) return;
+    const float top = std::max(whole.top[row], part.top[row]);
+    const float keep = std::exp2(whole.top[row] - top), add = std::exp2(part.top[row] - top);
+    float* sums = whole.sums + row * width;
+    const float* more = part.sums + row * width;
+    for (int64_t i = 0; i < width; ++i) sums[i] = sums[i] * keep + more[i] * add;
+    whole.total[row] = whole.total[row] * keep + part.total[row] * add;
+    whole.top[row] = top;
+}
+
+// The stretches of positions that some query sees, as rows; what lies between them is never touched.
+std::vector<AttendRange> visible(const AttendJob& job) {
+    const int64_t last = job.query_start + job.n - 1;
+    const int64_t end = job.causal ? last + 1 - job.first_position : std::numeric_limits<int64_t>::max();
+    const int64_t begin = job.window ? job.query_start - job.window + 1 - job.first_position : 0;
+    const int64_t sinks = job.sinks - job.first_position;
+    std::vector<AttendRange> kept;
+    for (int64_t i = 0; i < job.num_ranges; ++i) {
+        const AttendRange& r = job.ranges[i];
+        const int64_t stop = std::min(r.stop, end);
+        if (r.start < begin && sinks > r.start) kept.push_back({r.head, r.head_end, r.start, std::min({stop, sinks, begin})});
+        kept.push_back({r.head, r.head_end, std::max(r.start, begin), stop});
+    }
+    kept.erase(std::remove_if(kept.begin(), kept.end(), [](const AttendRange& r) { return r.start >= r.stop; }), kept.end());
+    return kept;
+}
+
+// Cuts ranges into even shares: by KV heads where there are many queries, else by positions.
+std::vector<std::vector<AttendRange>> share(const AttendJob& job, const std::vector<AttendRange>& ranges, int64_t shares) {
+    std::vector<std::vector<AttendRange>> all(shares);
+    if (job.n * job.group() >= 64 && job.kv_heads >= shares) {
+        for (int64_t s = 0; s < shares; ++s) {
+            const int64_t low = job.kv_heads * s / shares, high = job.kv_heads * (s + 1) / shares;
+            for (const AttendRange& r : ranges) {
+                const AttendRange mine{std::max(r.head, low), std::min(r.head_end, high), r.start, r.stop};
+                if (mine.head < mine.head_end) all[s].push_back(mine);
+            }
+        }
+        return all;
+    }
+    int64_t total = 0;
+    for (const AttendRange& r : ranges) total += (r.head_end - r.head) * (r.stop - r.start);
+    int64_t done = 0;
+    for (const AttendRange& r : ranges) {
+        const int64_t heads = r.head_end - r.head;
+        for (int64_t start = r.start; start < r.stop;) {
+            const int64_t s = std::min(shares - 1, done * shares / total);
+            int64_t count = (total * (s + 1) / shares - done + heads - 1) / heads;
+            count = s + 1 == shares ? r.stop - start : std::max<int64_t>(64, (count + 63) / 64 * 64);  // whole tiles
+            const int64_t stop = std::min(r.stop, start + count);
+            all[s].push_back({r.head, r.head_end, start, stop});
+            done += heads * (stop - start);
+            start = stop;
+        }
+    }
+    return all;
+}
+
+void run_share(const AttendJob& job, const AttendKernel& kernel, const std::vector<AttendRange>& ranges,
+               const char* prepared, int64_t width, AttendState state) {
+    std::unique_ptr<State> part;
+    int64_t walked = 0;
+    for (const AttendRange& r : ranges) {
+        for (int64_t start = r.start; start < r.stop; start += part_positions) {
+            const AttendRange piece{r.head, r.head_end, start, std::min(r.stop, start + part_positions)};
+            if (walked + (piece.stop - piece.start) <= part_positions) {
+                kernel.walk(job, piece, prepared, state);
+            } else {
+                if (!part) part = std::make_unique<State>(job.rows(), width);
+                each_row(job, r.head, r.head_end, [&](int64_t row) { clear(part->view, row, width); });
+                kernel.walk(job, piece, prepared, part->view);
+                each_row(job, r.head, r.head_end, [&](int64_t row) { merge(state, part->view, row, width); });
+            }
+            walked += piece.stop - piece.start;
+        }
+    }
+}
+
+void finish(const AttendJob& job, const AttendKernel& kernel, AttendState state, int64_t width) {
+    for (int64_t row = 0; row < job.rows(); ++row) {
+        float* out = job.out + row * job.value_dim;
+        const float* sums = state.sums + row * width;
+        const bool seen = state.total[row] > 0;
+        const float factor = seen ? 1.0f / (state.total[row] * sums_scale) : 0.0f;
+        for (int64_t d = 0; d < job.value_dim; ++d) out[d] = sums[kernel.lane(d)] * factor;
+        constexpr double log_2 = 0.693147180559945309417;
+        job.lse[row] = seen ? static_cast<float>((state.top[row] + std::log2(static_cast<double>(state.total[row]))) * log_2) : nothing;
+    }
+}
+
+}  // namespace
+
+void attend(const AttendJob& job, int threads) {
+    const AttendKernel& kernel = attend_kernel();
+    const int64_t width = kernel.width(job.value_dim), query_bytes = kernel.query_bytes(job.dim);
+    const std::vector<AttendRange> ranges = visible(job);
+
+    int64_t bytes = 0;
+    for (const AttendRange& r : ranges)
+        bytes += (r.head_end - r.head) * (r.stop - r.start) * (job.dim + job.value_dim + 8);
+    const int64_t worth = std::max<int64_t>(1, bytes * std::max<int64_t>(1, job.n * job.group() / 4) / thread_bytes);
+    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, worth));
+
+    constexpr float log2_e = 1.44269504088896341f;
+    const float factor = job.softcap > 0 ? job.scale : job.scale * log2_e;
+    std::unique_ptr<char[]> memory(new char[job.rows() * query_bytes + 64]);
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    char* prepared = reinterpret_cast<char*>(address + (64 - address % 64));
+    for (int64_t row = 0; row < job.rows(); ++row)
+        kernel.prepare(job.queries + row * job.dim, job.dim, factor, prepared + row * query_bytes);
+
+    const auto shared = share(job, ranges, shares);
+    std::vector<std::unique_ptr<State>> states(shares);
+    parallel_ranges(shares, static_cast<int>(shares), [&](int64_t begin, int64_t end, int) {
+        for (int64_t s = begin; s < end; ++s) {
+            states[s] = std::make_unique<State>(job.rows(), width);
+            for (int64_t row = 0; row < job.rows(); ++row) clear(states[s]->view, row, width);
+            run_share(job, kernel, shared[s], prepared, width, states[s]->view);
+        }
+    });
+    for (int64_t s = 1; s < shares; ++s)
+        for (int64_t row = 0; row < job.rows(); ++row) merge(states[0]->view, states[s]->view, row, width);
+    finish(job, kernel, states[0]->view, width);
+}
+
+}  // namespace kvmmap

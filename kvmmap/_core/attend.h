@@ -1,0 +1,84 @@
+// Attention over quantised rows where they lie: softmax(q k^T) v for int8 keys and values with one scale a row.
+//
+//   s_j   = scale * key_scale_j * (q . key_codes_j)              cap * tanh(s_j / cap) where there is a cap
+//   out   = sum_j e^(s_j - lse) * value_scale_j * value_codes_j,   lse = log(sum_j e^s_j)
+//
+// over the positions j that a query sees. Online softmax in one pass (Milakov & Gimelshein, arXiv:1805.02867), in tiles of
+// 64 positions (as FlashAttention, arXiv:2205.14135, cuts them), with the positions shared out over threads and the
+// partial results merged by their lse (split-K; Flash-Decoding).
+#pragma once
+
+#include <cstdint>
+
+namespace kvmmap {
+
+// Heads [head, head_end) attend over rows [start, stop).
+struct AttendRange {
+    int64_t head, head_end, start, stop;
+};
+
+struct AttendJob {
+    const float* queries;  // [n, q_heads, dim], finite
+    int64_t n, q_heads, kv_heads, dim, value_dim;
+
+    const int8_t* key_codes;    // [rows, kv_heads, dim]
+    const float* key_scales;    // [rows, kv_heads]
+    const int8_t* value_codes;  // [rows, kv_heads, value_dim]
+    const float* value_scales;  // [rows, kv_heads]
+    int64_t first_position;     // of row 0
+
+    float scale;
+    float softcap;  // 0: none
+
+    // Query i stands at query_start + i, and sees a position that is at most its own if causal, and that is within its
+    // window or below sinks.
+    int64_t query_start;
+    bool causal;
+    int64_t window;  // positions, its own included; 0: no limit
+    int64_t sinks;
+
+    const AttendRange* ranges;
+    int64_t num_ranges;
+
+    float* out;  // [n, q_heads, value_dim]
+    float* lse;  // [n, q_heads], natural logarithm; -inf, and zeros in out, where a query head sees nothing
+
+    // Rows of query head h of query i are numbered i * q_heads + h.
+    int64_t rows() const { return n * q_heads; }
+    int64_t group() const { return q_heads / kv_heads; }
+};
+
+void attend(const AttendJob& job, int threads);
+
+// Sums are kept times this, so that no sum of 2^24 values overflows whose average does not.
+constexpr float sums_scale = 0x1p-24f;
+
+// Running sums of every query row over the positions seen so far; what a thread works on, and hands over to be merged.
+struct AttendState {
+    float* top;    // [rows] largest score so far, in units of log 2; -inf before the first
+    float* total;  // [rows] sum of 2^(score - top)
+    float* sums;   // [rows, width] sum of 2^(score - top) * value, numbers in the kernel's own order
+};
+
+// What an instruction set brings.
+struct AttendKernel {
+    // Floats of a row of sums: value_dim, rounded up to what the kernel works in.
+    int64_t (*width)(int64_t value_dim);
+    // Where number d of a value lies in a row of sums.
+    int64_t (*lane)(int64_t d);
+    // Queries as the kernel wants them: bytes a row, and how to make one (times `factor`).
+    int64_t (*query_bytes)(int64_t dim);
+    void (*prepare)(const float* query, int64_t dim, float factor, void* prepared);
+    // Adds what `range` holds to the state. `prepared` has all rows.
+    void (*walk)(const AttendJob& job, const AttendRange& range, const char* prepared, AttendState state);
+};
+
+extern const AttendKernel attend_portable;
+#if defined(__x86_64__)
+extern const AttendKernel attend_avx2;
+extern const AttendKernel attend_avx512;
+#elif defined(__aarch64__)
+extern const AttendKernel attend_neon;
+#endif
+
+}  // namespace kvmmap

@@ -1,0 +1,8 @@
+// Attention with AVX2 and FMA.
+#include "attend_floats.h"
+
+namespace kvmmap {
+
+const AttendKernel attend_avx2 = kernel_of<Floats<8>>();
+
+}  // namespace kvmmap

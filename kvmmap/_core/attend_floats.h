@@ -1,0 +1,121 @@
+// The multiplications of attention in f32, W numbers at a time: what runs where there is no instruction for bytes.
+// Codes are widened as they are used; the numbers of a row lie in the lanes for keys as for values.
+#pragma once
+
+#include "attend_tiles.h"
+
+namespace kvmmap {
+namespace {
+
+template <int W>
+struct Floats {
+    static constexpr int lanes = W;
+    static constexpr int rows = 4;
+    using L = Lanes<W>;
+    using F = typename L::F;
+
+    struct Weights {
+        alignas(64) float w[rows][tile];
+    };
+
+    static int64_t width(int64_t value_dim) { return (value_dim + W - 1) / W * W; }
+    static int64_t lane(int64_t d) { return d; }
+    static int64_t query_bytes(int64_t dim) { return width(dim) * 4; }
+
+    static void prepare(const float* query, int64_t dim, float factor, void* prepared) {
+        float* out = static_cast<float*>(prepared);
+        for (int64_t d = 0; d < dim; ++d) out[d] = query[d] * factor;
+        for (int64_t d = dim; d < width(dim); ++d) out[d] = 0;
+    }
+
+    static float highest(F v) { return L::highest(v); }
+    static float sum(F v) { return L::sum(v); }
+
+    Floats(int64_t dim, int64_t value_dim) : dim_(dim), value_dim_(value_dim) {}
+
+    void load(const int8_t* keys, int64_t key_stride, const int8_t* values, int64_t value_stride, int64_t count,
+              Ahead& ahead) {
+        keys_ = keys, key_stride_ = key_stride, values_ = values, value_stride_ = value_stride, count_ = count;
+        (void)ahead;
+    }
+
+    template <int R>
+    void scores(const char* const (&queries)[R], float (&out)[R][tile], Ahead&) const {
+        const float* q[R];
+        for (int r = 0; r < R; ++r) q[r] = reinterpret_cast<const float*>(queries[r]);
+        for (int64_t j = 0; j < count_; ++j) {
+            const int8_t* key = keys_ + j * key_stride_;
+            F sums[R] = {};
+            int64_t d = 0;
+            for (; d + W <= dim_; d += W) {
+                const F k = widen(key + d);
+                for (int r = 0; r < R; ++r) sums[r] += k * L::load(q[r] + d);
+            }
+            if (d < dim_) {
+                const F k = widen_some(key + d, dim_ - d);
+                for (int r = 0; r < R; ++r) sums[r] += k * L::load(q[r] + d);
+            }
+            for (int r = 0; r < R; ++r) out[r][j] = L::sum(sums[r]);
+        }
+        for (int r = 0; r < R; ++r)
+            for (int64_t j = count_; j < tile; ++j) out[r][j] = 0;
+    }
+
+    static void set(Weights& weights, int r, const float* w) { std::memcpy(weights.w[r], w, sizeof weights.w[r]); }
+
+    template <int R>
+    void add(const Weights& weights, float* const (&sums)[R], Ahead&) const {
+        int64_t d = 0;
+        for (; d + 2 * W <= value_dim_; d += 2 * W) add_numbers<R, 2>(weights, sums, d);
+        for (; d + W <= value_dim_; d += W) add_numbers<R, 1>(weights, sums, d);
+        if (d < value_dim_) add_last<R>(weights, sums, d);
+    }
+
+  private:
+    static F widen(const int8_t* codes) {
+        typedef int8_t B __attribute__((vector_size(W)));
+        B bytes;
+        std::memcpy(&bytes, codes, W);
+        return __builtin_convertvector(bytes, F);
+    }
+
+    static F widen_some(const int8_t* codes, int64_t count) {
+        int8_t padded[W] = {};
+        std::memcpy(padded, codes, count);
+        return widen(padded);
+    }
+
+    // N vectors of numbers from d on, over all positions of the tile, in registers. A tile is summed by itself first: one
+    // after the other, thousands of terms lose digits.
+    template <int R, int N>
+    void add_numbers(const Weights& weights, float* const (&sums)[R], int64_t d) const {
+        F s[R][N] = {};
+        for (int64_t j = 0; j < count_; ++j) {
+            F v[N];
+            for (int i = 0; i < N; ++i) v[i] = widen(values_ + j * value_stride_ + d + i * W);
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < N; ++i) s[r][i] += v[i] * weights.w[r][j];
+        }
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < N; ++i) {
+                float* sum = sums[r] + d + i * W;
+                L::store(sum, L::load(sum) + s[r][i]);
+            }
+    }
+
+    template <int R>
+    void add_last(const Weights& weights, float* const (&sums)[R], int64_t d) const {
+        F s[R] = {};
+        for (int64_t j = 0; j < count_; ++j) {
+            const F v = widen_some(values_ + j * value_stride_ + d, value_dim_ - d);
+            for (int r = 0; r < R; ++r) s[r] += v * weights.w[r][j];
+        }
+        for (int r = 0; r < R; ++r) L::store(sums[r] + d, L::load(sums[r] + d) + s[r]);
+    }
+
+    int64_t dim_, value_dim_, key_stride_, value_stride_, count_;
+    const int8_t *keys_, *values_;
+};
+
+}  // namespace
+}  // namespace kvmmap

@@ -1,0 +1,8 @@
+// Attention with Advanced SIMD, which has fused multiply-adds on every AArch64.
+#include "attend_floats.h"
+
+namespace kvmmap {
+
+const AttendKernel attend_neon = kernel_of<Floats<4>>();
+
+}  // namespace kvmmap

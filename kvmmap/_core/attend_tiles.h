@@ -1,0 +1,225 @@
+// One pass of online softmax over tiles of 64 positions: what the kernels of attention share. A kernel file brings a
+// struct, in a namespace without a name, that multiplies:
+//
+//   lanes                               floats it works on at a time
+//   rows                                query rows it likes to take together
+//   Weights                             weights of `rows` rows over a tile, as it wants them
+//   width, lane, query_bytes, prepare   as in attend.h
+//   Engine(dim, value_dim)              with room for one tile
+//   load(keys, values, ..., ahead)      takes up a tile of one KV head, and fetches what is ahead
+//   scores<R>(queries, out)             out[r][64] = query r . key codes
+//   set(weights, r, w)                  row r weighs w[64], none below 0
+//   add<R>(weights, sums)               sums[r] += weights r . value codes
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "attend.h"
+#include "lanes.h"
+
+namespace kvmmap {
+namespace {
+
+constexpr int64_t tile = 64;
+
+// Positions [low, high) and those below sinks, as rows of the arrays.
+struct Sight {
+    int64_t low, high, sinks;
+
+    Sight(const AttendJob& job, int64_t query) {
+        const int64_t position = job.query_start + query;
+        high = job.causal ? position + 1 - job.first_position : std::numeric_limits<int64_t>::max();
+        low = job.window ? position - job.window + 1 - job.first_position : std::numeric_limits<int64_t>::min();
+        sinks = std::min(job.sinks - job.first_position, high);
+    }
+
+    bool whole(int64_t start, int64_t stop) const { return stop <= high && (start >= low || stop <= sinks); }
+    bool none(int64_t start, int64_t stop) const { return start >= high || (stop <= low && start >= sinks); }
+    bool sees(int64_t row) const { return row < high && (row >= low || row < sinks); }
+};
+
+// What comes next in memory, to be fetched into the second-level cache a few lines at a time, between other work: a
+// core can have some forty lines under way, and drops what is asked for beyond that.
+class Ahead {
+  public:
+    Ahead() = default;
+    Ahead(const void* keys, int64_t key_bytes, const void* values, int64_t value_bytes)
+        : now_(static_cast<const char*>(keys)), end_(now_ + key_bytes), then_(static_cast<const char*>(values)),
+          then_end_(then_ + value_bytes) {}
+
+    // Inlined by force: GCC takes a function that only prefetches for one without effects, and drops the call.
+    [[gnu::always_inline]] void fetch(int lines) {
+        const char* start = take(lines);
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(start + 64 * i, 0, 2);
+    }
+
+    // Where the next `lines` lines start, for who fetches them himself.
+    [[gnu::always_inline]] const char* take(int64_t lines) {
+        if (now_ >= end_) now_ = then_, end_ = then_end_;
+        const char* start = now_;
+        now_ += 64 * lines;
+        return start;
+    }
+
+  private:
+    // Past the end it fetches on: what comes then is of use soon, too, and fetching what is not there does no harm.
+    const char *now_ = nullptr, *end_ = nullptr, *then_ = nullptr, *then_end_ = nullptr;
+};
+
+template <class Engine>
+class Walk {
+    static constexpr int W = Engine::lanes;
+    static constexpr int R = Engine::rows;
+    using L = Lanes<W>;
+    using F = typename L::F;
+
+  public:
+    Walk(const AttendJob& job, const char* prepared, AttendState state)
+        : job_(job), prepared_(prepared), state_(state), engine_(job.dim, job.value_dim),
+          query_bytes_(Engine::query_bytes(job.dim)), width_(Engine::width(job.value_dim)) {
+        sights_.reserve(job.n);
+        for (int64_t i = 0; i < job.n; ++i) sights_.emplace_back(job, i);
+    }
+
+    void run(const AttendRange& range) {
+        for (int64_t start = range.start; start < range.stop; start += tile) {
+            const int64_t count = std::min(tile, range.stop - start);
+            for (int64_t head = range.head; head < range.head_end; ++head) {
+                run_head(head, start, count, ahead(range, start, head));
+            }
+        }
+    }
+
+  private:
+    // A head's share of the next tile of all heads: they lie side by side.
+    Ahead ahead(const AttendRange& range, int64_t start, int64_t head) const {
+        if (start + 2 * tile > range.stop || range.head_end - range.head != job_.kv_heads) return {};
+        const int64_t keys = tile * job_.dim, values = tile * job_.value_dim, next = (start + tile) * job_.kv_heads;
+        return {job_.key_codes + next * job_.dim + head * keys, keys, job_.value_codes + next * job_.value_dim + head * values,
+                values};
+    }
+
+    void run_head(int64_t head, int64_t start, int64_t count, Ahead ahead) {
+        int64_t first = 0, last = job_.n;
+        while (first < last && sights_[first].none(start, start + count)) ++first;
+        while (last > first && sights_[last - 1].none(start, start + count)) --last;
+        if (first == last) return;
+
+        const int64_t heads = job_.kv_heads;
+        engine_.load(job_.key_codes + (start * heads + head) * job_.dim, heads * job_.dim,
+                     job_.value_codes + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count, ahead);
+        alignas(64) float key_scales[tile], value_scales[tile];
+        gather(job_.key_scales + start * heads + head, count, key_scales);
+        gather(job_.value_scales + start * heads + head, count, value_scales);
+
+        const int64_t group = job_.group(), end = last * group;
+        int64_t row = first * group;
+        for (; row + R <= end; row += R) run_rows<R>(head, start, count, row, key_scales, value_scales, ahead);
+        for (; row < end; ++row) run_rows<1>(head, start, count, row, key_scales, value_scales, ahead);
+    }
+
+    void gather(const float* scales, int64_t count, float* out) const {
+        for (int64_t j = 0; j < count; ++j) out[j] = scales[j * job_.kv_heads];
+        for (int64_t j = count; j < tile; ++j) out[j] = 0;
+    }
+
+    // Rows `from` on of this head, counted over queries and then over the query heads of its group.
+    template <int N>
+    void run_rows(int64_t head, int64_t start, int64_t count, int64_t from, const float* key_scales,
+                  const float* value_scales, Ahead& ahead) {
+        const int64_t group = job_.group();
+        const char* queries[N];
+        float* sums[N];
+        alignas(64) float scores[N][tile];
+        int64_t rows[N];
+        for (int r = 0; r < N; ++r) {
+            rows[r] = (from + r) / group * job_.q_heads + head * group + (from + r) % group;
+            queries[r] = prepared_ + rows[r] * query_bytes_;
+            sums[r] = state_.sums + rows[r] * width_;
+        }
+        engine_.template scores<N>(queries, scores, ahead);
+        bool any = false;
+        for (int r = 0; r < N; ++r) {
+            ahead.fetch(8);
+            const Sight& sight = sights_[(from + r) / group];
+            any |= weigh(rows[r], scores[r], sight, start, count, key_scales, value_scales);
+            engine_.set(weights_, r, scores[r]);
+        }
+        if (any) engine_.template add<N>(weights_, sums, ahead);
+    }
+
+    // Scores -> weights of the values' codes, in place; false if they are all zero.
+    bool weigh(int64_t row, float* scores, const Sight& sight, int64_t start, int64_t count, const float* key_scales,
+               const float* value_scales) {
+        // What is beyond f32 stays below infinity: its difference to the highest must be a number.
+        const F high = L::all(0x1p126f), low = L::all(-0x1p126f);
+        for (int64_t j = 0; j < tile; j += W) {
+            const F s = L::load(scores + j) * L::load(key_scales + j);
+            L::store(scores + j, s > high ? high : s < low ? low : s);  // and a NaN stays one
+        }
+        if (job_.softcap > 0) cap(scores);
+        if (count < tile || !sight.whole(start, start + count)) hide(scores, sight, start, count);
+
+        F highest = L::load(scores);
+        for (int64_t j = W; j < tile; j += W) highest = L::max(highest, L::load(scores + j));
+        const float best = Engine::highest(highest);
+        if (best == -std::numeric_limits<float>::infinity()) {
+            std::fill_n(scores, tile, 0.0f);
+            return false;
+        }
+        if (best > state_.top[row]) rescale(row, best);
+        const F top = L::all(state_.top[row]), scale = L::all(sums_scale);
+        F total{};
+        for (int64_t j = 0; j < tile; j += W) {
+            const F p = L::exp2(L::load(scores + j) - top);
+            total += p;
+            L::store(scores + j, p * (L::load(value_scales + j) * scale));
+        }
+        state_.total[row] += Engine::sum(total);
+        return true;
+    }
+
+    void cap(float* scores) const {
+        constexpr float log2_e = 1.44269504088896341f;
+        const F scale = L::all(1.0f / job_.softcap), back = L::all(job_.softcap * log2_e);
+        for (int64_t j = 0; j < tile; j += W) L::store(scores + j, L::tanh(L::load(scores + j) * scale) * back);
+    }
+
+    static void hide(float* scores, const Sight& sight, int64_t start, int64_t count) {
+        for (int64_t j = 0; j < tile; ++j)
+            if (j >= count || !sight.sees(start + j)) scores[j] = -std::numeric_limits<float>::infinity();
+    }
+
+    // A higher score than any before: what was summed counts for less.
+    void rescale(int64_t row, float best) {
+        const float before = state_.top[row];
+        state_.top[row] = best;
+        if (before == -std::numeric_limits<float>::infinity()) return;
+        const F factor = L::exp2(L::all(before - best));
+        state_.total[row] *= factor[0];
+        float* sums = state_.sums + row * width_;
+        for (int64_t i = 0; i < width_; i += W) L::store(sums + i, L::load(sums + i) * factor);
+    }
+
+    const AttendJob& job_;
+    const char* prepared_;
+    AttendState state_;
+    Engine engine_;
+    typename Engine::Weights weights_;
+    int64_t query_bytes_, width_;
+    std::vector<Sight> sights_;
+};
+
+template <class Engine>
+void walk(const AttendJob& job, const AttendRange& range, const char* prepared, AttendState state) {
+    Walk<Engine>(job, prepared, state).run(range);
+}
+
+template <class Engine>
+constexpr AttendKernel kernel_of() {
+    return {Engine::width, Engine::lane, Engine::query_bytes, Engine::prepare, walk<Engine>};
+}
+
+}  // namespace
+}  // namespace kvmmap
