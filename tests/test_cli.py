@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
@@ -15,24 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from kvmmap_cli.main import kvmmap as group
+from cli_support import (
+    DIM,
+    HEADS,
+    LAYERS,
+    LENGTH,
+    PLAIN,
+    PROGRAM,
+    click_run,
+    expect_line,
+    fill,
+    flip,
+    in_terminal,
+    offset_of,
+    run,
+    told,
+)
 
 import kvmmap
-
-PROGRAM = Path(sys.executable).with_name("kvmmap")
-PLAIN = {
-    key: value
-    for key, value in os.environ.items()
-    if key not in {"NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"}
-} | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-
-LAYERS, HEADS, DIM, LENGTH = 4, 2, 16, 700
-
-
-def fill(cache: kvmmap.QuantizedKvCache, count: int, *, tokens: bool = True) -> None:
-    rows = np.random.default_rng(count).standard_normal((cache.num_layers, count, HEADS, DIM), dtype=np.float32)
-    cache.extend(rows, rows, np.arange(count) if tokens else None)
 
 
 @pytest.fixture
@@ -51,69 +50,6 @@ def path(tmp_path: Path) -> Path:
     ) as cache:
         fill(cache, LENGTH)
     return path
-
-
-def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the installed program as a user would, with pipes for its output."""
-    return subprocess.run(
-        [PROGRAM, *map(str, args)], capture_output=True, text=True, env=PLAIN | env, timeout=60, check=False
-    )
-
-
-def click_run(*args: object) -> Result:
-    """Run a command within this process."""
-    return CliRunner().invoke(group, [str(arg) for arg in args])
-
-
-IMPATIENT = "import kvmmap_cli.progress as p, kvmmap_cli.main as m; p.PATIENCE = 0; m.main()"
-"""The program, with progress bars from the first moment on."""
-
-
-def in_terminal(*args: object, columns: int = 80, impatient: bool = False, **env: str) -> tuple[int, str]:
-    """Run the program with a terminal for stdout and stderr; return exit code and all that it drew."""
-    command = [sys.executable, "-c", IMPATIENT] if impatient else [str(PROGRAM)]
-    pid, fd = pty.fork()
-    if pid == 0:
-        environment = PLAIN | {"COLUMNS": str(columns), "LINES": "24"} | env
-        os.execve(command[0], [*command, *map(str, args)], environment)
-    drawn = b""
-    try:
-        while select.select([fd], [], [], 60)[0] and (data := os.read(fd, 65536)):
-            drawn += data
-    except OSError:  # Linux's way to say that the other end is gone
-        pass
-    finally:
-        os.close(fd)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), drawn.decode()
-
-
-def expect_line(result: subprocess.CompletedProcess[str] | Result, code: int, *words: str) -> None:
-    """Assert one line on stderr, nothing on stdout, and an exit code."""
-    returned = result.exit_code if isinstance(result, Result) else result.returncode
-    assert (returned, result.stdout) == (code, "")
-    assert result.stderr.startswith("kvmmap: ")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
-
-
-def flip(path: Path, offset: int) -> None:
-    """Change one byte."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
-
-
-def offset_of(path: Path, layer: int, position: int) -> int:
-    """Find a position's keys in the file by their bytes."""
-    with kvmmap.open(path) as cache:
-        needle = cache.layers[layer].key_codes[position].tobytes()
-    found = path.read_bytes().find(needle)
-    assert found > 0
-    return found
 
 
 # inspect
@@ -243,14 +179,6 @@ def test_inspect_fits_a_terminal(path: Path, columns: int) -> None:
     lines = drawn.replace("\r\n", "\n").splitlines()
     assert len(lines) < 24
     assert max(map(len, lines)) <= columns
-
-
-def told(*args: object) -> dict[str, object]:
-    """Return what a command prints as JSON."""
-    result = run(*args, "--json")
-    assert result.stderr == ""
-    found: dict[str, object] = json.loads(result.stdout)
-    return found
 
 
 def test_inspect_statistics(path: Path) -> None:

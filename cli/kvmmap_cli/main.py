@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from . import commands
-from .output import INTERRUPTED, USAGE, drop_output, failure, plain
+from .output import INTERRUPTED, TERMINATED, USAGE, drop_output, failure, plain
 
 
 class Commands(click.Group):
@@ -42,6 +42,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.exceptions.Exit(INTERRUPTED) from None
+        except click.UsageError as error:
+            if error.ctx is None and ctx.invoked_subcommand:
+                error.ctx = click.Context(self, ctx, ctx.invoked_subcommand)  # whose --help tells more
+            raise
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run, and exit; every error that a user can cause is one line on stderr."""
@@ -90,9 +94,9 @@ def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> No
 )
 @click.pass_context
 def kvmmap(ctx: click.Context) -> None:
-    """Look at kvmmap caches: language models' keys and values, as int8, in one file.
+    """Look at kvmmap caches, and look after them: language models' keys and values, as int8, in one file.
 
-    Commands read, beside any writer, and change nothing. Data goes to stdout, all else to stderr.
+    Data goes to stdout, all else to stderr. `kvmmap COMMAND --help` has examples.
 
     \b
     Example:
@@ -103,8 +107,14 @@ def kvmmap(ctx: click.Context) -> None:
         ctx.exit(USAGE)
 
 
+def _terminate(signum: int, frame: object) -> NoReturn:
+    """End as Ctrl-C does, so that what is half done is taken back."""
+    sys.exit(TERMINATED)
+
+
 def main() -> NoReturn:
     """Be the program `kvmmap`."""
+    signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `kvmmap ... | head`: end quietly
     for name in ("stdout", "stderr"):

@@ -27,6 +27,7 @@ SOUND = 0
 DAMAGED = 1
 USAGE = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 WIDE = 10_000
 """Columns where there is no terminal to fold lines for."""
@@ -52,8 +53,14 @@ def read(path: str, look: Callable[[QuantizedKvCache], T]) -> T:
 
 def failure(error: Exception) -> tuple[int, str]:
     """Return exit code and message of an error that is no bug; raise it again if it is one."""
-    from kvmmap import CorruptCacheError, KvmmapError
+    from kvmmap import CacheExistsError, CacheLockedError, CorruptCacheError, KvmmapError
 
+    # These tell what to do next in Python's terms; here it is the shell's.
+    if isinstance(error, CacheLockedError):
+        who = "another process" if error.actual is None else f"process {error.actual}"
+        return USAGE, f"{plain(str(error.path))}: {who} has it open for writing; close it there, or try again later"
+    if isinstance(error, CacheExistsError) and error.path is not None:
+        return USAGE, f"{plain(str(error.path))}: exists already, and was not changed; give another name"
     if isinstance(error, KvmmapError):
         return DAMAGED if isinstance(error, CorruptCacheError) else USAGE, plain(str(error))
     if isinstance(error, OSError):

@@ -33,18 +33,27 @@ def no_progress_option(command: F) -> F:
 
 
 @contextlib.contextmanager
-def progress(verb: str, no_progress: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Give the function that is to be called with (bytes done, bytes in all); None where nobody would see a bar."""
+def progress(
+    verb: str, no_progress: bool = False, *, unit: str | None = None
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Give the function that is to be called with (done, in all); None where nobody would see a bar.
+
+    Args:
+        verb: what is being done: "verifying".
+        no_progress: draw nothing.
+        unit: what is counted, "layers"; bytes by default.
+    """
     if no_progress or not sys.stderr.isatty():
         yield None
         return
     with contextlib.ExitStack() as stack:
-        yield _Meter(verb, stack)
+        yield _Meter(verb, stack, unit)
 
 
 class _Meter:
-    def __init__(self, verb: str, stack: contextlib.ExitStack) -> None:
+    def __init__(self, verb: str, stack: contextlib.ExitStack, unit: str | None) -> None:
         self._verb = verb
+        self._unit = unit
         self._stack = stack
         self._start = time.monotonic()
         self._bar: tuple[Progress, Any] | None = None
@@ -53,20 +62,22 @@ class _Meter:
         if self._bar is None:
             if time.monotonic() - self._start < PATIENCE:
                 return
-            bar = self._stack.enter_context(_bar(self._verb))
+            bar = self._stack.enter_context(_bar(self._verb, self._unit))
             self._bar = bar, bar.add_task("", total=total)
         bar, task = self._bar
-        bar.update(task, completed=done, total=total, description=f"{size(done)} of {size(total)}")
+        unit = self._unit
+        told = f"{size(done)} of {size(total)}" if unit is None else f"{done:,} of {total:,} {unit}"
+        bar.update(task, completed=done, total=total, description=told)
 
 
-def _bar(verb: str) -> Progress:
+def _bar(verb: str, unit: str | None) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{size(int(task.speed))}/s" if task.speed else "")
+            return Text(f"{size(int(task.speed))}/s" if task.speed and unit is None else "")
 
     return Progress(
         TextColumn(verb),

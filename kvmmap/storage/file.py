@@ -47,8 +47,14 @@ class PosixFile:
         """Make a new, empty file of mode 0600 in the directory of `path`, under a name nobody else uses."""
         folder, name = os.path.split(path)
         temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.tmp")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        return cls(fd, temporary)
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+            return cls(fd, temporary)
+        except (KeyboardInterrupt, SystemExit):
+            # A signal may come between making the file and knowing it. The name is random, so what has it is ours.
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
     @property
     def closed(self) -> bool:

@@ -1,0 +1,147 @@
+"""`kvmmap create`: make an empty cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import click
+
+from ..asking import confirm, timeout_option, yes_option
+from ..output import count, plain, size
+
+
+@click.command("create")
+@click.argument("path", type=click.Path(readable=False))
+@click.option("--like", metavar="CACHE", help="Take shape, capacity and model from another cache.")
+@click.option("--config", metavar="FILE", help="Take them from a model's config.json.")
+@click.option("--layers", type=int, metavar="N", help="Transformer layers.")
+@click.option("--kv-heads", metavar="N[,N...]", help="Key and value heads: one number, or one a layer.")
+@click.option("--head-dim", metavar="N[,N...]", help="Numbers in a key row: one, or one a layer.")
+@click.option("--value-head-dim", metavar="N[,N...]", help="Numbers in a value row; as --head-dim unless given.")
+@click.option("--capacity", type=int, metavar="N", help="Positions to reserve; `kvmmap resize` changes it.")
+@click.option("--model", metavar="NAME", help="The model's name.")
+@click.option("--revision", metavar="TEXT", help="The revision of its weights.")
+@click.option("--fingerprint", metavar="TEXT", help="A digest of config and weights.")
+@click.option("--dtype", help="What keys and values are before they are quantised: float32, float16, bfloat16.")
+@click.option("--metadata", metavar="JSON", help="An object of your own.")
+@click.option("--overwrite", is_flag=True, help="Replace a cache that is there.")
+@timeout_option
+@yes_option
+def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any) -> None:
+    """Make an empty cache at PATH.
+
+    It appears whole, has mode 0600, and is sparse: capacity costs no disk before it is used.
+
+    \b
+    Examples:
+      kvmmap create p.kvm --layers 30 --kv-heads 3 --head-dim 64 --capacity 8192
+      kvmmap create p.kvm --config model/config.json --capacity 131072
+      kvmmap create p.kvm --like other.kvm --metadata '{"user": 7}'
+    """
+    import kvmmap
+
+    settings = _settings(given)
+    if overwrite and os.path.lexists(path):
+        confirm(f"Replace {plain(path)}?", yes)
+    cache = kvmmap.create(path, overwrite=overwrite, timeout=timeout, **settings)
+    with cache:
+        full = f"{size(cache.memory_bytes)} when full"
+        click.echo(
+            f"{plain(path)}: {count(cache.num_layers, 'layer')}, {count(cache.capacity, 'position')} reserved, {full}"
+        )
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `kvmmap.create`: what was given, over what it was to be like."""
+    if given["like"] is not None and given["config"] is not None:
+        raise click.UsageError("--like and --config say the same: give one")
+    settings: dict[str, Any] = {}
+    if given["like"] is not None:
+        settings = _of_cache(given["like"])
+    elif given["config"] is not None:
+        settings = _of_config(given["config"])
+    if given["layers"] is not None:
+        settings["num_layers"] = given["layers"]
+    if given["capacity"] is not None:
+        settings["capacity"] = given["capacity"]
+    for option, name in (("kv_heads", "num_kv_heads"), ("head_dim", "head_dim"), ("value_head_dim", "value_head_dim")):
+        if given[option] is not None:
+            settings[name] = _numbers(given[option], option)
+    missing = {"num_layers": "layers", "num_kv_heads": "kv-heads", "head_dim": "head-dim", "capacity": "capacity"}
+    for name, option in missing.items():
+        if name not in settings:
+            raise click.UsageError(f"--{option} is missing: give it, or --like or --config")
+    if given["metadata"] is not None:
+        settings["metadata"] = _object(given["metadata"])
+    _name_model(settings, given)
+    return settings
+
+
+def _name_model(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    import dataclasses
+
+    import kvmmap
+
+    fields = {"name": "model", "revision": "revision", "fingerprint": "fingerprint", "source_dtype": "dtype"}
+    named = {field: given[option] for field, option in fields.items() if given[option] is not None}
+    if named:
+        settings["model"] = dataclasses.replace(settings.get("model") or kvmmap.ModelInfo(), **named)
+
+
+def _of_cache(path: str) -> dict[str, Any]:
+    from ..output import read
+
+    def look(cache: Any) -> dict[str, Any]:
+        layers = cache.geometry.layers
+        return {
+            "num_layers": cache.num_layers,
+            "num_kv_heads": [layer.num_kv_heads for layer in layers],
+            "head_dim": [layer.head_dim for layer in layers],
+            "value_head_dim": [layer.value_head_dim for layer in layers],
+            "capacity": cache.capacity,
+            "model": cache.model,
+        }
+
+    return read(path, look)
+
+
+def _of_config(path: str) -> dict[str, Any]:
+    """Read a Hugging Face config.json."""
+    import kvmmap
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            whole = json.load(file)
+        config = whole.get("text_config", whole)
+        heads = config["num_attention_heads"]
+        settings = {
+            "num_layers": config["num_hidden_layers"],
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise click.UsageError(f"{plain(path)}: not the config.json of a transformer ({error!r})") from None
+    if isinstance(config.get("max_position_embeddings"), int):
+        settings["capacity"] = config["max_position_embeddings"]
+    rope = {key: value for key, value in config.items() if key.startswith("rope") and value is not None}
+    settings["model"] = kvmmap.ModelInfo(name=whole.get("_name_or_path") or None, rope=rope)
+    return settings
+
+
+def _numbers(text: str, option: str) -> int | list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise click.UsageError(f"--{option.replace('_', '-')}: {plain(text)!r} is no number, and no list of them")
+    return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise click.UsageError(f"--metadata is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise click.UsageError("--metadata must be an object: {...}")
+    return found

@@ -1,0 +1,156 @@
+"""`kvmmap gc`: remove caches that are old, or too many."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from ..asking import confirm, yes_option
+from ..listing import look
+from ..output import SOUND, USAGE, count, failure, plain, show, size
+from ..paths import walk
+from ..units import parse_age, parse_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LEFT_OVER = re.compile(r"\..*\.kvm\.[0-9a-f]{12}\.tmp")
+"""What a cache is called while it is being made; it stays if its maker is killed."""
+
+SURELY_DEAD = 24 * 3600.0
+"""Seconds after which nobody is still making one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file that might go."""
+
+    path: str
+    used: float
+    """When it was last read or written, in seconds since 1970."""
+    bytes: int
+    """On the disk."""
+
+
+@click.command("gc")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@click.option("--max-bytes", type=parse_size, metavar="SIZE", help="Keep at most so much: 500M, 10GiB.")
+@click.option("--older-than", type=parse_age, metavar="AGE", help="Remove what was not used for so long: 12h, 30d, 2w.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@yes_option
+def command(folder: str, max_bytes: int | None, older_than: float | None, dry_run: bool, yes: bool) -> None:
+    """Remove .kvm caches in DIR and below: the longest unused first.
+
+    A cache was used when its file was last read or written (where the file system is mounted noatime: written). One
+    that a writer holds is never touched, and neither is a file that is no cache. What a killed process left half made
+    goes too, once it is a day old. Asks first.
+
+    \b
+    Examples:
+      kvmmap gc caches/ --older-than 30d --dry-run
+      kvmmap gc caches/ --max-bytes 50GiB --yes
+    """
+    if max_bytes is None and older_than is None:
+        raise click.UsageError("say what is too much: --max-bytes, --older-than, or both")
+    caches, kept = _caches(folder)
+    going = _choose(caches, max_bytes, older_than, sum(found.bytes for found in kept))
+    left = list(_left_over(folder))
+    if not going and not left:
+        click.echo(f"nothing to remove: {count(len(caches) + len(kept), 'cache')}, {size(_sum(caches) + _sum(kept))}")
+        return
+    show(_table([*going, *left]))
+    what = f"{count(len(going), 'cache')}" + (f" and {count(len(left), 'left-over file')}" if left else "")
+    if dry_run:
+        click.echo(f"would remove {what}, {size(_sum(going) + _sum(left))}")
+        return
+    confirm(f"Remove {what}, {size(_sum(going) + _sum(left))}?", yes)
+    click.get_current_context().exit(_remove(going, left))
+
+
+def _caches(folder: str) -> tuple[list[Found], list[Found]]:
+    """Return the caches that may go, the longest unused first, and those that a writer holds."""
+    free, held = [], []
+    for path in walk(folder):
+        if not path.endswith(".kvm") or os.path.islink(path):
+            continue
+        found = _file(path)  # first, since looking at it uses it
+        entry = look(path)
+        if entry.report is None or entry.report.commit is None:
+            click.echo(f"kvmmap: {plain(path)}: left alone: {entry.error}", err=True)
+        elif entry.report.commit.state == "open for writing":
+            held.append(found)
+        else:
+            free.append(found)
+    return sorted(free, key=lambda found: found.used), held
+
+
+def _file(path: str) -> Found:
+    status = os.stat(path)
+    return Found(path, max(status.st_atime, status.st_mtime), status.st_blocks * 512)
+
+
+def _choose(caches: Sequence[Found], max_bytes: int | None, older_than: float | None, held: int) -> list[Found]:
+    """Return what goes: all that is too old, and then the longest unused until the rest is small enough."""
+    oldest = -1.0 if older_than is None else time.time() - older_than
+    going = [found for found in caches if found.used < oldest]
+    rest = [found for found in caches if found.used >= oldest]
+    total = held + _sum(rest)
+    while max_bytes is not None and total > max_bytes and rest:
+        going.append(rest.pop(0))
+        total -= going[-1].bytes
+    return going
+
+
+def _left_over(folder: str) -> Iterator[Found]:
+    for here, _, names in os.walk(folder):
+        for name in names:
+            if LEFT_OVER.fullmatch(name):
+                found = _file(os.path.join(here, name))
+                if time.time() - found.used > SURELY_DEAD:
+                    yield found
+
+
+def _sum(found: Sequence[Found]) -> int:
+    return sum(file.bytes for file in found)
+
+
+def _table(files: Sequence[Found]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("to remove", overflow="fold")
+    table.add_column("on disk", justify="right", no_wrap=True)
+    table.add_column("last used", no_wrap=True)
+    for file in files:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
+        table.add_row(plain(file.path), size(file.bytes), when)
+    return table
+
+
+def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
+    """Remove files, and say what was; what can't be is told and passed over."""
+    import kvmmap
+
+    gone, code = [], SOUND
+    for file in [*going, *left]:
+        try:
+            if file in left:
+                os.unlink(file.path)
+            else:
+                kvmmap.remove(file.path)
+            gone.append(file)
+        except (kvmmap.CacheNotFoundError, FileNotFoundError):
+            continue  # somebody else was faster
+        except kvmmap.CacheLockedError:
+            click.echo(f"kvmmap: {plain(file.path)}: left alone: a writer has opened it", err=True)
+        except (kvmmap.KvmmapError, OSError) as error:
+            click.echo(f"kvmmap: {failure(error)[1]}", err=True)
+            code = USAGE
+    click.echo(f"removed {count(len(gone), 'file')}, {size(_sum(gone))}")
+    return code

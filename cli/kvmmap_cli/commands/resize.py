@@ -1,0 +1,44 @@
+"""`kvmmap resize`: give a cache another capacity."""
+
+from __future__ import annotations
+
+import click
+
+from ..asking import timeout_option
+from ..output import plain, size
+from ..progress import no_progress_option, progress
+
+
+@click.command("resize")
+@click.argument("path", type=click.Path(readable=False))
+@click.argument("capacity", type=click.IntRange(0))
+@timeout_option
+@no_progress_option
+def command(path: str, capacity: int, timeout: float, no_progress: bool) -> None:
+    """Give the cache at PATH room for CAPACITY positions.
+
+    A new file is built beside it, checked on the way, and takes its place; nothing stored is lost, and an interrupted
+    resize leaves the old one. It needs disk for both meanwhile.
+
+    \b
+    Example:
+      kvmmap resize prompt.kvm 131072
+    """
+    resize(path, capacity, timeout, no_progress)
+
+
+def resize(path: str, capacity: int | None, timeout: float, no_progress: bool) -> None:
+    """Resize, or compact if capacity is None, and say what came of it."""
+    import kvmmap
+
+    before = kvmmap.open(path)
+    with before, progress("resizing" if capacity is not None else "compacting", no_progress) as advance:
+        if capacity is None:
+            kvmmap.compact(path, timeout=timeout, progress=advance)
+        else:
+            kvmmap.resize(path, capacity, timeout=timeout, progress=advance)
+    with kvmmap.open(path) as after:
+        click.echo(
+            f"{plain(path)}: capacity {before.capacity:,} -> {after.capacity:,} positions, "
+            f"{size(before.memory_bytes)} -> {size(after.memory_bytes)} reserved"
+        )
