@@ -297,21 +297,30 @@ class QuantizedKvCache:
             )
         return starts[0]
 
-    def push_token_ids(self, token_ids: Any) -> None:
-        """Record the ids of the next positions that have none: for who appends to layers one by one.
+    def push_token_ids(self, token_ids: Any, start: int | None = None) -> None:
+        """Record token ids of positions that have none: for who appends to layers one by one.
 
         Args:
-            token_ids: n whole numbers from 0 to 2**31 - 1, for positions from `token_len` on. They may run ahead of
-                the layers, and count for positions once these are complete.
+            token_ids: n whole numbers from 0 to 2**31 - 1. They may run ahead of the layers, and count for positions
+                once these are complete.
+            start: the first one's position, `token_len` by default. Positions that are skipped get -1 for good.
 
         Raises:
             DtypeError, ShapeMismatchError: not such numbers.
+            PositionOutOfRangeError: `start` has an id already.
             CapacityExceededError: more than fit.
         """
         ids = check_token_ids(token_ids, None)
         with self._storage.lock:
             self._storage.layers[0].begin(0)
-            start = self._storage.token_len
+            recorded = self._storage.token_len
+            start = recorded if start is None else index(start, "start")
+            if start < recorded:
+                raise PositionOutOfRangeError(
+                    f"position {start} has its token id already: those of {recorded} positions are recorded",
+                    position=start,
+                    actual=recorded,
+                )
             check_room(start, len(ids), self.capacity)
             self._record_tokens(start, ids)
 

@@ -156,7 +156,14 @@ def test_token_ids(make_cache: MakeCache) -> None:
         cache.extend(rows(2, 1, 2, 16), rows(2, 1, 2, 16), [1.5])
     with pytest.raises(kvmmap.CapacityExceededError):
         cache.push_token_ids(range(597))
-    assert cache.seq_len == 4
+    cache.extend(rows(2, 4, 2, 16), rows(2, 4, 2, 16))
+    with pytest.raises(kvmmap.PositionOutOfRangeError, match="position 3 has its token id already"):
+        cache.push_token_ids([1], 3)
+    cache.push_token_ids([5, 6], 6)
+    assert cache.token_ids.tolist() == [-1, -1, -1, 7, -1, -1, 5, 6]
+    with pytest.raises(kvmmap.CapacityExceededError):
+        cache.push_token_ids([1], 600)
+    assert cache.seq_len == 8
 
 
 def test_metadata(make_cache: MakeCache) -> None:
