@@ -29,6 +29,7 @@ from .errors import (
     LayerOutOfRangeError,
     MetadataError,
     MissingLibraryError,
+    ModelMismatchError,
     NonFiniteError,
     NotACacheError,
     PoisonedError,
@@ -36,6 +37,7 @@ from .errors import (
     ReadOnlyError,
     ShapeMismatchError,
     StoreError,
+    UnsupportedModelError,
     VersionMismatchError,
 )
 from .geometry import CacheGeometry, LayerGeometry
@@ -75,6 +77,7 @@ __all__ = [
     "MetadataError",
     "MissingLibraryError",
     "ModelInfo",
+    "ModelMismatchError",
     "NonFiniteError",
     "NotACacheError",
     "PoisonedError",
@@ -84,6 +87,7 @@ __all__ = [
     "ReadOnlyError",
     "ShapeMismatchError",
     "StoreError",
+    "UnsupportedModelError",
     "VerifyReport",
     "VersionMismatchError",
     "compact",

@@ -85,6 +85,15 @@ class MetadataError(KvmmapError, ValueError):
     """Metadata that is not plain JSON, or larger than the room reserved for it."""
 
 
+class UnsupportedModelError(KvmmapError):
+    """A model, or a way of running it, that keeps or needs something else than keys and values by position."""
+
+
+class ModelMismatchError(KvmmapError):
+    """A cache that was made by another model, config or weights. Has `expected` (the cache's facts that differ, by
+    name), `actual` (the model's), `path`."""
+
+
 class CacheExistsError(KvmmapError, FileExistsError):
     """`create` was given a path at which there is something already. Has `path`."""
 

@@ -1,0 +1,27 @@
+"""transformers: generate from, and into, a saved cache.
+
+from kvmmap.integrations.transformers import KvmmapCache, reuse
+
+model.set_attn_implementation("kvmmap")                    # attend over the int8 rows in place
+cache = KvmmapCache.open("prompt.kvm", model)              # refused if another model made it
+reuse(cache, input_ids)                                    # as many tokens as agree
+model.generate(input_ids, past_key_values=cache)           # prefills only the rest
+
+The only importer of torch and transformers (`pip install kvmmap[transformers]`). Importing it registers the attention
+implementation "kvmmap".
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+    from transformers.cache_utils import CacheLayerMixin as _CacheLayerMixin  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f'torch and transformers 5.20 or later are needed: pip install "kvmmap[transformers]" ({error})'
+    ) from error
+
+from .attention import NAME as ATTENTION
+from .cache import KvmmapCache
+from .layer import KvmmapLayer
+from .prefix import reuse
+
+__all__ = ["ATTENTION", "KvmmapCache", "KvmmapLayer", "reuse"]

@@ -1,0 +1,105 @@
+"""Attention over tensors that also gives the logarithm of the softmax's denominator.
+
+torch's scaled_dot_product_attention keeps it to itself, and without it a result can't be combined with what attention
+over other keys gave; nor does it know soft caps. Pure torch; knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_BLOCK = 128  # queries whose scores exist at a time
+
+# What scaled_dot_product_attention runs on the CPU, 2 to 3 times faster than blocks; not torch's public face, so it is
+# used where it is found.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def attend_causally(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to as many keys as there are queries, in f32, on the CPU; as `attend_in_blocks`."""
+    count, groups = query.shape[2], query.shape[1] // key.shape[1]
+    plain = softcap is None and (window is None or window >= count) and key.shape == value.shape
+    if _FLASH is None or not plain:
+        return attend_in_blocks(query, key, value, scale=scale, softcap=softcap, window=window)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out, lse = _FLASH(query.float(), key.float(), value.float(), 0.0, True, scale=scale)
+    return out, lse
+
+
+def attend_in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend in f32.
+
+    Args:
+        query: [batch, num_q_heads, n, head_dim].
+        key: [batch, num_kv_heads, m, head_dim]; num_q_heads is a multiple of num_kv_heads.
+        value: [batch, num_kv_heads, m, value_head_dim].
+        scale: factor of the scores.
+        softcap: bound c of the scores: c * tanh(score / c).
+        window: how many keys up to its own a query sees; all by default. Without a mask attention is causal, and the
+            last query stands where the last key does.
+        mask: bool [batch or 1, num_q_heads or 1, n, m], True where a query sees a key; window is then not looked at.
+
+    Returns:
+        f32 [batch, num_q_heads, n, value_head_dim] and f32 [batch, num_q_heads, n]: zeros and -inf where nothing is
+        seen.
+    """
+    batch, heads, count, _ = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    out = torch.empty(batch, heads, count, value.shape[-1], device=query.device)
+    lse = torch.empty(batch, heads, count, device=query.device)
+    # [batch, num_kv_heads, group, n, head_dim]: the query heads of a KV head side by side.
+    groups = heads // kv_heads
+    grouped = (query.float() * scale).reshape(batch, kv_heads, groups, count, -1)
+    key, value = key.float()[:, :, None], value.float()[:, :, None]
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        if mask is None:
+            low, high = _visible(start, stop, length - count, window)
+            seen = _causal(start, stop, low, high, length - count, window, query.device)
+        else:
+            low, high = 0, length
+            seen = mask[:, :, start:stop]
+            per_head = seen.shape[1] > 1
+            seen = seen.reshape(-1, kv_heads if per_head else 1, groups if per_head else 1, stop - start, length)
+        scores = grouped[:, :, :, start:stop] @ key[:, :, :, low:high].transpose(-1, -2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        total = scores.logsumexp(-1)
+        weights = torch.exp(scores - total.nan_to_num(neginf=0.0)[..., None])
+        out[:, :, start:stop] = (weights @ value[:, :, :, low:high]).flatten(1, 2)
+        lse[:, :, start:stop] = total.flatten(1, 2)
+    return out, lse
+
+
+def _visible(start: int, stop: int, offset: int, window: int | None) -> tuple[int, int]:
+    """The keys that any of a block of queries sees."""
+    low = 0 if window is None else max(0, start + offset - window + 1)
+    return low, stop + offset
+
+
+def _causal(
+    start: int, stop: int, low: int, high: int, offset: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Which of them each sees, bool [stop - start, high - low]."""
+    positions = torch.arange(start + offset, stop + offset, device=device)[:, None]
+    keys = torch.arange(low, high, device=device)[None]
+    seen = keys <= positions
+    return seen if window is None else seen & (keys > positions - window)

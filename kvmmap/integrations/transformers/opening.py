@@ -1,0 +1,134 @@
+"""What a cache is made with for a model, and whether a saved one may be used by a model.
+
+Between `models` and `identity`, which know configs and weights, and `kvmmap`'s own caches, which know shapes and notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...cache import QuantizedKvCache
+from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
+from ...geometry import LayerGeometry
+from .identity import check_same, config_of, describe
+from .models import LayerKind, layer_kinds, max_positions
+
+NOTES = "transformers"
+"""Key in a cache's metadata under which is what this integration records."""
+
+DEFAULT_CAPACITY = 4096
+"""Positions reserved where neither the caller nor the config says how many."""
+
+MOST_ROOM = 32_768
+"""Positions at most for which memory is reserved unasked beside a file that is only read."""
+
+
+def settings(
+    model: Any, capacity: int | None, metadata: Mapping[str, Any] | None, fingerprint: str | None
+) -> tuple[list[LayerKind], dict[str, Any]]:
+    """Return a model's layers, and the arguments to make a cache for it with."""
+    config = config_of(model)
+    kinds = layer_kinds(config)
+    if capacity is None:
+        capacity = max_positions(config) or DEFAULT_CAPACITY
+    info, facts = describe(model, fingerprint)
+    notes = {
+        "config": facts,
+        "windows": [kind.window for kind in kinds],
+        "latent": [kind.latent for kind in kinds],
+        "max_positions": max_positions(config),
+    }
+    shapes = spread([kind.geometry for kind in kinds], capacity)
+    return kinds, shapes | {"metadata": own_notes(metadata or {}) | {NOTES: notes}, "model": info}
+
+
+def own_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a user's metadata as a dict.
+
+    Raises:
+        MetadataError: it has the key that is this integration's.
+    """
+    if NOTES in metadata:
+        raise MetadataError(f"the key {NOTES!r} of the metadata is this integration's own")
+    return dict(metadata)
+
+
+def spread(layers: Sequence[LayerGeometry], capacity: int) -> dict[str, Any]:
+    """Return the arguments that make a cache of such layers."""
+    return {
+        "num_layers": len(layers),
+        "capacity": capacity,
+        "num_kv_heads": [layer.num_kv_heads for layer in layers],
+        "head_dim": [layer.head_dim for layer in layers],
+        "value_head_dim": [layer.value_head_dim for layer in layers],
+    }
+
+
+def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) -> list[LayerKind]:
+    """Return the layers of a saved cache, if the model may use it.
+
+    Args:
+        stored: the cache.
+        model: a model, a config, or None: then only what is stored is looked at.
+        fingerprint: the weights' digest if it is known.
+
+    Raises:
+        ModelMismatchError: another model, config or weights made it.
+        ShapeMismatchError: its layers are not those of the model.
+        UnsupportedModelError: no model is given, and none was recorded.
+    """
+    notes = stored.metadata.get(NOTES)
+    if model is None:
+        if notes is None:
+            raise UnsupportedModelError(
+                f"{stored.path or 'the cache'} was not made by a KvmmapCache, and does not say which positions its "
+                "layers see: open it with the model, or its config"
+            )
+        return [
+            LayerKind(geometry=geometry, window=window, latent=latent)
+            for geometry, window, latent in zip(stored.geometry.layers, notes["windows"], notes["latent"], strict=True)
+        ]
+    info, facts = describe(model, fingerprint)
+    check_same(stored.model, notes["config"] if notes else {}, info, facts, stored.path)
+    kinds = layer_kinds(config_of(model))
+    shapes = tuple(kind.geometry for kind in kinds)
+    if shapes != stored.geometry.layers:
+        raise ShapeMismatchError(
+            f"{stored.path or 'the cache'} has layers of other shapes than the model's: "
+            f"{_shapes(stored.geometry.layers)}, and the model {_shapes(shapes)}",
+            expected=stored.geometry.layers,
+            actual=shapes,
+        )
+    return kinds
+
+
+def _shapes(layers: Sequence[LayerGeometry]) -> str:
+    kinds = sorted({(layer.num_kv_heads, layer.head_dim, layer.value_head_dim) for layer in layers})
+    return f"{len(layers)} of (num_kv_heads, head_dim, value_head_dim) {', '.join(map(str, kinds))}"
+
+
+def room_beside(stored: QuantizedKvCache) -> int:
+    """Return how many positions to reserve in memory after those of a file that is only read."""
+    made_for = (stored.metadata.get(NOTES) or {}).get("max_positions")
+    left = (made_for or stored.capacity) - stored.seq_len
+    return min(left, MOST_ROOM) if left > 0 else DEFAULT_CAPACITY
+
+
+def placeholders(config: Any) -> frozenset[int]:
+    """Return the token ids that stand for something else than themselves, such as a part of an image."""
+    kinds = ("image", "video", "audio")
+    found = (getattr(config, f"{kind}_token_{end}", None) for kind in kinds for end in ("id", "index"))
+    return frozenset(number for number in found if isinstance(number, int))
+
+
+def record_known(cache: QuantizedKvCache, token_ids: NDArray[np.int32]) -> None:
+    """Record token ids of the positions that have none, leaving out those that are -1, not known."""
+    known = np.flatnonzero(token_ids >= 0)
+    known = known[known >= cache.token_len]
+    if len(known):
+        for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
+            cache.push_token_ids(token_ids[run[0] : run[-1] + 1], int(run[0]))
