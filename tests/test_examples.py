@@ -1,0 +1,81 @@
+"""The examples run as they are, on a random model and a byte tokenizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers as tf
+from tiny_models import model
+from tokenizers import decoders, models, pre_tokenizers
+
+import kvmmap
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHAT = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}{{ 'assistant:' }}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its tokenizer as transformers saves them."""
+    folder = tmp_path_factory.mktemp("model")
+    net = model("llama", vocab_size=256, max_position_embeddings=2048)
+    net.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT).save_pretrained(folder)
+    return folder
+
+
+def run(script: str, *arguments: object) -> str:
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_conversation_is_gone_on_with_in_another_process(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.kvm"
+    first = run("conversation.py", "Hello there", "--model", folder, "--file", file, "--tokens", 8)
+    assert re.search(r"\[0 of \d+ tokens were there, 8 generated", first)
+    with kvmmap.open(file) as cache:
+        known = cache.seq_len
+        assert [message["role"] for message in cache.metadata["messages"]] == ["user", "assistant"]
+    second = run("conversation.py", "And then?", "--model", folder, "--file", file, "--tokens", 8)
+    found = re.search(r"\[(\d+) of (\d+) tokens were there, 8 generated", second)
+    assert found is not None
+    assert 27 <= int(found[1]) <= known  # the first prompt at least: what was answered may be written otherwise
+    with kvmmap.open(file) as cache:
+        assert cache.seq_len == int(found[2]) + 7
+        assert len(cache.metadata["messages"]) == 4
+        assert cache.verify().sound
+
+
+def test_a_document_is_prefilled_once_and_asked_by_many(folder: Path, tmp_path: Path) -> None:
+    document = tmp_path / "text.txt"
+    document.write_text("A cache is a place to hide things in. " * 20)
+    questions = ["What is it?", "Where?", "Why?"]
+    printed = run("document.py", document, *questions, "--model", folder, "--tokens", 6, "--save")
+    prefilled = re.search(r"\[(\d+) tokens prefilled", printed)
+    assert prefilled is not None
+    reused = re.findall(r"\[(\d+) of (\d+) tokens were there", printed)
+    length = len(document.read_text()) + len("\n\nQuestion: ")
+    assert [int(count) for count, _ in reused] == [length] * 3
+    for number, (_, total) in enumerate(reused):
+        with kvmmap.open(tmp_path / f"text.{number}.kvm") as cache:
+            assert cache.seq_len == int(total) + 5
+            assert cache.verify().sound
