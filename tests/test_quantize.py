@@ -381,7 +381,11 @@ def test_torch(rng):
     x = rng.normal(size=(5, 3, 40)).astype(np.float32)
     for dtype, same in ((torch.float32, np.float32), (torch.float16, np.float16), (torch.bfloat16, BF16)):
         tensor = torch.from_numpy(x).to(dtype)
-        for view, array in ((tensor, x), (tensor.transpose(0, 1), x.transpose(1, 0, 2)), (tensor.T, x.T)):
+        for view, array in (
+            (tensor, x),
+            (tensor.transpose(0, 1), x.transpose(1, 0, 2)),
+            (tensor.permute(2, 1, 0), x.T),
+        ):
             codes, scales = quantize_rows(view)
             want_codes, want_scales = oracle.quantize(array.astype(same))
             assert_array_equal(codes, want_codes)
