@@ -12,6 +12,7 @@ cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim
 from . import _core, report
 from .attention import merge_attention
 from .cache import QuantizedKvCache
+from .copying import CopyReport, copy, fetch
 from .errors import (
     AccessDeniedError,
     CacheChangedError,
@@ -47,6 +48,7 @@ from .opening import compact, create, fork, remove, resize
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.base import Damage, VerifyReport
+from .tensors import export_tensors, import_tensors
 
 __version__ = "0.1.0"
 
@@ -65,6 +67,7 @@ __all__ = [
     "CacheNotFoundError",
     "CapacityExceededError",
     "ClosedError",
+    "CopyReport",
     "CorruptCacheError",
     "Damage",
     "DtypeError",
@@ -91,9 +94,13 @@ __all__ = [
     "VerifyReport",
     "VersionMismatchError",
     "compact",
+    "copy",
     "create",
     "dequantize_rows",
+    "export_tensors",
+    "fetch",
     "fork",
+    "import_tensors",
     "kernel",
     "merge_attention",
     "open",

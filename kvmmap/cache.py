@@ -156,6 +156,11 @@ class QuantizedKvCache:
         return compression_ratio(self.fp32_memory_bytes, self.memory_bytes)
 
     @property
+    def storage(self) -> Storage:
+        """Where its rows lie: for this package's own modules, and who extends it."""
+        return self._storage
+
+    @property
     def path(self) -> str | None:
         """Absolute path of its file; None in memory."""
         return self._storage.path

@@ -5,17 +5,19 @@ Which storage a path means is decided here and known nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from .cache import QuantizedKvCache
-from .errors import KvmmapError, NotACacheError
+from .errors import FormatError, KvmmapError, NotACacheError
 from .geometry import CacheGeometry, index
-from .metadata import ModelInfo, document
+from .metadata import Document, ModelInfo, document
 from .storage.base import Progress, Storage
 from .storage.mapped import MappedReader
-from .storage.placing import METADATA_ROOM, remove_file
+from .storage.placing import METADATA_ROOM, already_exists, place_file, remove_file
 from .storage.resize import resize_file
 from .storage.writer import Durability, MappedWriter
 from .storage.zarr_objects import Objects
@@ -98,7 +100,7 @@ def create(
         )
     else:
         if compressor is not None:
-            raise KvmmapError(f"{os.fspath(path)!s}: a .kvm file is mapped, and so can't be compressed; a .zarr can")
+            raise not_compressed(path)
         storage = MappedWriter.create(
             local_path(path),
             geometry,
@@ -109,6 +111,57 @@ def create(
             metadata_room=metadata_room,
         )
     return QuantizedKvCache.of_storage(storage)
+
+
+@contextlib.contextmanager
+def making(
+    path: PathLike,
+    shape: Mapping[str, Any],
+    notes: Document,
+    *,
+    compressor: str | None = None,
+    overwrite: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Iterator[QuantizedKvCache]:
+    """Give a new cache to fill, and put it in its place when the block ends well; else nothing is left of it.
+
+    Args:
+        shape: what `CacheGeometry.build` takes.
+
+    Raises:
+        As `create`.
+    """
+    if group := group_at(path, storage_options):
+        from .storage.zarr_place import create_group, remove_group
+
+        writer = create_group(
+            group, CacheGeometry.build(**shape), notes, compressor=compressor, overwrite=overwrite, copying="new"
+        )
+        try:
+            yield QuantizedKvCache.of_storage(writer)
+            writer.copying = None
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            remove_group(group)
+            raise
+        return
+    if compressor is not None:
+        raise not_compressed(path)
+    place = os.path.abspath(local_path(path))
+    if os.path.lexists(place) and not overwrite:
+        raise already_exists(place)
+    partial = f"{place}.{secrets.token_hex(6)}.partial"
+    room = max(METADATA_ROOM, len(notes.encode()))
+    storage = MappedWriter.create(partial, CacheGeometry.build(**shape), notes, metadata_room=room)
+    try:
+        with contextlib.closing(storage):
+            yield QuantizedKvCache.of_storage(storage)
+        place_file(partial, place, overwrite=overwrite)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
 
 
 def open_cache(
@@ -241,22 +294,36 @@ def fork(
     return QuantizedKvCache.of_storage(storage)
 
 
-def remove(path: PathLike, *, timeout: float = 0) -> None:
-    """Delete a cache file, unless a writer holds it. Readers that have it open go on reading what they see.
+def remove(
+    path: PathLike,
+    *,
+    timeout: float = 0,
+    storage_options: Mapping[str, Any] | None = None,
+    break_lock: bool = False,
+) -> None:
+    """Delete a cache, unless a writer holds it. Readers that have a file open go on reading what they see.
 
     Args:
-        path: the cache.
+        path: the cache, a file or a Zarr group.
         timeout: seconds to wait for a writer.
+        storage_options, break_lock: as in `create`.
 
     Raises:
         CacheNotFoundError: there is nothing at the path.
         NotACacheError: what is there is no cache; it stays.
         CacheLockedError: a writer holds it; it stays.
     """
+    if group := group_at(path, storage_options):
+        from .storage.zarr_place import remove_group
+
+        remove_group(group, timeout=timeout, break_lock=break_lock)
+        return
     remove_file(local_path(path), timeout)
 
 
-def group_at(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Objects | None:
+def group_at(
+    path: PathLike, storage_options: Mapping[str, Any] | None = None, *, durable: bool = True
+) -> Objects | None:
     """Return the place of a Zarr group if that is what a path or URL means, None if it means a file."""
     text = _text(path)
     if "://" in text and not text.startswith("file://"):
@@ -275,7 +342,7 @@ def group_at(path: PathLike, storage_options: Mapping[str, Any] | None = None) -
     ):
         from .storage.zarr_folder import FolderObjects
 
-        return FolderObjects(text)
+        return FolderObjects(text, durable=durable)
     return None
 
 
@@ -285,6 +352,11 @@ def local_path(path: PathLike) -> str:
     if group_at(text) is not None:
         raise NotACacheError(f"{text}: this works on .kvm files alone, and that is a Zarr group", path=text)
     return text.removeprefix("file://")
+
+
+def not_compressed(path: PathLike) -> FormatError:
+    text = _text(path)
+    return FormatError(f"{text}: a .kvm file is mapped, and so can't be compressed; a .zarr group can", path=text)
 
 
 def _text(path: PathLike) -> str:

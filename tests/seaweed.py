@@ -26,7 +26,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ports = free_ports(4)
+        self._ports = free_ports(8)
         self.port = self._ports[0]
         self._process: subprocess.Popen[bytes] | None = None
         self.log = folder / "weed.log"
@@ -56,23 +56,24 @@ class Server:
 
     def start(self) -> None:
         """Start, and wait until it serves."""
-        s3, filer, master, volume = self._ports
+        s3, filer, master, volume, *grpc = self._ports
         arguments = {
             "dir": self.folder,
             "ip": "127.0.0.1",
             "ip.bind": "127.0.0.1",
             "volume.max": 20,
             "volume.port": volume,
-            "volume.port.grpc": free_ports(1)[0],
+            "volume.port.grpc": grpc[0],
             "master.port": master,
-            "master.port.grpc": free_ports(1)[0],
+            "master.port.grpc": grpc[1],
+            "master.electionTimeout": "1s",
             "master.volumeSizeLimitMB": 1024,
             "filer": "",
             "filer.port": filer,
-            "filer.port.grpc": free_ports(1)[0],
+            "filer.port.grpc": grpc[2],
             "s3": "",
             "s3.port": s3,
-            "s3.port.grpc": free_ports(1)[0],
+            "s3.port.grpc": grpc[3],
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
             "master.telemetry": "false",

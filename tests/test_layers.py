@@ -48,6 +48,8 @@ TABLE = [
     "layer",
     "cache",
     "opening",
+    "copying",
+    "tensors",
     "report",
     "integrations",
 ]

@@ -94,8 +94,9 @@ def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> No
 )
 @click.pass_context
 def kvmmap(ctx: click.Context) -> None:
-    """Look at kvmmap caches, and look after them: language models' keys and values, as int8, in one file.
+    """Look at kvmmap caches, look after them, copy and convert them: language models' keys and values, as int8.
 
+    A cache is a .kvm file, or a Zarr group in a folder or an object store (prompt.zarr, s3://bucket/prompt.zarr).
     Data goes to stdout, all else to stderr. `kvmmap COMMAND --help` has examples.
 
     \b

@@ -148,6 +148,9 @@ class LayerStore(Protocol):
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
         """Yield stored positions [start, stop) piece by piece, as they lie; later ones may be fetched meanwhile."""
 
+    def expect(self, start: int, stop: int) -> None:
+        """Stored positions [start, stop) will be read soon: start fetching them, where that takes its time."""
+
     def check(self) -> None:
         """Raise if what was just read can't be trusted: the storage was closed, or its rows were taken back."""
 
@@ -206,6 +209,20 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
     def verify(self, progress: Progress | None = None) -> VerifyReport: ...
+
+    @property
+    def committed_len(self) -> int:
+        """Positions that checksums cover."""
+
+    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+        """Return the checksums of blocks [first, stop), u64 [stop - first, num_layers]; the last may be incomplete."""
+
+    def check_rows(self, start: int, stop: int) -> None:
+        """Raise CorruptCacheError if a committed block of [start, stop) does not match its checksum, unless reading
+        rows does so anyway."""
+
+    def identity(self) -> str | None:
+        """Name the cache in its present generation: while it stays, what is committed does. None in memory."""
 
     def facts(self) -> dict[str, Any]:
         """What `inspect` shows of the storage itself."""

@@ -88,6 +88,9 @@ class MappedLayer:
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
         yield self.rows(start, stop)
 
+    def expect(self, start: int, stop: int) -> None:
+        """The system reads ahead."""
+
     def check(self) -> None:
         self._storage.check()
 
@@ -268,6 +271,31 @@ class MappedReader:
 
         self.check()
         return verify_file(self, progress)
+
+    @property
+    def committed_len(self) -> int:
+        return self.snapshot.slot.seq_len
+
+    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+        slot, layers = self.snapshot.slot, self.geometry.num_layers
+        complete = min(stop, slot.seq_len // self.geometry.block_tokens)
+        offset = self.superblock.section(Section.CHECKSUMS).offset + 8 * first * layers
+        sums = np.ndarray((max(0, complete - first), layers), np.dtype("<u8"), self.memory, offset).copy()
+        if stop > complete:
+            sums = np.concatenate([sums, np.array([slot.tail_checksums[:-1]], np.uint64)])
+        return sums
+
+    def check_rows(self, start: int, stop: int) -> None:
+        from .verify import check_blocks
+
+        size = self.geometry.block_tokens
+        for damage in check_blocks(self, start // size, -(-min(stop, self.committed_len) // size)):
+            raise CorruptCacheError(
+                f"{self.path}: {damage.what}", path=self.path, layer=damage.layer, position=damage.start
+            )
+
+    def identity(self) -> str | None:
+        return f"{self.superblock.file_id.hex()}/{self.live.get('generation')}"
 
     def facts(self) -> dict[str, Any]:
         """What `inspect` shows of the file."""

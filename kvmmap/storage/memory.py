@@ -57,6 +57,9 @@ class MemoryLayer:
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
         yield self.rows(start, stop)
 
+    def expect(self, start: int, stop: int) -> None:
+        """They are here."""
+
     def check(self) -> None:
         if self._views is None:
             raise ClosedError("the cache is closed")
@@ -123,6 +126,20 @@ class MemoryStorage:
         """Memory carries no checksums: there is nothing to compare."""
         self.check()
         return VerifyReport(path=None, seq_len=seq_len(self), verified=0)
+
+    @property
+    def committed_len(self) -> int:
+        return 0
+
+    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+        assert first == stop
+        return np.zeros((0, len(self.layers)), np.uint64)
+
+    def check_rows(self, start: int, stop: int) -> None:
+        """Memory carries no checksums."""
+
+    def identity(self) -> str | None:
+        return None
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "memory"}

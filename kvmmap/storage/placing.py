@@ -107,6 +107,23 @@ def build_file(
     return file
 
 
+def place_file(partial: str, path: str, *, overwrite: bool = False, timeout: float = 0) -> None:
+    """Give a closed, whole file the name `path`.
+
+    Raises:
+        CacheExistsError: there is something at `path`, and it is not to be replaced or is no cache.
+        CacheLockedError: a writer holds what is to be replaced.
+    """
+    with contextlib.closing(open_file(partial, writable=True)) as file:
+        if overwrite and os.path.lexists(path):
+            replace_file(file, path, timeout)
+            return
+        try:
+            file.link_to(path)
+        except FileExistsError:
+            raise already_exists(path) from None
+
+
 def replace_file(new: PosixFile, path: str, timeout: float) -> None:
     """Put `new` at `path` in place of a cache that nobody writes to, and tell who holds the old one.
 

@@ -171,6 +171,9 @@ class BucketObjects:
                 for found in batch:
                     yield found["path"]
 
+    def remove(self) -> None:
+        """It is nothing but its objects."""
+
     def settle(self) -> None:
         """What a server has taken it keeps."""
 

@@ -133,6 +133,15 @@ class FolderObjects:
             for name in names:
                 yield os.path.relpath(os.path.join(folder, name), self.path)
 
+    def remove(self) -> None:
+        """Remove the folders, and the lock's file, which is of no use without them."""
+        self.delete(LOCK_KEY)
+        for folder, _, names in os.walk(self.path, topdown=False):
+            if not names:
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+        self._made.clear()
+
     def settle(self) -> None:
         with self._lock:
             paths, self._unsettled = self._unsettled, set()

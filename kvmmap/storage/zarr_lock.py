@@ -22,6 +22,10 @@ LOCK_KEY = "token_ids/.kvmmap.lock"
 """Under an array, where programs that list a group's members do not look, and so do not wonder."""
 
 
+_given_up: set[str] = set()
+"""Tokens of locks that this process took and needs no longer: one that a server failed to delete is nobody's."""
+
+
 def new_owner() -> dict[str, Any]:
     """Say who we are, so that others can tell whether we still are."""
     return {
@@ -117,7 +121,7 @@ class ObjectLock:
             other = decode_owner(present)
             if other.get("token") == owner["token"]:
                 return cls(objects, owner)  # our first attempt arrived, though its answer was lost
-            if break_lock or is_dead(other):
+            if break_lock or other.get("token") in _given_up or is_dead(other):
                 with contextlib.suppress(ObjectChangedError):
                     objects.put_if(LOCK_KEY, data, tag)
                     return cls(objects, owner)
@@ -128,6 +132,7 @@ class ObjectLock:
             pause = min(2 * pause, 1.0)
 
     def release(self) -> None:
+        _given_up.add(self._owner["token"])  # whether the server hears of it or not
         other = read_owner(self._objects)
         if other is not None and other.get("token") == self._owner["token"]:
             self._objects.delete(LOCK_KEY)

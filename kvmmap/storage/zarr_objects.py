@@ -75,6 +75,9 @@ class Objects(Protocol):
     def list(self) -> Iterator[str]:
         """Yield the keys of all objects."""
 
+    def remove(self) -> None:
+        """Remove what there is of the place itself, once it is empty."""
+
     def settle(self) -> None:
         """Wait until everything put so far survives power loss."""
 
@@ -143,6 +146,9 @@ class MemoryObjects:
 
     def list(self) -> Iterator[str]:
         yield from tuple(self._objects)
+
+    def remove(self) -> None:
+        """It is nothing but its objects."""
 
     def settle(self) -> None:
         """Memory survives nothing, and promises nothing."""

@@ -82,6 +82,22 @@ def open_locked(
         raise
 
 
+def remove_group(objects: Objects, *, timeout: float = 0, break_lock: bool = False) -> None:
+    """Remove a cache, unless a writer holds it.
+
+    Raises:
+        CacheNotFoundError, FormatError: there is none.
+        CacheLockedError: a writer holds it.
+    """
+    read_root(objects)
+    lock = objects.lock(timeout, break_lock=break_lock)
+    try:
+        _clear(objects)
+    finally:
+        lock.release()
+    objects.remove()
+
+
 def _refuse_what_is_there(objects: Objects, overwrite: bool) -> None:
     try:
         objects.get(ROOT_KEY)

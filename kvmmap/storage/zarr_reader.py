@@ -101,6 +101,9 @@ class ZarrLayer:
             first, last = max(start, shard * size), min(stop, (shard + 1) * size)
             yield first, self._storage.shard_part(self.index, shard, first, last)
 
+    def expect(self, start: int, stop: int) -> None:
+        self._storage.expect(self.index, start, stop)
+
     def check(self) -> None:
         self._storage.check()
 
@@ -194,6 +197,14 @@ class ZarrReader:
                     break
                 first, end = max(0, start - place[1] * size), min(size, stop - place[1] * size)
                 self._start(*place, first, end)
+
+    def expect(self, layer: int, start: int, stop: int) -> None:
+        """Start fetching positions [start, stop)."""
+        size = self.layout.shard_tokens
+        with self._fetch_lock:
+            self.check()
+            for shard in range(start // size, -(-stop // size)):
+                self._start(layer, shard, max(0, start - shard * size), min(size, stop - shard * size))
 
     def _shard_bytes(self, layer: int) -> int:
         return self.layout.shard_tokens * self.geometry.layers[layer].position_bytes
@@ -342,16 +353,28 @@ class ZarrReader:
             sums[:complete] = stored
         return sums
 
-    def block_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
-        """Return the checksums of complete blocks [first, stop), u64 [stop - first, num_layers]."""
-        found = np.zeros((stop - first, self.geometry.num_layers), np.uint64)
+    @property
+    def committed_len(self) -> int:
+        return self.root.seq_len
+
+    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
         size = self.layout.shard_blocks
-        for block in range(first, stop):
-            sums = self._start_sums(block // size).result()
+        complete = min(stop, self.root.seq_len // self.geometry.block_tokens)
+        parts = [np.zeros((0, self.geometry.num_layers), np.uint64)]
+        chunks = range(first // size, -(-complete // size))
+        for chunk in chunks:
+            self._start_sums(chunk)  # all at once
+        for chunk in chunks:
+            sums = self._start_sums(chunk).result()
             if sums is None:
-                self._explain(0, block, "their checksums are missing or damaged")
-            found[block - first] = sums[block % size]
-        return found
+                self._explain(0, chunk * size, "their checksums are missing or damaged")
+            parts.append(sums[max(0, first - chunk * size) : complete - chunk * size])
+        if stop > complete:
+            parts.append(np.array([self.root.tails], np.uint64))
+        return np.concatenate(parts)
+
+    def check_rows(self, start: int, stop: int) -> None:
+        """Reading them does."""
 
     # Token ids and metadata
 
@@ -434,9 +457,8 @@ class ZarrReader:
             "writer_pid": owner["pid"] if owner and is_local(owner) else 0,
         }
 
-    def identity(self) -> tuple[str, int]:
-        """Return (cache, generation): while both stay, so do the positions that are committed."""
-        return self.root.cache_id, self.root.generation
+    def identity(self) -> str | None:
+        return f"{self.root.cache_id}/{self.root.generation}"
 
     # Nothing of these in a reader
 

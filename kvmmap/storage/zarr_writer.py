@@ -348,6 +348,19 @@ class ZarrWriter(ZarrReader):
                     if again:
                         raise
 
+    def store_rows(self, length: int) -> None:
+        """Store the positions below `length`, without counting them yet; `commit` does."""
+        with self.lock:
+            self.check_writer()
+            self._store_rows(length)
+
+    def sums_below(self, length: int) -> NDArray[np.uint64]:
+        """Return the checksums of all blocks below `length`, stored ones, u64 [blocks, num_layers]."""
+        parts = list(self._sums_of(length))
+        if length % self.geometry.block_tokens:
+            parts.append(np.array([[self._tail(layer, length) for layer in self.layers]], np.uint64))
+        return np.concatenate([np.zeros((0, self.geometry.num_layers), np.uint64), *parts])
+
     def _tail(self, layer: ZarrWriterLayer, length: int) -> int:
         """Return the checksum of a layer's incomplete block, where there are `length` positions."""
         size = self.geometry.block_tokens
@@ -426,17 +439,23 @@ class ZarrWriter(ZarrReader):
     def close(self) -> None:
         """Commit, and give the lock back. An error of the commit is raised, and the cache is closed all the same."""
         with self.lock:
-            if self.closed:
-                return
-            own = os.getpid() == self._pid
             try:
-                if own and not self._overtaken:
+                if not self.closed and os.getpid() == self._pid and not self._overtaken:
                     self.commit(closing=True)
             finally:
-                if own:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Give the lock back without a commit: the cache is as of the last one."""
+        with self.lock:
+            if self.closed:
+                return
+            try:
+                if os.getpid() == self._pid:
                     for place in list(self._uploads):
                         self._settle(*place)
                     self._writer_lock.release()
                 else:
                     self._writer_lock.abandon()
+            finally:
                 self._let_go()

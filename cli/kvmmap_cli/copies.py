@@ -1,0 +1,76 @@
+"""What the commands that copy have in common: options, the copy itself, and the line that says what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from .output import count, plain, size
+from .progress import progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def positions_options(command: F) -> F:
+    """--start and --stop."""
+    stop = click.option("--stop", type=int, help="One past the last position to copy; all by default.")
+    start = click.option("--start", type=int, default=0, help="First position to copy.")
+    return start(stop(command))
+
+
+def layers_option(command: F) -> F:
+    """--layers, as indices."""
+    about = 'Layers to copy, as in "0-7,12"; all by default.'
+    return click.option("--layers", metavar="LIST", callback=_parse_layers, help=about)(command)
+
+
+def target_options(command: F) -> F:
+    """What there is to say of the copy itself."""
+    options = (
+        click.option("--compressor", type=click.Choice(["zstd"]), help="Compress a Zarr group, for cold storage."),
+        click.option("--overwrite", is_flag=True, help="Replace what is at DST already."),
+        click.option(
+            "--no-verify",
+            "verify",
+            is_flag=True,
+            flag_value=False,
+            default=True,
+            help="Don't read the copy back to compare it with its checksums.",
+        ),
+        click.option(
+            "--break-lock",
+            is_flag=True,
+            help="Take an object store's lock from a writer that is certainly gone.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise click.BadParameter('must be like "0-7,12"', ctx, parameter) from None
+    return found
+
+
+def copied(source: str, target: str, no_progress: bool, **options: Any) -> None:
+    """Copy, with the options of `kvmmap.copy`, and say on stderr what was done."""
+    import kvmmap
+
+    with progress("copying", no_progress) as advance:
+        report = kvmmap.copy(source, target, progress=advance, **options)
+    resumed = f", {count(report.resumed)} of them by an earlier run" if report.resumed else ""
+    what = (
+        f"{count(report.seq_len, 'position')}{resumed}, {size(report.bytes)}{', verified' if report.verified else ''}"
+    )
+    click.echo(f"{plain(target)}: {what}", err=True)

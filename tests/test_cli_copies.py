@@ -1,0 +1,86 @@
+"""`kvmmap export`, `import`, `copy` and `fetch` at a shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from seaweed import BUCKET, Server
+from support import check_filled, make_file
+from test_cli import in_terminal, run
+
+import kvmmap
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    make_file(tmp_path / "a.kvm", 600).close()
+    return tmp_path / "a.kvm"
+
+
+def test_there_and_back(source: Path, tmp_path: Path) -> None:
+    done = run("export", source, tmp_path / "b.zarr", "--compressor", "zstd")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"{tmp_path}/b.zarr: 600 positions, 56.2 KiB, verified\n"
+    done = run("import", tmp_path / "b.zarr", tmp_path / "c.kvm", "--capacity", 700)
+    assert done.returncode == 0, done.stderr
+    with kvmmap.open(tmp_path / "c.kvm") as cache:
+        check_filled(cache, 600)
+        assert cache.capacity == 700
+    done = run("export", tmp_path / "c.kvm", tmp_path / "d.safetensors", "--dtype", "int8", "--layers", "1")
+    assert done.returncode == 0, done.stderr
+    done = run("import", tmp_path / "d.safetensors", tmp_path / "e.kvm")
+    assert done.returncode == 0, done.stderr
+    with kvmmap.open(tmp_path / "e.kvm") as cache:
+        assert (cache.num_layers, cache.seq_len) == (1, 600)
+    done = run("copy", source, tmp_path / "f.kvm", "--start", 10, "--stop", 20, "--no-verify")
+    assert done.stderr == f"{tmp_path}/f.kvm: 10 positions, 960 B\n"
+    assert run("verify", tmp_path / "b.zarr").returncode == 0
+    shown = run("inspect", tmp_path / "b.zarr")
+    assert shown.returncode == 0, shown.stderr
+    assert "zarr" in shown.stdout
+
+
+def test_what_goes_wrong_is_one_line(source: Path, tmp_path: Path) -> None:
+    for arguments, code, what in (
+        (("export", source, source), 2, "exists already"),
+        (("export", tmp_path / "none.kvm", tmp_path / "b.zarr"), 2, "no such file"),
+        (("copy", source, tmp_path / "b.kvm", "--layers", "x"), 2, "must be like"),
+        (("copy", source, tmp_path / "b.kvm", "--layers", "0-5"), 2, "layer 2 does not exist"),
+        (("copy", source, "ftp://host/b.zarr"), 2, "no such kind of URL"),
+        (("import", source, tmp_path / "b.kvm", "--capacity", "5"), 2, "capacity is 5"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == code
+        assert done.stderr.startswith("kvmmap: ")
+        assert what in done.stderr
+        assert done.stderr.count("\n") == 1
+    data = bytearray(source.read_bytes())
+    with kvmmap.open(source) as cache:
+        data[data.find(cache.layers[1].key_codes[300].tobytes())] ^= 1
+    source.write_bytes(data)
+    done = run("export", source, tmp_path / "b.zarr")
+    assert done.returncode == 1
+    assert "layer 1 is damaged in positions [256, 512)" in done.stderr
+
+
+def test_a_bar_for_who_looks(source: Path, tmp_path: Path) -> None:
+    code, drawn = in_terminal("export", source, tmp_path / "b.zarr", impatient=True)
+    assert code == 0
+    assert "copying" in drawn
+
+
+def test_an_object_store(source: Path, tmp_path: Path, s3: Server) -> None:
+    url = f"s3://{BUCKET}/at-a-shell/prompt.zarr"
+    done = run("export", source, url, **s3.environment())
+    assert done.returncode == 0, done.stderr
+    done = run("fetch", url, tmp_path / "b.kvm", **s3.environment())
+    assert done.stderr == f"{tmp_path}/b.kvm: 600 positions\n"
+    with kvmmap.open(tmp_path / "b.kvm") as cache:
+        check_filled(cache, 600)
+    assert run("verify", url, **s3.environment()).returncode == 0
+    done = run("inspect", url, **s3.environment())
+    assert done.returncode == 0, done.stderr
+    done = run("fetch", "s3://nonesuch/x.zarr", tmp_path / "c.kvm", **s3.environment())
+    assert done.returncode == 2
+    assert "no such bucket" in done.stderr
