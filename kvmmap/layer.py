@@ -329,6 +329,22 @@ class QuantizedKvLayer:
         self._store.check()  # the rows were still the cache's when they had been read
         return result
 
+    def read_quantized(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Return the codes and scales of positions [start, stop): what `extend_quantized` takes.
+
+        Returns:
+            A named tuple of key_codes, int8 [n, num_kv_heads, head_dim], key_scales, f32 [n, num_kv_heads],
+            value_codes and value_scales; read-only. Views, as `key_codes` is, where the rows lie in memory or in a map;
+            elsewhere only these positions are fetched.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+            CacheChangedError: the writer took positions back since the last `refresh`.
+        """
+        rows = self._store.rows(*self._check_range(start, stop))
+        self._store.check()
+        return rows
+
     # Attending
 
     @overload

@@ -412,3 +412,21 @@ def test_progress_of_long_work_is_drawn(path: Path, tmp_path: Path) -> None:
         code, drawn = in_terminal(*args, impatient=True)
         assert code == 0
         assert any(verb in drawn for verb in ("resizing", "compacting", "forking", "comparing"))
+
+
+# Zarr groups
+
+
+def test_the_same_commands_over_a_zarr_group(path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("zarr")
+    group = tmp_path / "copy.zarr"
+    with (
+        kvmmap.open(path) as cache,
+        kvmmap.create(group, num_layers=LAYERS, capacity=1000, num_kv_heads=HEADS, head_dim=DIM) as copy,
+    ):
+        copy.extend([x.read_keys() for x in cache.layers], [x.read_values() for x in cache.layers], cache.token_ids)
+    assert "700 of 1,000 positions" in done("inspect", group)
+    assert "codes of keys" in done("inspect", "--stats", "--heatmap", group)
+    assert done("inspect", tmp_path).splitlines()[-1].startswith("2 caches, 1,400 positions, ")
+    assert done("tokens", "--start", 699, group) == "699\n"
+    assert done("diff", path, group).endswith("the same, 700 positions in 4 layers\n")

@@ -250,3 +250,20 @@ def test_a_layer_of_a_cache_is_not_truncated_alone(make_cache: MakeCache) -> Non
 def test_impossible_geometry(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(kvmmap.ShapeMismatchError):
         QuantizedKvLayer(*numbers)
+
+
+def test_quantized_rows_come_out_as_they_went_in(make_cache: MakeCache) -> None:
+    with make_cache(2, 600) as cache:
+        x = rows(2, 550, 2, 16)
+        cache.extend(x, -x)
+        for start, stop in ((0, None), (3, 3), (250, 513), (549, 550)):
+            found = cache.layers[1].read_quantized(start, stop)
+            for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
+                part = getattr(found, name)
+                np.testing.assert_array_equal(part, getattr(cache.layers[1], name)[start:stop])
+                assert not part.flags.writeable
+        with pytest.raises(kvmmap.PositionOutOfRangeError):
+            cache.layers[0].read_quantized(0, 551)
+        copy = kvmmap.QuantizedKvLayer(600, 2, 16)
+        copy.extend_quantized(*cache.layers[0].read_quantized(10, 300))
+        np.testing.assert_array_equal(copy.key_codes, cache.layers[0].key_codes[10:300])

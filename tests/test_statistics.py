@@ -65,7 +65,7 @@ def spread_rows(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("step", [7, 64, 10**6])
 def test_statistics_are_those_of_the_whole_arrays(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    monkeypatch.setattr(gathering, "STEP_NUMBERS", step * 3 * 32)
+    monkeypatch.setattr(gathering, "STEP_NUMBERS", step * 3 * 72)
     cache = kvmmap.QuantizedKvCache(2, 400, 3, 32, 40)
     cache.extend(spread_rows(2, 300, 3, 32), rows(2, 300, 3, 40))
     seen: list[tuple[int, int]] = []
@@ -142,7 +142,9 @@ def test_extreme_scales() -> None:
     assert json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_grids_are_means_over_their_bins() -> None:
+@pytest.mark.parametrize("step", [1, 7, 31, 10**6])
+def test_grids_are_means_over_their_bins(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    monkeypatch.setattr(gathering, "STEP_NUMBERS", step * 3 * 32)
     cache = kvmmap.QuantizedKvCache(2, 400, 3, 16)
     cache.extend(spread_rows(2, 301, 3, 16), rows(2, 301, 3, 16))
     grids = report.scale_grids(cache, 10)
@@ -172,7 +174,7 @@ def test_a_cache_and_its_copy_are_the_same(tmp_path: Path) -> None:
 
 
 def test_differences_are_placed_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathering, "STEP_NUMBERS", 100 * 2 * 8)
+    monkeypatch.setattr(gathering, "STEP_NUMBERS", 100 * 2 * 16)
     a, b = (kvmmap.QuantizedKvCache(3, 500, 2, 8) for _ in "ab")
     keys, values = rows(3, 450, 2, 8), rows(3, 450, 2, 8, seed=1)
     a.extend(keys, values, np.arange(450))

@@ -14,7 +14,7 @@ from ..cache import QuantizedKvCache
 from ..errors import ShapeMismatchError
 from ..quantize import dequantize_rows
 from ..storage.base import Progress
-from .gathering import PARTS, blocks
+from .gathering import stretches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,17 +111,16 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
     total = length * sum(layer.position_bytes for layer in a.geometry.layers)
     done, layers = 0, []
     for number in range(a.num_layers):
-        parts = {}
-        for part in PARTS:
-            tally = _Differences(a.geometry.layers[number].num_kv_heads)
-            mine, others = (blocks(cache.layers[number], part, length) for cache in (a, b))
-            for (start, codes, scales), (_, other_codes, other_scales) in zip(mine, others, strict=True):
-                tally.add(start, codes, scales, other_codes, other_scales)
-                done += codes.nbytes + scales.nbytes
-                if progress:
-                    progress(done, total)
-            parts[part] = tally.result()
-        layers.append(LayerDifference(index=number, keys=parts["keys"], values=parts["values"]))
+        geometry = a.geometry.layers[number]
+        keys, values = _Differences(geometry.num_kv_heads), _Differences(geometry.num_kv_heads)
+        mine, others = (stretches(cache.layers[number], length) for cache in (a, b))
+        for (start, x), (_, y) in zip(mine, others, strict=True):
+            keys.add(start, x.key_codes, x.key_scales, y.key_codes, y.key_scales)
+            values.add(start, x.value_codes, x.value_scales, y.value_codes, y.value_scales)
+            done += len(x.key_codes) * geometry.position_bytes
+            if progress:
+                progress(done, total)
+        layers.append(LayerDifference(index=number, keys=keys.result(), values=values.result()))
     ids = np.flatnonzero(a.token_ids[:length] != b.token_ids[:length])
     return CacheDifference(
         lengths=(a.seq_len, b.seq_len),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..cache import QuantizedKvCache
 from ..layer import QuantizedKvLayer
 from ..quantize import MIN_SCALE
-from ..storage.base import Progress
+from ..storage.base import Progress, Rows
 from .tally import ChannelOutlier, PositionOutlier, RowStatistics, Tally
 
 Part = Literal["keys", "values"]
@@ -101,19 +101,20 @@ def statistics(
     positions: dict[Part, list[PositionOutlier]] = {part: [] for part in PARTS}
     results, done = [], 0
     for number in wanted:
-        rows: dict[Part, RowStatistics] = {}
-        for part in PARTS:
-            look = _Look(number, cache.layers[number].num_kv_heads)
-            for start, codes, scales in blocks(cache.layers[number], part, length):
-                look.add(start, codes, scales)
-                done += codes.nbytes + scales.nbytes
-                if progress:
-                    progress(done, total)
-            rows[part] = look.tally.result()
+        layer = cache.layers[number]
+        looks = {part: _Look(number, layer.num_kv_heads) for part in PARTS}
+        for start, rows in stretches(layer, length):
+            looks["keys"].add(start, rows.key_codes, rows.key_scales)
+            looks["values"].add(start, rows.value_codes, rows.value_scales)
+            done += len(rows.key_codes) * layer.geometry.position_bytes
+            if progress:
+                progress(done, total)
+        for part, look in looks.items():
             whole[part].merge(look.tally)
             channels[part] = heapq.nlargest(MOST_OUTLIERS, [*channels[part], *look.channels()])
             positions[part] = heapq.nlargest(MOST_OUTLIERS, [*positions[part], *look.positions()])
-        results.append(LayerStatistics(index=number, keys=rows["keys"], values=rows["values"]))
+        keys, values = (looks[part].tally.result() for part in PARTS)
+        results.append(LayerStatistics(index=number, keys=keys, values=values))
     return CacheStatistics(
         seq_len=length,
         keys=whole["keys"].result(),
@@ -128,22 +129,15 @@ def statistics(
     )
 
 
-def blocks(
-    layer: QuantizedKvLayer, part: Part, stop: int, step: int | None = None
-) -> Iterator[tuple[int, NDArray[np.int8], NDArray[np.float32]]]:
-    """Yield (first position, codes, scales) of a layer's stretches below `stop`; views.
+def stretches(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
+    """Yield (first position, rows) of a layer's positions below `stop`, a few MiB at a time.
 
-    Whoever took rows back meanwhile is found out before the next stretch, and after the last.
+    If rows were taken back meanwhile, that is found out before the next stretch, and after the last.
     """
-    dim = layer.head_dim if part == "keys" else layer.value_head_dim
-    step = step or max(1, STEP_NUMBERS // (layer.num_kv_heads * dim))
+    step = max(1, STEP_NUMBERS // (layer.num_kv_heads * (layer.head_dim + layer.value_head_dim)))
     for start in range(0, stop, step):
-        end = min(start + step, stop)
-        if part == "keys":
-            yield start, layer.key_codes[start:end], layer.key_scales[start:end]
-        else:
-            yield start, layer.value_codes[start:end], layer.value_scales[start:end]
-    _ = layer.key_scales
+        yield start, layer.read_quantized(start, min(start + step, stop))
+    layer.read_quantized(0, 0)
 
 
 class _Look:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..layer import QuantizedKvLayer
+from .gathering import stretches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,18 @@ def scale_grids(cache: QuantizedKvCache, bins: int, layers: list[int] | None = N
 
 
 def _grid(layer: QuantizedKvLayer, number: int, edges: NDArray[np.int64]) -> ScaleGrid:
-    shape = (layer.num_kv_heads, len(edges) - 1)
-    keys, values = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    for bin, (start, stop) in enumerate(pairwise(edges)):
-        keys[:, bin] = layer.key_scales[start:stop].mean(axis=0, dtype=np.float64)
-        values[:, bin] = layer.value_scales[start:stop].mean(axis=0, dtype=np.float64)
-    _ = layer.key_scales  # were rows taken back, this tells
-    return ScaleGrid(layer=number, edges=edges, keys=keys, values=values)
+    bins = len(edges) - 1
+    keys, values = np.zeros((bins, layer.num_kv_heads)), np.zeros((bins, layer.num_kv_heads))
+    for start, rows in stretches(layer, int(edges[-1])):
+        stop = start + len(rows.key_scales)
+        first, last = np.searchsorted(edges, [start, stop - 1], side="right") - 1  # the bins that it reaches
+        begins = np.maximum(edges[first : last + 1], start) - start
+        keys[first : last + 1] += np.add.reduceat(rows.key_scales, begins, axis=0, dtype=np.float64)
+        values[first : last + 1] += np.add.reduceat(rows.value_scales, begins, axis=0, dtype=np.float64)
+    counts = np.diff(edges)[:, None]
+    return ScaleGrid(
+        layer=number,
+        edges=edges,
+        keys=(keys / counts).T.astype(np.float32),
+        values=(values / counts).T.astype(np.float32),
+    )
