@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+Advance = Callable[[int, int], None]
+
 PATIENCE = 0.4
 """Seconds that pass before there is a bar."""
 
@@ -33,9 +35,7 @@ def no_progress_option(command: F) -> F:
 
 
 @contextlib.contextmanager
-def progress(
-    verb: str, no_progress: bool = False, *, unit: str | None = None
-) -> Iterator[Callable[[int, int], None] | None]:
+def progress(verb: str, no_progress: bool = False, *, unit: str | None = None) -> Iterator[Advance | None]:
     """Give the function that is to be called with (done, in all); None where nobody would see a bar.
 
     Args:
