@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -222,13 +223,27 @@ def _to_file(plan: _Plan, path: str, overwrite: bool, verify: bool, progress: Pr
     meter = _Meter(plan, verify, progress)
     with contextlib.closing(_open_partial(plan, partial)) as writer:
         resumed = seq_len(writer)
-        for stop in _fill(plan, writer, check=True):
+        for stop in _syncing(writer, _fill(plan, writer, check=True)):
             meter.reached(stop)
     if verify:
         with contextlib.closing(MappedReader.open(partial)) as reader:
             _refuse_unsound(reader.verify(meter.verifying))
     place_file(partial, path, overwrite=overwrite)
     return _report(plan, path, resumed, verify)
+
+
+def _syncing(writer: MappedWriter, steps: Iterator[int]) -> Iterator[int]:
+    """Sync what was written while more is fetched and written, so that there is little left to wait for at the end."""
+    with ThreadPoolExecutor(1) as thread:
+        sync: Future[None] | None = None
+        for stop in steps:
+            if sync is None or sync.done():
+                if sync is not None:
+                    sync.result()
+                sync = thread.submit(writer.file.sync)
+            yield stop
+        if sync is not None:
+            sync.result()
 
 
 def _open_partial(plan: _Plan, partial: str) -> MappedWriter:

@@ -185,7 +185,7 @@ def open_cache(
         durability: with "a", as in `create`.
         recover: believe only the last sound commit, where published lengths are damaged. A Zarr group has no others.
         storage_options, break_lock: as in `create`.
-        cache_bytes: of a Zarr group: fetched rows to keep in memory; 512 MiB by default.
+        cache_bytes: of a Zarr group: fetched rows to keep in memory; 256 MiB by default.
 
     Raises:
         CacheNotFoundError: there is nothing at the path, or no such bucket.

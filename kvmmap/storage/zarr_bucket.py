@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import AccessDeniedError, CacheNotFoundError, KvmmapError, NotACacheError, StoreError
 from .zarr_lock import ObjectLock, read_owner
 from .zarr_needs import obstore
@@ -27,6 +30,9 @@ RETRIES = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
 }
 """How often a request is tried again after an error that may pass (5xx, connection lost), unless asked otherwise."""
+
+ROOMS = 16
+"""Pieces of memory that are kept to join objects in."""
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -122,6 +128,7 @@ class BucketObjects:
     def __init__(self, url: str, store: Any) -> None:
         self.url = url
         self._store = store
+        self._rooms: list[NDArray[np.uint8]] = []
 
     def get(self, key: str) -> Buffer:
         with self._errors(key):
@@ -152,9 +159,30 @@ class BucketObjects:
             target[:] = memoryview(data)
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
-        data = parts[0] if len(parts) == 1 else b"".join(memoryview(part).cast("B") for part in parts)
-        with self._errors(key):
-            obstore().put(self._store, key, memoryview(data).cast("B"), use_multipart=False)
+        views = [memoryview(part).cast("B") for part in parts]
+        with self._joined(views) as data, self._errors(key):
+            obstore().put(self._store, key, data, use_multipart=False)
+
+    @contextlib.contextmanager
+    def _joined(self, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+        """Give the parts in one piece: one after the other in memory that was used before, which is far faster to
+        fill than fresh memory."""
+        if len(parts) == 1:
+            yield parts[0]
+            return
+        size = sum(len(part) for part in parts)
+        room = self._rooms.pop() if self._rooms else np.empty(0, np.uint8)
+        if len(room) < size:
+            room = np.empty(size, np.uint8)
+        end = 0
+        for part in parts:
+            room[end : end + len(part)] = np.frombuffer(part, np.uint8)
+            end += len(part)
+        try:
+            yield room[:size].data
+        finally:
+            if len(self._rooms) < ROOMS:
+                self._rooms.append(room)
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> str:
         mode = "create" if tag is None else {"e_tag": tag}

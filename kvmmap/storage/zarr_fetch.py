@@ -6,6 +6,7 @@ for the reader to say.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class Block(NamedTuple):
 class ShardRows:
     """Rows of one shard of a layer in memory, block by block."""
 
-    __slots__ = ("borrowed", "held", "rows", "views")
+    __slots__ = ("_references", "borrowed", "held", "rows", "streamed", "views")
 
     def __init__(self, geometry: LayerGeometry, layout: Layout) -> None:
         """Make room for all of a shard."""
@@ -67,6 +68,22 @@ class ShardRows:
             view.flags.writeable = False
         self.held = [0] * layout.shard_blocks
         """Positions of each block that are here, and sound."""
+        self.streamed = False
+        """True if it was last read on the way through many."""
+        self._references = self._count()
+
+    def _count(self) -> int:
+        return sum(sys.getrefcount(array) for array in self.rows)
+
+    @property
+    def lent(self) -> bool:
+        """True if somebody has views of its rows, or is still filling it."""
+        return self.borrowed or self._count() > self._references
+
+    def empty(self) -> None:
+        """Make it as good as new: memory that was touched before is several times as fast as fresh one."""
+        self.held = [0] * len(self.held)
+        self.streamed = False
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -35,7 +35,7 @@ from .zarr_lock import is_local
 from .zarr_objects import MissingObjectError, Objects
 from .zarr_root import LAYOUT_VERSION, Root
 
-CACHE_BYTES = 512 * 2**20
+CACHE_BYTES = 256 * 2**20
 """Fetched rows that are kept in memory, unless asked for otherwise."""
 
 AHEAD_BYTES = 64 * 2**20
@@ -43,6 +43,9 @@ AHEAD_BYTES = 64 * 2**20
 
 Sums = Future[NDArray[np.uint64] | None]
 """Checksums of a shard's blocks, [shard_blocks, num_layers], on their way; None if they are damaged."""
+
+SPARES = 8
+"""Shards' room that is kept empty for the next ones."""
 
 REMOTE_THREADS = 32
 LOCAL_THREADS = 4
@@ -99,7 +102,7 @@ class ZarrLayer:
         for shard in range(start // size, -(-stop // size)):
             self._storage.read_ahead(self.index, shard, start, stop)
             first, last = max(start, shard * size), min(stop, (shard + 1) * size)
-            yield first, self._storage.shard_part(self.index, shard, first, last)
+            yield first, self._storage.shard_part(self.index, shard, first, last, streamed=stop - start > size)
 
     def expect(self, start: int, stop: int) -> None:
         self._storage.expect(self.index, start, stop)
@@ -133,6 +136,7 @@ class ZarrReader:
         self._cache_bytes = cache_bytes
         self._fetch_lock = threading.RLock()
         self._kept: OrderedDict[tuple[int, int], ShardRows] = OrderedDict()
+        self._spare: dict[LayerGeometry, list[ShardRows]] = {}
         self._under_way: dict[tuple[int, int], Fetch] = {}
         self._sums: dict[int, Sums] = {}
         self._tokens: NDArray[np.int32] | None = None
@@ -167,12 +171,12 @@ class ZarrReader:
 
     # Fetching
 
-    def shard_part(self, layer: int, shard: int, start: int, stop: int) -> Rows:
+    def shard_part(self, layer: int, shard: int, start: int, stop: int, *, streamed: bool = False) -> Rows:
         """Return views of positions [start, stop) of one shard, fetched and verified."""
         base = shard * self.layout.shard_tokens
         with self._fetch_lock:
             self.check()
-            kept = self._require(layer, shard, start - base, stop - base)
+            kept = self._require(layer, shard, start - base, stop - base, streamed=streamed)
         return kept.views.part(start - base, stop - base)
 
     def read_ahead(self, layer: int, shard: int, start: int, stop: int) -> None:
@@ -209,7 +213,7 @@ class ZarrReader:
     def _shard_bytes(self, layer: int) -> int:
         return self.layout.shard_tokens * self.geometry.layers[layer].position_bytes
 
-    def _require(self, layer: int, shard: int, start: int, stop: int) -> ShardRows:
+    def _require(self, layer: int, shard: int, start: int, stop: int, *, streamed: bool = False) -> ShardRows:
         """Have positions [start, stop) of a shard in memory."""
         place = (layer, shard)
         trouble: list[tuple[Block, str]] = []
@@ -229,7 +233,7 @@ class ZarrReader:
         if trouble:
             block, what = trouble[0]
             self._explain(layer, shard * self.layout.shard_blocks + block.number, what)
-        return self._keep(layer, shard)
+        return self._keep(layer, shard, streamed=streamed)
 
     def _start(self, layer: int, shard: int, start: int, stop: int) -> None:
         """Start fetching what is not here and not on its way."""
@@ -237,7 +241,9 @@ class ZarrReader:
             return
         blocks = self._missing(layer, shard, start, stop)
         if blocks:
-            target = self._kept.setdefault((layer, shard), ShardRows(self.geometry.layers[layer], self.layout))
+            if (layer, shard) not in self._kept:
+                self._kept[layer, shard] = self._room(self.geometry.layers[layer])
+            target = self._kept[layer, shard]
             self._under_way[layer, shard] = self.fetch(layer, shard, target, blocks, self._start_sums(shard))
 
     def fetch(self, layer: int, shard: int, target: ShardRows, blocks: Sequence[Block], sums: Sums) -> Fetch:
@@ -252,6 +258,10 @@ class ZarrReader:
             lambda: self._expected(layer, blocks, sums),
         )
 
+    def _room(self, geometry: LayerGeometry) -> ShardRows:
+        spare = self._spare.get(geometry)
+        return spare.pop() if spare else ShardRows(geometry, self.layout)
+
     def _missing(self, layer: int, shard: int, start: int, stop: int) -> list[Block]:
         kept = self._kept.get((layer, shard))
         size = self.geometry.block_tokens
@@ -262,18 +272,32 @@ class ZarrReader:
                 found.append(Block(number, self.block_rows(layer, shard * self.layout.shard_blocks + number)))
         return found
 
-    def _keep(self, layer: int, shard: int) -> ShardRows:
-        """Mark a shard as used just now, and let go of those that were not for longest."""
+    def _keep(self, layer: int, shard: int, *, streamed: bool) -> ShardRows:
+        """Mark a shard as used just now, and let go of others if there are too many.
+
+        Of shards that were read on the way through many, the latest go first: who goes through more than fits, again
+        and again, would otherwise find none of them still there. Of the rest, those that were not used for longest.
+        """
         kept = self._kept[layer, shard]
+        kept.streamed = streamed
         self._kept.move_to_end((layer, shard))
         total = sum(self._shard_bytes(place[0]) for place in self._kept)
-        for place in list(self._kept):
-            if total <= self._cache_bytes:
-                break
-            if place != (layer, shard) and place not in self._under_way:
-                total -= self._shard_bytes(place[0])
-                del self._kept[place]
+        if total > self._cache_bytes:
+            latest = [place for place in reversed(self._kept) if self._kept[place].streamed]
+            rest = [place for place in self._kept if not self._kept[place].streamed]
+            for place in latest + rest:
+                if total <= self._cache_bytes:
+                    break
+                if place != (layer, shard) and place not in self._under_way:
+                    total -= self._shard_bytes(place[0])
+                    self._spare_room(self._kept.pop(place), self.geometry.layers[place[0]])
         return kept
+
+    def _spare_room(self, kept: ShardRows, geometry: LayerGeometry) -> None:
+        spare = self._spare.setdefault(geometry, [])
+        if len(spare) < SPARES and not kept.lent:
+            kept.empty()
+            spare.append(kept)
 
     def _explain(self, layer: int, block: int, trouble: str) -> NoReturn:
         """A block is not what the commit says: find out whether there is another commit by now."""
@@ -489,6 +513,7 @@ class ZarrReader:
         self.closed = True
         with self._fetch_lock:
             self._drop_kept()
+            self._spare.clear()
             self._tokens = None
         if self._pool is not None and self._pool_pid == os.getpid():
             self._pool.shutdown(cancel_futures=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ..geometry import LayerGeometry
 from .base import Damage, Progress, VerifyReport, seq_len
 from .zarr_fetch import Block, Fetch, ShardRows
 
@@ -26,17 +27,20 @@ def verify_group(reader: ZarrReader, progress: Progress | None = None) -> Verify
     total = root.seq_len * sum(layer.position_bytes for layer in geometry.layers) + 4 * root.token_len
     queue: deque[tuple[int, int, Fetch]] = deque()
     waiting = 0
+    spare: dict[LayerGeometry, list[ShardRows]] = {layer: [] for layer in geometry.layers}
     for shard in range(-(-root.seq_len // layout.shard_tokens)):
         count = min(layout.shard_tokens, root.seq_len - shard * layout.shard_tokens)
         size = geometry.block_tokens
         blocks = [Block(number, min(size, count - number * size)) for number in range(-(-count // size))]
         sums = reader.pool.submit(reader.read_sums, shard, root)
         for layer, shape in enumerate(geometry.layers):
-            target = ShardRows(shape, layout)
+            target = spare[shape].pop() if spare[shape] else ShardRows(shape, layout)
             queue.append((layer, shard, reader.fetch(layer, shard, target, blocks, sums)))
             waiting += count * shape.position_bytes
             while queue and (waiting > UNDER_WAY or len(queue) > 64):
-                waiting -= _finish(reader, report, *queue.popleft())
+                done = queue.popleft()
+                waiting -= _finish(reader, report, *done)
+                spare[geometry.layers[done[0]]].append(done[2].target)
                 if progress:
                     progress(report.bytes, total)
     while queue:

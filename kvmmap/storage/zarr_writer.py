@@ -139,11 +139,11 @@ class ZarrWriter(ZarrReader):
 
     # Reading what is not stored yet
 
-    def shard_part(self, layer: int, shard: int, start: int, stop: int) -> Rows:
+    def shard_part(self, layer: int, shard: int, start: int, stop: int, *, streamed: bool = False) -> Rows:
         opened = self.layers[layer].open.get(shard)
         if opened is None:
             self._wait_for(layer, shard)
-            return super().shard_part(layer, shard, start, stop)
+            return super().shard_part(layer, shard, start, stop, streamed=streamed)
         base = shard * self.layout.shard_tokens
         return opened.memory.views.part(start - base, stop - base)
 
