@@ -9,10 +9,12 @@ cache = kvmmap.open("prompt.kvm")              # in constant time, from any proc
 cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim]
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import _core, report
 from .attention import merge_attention
 from .cache import QuantizedKvCache
-from .copying import CopyReport, copy, fetch
 from .errors import (
     AccessDeniedError,
     CacheChangedError,
@@ -48,9 +50,33 @@ from .opening import compact, create, fork, remove, resize
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.base import Damage, VerifyReport
-from .tensors import export_tensors, import_tensors
+
+if TYPE_CHECKING:
+    from .copying import CopyReport, copy, fetch
+    from .tensors import export_tensors, import_tensors
 
 __version__ = "0.1.0"
+
+# What few programs use, and takes long to load (hashlib and the like), is loaded when it is first used.
+_LATER = {
+    "CopyReport": "copying",
+    "copy": "copying",
+    "fetch": "copying",
+    "export_tensors": "tensors",
+    "import_tensors": "tensors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 def kernel() -> str:

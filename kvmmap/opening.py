@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -151,7 +150,7 @@ def making(
     place = os.path.abspath(local_path(path))
     if os.path.lexists(place) and not overwrite:
         raise already_exists(place)
-    partial = f"{place}.{secrets.token_hex(6)}.partial"
+    partial = f"{place}.{os.urandom(6).hex()}.partial"
     room = max(METADATA_ROOM, len(notes.encode()))
     storage = MappedWriter.create(partial, CacheGeometry.build(**shape), notes, metadata_room=room)
     try:

@@ -5,8 +5,9 @@ Exit codes: 0 all is well, 1 a damaged cache, 2 a usage error or a path that can
 
 from __future__ import annotations
 
+import gc
 import importlib
-import pkgutil
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -16,12 +17,16 @@ import click
 from . import commands
 from .output import INTERRUPTED, TERMINATED, USAGE, drop_output, failure, plain
 
+GARBAGE = 50_000
+"""Objects between two searches for garbage: loading modules makes many, and none of them is garbage."""
+
 
 class Commands(click.Group):
     """A group whose commands are the modules of `kvmmap_cli.commands`, imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+        files = os.listdir(commands.__path__[0])
+        return sorted(name.removesuffix(".py") for name in files if name.endswith(".py") and name[0] != "_")
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
@@ -115,6 +120,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Be the program `kvmmap`."""
+    gc.set_threshold(GARBAGE)
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `kvmmap ... | head`: end quietly

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import struct
 import sys
 import time
@@ -46,7 +45,7 @@ class PosixFile:
     def create_beside(cls, path: str) -> PosixFile:
         """Make a new, empty file of mode 0600 in the directory of `path`, under a name nobody else uses."""
         folder, name = os.path.split(path)
-        temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.tmp")
+        temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(6).hex()}.tmp")
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
             return cls(fd, temporary)

@@ -8,8 +8,8 @@ machine's present one: after a crash of the machine nobody knows which of them r
 from __future__ import annotations
 
 import mmap
+import os
 import sys
-import uuid
 from functools import cache
 
 from .. import _core
@@ -26,7 +26,7 @@ def boot_id() -> int:
     """Return 128 bits that change when the machine starts anew; random where the system does not tell."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
-            return uuid.UUID(file.read().strip()).int
+            return _number(file.read())
     except (OSError, ValueError):
         pass
     if sys.platform == "darwin":
@@ -36,10 +36,18 @@ def boot_id() -> int:
             ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True, check=False
         )
         try:
-            return uuid.UUID(found.stdout.strip()).int
+            return _number(found.stdout)
         except ValueError:
             pass
-    return uuid.uuid4().int
+    return int.from_bytes(os.urandom(16), "little")
+
+
+def _number(text: str) -> int:
+    """Return the 128 bits of a UUID. (The uuid module takes longer to load than a cache to open.)"""
+    digits = text.strip().replace("-", "")
+    if len(digits) != 32:
+        raise ValueError(f"not a UUID: {text!r}")
+    return int(digits, 16)
 
 
 class LiveRecord:

@@ -105,6 +105,7 @@ def _one(
         from ..watching import watch as go_on_looking
 
         go_on_looking(path, interval, as_json=as_json)
+        return
     decode = _decoder(tokenizer)
     if plot is not None:
         from ..plot import check

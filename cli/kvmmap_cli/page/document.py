@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -182,8 +182,7 @@ def _costs(statistics: CacheStatistics) -> Iterator[Markup]:
 
 
 def _summary(statistics: CacheStatistics) -> Iterator[tuple[str, str, str]]:
-    def row(name: str, show: object) -> tuple[str, str, str]:
-        assert callable(show)
+    def row(name: str, show: Callable[[RowStatistics], str]) -> tuple[str, str, str]:
         return name, show(statistics.keys), show(statistics.values)
 
     yield row("rows", lambda rows: f"{rows.rows:,}")
