@@ -139,11 +139,9 @@ void run_share(const AttendJob& job, const AttendKernel& kernel, const std::vect
 
 void finish(const AttendJob& job, const AttendKernel& kernel, AttendState state, int64_t width) {
     for (int64_t row = 0; row < job.rows(); ++row) {
-        float* out = job.out + row * job.value_dim;
-        const float* sums = state.sums + row * width;
         const bool seen = state.total[row] > 0;
         const float factor = seen ? 1.0f / (state.total[row] * sums_scale) : 0.0f;
-        for (int64_t d = 0; d < job.value_dim; ++d) out[d] = sums[kernel.lane(d)] * factor;
+        kernel.finish(state.sums + row * width, job.value_dim, factor, job.out + row * job.value_dim);
         constexpr double log_2 = 0.693147180559945309417;
         job.lse[row] = seen ? static_cast<float>((state.top[row] + std::log2(static_cast<double>(state.total[row]))) * log_2) : nothing;
     }

@@ -64,8 +64,8 @@ struct AttendState {
 struct AttendKernel {
     // Floats of a row of sums: value_dim, rounded up to what the kernel works in.
     int64_t (*width)(int64_t value_dim);
-    // Where number d of a value lies in a row of sums.
-    int64_t (*lane)(int64_t d);
+    // out[value_dim] = factor * a row of sums, its numbers put in order.
+    void (*finish)(const float* sums, int64_t value_dim, float factor, float* out);
     // Queries as the kernel wants them: bytes a row, and how to make one (times `factor`).
     int64_t (*query_bytes)(int64_t dim);
     void (*prepare)(const float* query, int64_t dim, float factor, void* prepared);

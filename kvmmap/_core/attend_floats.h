@@ -10,16 +10,14 @@ namespace {
 template <int W>
 struct Floats {
     static constexpr int lanes = W;
-    static constexpr int rows = 4;
     using L = Lanes<W>;
     using F = typename L::F;
 
     struct Weights {
-        alignas(64) float w[rows][tile];
+        alignas(64) float w[4][tile];
     };
 
     static int64_t width(int64_t value_dim) { return (value_dim + W - 1) / W * W; }
-    static int64_t lane(int64_t d) { return d; }
     static int64_t query_bytes(int64_t dim) { return width(dim) * 4; }
 
     static void prepare(const float* query, int64_t dim, float factor, void* prepared) {
@@ -28,15 +26,17 @@ struct Floats {
         for (int64_t d = dim; d < width(dim); ++d) out[d] = 0;
     }
 
+    static void finish(const float* sums, int64_t value_dim, float factor, float* out) {
+        for (int64_t d = 0; d < value_dim; ++d) out[d] = sums[d] * factor;
+    }
+
     static float highest(F v) { return L::highest(v); }
     static float sum(F v) { return L::sum(v); }
 
     Floats(int64_t dim, int64_t value_dim) : dim_(dim), value_dim_(value_dim) {}
 
-    void load(const int8_t* keys, int64_t key_stride, const int8_t* values, int64_t value_stride, int64_t count,
-              Ahead& ahead) {
+    void load(const int8_t* keys, int64_t key_stride, const int8_t* values, int64_t value_stride, int64_t count) {
         keys_ = keys, key_stride_ = key_stride, values_ = values, value_stride_ = value_stride, count_ = count;
-        (void)ahead;
     }
 
     template <int R>

@@ -2,17 +2,17 @@
 // struct, in a namespace without a name, that multiplies:
 //
 //   lanes                               floats it works on at a time
-//   rows                                query rows it likes to take together
-//   Weights                             weights of `rows` rows over a tile, as it wants them
-//   width, lane, query_bytes, prepare   as in attend.h
+//   Weights                             weights of four rows over a tile, as it wants them
+//   width, finish, query_bytes, prepare as in attend.h
 //   Engine(dim, value_dim)              with room for one tile
-//   load(keys, values, ..., ahead)      takes up a tile of one KV head, and fetches what is ahead
-//   scores<R>(queries, out)             out[r][64] = query r . key codes
+//   load(keys, values, ...)             takes up a tile of one KV head
+//   scores<R>(queries, out, ahead)      out[r][64] = query r . key codes, for R of 1 to 4; fetches what is ahead
 //   set(weights, r, w)                  row r weighs w[64], none below 0
-//   add<R>(weights, sums)               sums[r] += weights r . value codes
+//   add<R>(weights, sums, ahead)        sums[r] += weights r . value codes
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "attend.h"
@@ -70,7 +70,6 @@ class Ahead {
 template <class Engine>
 class Walk {
     static constexpr int W = Engine::lanes;
-    static constexpr int R = Engine::rows;
     using L = Lanes<W>;
     using F = typename L::F;
 
@@ -108,15 +107,20 @@ class Walk {
 
         const int64_t heads = job_.kv_heads;
         engine_.load(job_.key_codes + (start * heads + head) * job_.dim, heads * job_.dim,
-                     job_.value_codes + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count, ahead);
+                     job_.value_codes + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count);
         alignas(64) float key_scales[tile], value_scales[tile];
         gather(job_.key_scales + start * heads + head, count, key_scales);
         gather(job_.value_scales + start * heads + head, count, value_scales);
 
         const int64_t group = job_.group(), end = last * group;
         int64_t row = first * group;
-        for (; row + R <= end; row += R) run_rows<R>(head, start, count, row, key_scales, value_scales, ahead);
-        for (; row < end; ++row) run_rows<1>(head, start, count, row, key_scales, value_scales, ahead);
+        const auto run = [&](auto n, int64_t from) {
+            run_rows<decltype(n)::value>(head, start, count, from, key_scales, value_scales, ahead);
+        };
+        for (; row + 4 <= end; row += 4) run(std::integral_constant<int, 4>{}, row);
+        if (end - row == 3) run(std::integral_constant<int, 3>{}, row);
+        if (end - row == 2) run(std::integral_constant<int, 2>{}, row);
+        if (end - row == 1) run(std::integral_constant<int, 1>{}, row);
     }
 
     void gather(const float* scales, int64_t count, float* out) const {
@@ -141,7 +145,6 @@ class Walk {
         engine_.template scores<N>(queries, scores, ahead);
         bool any = false;
         for (int r = 0; r < N; ++r) {
-            ahead.fetch(8);
             const Sight& sight = sights_[(from + r) / group];
             any |= weigh(rows[r], scores[r], sight, start, count, key_scales, value_scales);
             engine_.set(weights_, r, scores[r]);
@@ -218,7 +221,7 @@ void walk(const AttendJob& job, const AttendRange& range, const char* prepared, 
 
 template <class Engine>
 constexpr AttendKernel kernel_of() {
-    return {Engine::width, Engine::lane, Engine::query_bytes, Engine::prepare, walk<Engine>};
+    return {Engine::width, Engine::finish, Engine::query_bytes, Engine::prepare, walk<Engine>};
 }
 
 }  // namespace
