@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 CORE := $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: test test-model lint format bench demo wheel clean
+.PHONY: test soak test-model lint format bench demo wheel clean
 
 # The test environment: kvmmap in editable form, rebuilt when its compiled part has changed.
 $(INSTALLED): pyproject.toml CMakeLists.txt $(CORE)
@@ -15,6 +15,10 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(CORE)
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
+
+# The crash simulation of tests/test_crash.py over some 200,000 images.
+soak: $(INSTALLED)
+	KVMMAP_HISTORIES=9000 $(VENV)/bin/pytest tests/test_crash.py
 
 # The transformers integration with the real weights of a small model.
 test-model: $(INSTALLED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
+from ..metadata import MAX_METADATA_BYTES
 from .records import CHECKSUM, SLOT, SLOT_MAGIC, Section, checksum
 from .superblock import Superblock
 
@@ -63,7 +64,7 @@ class Slot:
             and raw["state"] in (0, 1)
             and raw["token_len"] <= raw["seq_len"] <= superblock.geometry.capacity
             and raw["metadata_half"] in (0, 1)
-            and raw["metadata_bytes"] <= half
+            and raw["metadata_bytes"] <= min(half, MAX_METADATA_BYTES)
             and max(raw["sequence"], raw["generation"]) < 2**40
         )
         if not whole:

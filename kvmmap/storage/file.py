@@ -212,32 +212,66 @@ class PosixFile:
         return True
 
     def link_to(self, path: str) -> None:
-        """Give this file the name `path`, which must be free, in place of its own; durable on return."""
+        """Give this file the name `path`, which must be free, in place of its own; durable on return.
+
+        If the directory can't be synced, the name is taken back: the file is there for good, or not at all.
+        """
         try:
-            os.link(self.path, path)
+            self._link(self.path, path)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             # No hard links here (FAT): the check and the rename are not one step, and no more is to be had.
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
-            os.rename(self.path, path)
+            self._rename(self.path, path)
         else:
-            os.unlink(self.path)
+            self._unlink(self.path)
         self.path = path
-        sync_folder(path)
+        try:
+            self._sync_folder(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._unlink(path)
+            raise
 
     def replace(self, path: str) -> None:
         """Give this file the name `path`, whoever has it now; durable on return."""
-        os.replace(self.path, path)
+        self._rename(self.path, path)
         self.path = path
-        sync_folder(path)
+        self._sync_folder(path)
+
+    def sync_name(self) -> None:
+        """Make the file's name durable, as far as it still has the one it was opened under."""
+        with contextlib.suppress(FileNotFoundError):
+            self._sync_folder(self.path)
+
+    def remove(self) -> None:
+        """Remove the file's name; durable on return."""
+        self._unlink(self.path)
+        self._sync_folder(self.path)
 
     def discard(self) -> None:
         """Remove the file's name and close it."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        self.close()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self._unlink(self.path)
+        finally:
+            self.close()
+
+    # One system call each, for a test's file to record or to fail
+
+    def _link(self, source: str, target: str) -> None:
+        os.link(source, target)
+
+    def _rename(self, source: str, target: str) -> None:
+        os.replace(source, target)
+
+    def _unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def _sync_folder(self, path: str) -> None:
+        sync_folder(path)
 
     def close(self) -> None:
         """Close the descriptor; maps stay as long as they are used."""

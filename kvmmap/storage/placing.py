@@ -15,7 +15,7 @@ from ..errors import CacheExistsError, CacheLockedError, CacheNotFoundError, Not
 from ..format import PAGE, Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry
 from ..metadata import Document
-from .file import PosixFile, closing_on_error, expect_few_pages, sync_folder
+from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
 from .mapped import open_file, read_superblock
 
@@ -145,8 +145,7 @@ def remove_file(path: str, timeout: float) -> None:
     """Delete the cache at `path` while holding its lock, so never from under a writer; durable on return."""
     file, _ = lock_file(path, timeout)
     with contextlib.closing(file):
-        os.unlink(file.path)
-        sync_folder(file.path)
+        file.remove()
 
 
 def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:

@@ -27,7 +27,8 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
         CorruptCacheError: a block does not match its checksum; nothing was changed.
     """
     with contextlib.closing(MappedWriter.open_locked(path, timeout=timeout)) as old:
-        old.commit()  # so that checksums cover all there is
+        # So that checksums cover all there is; and closed, because nothing can be saved in it once it is replaced.
+        old.commit(closing=True)
         length = seq_len(old)
         wanted = length if capacity is None else capacity
         geometry = dataclasses.replace(old.geometry, capacity=wanted)

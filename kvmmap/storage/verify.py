@@ -104,9 +104,12 @@ def _check_head(reader: MappedReader) -> Iterator[Damage]:
             yield Damage("the superblock has changed since the file was opened")
     except CorruptCacheError as error:
         yield Damage(str(error))
-    for name, slot in zip("AB", reader.slots.settle(), strict=True):
-        if slot is None:
-            yield Damage(f"commit record {name} does not hold; the other one does")
+    # Only closing writes both. Before that, the one that does not count may be torn, and is the next to be written;
+    # whether the one that counts is the last promised, opening has seen.
+    if reader.snapshot.slot.closed and not reader.live.in_use():
+        for name, slot in zip("AB", reader.slots.settle(), strict=True):
+            if slot is None:
+                yield Damage(f"commit record {name} does not hold; the other one does")
     if reader.snapshot.live:
         yield from (Damage(f"live record: {name} does not hold") for name in reader.live.broken_seals())
     try:

@@ -39,6 +39,9 @@ from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_l
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
 
+UNKNOWN_GENERATIONS = 2**16
+"""Added to the last commit's generation where the present one can't be read: more truncations than there were."""
+
 STRETCH_BYTES = 512 * 1024
 """Rows are quantised and written in stretches of about this size: codes stay in the second-level cache."""
 
@@ -74,8 +77,12 @@ class WriterLayer(MappedLayer):
         self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
 
     def publish(self, length: int) -> None:
-        self._storage.live.publish(self.index, length)
-        self.length = length
+        try:
+            self._storage.live.publish(self.index, length)
+            self.length = length
+        except BaseException:  # Ctrl-C between the two
+            self._storage.unsettle()
+            raise
 
 
 class MappedWriter(MappedReader):
@@ -92,6 +99,11 @@ class MappedWriter(MappedReader):
         self._scratches: dict[LayerGeometry, tuple[Rows, Rows]] = {}
         self._new_document: tuple[Document, bytes] | None = None
         self._tail_checked = False
+        self._name_synced = False
+        self._settled = True
+        self._ready = False  # tail checked, settled, not poisoned: all that an append need look at
+        self._generation = 1
+        self._taking_back: int | None = None
         super().__init__(file, superblock, recover=recover)
         self._recover()
         size = self.geometry.block_tokens
@@ -162,33 +174,46 @@ class MappedWriter(MappedReader):
     def _recover(self) -> None:
         """Go on from what may be believed: roll back steps that reached only some layers, and make the lengths live."""
         before, live = self.snapshot, self.live
-        length = min(before.lengths)
-        if live.in_use() or not before.slot.closed:
-            # Whoever wrote the counting slot may have died between writing and syncing it, or its sync may have
-            # failed. It is about to become the only copy: write it again, same bytes, and see it to the disk.
-            self.slots.write(self.file, before.which, before.slot)
-            self.file.sync()
+        length, (which, slot) = min(before.lengths), (before.which, before.slot)
+        tokens = min(before.token_len, length)
+        if live.in_use() or not slot.closed:
+            which, slot = self._assure(which, slot)
+        generation = live.get("generation")
+        if generation < 0:
+            generation = slot.generation + UNKNOWN_GENERATIONS
+        generation = max(generation, slot.generation)
+        # An even one: a truncation, or this very step, was cut off.
+        shown = min(live.lengths()), min(live.get("token_len"), length)
+        if generation % 2 and shown != (length, tokens):
+            generation += 1
+            live.put("generation", generation)  # positions that readers may have seen are going
         for layer in range(self.geometry.num_layers):
             live.publish(layer, length)
-        live.put("token_len", min(before.token_len, length))
+        live.put("token_len", tokens)
         live.put("superseded", 0)
-        live.put("acknowledged", before.slot.sequence)
+        live.put("acknowledged", slot.sequence)
         live.put("writer_pid", self._pid)
-        generation = max(live.get("generation"), before.slot.generation)
-        if not before.live and not (before.slot.closed and not live.in_use()):
-            generation += 1  # positions that readers may have seen are gone
-        live.put("generation", generation)
+        self._generation = generation | 1
+        live.put("generation", self._generation)
         live.trust()
-        self._take(
-            Snapshot(
-                before.which,
-                before.slot,
-                True,
-                [length] * self.geometry.num_layers,
-                min(before.token_len, length),
-                live.generation_word(),
-            )
-        )
+        lengths = [length] * self.geometry.num_layers
+        self._take(Snapshot(which, slot, True, lengths, tokens, live.generation_word()))
+
+    def _assure(self, which: int, slot: Slot) -> tuple[int, Slot]:
+        """See to it that the commit that counts is durable, and that the other one promises no more than it.
+
+        Whoever wrote it may have died between writing and syncing it, or its sync may have failed, and it is about to
+        become the only copy: it is written again, same bytes, and synced. If it is a truncation whose second slot was
+        never written, rows that the other slot promises are about to be overwritten.
+        """
+        self.slots.write(self.file, which, slot)
+        self._sync()
+        other = self.slots.read()[1 - which]
+        if other is not None and (other.seq_len > slot.seq_len or other.token_len > slot.token_len):
+            which, slot = 1 - which, slot.successor()
+            self.slots.write(self.file, which, slot)
+            self._sync()
+        return which, slot
 
     # Appending
 
@@ -207,14 +232,44 @@ class MappedWriter(MappedReader):
                 path=self.path,
                 actual=self._pid,
             )
+        if not self._ready:
+            self._get_ready()
+
+    def _get_ready(self) -> None:
         if self._poison is not None:
             raise PoisonedError(
                 f"{self.path}: an earlier sync failed ({self._poison}); close and reopen it: everything up to the "
                 "last commit is there",
                 path=self.path,
             ) from self._poison
+        if not self._settled:
+            self._settle()
         if not self._tail_checked:
             self._check_tail()
+        self._ready = True
+
+    def unsettle(self) -> None:
+        """Something was cut off between two of its steps (Ctrl-C): look what is in the file before the next one."""
+        self._settled = self._ready = False
+
+    def _settle(self) -> None:
+        """Bring this handle and the file in line again."""
+        which, slot = self.slots.newest()
+        if slot != self.snapshot.slot:
+            which, slot = self._assure(which, slot)
+            self.live.put("acknowledged", slot.sequence)
+            self.snapshot = self.snapshot._replace(which=which, slot=slot)
+            self._document = None
+        self._rows_hasher.rewind(slot.seq_len)
+        self._tokens_hasher.rewind(slot.token_len)
+        self._tail_checked = False
+        for layer, length in zip(self.layers, self.live.lengths(), strict=True):
+            layer.length = length if length >= 0 else layer.length
+        tokens = self.live.get("token_len")
+        self.token_len = tokens if tokens >= 0 else self.token_len
+        if self._taking_back is not None:
+            self._take_back(self._taking_back)
+        self._settled = True
 
     def _check_tail(self) -> None:
         """The incomplete block is about to get new checksums: see first that it has its old ones."""
@@ -239,8 +294,12 @@ class MappedWriter(MappedReader):
         self.file.write((offset,), (np.ascontiguousarray(ids, "<i4"),))
 
     def publish_tokens(self, length: int) -> None:
-        self.live.put("token_len", length)
-        self.token_len = length
+        try:
+            self.live.put("token_len", length)
+            self.token_len = length
+        except BaseException:
+            self.unsettle()
+            raise
 
     def appended(self) -> None:
         if self._durability == "commit":
@@ -273,6 +332,7 @@ class MappedWriter(MappedReader):
             slot, length = self.snapshot.slot, seq_len(self)
             tokens = min(self.token_len, length)
             same = (slot.seq_len, slot.token_len) == (length, tokens) and self._new_document is None
+            self._sync_name()
             if same and (slot.closed or not closing):
                 return
             if self.file.stat().st_nlink == 0:
@@ -281,7 +341,7 @@ class MappedWriter(MappedReader):
                     "need into a new cache",
                     path=self.path,
                 )
-            self._commit(length, tokens, self.live.get("generation"), closed=closing, both=closing)
+            self._commit(length, tokens, self._generation, closed=closing, both=closing)
 
     def _commit(self, length: int, tokens: int, generation: int, *, closed: bool, both: bool) -> None:
         before = self.snapshot.slot
@@ -310,14 +370,19 @@ class MappedWriter(MappedReader):
                 tail_checksums=rows.tails + ids.tails,
             )
             self._write_slot(slot)
+            self._new_document = None
+            self.live.put("acknowledged", slot.sequence)
+            if both:
+                self._write_slot(slot.successor())
         except BaseException:
-            self._rows_hasher.rewind(self.snapshot.slot.seq_len)
-            self._tokens_hasher.rewind(self.snapshot.slot.token_len)
+            self.unsettle()
             raise
-        self._new_document = None
-        self.live.put("acknowledged", slot.sequence)
-        if both:
-            self._write_slot(slot.successor())
+
+    def _sync_name(self) -> None:
+        """Who made this file, or put it in another's place, may have died before its name was durable."""
+        if not self._name_synced:
+            self.file.sync_name()
+            self._name_synced = True
 
     def _write_slot(self, slot: Slot) -> None:
         which = 1 - self.snapshot.which
@@ -337,8 +402,9 @@ class MappedWriter(MappedReader):
         except OSError as error:
             # What the kernel could not write it may have dropped, so a second try would promise what is lost, and
             # what was published can no longer be believed by anyone.
-            self._poison = error
+            self._poison, self._ready = error, False
             self.live.distrust()
+            self.live.put("generation", self._generation + 2)
             raise
 
     # Taking back
@@ -347,19 +413,32 @@ class MappedWriter(MappedReader):
         """Keep the first `length` positions; durable on return as far as they were committed."""
         with self.lock:
             self.check_writer()
-            generation = self.live.get("generation") + 1
             if length < self.snapshot.slot.seq_len or length < self.snapshot.slot.token_len:
                 self._check_block(length)
+                self._sync_name()
                 tokens = min(self.snapshot.slot.token_len, length)
                 self._rows_hasher.rewind(length)
                 self._tokens_hasher.rewind(tokens)
                 # Both slots: the older one promises rows that are about to be overwritten.
-                self._commit(length, tokens, generation, closed=False, both=True)
+                self._commit(length, tokens, self._generation + 2, closed=False, both=True)
+            self._take_back(length)
+
+    def _take_back(self, length: int) -> None:
+        """Lower the lengths. The generation is even meanwhile, so that whoever comes after a death knows that some
+        may be lower than readers have seen them."""
+        self._taking_back = length
+        try:
+            self.live.put("generation", self._generation + 1)
             for layer in self.layers:
                 layer.publish(min(layer.length, length))
             self.publish_tokens(min(self.token_len, length))
-            self.live.put("generation", generation)
+            self._generation += 2
+            self.live.put("generation", self._generation)
             self.snapshot = self.snapshot._replace(generation_word=self.live.generation_word())
+            self._taking_back = None
+        except BaseException:
+            self.unsettle()
+            raise
 
     def _check_block(self, length: int) -> None:
         """The block that a truncation cuts gets a new checksum: see first that its old one holds."""
@@ -400,6 +479,7 @@ class MappedWriter(MappedReader):
         changed = (slot.seq_len, slot.token_len) != (seq_len(self), min(self.token_len, seq_len(self)))
         if changed or self._new_document is not None or not slot.closed:
             self.commit(closing=True)
+        self._sync_name()
         self.live.distrust()  # from here on only the commit counts
 
 
