@@ -40,6 +40,7 @@ TABLE = [
     "storage.zarr_fetch",
     "storage.zarr_upload",
     "storage.zarr_verify",
+    "storage.zarr_layer",
     "storage.zarr_reader",
     "storage.zarr_writer",
     "storage.zarr_place",

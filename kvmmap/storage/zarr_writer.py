@@ -22,9 +22,10 @@ from ..metadata import Document
 from .base import Rows, seq_len
 from .checksums import digest
 from .zarr_fetch import ShardRows
+from .zarr_layer import ZarrLayer
 from .zarr_layout import NO_TOKEN, ROOT_KEY
 from .zarr_objects import Lock, ObjectChangedError, Objects
-from .zarr_reader import CACHE_BYTES, ZarrLayer, ZarrReader
+from .zarr_reader import CACHE_BYTES, ZarrReader
 from .zarr_root import Root
 from .zarr_upload import Upload
 
