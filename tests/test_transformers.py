@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, KvmmapLayer
-from kvmmap.integrations.transformers.blocks import attend_causally, attend_in_blocks
+from kvmmap.integrations.transformers.blocks import attend_in_blocks
 
 ATTENTIONS = ["sdpa", "kvmmap"]
 
@@ -208,16 +208,6 @@ def test_padding_and_own_masks_are_attended_with_as_tensors() -> None:
         net.set_attn_implementation("kvmmap")
         logits = net(ids, attention_mask=given, past_key_values=KvmmapCache(net.config)).logits[0, 7:]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-
-
-def test_causal_attention_gives_the_denominator_too() -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 6, 150, 8), torch.randn(1, 3, 150, 8)
-    for value in (torch.randn(1, 3, 150, 8), torch.randn(1, 3, 150, 5)):
-        for settings in ({}, {"window": 150}, {"window": 20}, {"softcap": 2.0}):
-            found = attend_causally(query, key, value, scale=0.3, **settings)
-            for one, other in zip(found, attend_in_blocks(query, key, value, scale=0.3, **settings), strict=True):
-                torch.testing.assert_close(one, other)
 
 
 def test_attention_in_blocks_is_attention() -> None:

@@ -15,9 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ...attention import merge_attention
 from ...errors import UnsupportedModelError
-from .blocks import attend_causally, attend_in_blocks
+from .blocks import attend_in_blocks
 from .layer import KvmmapLayer
 from .tensors import as_array, from_array
 
@@ -46,9 +45,6 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-
-_FEW = 16
-"""Up to so many new tokens attend over their own keys row by row as well; more do it as matrices."""
 
 
 class MaskLength(int):
@@ -146,20 +142,8 @@ def _attend_in_place(
         raise UnsupportedModelError(
             "attention in place passes no gradients on: run the model under torch.no_grad() or torch.inference_mode()"
         )
-    host = query.cpu()
-    queries = as_array(host)[0].swapaxes(0, 1)
-    past = len(layer) - len(queries)
-    window = layer.kind.window
-    if len(queries) <= _FEW:
-        out, lse = layer.attend(queries, scale=scale, softcap=softcap)
-    else:
-        # Their own keys as matrices, but as they are stored: nothing is attended over that the next process won't see.
-        keys, values = layer.read(torch.float32, start=past)
-        own, own_lse = attend_causally(host, keys, values, scale=scale, softcap=softcap, window=window)
-        out, lse = own[0].transpose(0, 1).numpy(), own_lse[0].transpose(0, 1).numpy()
-        if past and window != 1:
-            earlier, earlier_lse = layer.attend(queries, scale=scale, softcap=softcap, stop=past)
-            out, lse = merge_attention([earlier, out], [earlier_lse, lse])
+    queries = as_array(query.cpu())[0].swapaxes(0, 1)
+    out, lse = layer.attend(queries, scale=scale, softcap=softcap)
     if s_aux is None:
         return from_array(out, query)[None]
     return _with_sink(torch.from_numpy(out), torch.from_numpy(lse), s_aux.float().cpu())[None].to(query)

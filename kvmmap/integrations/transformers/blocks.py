@@ -1,7 +1,7 @@
 """Attention over tensors that also gives the logarithm of the softmax's denominator.
 
-torch's scaled_dot_product_attention keeps it to itself, and without it a result can't be combined with what attention
-over other keys gave; nor does it know soft caps. Pure torch; knows nothing of caches.
+What "kvmmap" falls back on for models with soft caps or sinks: torch's scaled_dot_product_attention knows neither. Pure
+torch; knows nothing of caches.
 """
 
 from __future__ import annotations
@@ -9,29 +9,6 @@ from __future__ import annotations
 import torch
 
 _BLOCK = 128  # queries whose scores exist at a time
-
-# What scaled_dot_product_attention runs on the CPU, 2 to 3 times faster than blocks; not torch's public face, so it is
-# used where it is found.
-_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-
-def attend_causally(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to as many keys as there are queries, in f32, on the CPU; as `attend_in_blocks`."""
-    count, groups = query.shape[2], query.shape[1] // key.shape[1]
-    plain = softcap is None and (window is None or window >= count) and key.shape == value.shape
-    if _FLASH is None or not plain:
-        return attend_in_blocks(query, key, value, scale=scale, softcap=softcap, window=window)
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out, lse = _FLASH(query.float(), key.float(), value.float(), 0.0, True, scale=scale)
-    return out, lse
 
 
 def attend_in_blocks(

@@ -17,8 +17,14 @@ from transformers.cache_utils import CacheLayerMixin
 from ...attention import merge_attention
 from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
+from ...quantize import thread_count
 from .models import LayerKind
 from .tensors import as_array, to_host
+
+# torch's threads spin for milliseconds after each operation, so that on two processors a second thread here gets half
+# of one, and is waited for: attention of a token then took up to three times as long as on one thread. More work than
+# this outlasts the spinning.
+_ONE_THREAD = 32 * 2**20  # bytes of rows
 
 
 @dataclass(slots=True)
@@ -99,16 +105,14 @@ class KvmmapLayer(CacheLayerMixin):
         else:
             self.own.extend(keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
 
-    def read(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", start: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantise the positions from `start` on: two tensors [1, num_kv_heads, n, dim], views of [n, heads, dim]."""
+    def read(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantise all positions: two tensors [1, num_kv_heads, n, dim], views of [n, heads, dim]."""
         shape = self.own.geometry
-        keys = torch.empty(len(self) - start, shape.num_kv_heads, shape.head_dim, dtype=dtype)
-        values = torch.empty(len(self) - start, shape.num_kv_heads, shape.value_head_dim, dtype=dtype)
+        keys = torch.empty(len(self), shape.num_kv_heads, shape.head_dim, dtype=dtype)
+        values = torch.empty(len(self), shape.num_kv_heads, shape.value_head_dim, dtype=dtype)
         key_rows, value_rows = as_array(keys), as_array(values)
         done = 0
-        for part, first, stop in self.parts(start, len(self)):
+        for part, first, stop in self.parts(0, len(self)):
             place = slice(done, done + stop - first)
             part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place])
             part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place])
@@ -123,7 +127,7 @@ class KvmmapLayer(CacheLayerMixin):
         return [(part, first, last) for part, first, last in found if first < last]
 
     def attend(
-        self, queries: NDArray[Any], *, scale: float, softcap: float | None, stop: int | None = None
+        self, queries: NDArray[Any], *, scale: float, softcap: float | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Attend over what is stored, causally and within the layer's window.
 
@@ -131,13 +135,13 @@ class KvmmapLayer(CacheLayerMixin):
             queries: [n, num_q_heads, head_dim], of the last n positions there are.
             scale: factor of the scores.
             softcap: bound of the scores, if they have one.
-            stop: see only positions before it.
 
         Returns:
             f32 [n, num_q_heads, value_head_dim], and the logarithm of the softmax's denominator, [n, num_q_heads].
         """
         first = len(self) - len(queries)
         oldest = 0 if self.kind.window is None else max(0, first - self.kind.window + 1)
+        work = (len(self) - oldest) * len(queries) * self.own.geometry.position_bytes
         found = [
             part.attend(
                 queries,
@@ -145,10 +149,11 @@ class KvmmapLayer(CacheLayerMixin):
                 softcap=softcap,
                 window=self.kind.window,
                 query_start=first if part is self.saved else first - self.kept,
-                positions=(start, end),
+                positions=(start, stop),
                 return_lse=True,
+                threads=1 if work < _ONE_THREAD and thread_count(None, work) < 3 else None,
             )
-            for part, start, end in self.parts(oldest, len(self) if stop is None else stop)
+            for part, start, stop in self.parts(oldest, len(self))
         ]
         if len(found) == 1:
             return found[0]
