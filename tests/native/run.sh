@@ -7,44 +7,52 @@ core=$here/../../kvmmap/_core
 build=${1:-$here/../../build/native}
 mkdir -p "$build"
 
-# compile NAME COMPILER FLAGS...: every kernel file with the flags CMakeLists.txt gives it, then the program.
+# compile NAME COMPILER FLAGS...: every kernel file with the flags CMakeLists.txt gives it, then a program of each family.
 compile() {
     name=$1 compiler=$2
     shift 2
-    objects=
-    for source in "$core/cpu.cpp" "$core/rows.cpp" "$core"/rows_*.cpp "$here/rows_check.cpp"; do
-        unit=$(basename "$source" .cpp)
-        case $name/$unit in
-            aarch64/*avx*|native*/*neon|sanitized/*neon) continue ;;
-        esac
-        case $unit in
-            rows_avx2) isa="-mavx2 -mfma -mf16c" ;;
-            rows_avx512) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -Wno-maybe-uninitialized" ;;
-            *) isa= ;;
-        esac
+    for family in rows attend; do
+        objects=
+        for source in "$core/cpu.cpp" "$core/$family.cpp" "$core/${family}"_*.cpp "$here/${family}_check.cpp"; do
+            unit=$(basename "$source" .cpp)
+            case $name/$unit in
+                aarch64/*avx*|native*/*neon|sanitized/*neon) continue ;;
+            esac
+            case $unit in
+                *_avx2) isa="-mavx2 -mfma -mf16c" ;;
+                *_avx512) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c \
+                    -Wno-maybe-uninitialized -Wno-uninitialized" ;;
+                *_check) isa=-fno-tree-vectorize ;;  # GCC 12 for AArch64 fails on it, and nothing here is measured
+                *) isa= ;;
+            esac
+            # shellcheck disable=SC2086
+            $compiler -std=c++17 -Wall -Wextra -ffp-contract=off "$@" $isa -c "$source" -o "$build/$name-$unit.o"
+            objects="$objects $build/$name-$unit.o"
+        done
         # shellcheck disable=SC2086
-        $compiler -std=c++17 -Wall -Wextra -ffp-contract=off "$@" $isa -c "$source" -o "$build/$name-$unit.o"
-        objects="$objects $build/$name-$unit.o"
+        $compiler "$@" $objects -pthread -o "$build/$name-$family"
     done
-    # shellcheck disable=SC2086
-    $compiler "$@" $objects -pthread -o "$build/$name"
 }
 
 host=$(uname -m)
 if [ "$host" = x86_64 ]; then
     compile native "${CXX:-g++}" -O3
     compile sanitized "${CXX:-g++}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
-    "$build/native"
-    "$build/sanitized"
+    for program in native sanitized; do
+        "$build/$program-rows"
+        "$build/$program-attend"
+    done
     if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
         compile aarch64 aarch64-linux-gnu-g++ -O3 -static
-        qemu-aarch64 "$build/aarch64"
+        qemu-aarch64 "$build/aarch64-rows"
+        qemu-aarch64 "$build/aarch64-attend"
     else
         echo "skipped: aarch64 (needs aarch64-linux-gnu-g++ and qemu-aarch64)"
     fi
 elif [ "$host" = aarch64 ]; then
     compile aarch64 "${CXX:-g++}" -O3
-    "$build/aarch64"
+    "$build/aarch64-rows"
+    "$build/aarch64-attend"
 else
     echo "skipped: no vector kernels for $host"
 fi

@@ -1,0 +1,120 @@
+// Every attention kernel this machine can run against plain loops in double: shapes off every edge, padding, masks, threads.
+// Rows end where their allocations do, so that the sanitizers see a read beyond them.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../../kvmmap/_core/attend.h"
+#include "../../kvmmap/_core/cpu.h"
+
+using namespace kvmmap;
+
+namespace {
+
+uint32_t state = 1;
+double uniform() {  // in [-1, 1)
+    state = state * 1664525u + 1013904223u;
+    return static_cast<int32_t>(state) / 2147483648.0;
+}
+
+struct Case {
+    int64_t rows, n, heads, group, dim, value_dim, query_start, window, sinks;
+    bool causal;
+    float softcap;
+    int threads;
+};
+
+// Returns the largest error over the largest number.
+double check(const Case& c) {
+    const int64_t q_heads = c.heads * c.group;
+    const auto keys = std::make_unique<int8_t[]>(c.rows * c.heads * c.dim);
+    const auto values = std::make_unique<int8_t[]>(c.rows * c.heads * c.value_dim);
+    std::vector<float> key_scales(c.rows * c.heads), value_scales(key_scales.size()), queries(c.n * q_heads * c.dim);
+    for (int64_t i = 0; i < c.rows * c.heads * c.dim; ++i) keys[i] = static_cast<int8_t>(127 * uniform());
+    for (int64_t i = 0; i < c.rows * c.heads * c.value_dim; ++i) values[i] = static_cast<int8_t>(127 * uniform());
+    for (auto& x : key_scales) x = static_cast<float>(0.01 + 0.01 * std::fabs(uniform()));
+    for (auto& x : value_scales) x = static_cast<float>(0.01 + 0.01 * std::fabs(uniform()));
+    for (auto& x : queries) x = static_cast<float>(3 * uniform());
+    std::vector<float> out(c.n * q_heads * c.value_dim), lse(c.n * q_heads);
+
+    const AttendRange range{0, c.heads, 0, c.rows};
+    AttendJob job{};
+    job.queries = queries.data(), job.n = c.n, job.q_heads = q_heads, job.kv_heads = c.heads;
+    job.dim = c.dim, job.value_dim = c.value_dim;
+    job.key_codes = keys.get(), job.key_scales = key_scales.data();
+    job.value_codes = values.get(), job.value_scales = value_scales.data();
+    job.scale = 1 / std::sqrt(static_cast<float>(c.dim)), job.softcap = c.softcap;
+    job.query_start = c.query_start, job.causal = c.causal, job.window = c.window, job.sinks = c.sinks;
+    job.ranges = &range, job.num_ranges = 1, job.out = out.data(), job.lse = lse.data();
+    attend(job, c.threads);
+
+    double worst = 0, most = 0;
+    std::vector<double> scores(c.rows), expected(c.value_dim);
+    for (int64_t i = 0; i < c.n; ++i)
+        for (int64_t q = 0; q < q_heads; ++q) {
+            const int64_t head = q / c.group, position = c.query_start + i;
+            double top = -std::numeric_limits<double>::infinity(), total = 0;
+            for (int64_t j = 0; j < c.rows; ++j) {
+                double s = 0;
+                for (int64_t d = 0; d < c.dim; ++d)
+                    s += static_cast<double>(queries[(i * q_heads + q) * c.dim + d]) * keys[(j * c.heads + head) * c.dim + d];
+                s *= static_cast<double>(job.scale) * key_scales[j * c.heads + head];
+                if (c.softcap > 0) s = c.softcap * std::tanh(s / c.softcap);
+                const bool seen = (!c.causal || j <= position) && (!c.window || j > position - c.window || j < c.sinks);
+                scores[j] = seen ? s : -std::numeric_limits<double>::infinity();
+                top = std::fmax(top, scores[j]);
+            }
+            std::fill(expected.begin(), expected.end(), 0.0);
+            for (int64_t j = 0; j < c.rows && std::isfinite(top); ++j) {
+                const double p = std::exp(scores[j] - top);
+                total += p;
+                for (int64_t d = 0; d < c.value_dim; ++d)
+                    expected[d] += p * value_scales[j * c.heads + head] * values[(j * c.heads + head) * c.value_dim + d];
+            }
+            for (int64_t d = 0; d < c.value_dim; ++d) {
+                const double wanted = total > 0 ? expected[d] / total : 0;
+                worst = std::fmax(worst, std::fabs(out[(i * q_heads + q) * c.value_dim + d] - wanted));
+                most = std::fmax(most, std::fabs(wanted));
+            }
+            const float log = lse[i * q_heads + q];
+            if (total > 0 ? !(std::fabs(log - top - std::log(total)) < 1e-4) : log != -std::numeric_limits<float>::infinity())
+                return 1;
+        }
+    return most > 0 ? worst / most : worst;
+}
+
+int64_t pick(std::initializer_list<int64_t> choices) {
+    return choices.begin()[static_cast<int64_t>((uniform() + 1) / 2 * static_cast<double>(choices.size()))];
+}
+
+}  // namespace
+
+int main() {
+    int failures = 0;
+    for (int i = 0; i < isa_count; ++i) {
+        if (!set_isa(static_cast<Isa>(i))) continue;
+        for (int k = 0; k < 300; ++k) {
+            Case c{};
+            c.rows = pick({1, 2, 15, 63, 64, 65, 129, 300}), c.n = pick({1, 1, 2, 5}), c.heads = pick({1, 2, 3});
+            c.group = pick({1, 2, 3, 4, 5, 7}), c.dim = pick({1, 3, 16, 17, 64, 65, 128, 130});
+            c.value_dim = pick({1, 4, 15, 64, 100, 128}), c.query_start = pick({0, 10, 64, c.rows - 1, c.rows, 1000});
+            c.window = pick({0, 0, 1, 40, 200}), c.sinks = pick({0, 3, 70}), c.causal = pick({0, 1, 1}) == 1;
+            c.softcap = static_cast<float>(pick({0, 0, 3})), c.threads = static_cast<int>(pick({1, 1, 2, 3}));
+            const double worst = check(c);
+            // Where few values cancel out, what is left is small beside what was summed.
+            if (!(worst <= 2e-5)) {
+                std::printf("%s: %g at rows %d n %d heads %d group %d dim %d value_dim %d query_start %d window %d sinks %d\n",
+                            isa_name(static_cast<Isa>(i)), worst, static_cast<int>(c.rows), static_cast<int>(c.n),
+                            static_cast<int>(c.heads), static_cast<int>(c.group), static_cast<int>(c.dim),
+                            static_cast<int>(c.value_dim), static_cast<int>(c.query_start), static_cast<int>(c.window),
+                            static_cast<int>(c.sinks));
+                ++failures;
+            }
+        }
+        std::printf("%s: attention checked\n", isa_name(static_cast<Isa>(i)));
+    }
+    return failures != 0;
+}
