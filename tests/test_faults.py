@@ -1,0 +1,41 @@
+"""Every system call on a cache's file fails once, and in turn all from there on: beneath Python, with LD_PRELOAD."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = Path(__file__).parent / "faults"
+CALLS = {"fallocate", "fdatasync", "fsync", "ftruncate", "link", "mmap", "open", "pread", "pwrite", "rename", "unlink"}
+
+
+@pytest.mark.skipif(not shutil.which("gcc") or sys.platform != "linux", reason="needs gcc and LD_PRELOAD")
+def test_every_system_call_may_fail(tmp_path: Path) -> None:
+    shim = tmp_path / "shim.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", shim, FAULTS / "shim.c", "-ldl"], check=True)
+    base = Path("/dev/shm" if os.path.isdir("/dev/shm") else tmp_path)  # thousands of syncs
+    folder = base / f"kvmmap-faults-{os.getpid()}"
+    done = subprocess.run(
+        [sys.executable, FAULTS / "scenario.py"],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(shim),
+            "FAULT_FOLDER": str(folder),
+            "PYTHONPATH": str(FAULTS.parent),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    for left in base.glob(f"{folder.name}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    assert done.returncode == 0, done.stdout + done.stderr
+    count, *calls = done.stdout.split()
+    assert set(calls) == CALLS
+    assert int(count) > 500
