@@ -215,6 +215,30 @@ def test_threads(rng, dtype, threads):
     assert_array_equal(quantize_rows(swapped, threads=threads)[0], codes.transpose(1, 0, 2))
 
 
+@pytest.mark.parametrize("misplaced", [0, 1])
+def test_codes_that_no_cache_holds(rng, misplaced):
+    """From 16 MiB of codes on, they are written past the caches: in stretches, and whatever their alignment."""
+    dim = 100
+    some = rng.normal(size=(61, dim)).astype(np.float32)
+    some_codes, some_scales = quantize_rows(some)
+    repeats = (16 << 20) // some.size + 1
+    x = np.tile(some, (repeats, 1))
+    room = np.empty(x.size + misplaced + 1, np.int8)
+    room[[0, -1]] = 99
+    codes = room[misplaced : misplaced + x.size].reshape(x.shape)
+    for threads in (1, 3):
+        codes[:] = 99
+        _, scales = quantize_rows(x, codes=codes, threads=threads)
+        assert (codes.reshape(repeats, 61, dim) == some_codes).all()
+        assert (scales.reshape(repeats, 61) == some_scales).all()
+        assert room[-1] == 99
+        assert not misplaced or room[0] == 99
+    x[-2, 7] = np.nan
+    with pytest.raises(NonFiniteError) as caught:
+        quantize_rows(x, codes=codes)
+    assert caught.value.actual == len(x) - 2
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_finite_anywhere(rng, dtype, value):
