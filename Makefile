@@ -6,7 +6,7 @@ DEMO := .venv-demo
 BENCH := .venv-bench
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: help test soak test-model lint format bench demo wheel clean
+.PHONY: help test soak test-model lint format bench demo picture wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint        ruff, formatting, mypy --strict'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make bench       the benchmarks with their baselines, as tables and as JSON in bench-out/'
+	@echo "make picture     README's picture, from a cache of the demo's"
 	@echo 'make wheel       build dist/'
 	@echo 'make clean       remove everything that make has made'
 
@@ -69,6 +70,11 @@ format: $(INSTALLED)
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python demo/demo.py
+
+# The picture in README.md, from a cache of the demo's.
+picture: $(DEMO)/.installed
+	[ -f demo-out/manual.kvm ] || $(MAKE) demo
+	cd demo-out && ../$(DEMO)/bin/python ../demo/picture.py ../docs/inspect.svg kvmmap inspect manual.kvm
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/run.py

@@ -35,8 +35,8 @@ def main() -> int:
     for name in names:
         saved, resumed = (read(f"{Path(name).stem}-{step}.json") for step in ("saved", "resumed"))
         show(console, saved, resumed)
-    path = OUT / f"{Path(names[0]).stem}.kvm"
-    console.print(f"[bold]3.[/] kvmmap inspect {os.path.relpath(path)}")
+    path = Path(os.path.relpath(OUT / f"{Path(names[0]).stem}.kvm"))
+    console.print(f"[bold]3.[/] kvmmap inspect {path}")
     return inspect(path)
 
 

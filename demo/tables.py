@@ -7,6 +7,7 @@ from typing import Any
 
 from facts import FOLLOWING_TOKENS, PROMPT_TOKENS, agreement, first_difference
 from rich.console import Console, Group
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -24,29 +25,32 @@ def show(console: Console, saved: Facts, resumed: Facts) -> None:
             f"At token {parted + 1} the original's best two had {best:.2%} and {second:.2%}; from there on the "
             "continuations are two different texts."
         )
-    console.print(Text.assemble(("The model goes on: ", "bold"), repr(resumed["greedy_text"])))
+    text = Text(
+        "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in resumed["greedy_text"])
+    )
+    console.print(Panel(text, title="what the model makes up, with the reloaded cache", title_align="left"))
 
 
 def time_table(saved: Facts, resumed: Facts) -> Table:
     """To the first new token: by prefilling, and by reopening the file."""
-    table = _table("time to the first new token", "what", "seconds", "against prefill")
+    table = _table("time to the first new token", "what", "time", "against prefill")
     prefill = median(saved["prefill_s"])
     warm = {name: median(values) for name, values in resumed["warm"].items()}
     runs = len(saved["prefill_s"])
 
-    def row(what: str, seconds: float, *, ratio: bool = True) -> None:
+    def row(what: str, seconds: float, *, ratio: bool = False) -> None:
         table.add_row(what, _seconds(seconds), f"{prefill / seconds:,.0f}x faster" if ratio else "")
 
-    row(f"prefill the prompt (median of {runs})", prefill, ratio=False)
-    row("reopen, load, feed one token (median)", sum(warm.values()))
+    row(f"prefill the prompt (median of {runs})", prefill)
+    row("reopen, load, feed one token (median)", sum(warm.values()), ratio=True)
     row("  of which: kvmmap.open", warm["open_s"])
     row("  of which: read all layers back as f32", warm["read_s"])
     row("  of which: the model's step", warm["step_s"])
-    row("the same, file not in the page cache (once)", sum(resumed["cold"].values()))
+    row("the same, file not in the page cache (once)", sum(resumed["cold"].values()), ratio=True)
     table.add_section()
-    row("save: quantise, write, both syncs (once)", saved["save_s"], ratio=False)
-    row("not counted: load the model, first process", saved["load_s"], ratio=False)
-    row("not counted: load the model, second process", resumed["load_s"], ratio=False)
+    row("save: quantise, write, all syncs (once)", saved["save_s"])
+    row("not counted: load the model, first process", saved["load_s"])
+    row("not counted: load the model, second process", resumed["load_s"])
     return table
 
 
@@ -70,7 +74,7 @@ def quality_table(saved: Facts, resumed: Facts) -> Table:
         "cache",
         "perplexity",
         "change",
-        "same first guess",
+        "same likeliest token",
         "greedy continuation",
     )
     table.add_row("original, f32", f"{saved['perplexity']:.4f}", "", "", "")
