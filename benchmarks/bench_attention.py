@@ -1,0 +1,173 @@
+"""How fast `layer.attend` is: beside reading the same bytes, beside torch's attention, by length, by threads; and its error.
+
+    python benchmarks/bench_attention.py [--rounds 15] [--length 32768] [--longest 1048576] [--json FILE]
+
+The limit of attention that reads every byte once is reading them: the sum of the same int8 codes and scales as 64-bit
+words, by numpy, in the same rounds. torch's `scaled_dot_product_attention` gets the same keys and values as f32 and as
+bf16, laid out as it likes them best ([head, position, dim], contiguous), with `enable_gqa` where heads are grouped.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from harness import Bar, Report, Task, arguments, gaussian, measure
+from torch.nn.functional import scaled_dot_product_attention
+
+import kvmmap
+
+HEADS, DIM = 8, 128
+BARS = {1: (0.75, 10.0), 4: (0.55, 35.0), 8: (0.4, None)}
+"""By query heads a KV head: of the read limit, and of torch in f32."""
+
+# llama.cpp's own attention on a machine of this kind: 30 layers, 9 query and 3 KV heads, head_dim 64, 7,900 tokens, two
+# threads, flash attention; milliseconds a token with f16 and with q8_0 keys and values.
+LLAMA_CPP = {"f16": (25.9, 5.0), "q8_0": (37.9, 8.0)}
+
+
+def main() -> None:
+    parser = arguments("Benchmark attention.", rounds=15)
+    parser.add_argument("--length", type=int, default=32_768, help="positions")
+    parser.add_argument("--longest", type=int, default=1 << 20, help="positions, where cost by length is measured")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report = Report("attention")
+    report.note("shape", f"{args.length:,} positions, {HEADS} KV heads, head_dim {DIM}; one thread unless said")
+    layer = filled(args.length, HEADS, DIM)
+    decode(report, layer, args.rounds)
+    prompt(report, layer, args.rounds)
+    small_model(report, args.rounds)
+    by_length(report, args.longest)
+    report.finish(args.json)
+
+
+def filled(length: int, heads: int, dim: int) -> kvmmap.QuantizedKvLayer:
+    """A layer in memory; long ones repeat a stretch of rows."""
+    layer = kvmmap.QuantizedKvLayer(length, heads, dim)
+    part = min(length, 16_384)
+    keys, values = gaussian(part, heads, dim), gaussian(part, heads, dim, seed=1)
+    while len(layer) < length:
+        count = min(part, length - len(layer))
+        layer.extend(keys[:count], values[:count])
+    return layer
+
+
+def slabs(layer: kvmmap.QuantizedKvLayer) -> list[np.ndarray]:
+    arrays = (layer.key_codes, layer.key_scales, layer.value_codes, layer.value_scales)
+    return [array.reshape(-1).view(np.uint64) for array in arrays]
+
+
+def decode(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
+    """One query: the step of a language model that generates."""
+    words = slabs(layer)
+    keys, values = (torch.from_numpy(x.swapaxes(0, 1).copy())[None] for x in (layer.read_keys(), layer.read_values()))
+    for group, (of_limit, of_torch) in BARS.items():
+        queries = gaussian(1, HEADS * group, DIM, seed=2)
+        out = np.empty_like(queries)
+        theirs = torch.from_numpy(queries.swapaxes(0, 1).copy())[None]
+        half = [x.bfloat16() for x in (theirs, keys, values)]
+        tasks = [
+            Task(name="read", run=lambda: [array.sum() for array in words]),
+            Task(name="attend", run=lambda q=queries, o=out: layer.attend(q, out=o, threads=1)),
+            Task(name="attend, 2 threads", run=lambda q=queries, o=out: layer.attend(q, out=o, threads=2)),
+            Task(name="torch f32", run=lambda q=theirs: torch_attention(q, keys, values)),
+            Task(name="torch bf16", run=lambda h=half: torch_attention(*h)),
+        ]
+        found = measure(tasks, rounds)
+        title = f"decode, {group} query head{'s' * (group > 1)} a KV head"
+        report.show(title, found, ["read", "torch f32", "torch bf16"])
+        report.bars.append(Bar(f"{title}: of the read limit", of_limit, found.ratio("attend", "read").median, "x"))
+        if of_torch:
+            report.bars.append(Bar(f"{title}: of torch f32", of_torch, found.ratio("attend", "torch f32").median, "x"))
+        if len(os.sched_getaffinity(0)) > 1:
+            gain = found.ratio("attend, 2 threads", "attend").median
+            report.bars.append(Bar(f"{title}: two threads of one", 1.7, gain, "x"))
+        worst = error(layer, queries, out)
+        report.bars.append(Bar(f"{title}: error, millionths of the largest", 2.0, worst * 1e6, "x at most"))
+
+
+def torch_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[1, heads, n, dim]."""
+    return scaled_dot_product_attention(queries, keys, values, enable_gqa=queries.shape[1] != keys.shape[1])
+
+
+def error(layer: kvmmap.QuantizedKvLayer, queries: np.ndarray, out: np.ndarray) -> float:
+    """Largest difference to plain f64 attention over the same codes, over the largest number of that."""
+    expected = np.empty(out.shape)
+    group = queries.shape[1] // layer.num_kv_heads
+    for head in range(layer.num_kv_heads):
+        keys = layer.key_codes[:, head] * layer.key_scales[:, head, None].astype(np.float64)
+        values = layer.value_codes[:, head] * layer.value_scales[:, head, None].astype(np.float64)
+        scores = queries[0, head * group : (head + 1) * group] @ keys.T * layer.head_dim**-0.5
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        expected[0, head * group : (head + 1) * group] = weights @ values / weights.sum(axis=1, keepdims=True)
+    return float(np.abs(out - expected).max() / np.abs(expected).max())
+
+
+def prompt(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
+    """256 queries at once: a chunk of a prompt, causal, over a quarter of the length."""
+    length, n, group = len(layer) // 4, 256, 4
+    queries = gaussian(n, HEADS * group, DIM, seed=3)
+    out = np.empty_like(queries)
+    keys, values = (
+        x[:length].swapaxes(0, 1).copy() for x in (layer.read_keys(0, length), layer.read_values(0, length))
+    )
+    theirs = [torch.from_numpy(x)[None] for x in (queries.swapaxes(0, 1).copy(), keys, values)]
+    mask = torch.arange(length)[None] <= torch.arange(length - n, length)[:, None]
+    options = {"positions": (0, length), "query_start": length - n, "out": out, "threads": 1}
+    tasks = [
+        Task(name="attend", run=lambda: layer.attend(queries, **options)),
+        Task(
+            name="torch f32",
+            run=lambda: scaled_dot_product_attention(*theirs, attn_mask=mask, enable_gqa=True),
+        ),
+    ]
+    report.show(f"a chunk of {n} queries over {length:,} positions", measure(tasks, min(rounds, 5)), ["torch f32"])
+
+
+def small_model(report: Report, rounds: int) -> None:
+    """SmolLM2-135M's shape at 7,900 tokens, all layers, beside what llama.cpp took."""
+    layers = [filled(7900, 3, 64) for _ in range(30)]
+    queries = gaussian(1, 9, 64, seed=2)
+    found = measure(
+        [
+            Task(name="attend, 30 layers, 2 threads", run=lambda: [x.attend(queries, threads=2) for x in layers]),
+            Task(name="attend, 30 layers", run=lambda: [x.attend(queries, threads=1) for x in layers]),
+        ],
+        rounds,
+    )
+    report.show("SmolLM2-135M at 7,900 tokens, one step", found, [])
+    ours = found.time("attend, 30 layers, 2 threads").median * 1e3
+    for kind, (theirs, required) in LLAMA_CPP.items():
+        report.bars.append(
+            Bar(f"a step at 7,900 tokens: of llama.cpp's {theirs} ms ({kind})", required, theirs / ours, "x")
+        )
+
+
+def by_length(report: Report, longest: int) -> None:
+    """Cost a position must not grow: printed from 1,024 positions on."""
+    layer = filled(longest, 2, DIM)
+    queries = gaussian(1, 8, DIM, seed=2)
+    lengths = [n for n in (1 << k for k in range(10, 21, 2)) if n <= longest]
+    tasks = [
+        Task(
+            name=f"{length:,}",
+            run=lambda n=length: [
+                layer.attend(queries, positions=(0, n), threads=1) for _ in range(max(1, 65_536 // n))
+            ],
+            calls=max(1, 65_536 // length),
+        )
+        for length in lengths
+    ]
+    found = measure(tasks, 5)
+    report.show("by length, 2 KV heads, 4 query heads each", found, [])
+    costs = [found.time(f"{n:,}").median / n * 1e9 for n in lengths]
+    report.note("ns a position", {f"{n:,}": round(cost, 2) for n, cost in zip(lengths, costs, strict=True)})
+    slope = np.polyfit(np.log(lengths), np.log([found.time(f"{n:,}").median for n in lengths]), 1)[0]
+    report.note("exponent of cost by length (1 is linear)", round(float(slope), 3))
+
+
+if __name__ == "__main__":
+    main()
