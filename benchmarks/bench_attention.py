@@ -1,4 +1,4 @@
-"""How fast `layer.attend` is: beside reading the same bytes, beside torch's attention, by length, by threads; and its error.
+"""How fast `layer.attend` is, beside reading the same bytes and beside torch, by length, by threads; and its error.
 
     python benchmarks/bench_attention.py [--rounds 15] [--length 32768] [--longest 1048576] [--json FILE]
 
