@@ -1,0 +1,37 @@
+"""A disk that is really full: a small tmpfs in a mount namespace of its own, filled to the last page."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "full_disk.py"
+
+
+@pytest.fixture(scope="module")
+def namespace() -> list[str]:
+    """The command that runs another one where it may mount."""
+    command = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        done = subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if done.returncode:
+        pytest.skip(f"may not mount here: {done.stderr.strip()}")
+    return command
+
+
+@pytest.mark.parametrize("scenario", ["push", "extend", "step", "flush", "create"])
+def test_a_full_disk(namespace: list[str], tmp_path: Path, scenario: str) -> None:
+    done = subprocess.run(
+        [*namespace, sys.executable, "-W", "error", SCRIPT, tmp_path, scenario],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr}"  # -7 would be SIGBUS
+    assert done.stdout == "sound\n"
