@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .attention import (
+    Merging,
     Sight,
     attend_rows,
     check_positions,
     check_queries,
     check_sight,
-    merge_attention,
     visible_ranges,
 )
 from .errors import KvmmapError
@@ -46,8 +46,8 @@ def attend_store(
     threads: int | None,
 ) -> Attended:
     """Attend over what a store holds; arguments and errors are those of `QuantizedKvLayer.attend`."""
-    if resident != "keep":
-        raise KvmmapError(f'resident must be "keep", not {resident!r}')
+    if resident not in ("keep", "stream"):
+        raise KvmmapError(f'resident must be "keep" or "stream", not {resident!r}')
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)
     sight = check_sight(
@@ -60,40 +60,40 @@ def attend_store(
     )
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
-    if store.in_memory:
+    if store.in_memory and resident == "keep":
         lse = attend_rows(
             rows, dtype, store.rows(0, length), ranges, sight, geometry, result, threads=threads, layer=store.index
         )
     else:
-        outputs, lses = [], []
-        for start, piece in _pieces(store, ranges, sight, len(rows)):
+        merging, part = Merging(result.shape), np.empty_like(result)
+        for start, piece in _pieces(store, ranges, sight, len(rows), resident):
             mine = _within(ranges, start, start + len(piece.key_codes))
-            outputs.append(np.empty_like(result))
-            lses.append(
-                attend_rows(
-                    rows,
-                    dtype,
-                    piece,
-                    mine,
-                    sight,
-                    geometry,
-                    outputs[-1],
-                    first_position=start,
-                    threads=threads,
-                    layer=store.index,
-                )
+            lse = attend_rows(
+                rows,
+                dtype,
+                piece,
+                mine,
+                sight,
+                geometry,
+                part,
+                first_position=start,
+                threads=threads,
+                layer=store.index,
             )
-        merged, lse = merge_attention(outputs, lses)
+            merging.add(part, lse)
+        merged, lse = merging.result()
         np.copyto(result, merged)
     store.check()  # the rows were still the cache's when they had been read
     return result, lse
 
 
-def _pieces(store: LayerStore, ranges: NDArray[np.int64], sight: Sight, n: int) -> Iterator[tuple[int, Rows]]:
+def _pieces(
+    store: LayerStore, ranges: NDArray[np.int64], sight: Sight, n: int, resident: Literal["keep", "stream"]
+) -> Iterator[tuple[int, Rows]]:
     """Yield (first position, rows) of what the queries need; at least one piece, if an empty one."""
     found = False
     for start, stop in visible_ranges(ranges, sight, n):
-        for piece in store.stretches(start, stop):
+        for piece in store.stream(start, stop) if resident == "stream" else store.stretches(start, stop):
             yield start, piece
             start += len(piece.key_codes)
             found = True

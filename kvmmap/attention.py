@@ -285,17 +285,36 @@ def merge_attention(
                 expected=shape,
                 actual=np.shape(output),
             )
-    # In f64: the parts were rounded once already.
-    logs = np.stack([np.asarray(lse, np.float64) for lse in lses])
-    top = logs.max(axis=0)
-    shift = np.where(np.isneginf(top), 0.0, top)
-    weights = np.exp(logs - shift)
-    total = weights.sum(axis=0)
-    seen = total > 0
-    weights /= np.where(seen, total, 1.0)
-    merged = np.zeros(shape, np.float64)
-    for weight, output in zip(weights, outputs, strict=True):
-        merged += weight[..., None] * output
-    with np.errstate(divide="ignore"):
-        lse = np.where(seen, shift + np.log(total), -np.inf)
-    return merged.astype(_F32), lse.astype(_F32)
+    merging = Merging(shape)
+    for output, lse in zip(outputs, lses, strict=True):
+        merging.add(output, lse)
+    return merging.result()
+
+
+class Merging:
+    """What `merge_attention` does, part by part: as much memory for any number of parts."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        # In f64: the parts were rounded once already.
+        self._top = np.full(shape[:-1], -np.inf)
+        self._total = np.zeros(shape[:-1])
+        self._out = np.zeros(shape)
+
+    def add(self, output: NDArray[np.float32], lse: NDArray[np.float32]) -> None:
+        """Take a part in."""
+        log = np.asarray(lse, np.float64)
+        top = np.maximum(self._top, log)
+        shift = np.where(np.isneginf(top), 0.0, top)
+        before, weight = np.exp(self._top - shift), np.exp(log - shift)
+        self._top = top
+        self._total = self._total * before + weight
+        self._out *= before[..., None]
+        self._out += weight[..., None] * output
+
+    def result(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return (out, lse) over all parts so far."""
+        seen = self._total > 0
+        out = self._out / np.where(seen, self._total, 1.0)[..., None]
+        with np.errstate(divide="ignore"):
+            lse = np.where(seen, self._top + np.log(self._total), -np.inf)
+        return out.astype(_F32), lse.astype(_F32)

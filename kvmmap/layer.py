@@ -389,6 +389,8 @@ class QuantizedKvLayer:
                 [num_kv_heads, k].
             out: f32 [n, num_q_heads, value_head_dim] to put the result into, C-contiguous; new by default.
             return_lse: give the log-sum-exp of the scores as well, for `merge_attention`.
+            resident: "stream" goes through a file larger than memory: stretch by stretch, and what is behind leaves
+                this process's memory. "keep" leaves it there, for the next call. Rows in memory stay there.
             threads: at most so many; by default as many as there are processors. Results differ by f32 rounding alone.
 
         Returns:
@@ -420,6 +422,32 @@ class QuantizedKvLayer:
             threads=threads,
         )
         return result if return_lse else result[0]
+
+    # Residency
+
+    def prefetch(self, start: int = 0, stop: int | None = None) -> None:
+        """Start reading the rows of positions [start, stop) from the disk or the store, and don't wait for them.
+
+        For rows that will be needed while this process does something else. What goes through a layer in order need
+        not call it: reading ahead is done already. Rows in memory are there.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+        """
+        self._store.check()
+        self._store.expect(*self._check_range(start, stop))
+
+    def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Give back the memory that the rows of positions [start, stop) of a file take in this process.
+
+        They are read again when they are needed. Other processes keep theirs, and the system what it has read, until
+        it needs the room. Views stay valid. Rows in memory, which are nowhere else, stay.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+        """
+        self._store.check()
+        self._store.release(*self._check_range(start, stop))
 
     def _views(self) -> Rows:
         rows = self._store.rows(0, len(self))

@@ -20,6 +20,7 @@ TABLE = [
     "storage.checksums",
     "storage.memory",
     "storage.file",
+    "storage.residency",
     "storage.live",
     "storage.slots",
     "storage.verify",

@@ -148,8 +148,14 @@ class LayerStore(Protocol):
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
         """Yield stored positions [start, stop) piece by piece, as they lie; later ones may be fetched meanwhile."""
 
+    def stream(self, start: int, stop: int) -> Iterator[Rows]:
+        """As `stretches`, and what is behind takes no memory any more: a stretch is to be used before the next."""
+
     def expect(self, start: int, stop: int) -> None:
         """Stored positions [start, stop) will be read soon: start fetching them, where that takes its time."""
+
+    def release(self, start: int, stop: int) -> None:
+        """Stored positions [start, stop) won't be read soon: give their memory back, where they can be read again."""
 
     def check(self) -> None:
         """Raise if what was just read can't be trusted: the storage was closed, or its rows were taken back."""

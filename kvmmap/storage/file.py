@@ -24,6 +24,7 @@ FILE_MODE = 0o600  # a KV cache gives its prompt away
 
 _PAGE = 4096
 _COPY_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 128 << 10
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
@@ -94,6 +95,14 @@ class PosixFile:
             if not count:
                 raise EOFError(f"{self.path}: ends at {offset + done}, {size - done} bytes early")
             done += count
+
+    def read_ahead(self, offset: int, size: int) -> None:
+        """Ask the system to read `size` bytes from `offset` on, and don't wait for them."""
+        if hasattr(os, "posix_fadvise"):
+            # Linux cuts a request off at the disk's read-ahead size, which is rarely less than this.
+            for start in range(offset, offset + size, _READ_AHEAD_BYTES):
+                count = min(_READ_AHEAD_BYTES, offset + size - start)
+                os.posix_fadvise(self._fd, start, count, os.POSIX_FADV_WILLNEED)
 
     def write(self, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
         """Write each buffer at its offset, in order, all of it."""

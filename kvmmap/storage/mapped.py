@@ -30,6 +30,7 @@ from ..errors import (
 from ..format import FORMAT_VERSION, HEADER, PAGE, SLAB_SECTIONS, Section, Slot, Superblock, checksum
 from ..geometry import LayerGeometry
 from ..metadata import Document
+from . import residency
 from .base import Progress, Rows, VerifyReport
 from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
@@ -59,6 +60,7 @@ class MappedLayer:
         self.geometry = geometry
         self.capacity = storage.geometry.capacity
         self.length = 0
+        self._offsets = [storage.superblock.sections[kind, index].offset for kind in SLAB_SECTIONS]
         # Not a cycle: a writer that is simply dropped gives its lock back at once, and not when garbage is collected.
         self._storage: MappedReader = weakref.proxy(storage)
         self._slabs: Rows | None = None
@@ -88,8 +90,22 @@ class MappedLayer:
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
         yield self.rows(start, stop)
 
+    def stream(self, start: int, stop: int) -> Iterator[Rows]:
+        memory, row_bytes = self._storage.memory, self.geometry.slab_bytes(1)
+        for part in residency.stretches(memory, self._offsets, row_bytes, start, stop):
+            yield self.rows(part.start, part.stop)
+
     def expect(self, start: int, stop: int) -> None:
-        """The system reads ahead."""
+        for low, high in self._byte_ranges(start, stop):
+            self._storage.file.read_ahead(low, high - low)
+
+    def release(self, start: int, stop: int) -> None:
+        residency.drop_pages(self._storage.memory, self._byte_ranges(start, stop))
+
+    def _byte_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where positions [start, stop) of the four slabs lie in the file."""
+        row_bytes = self.geometry.slab_bytes(1)
+        return [(at + start * row, at + stop * row) for at, row in zip(self._offsets, row_bytes, strict=True)]
 
     def check(self) -> None:
         self._storage.check()

@@ -57,8 +57,14 @@ class MemoryLayer:
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
         yield self.rows(start, stop)
 
+    def stream(self, start: int, stop: int) -> Iterator[Rows]:
+        return self.stretches(start, stop)
+
     def expect(self, start: int, stop: int) -> None:
         """They are here."""
+
+    def release(self, start: int, stop: int) -> None:
+        """They are nowhere else."""
 
     def check(self) -> None:
         if self._views is None:

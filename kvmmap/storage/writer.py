@@ -26,7 +26,7 @@ from ..errors import (
     MetadataError,
     PoisonedError,
 )
-from ..format import SLAB_SECTIONS, Section, Slot, Superblock, checksum
+from ..format import Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 from .base import Rows, seq_len
@@ -53,8 +53,6 @@ class WriterLayer(MappedLayer):
 
     def __init__(self, storage: MappedWriter, index: int, geometry: LayerGeometry) -> None:
         super().__init__(storage, index, geometry)
-        sections = storage.superblock.sections
-        self._offsets = [sections[kind, index].offset for kind in SLAB_SECTIONS]
         self._row_bytes = geometry.slab_bytes(1)
         self._scratch, self._one = storage.scratch(geometry)
 

@@ -66,8 +66,14 @@ class ZarrLayer:
             first, last = max(start, shard * size), min(stop, (shard + 1) * size)
             yield first, self._storage.shard_part(self.index, shard, first, last, streamed=stop - start > size)
 
+    def stream(self, start: int, stop: int) -> Iterator[Rows]:
+        return self.stretches(start, stop)
+
     def expect(self, start: int, stop: int) -> None:
         self._storage.expect(self.index, start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """What is kept of shards is bounded as it is."""
 
     def check(self) -> None:
         self._storage.check()

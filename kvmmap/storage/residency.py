@@ -1,0 +1,95 @@
+"""Which pages of a mapped file are in memory: asking for them ahead, going through them, letting them go.
+
+Works on byte ranges of a file and its map; whose rows lie there is not known here. All of it is advice: no call here
+changes what is read, and where a system knows none of it, nothing happens.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+
+Ranges = Sequence[tuple[int, int]]
+"""(start, stop) in bytes of the file."""
+
+STRETCH_BYTES = 12 << 20
+"""A stretch of `stretches`. Two are in memory at a time; with smaller ones, disk and threads start too often."""
+
+_PAGE = mmap.PAGESIZE
+_DROP = getattr(mmap, "MADV_DONTNEED", None)
+
+
+def drop_pages(memory: mmap.mmap, ranges: Ranges) -> None:
+    """Let go of the pages that lie whole within byte ranges of a map. Touched again, they are read again.
+
+    This process's memory gets smaller; the system keeps what it has read until it needs the room, for all processes.
+    """
+    if _DROP is None:
+        return
+    for start, stop in ranges:
+        first, last = _up(start), _down(stop)
+        if first < last:
+            memory.madvise(_DROP, first, last - first)
+
+
+def stretches(
+    memory: mmap.mmap, offsets: Sequence[int], row_bytes: Sequence[int], start: int, stop: int
+) -> Iterator[range]:
+    """Yield positions [start, stop) in stretches that have been read already, letting go of those behind.
+
+    While a stretch is used, two threads of their own touch the pages of the next, an array each, in the order in which
+    they lie: the system's read-ahead is then at its best. Measured with attention over cold files, one such
+    thread is 1.2 times as fast as none, and two are 1.3 times as fast as one. Asking for the next stretches by
+    MADV_WILLNEED is slower than asking for nothing, as what is asked for comes in single pages.
+
+    Args:
+        memory: the map of the whole file.
+        offsets: where each array begins in it.
+        row_bytes: bytes of one position in each array.
+        start: first position.
+        stop: one past the last.
+    """
+    step = max(1, STRETCH_BYTES // sum(row_bytes))
+    parts = [range(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+    def ranges(part: range) -> Ranges:
+        # A page that two stretches share goes with the second: each begins with the page that it begins in.
+        return [
+            (_down(at + part.start * row), at + part.stop * row) for at, row in zip(offsets, row_bytes, strict=True)
+        ]
+
+    if not parts:
+        return
+    with ThreadPoolExecutor(2) as helpers:
+
+        def touch(part: range) -> list[Future[None]]:
+            return [helpers.submit(touch_pages, memory, low, high) for low, high in ranges(part)]
+
+        ready = touch(parts[0])
+        try:
+            for part, following in zip(parts, [*parts[1:], None], strict=True):
+                wait(ready)
+                if following is not None:
+                    ready = touch(following)
+                yield part
+                drop_pages(memory, ranges(part))
+        finally:
+            wait(ready)
+            drop_pages(memory, [(low, _up(high)) for low, high in ranges(range(start, stop))])
+
+
+def touch_pages(memory: mmap.mmap, start: int, stop: int) -> None:
+    """Read one byte of every page of a byte range, so that they are in memory; other threads run meanwhile."""
+    if start < stop:
+        np.frombuffer(memory, np.uint8)[start:stop:_PAGE].max()  # numpy lets go of the GIL for it
+
+
+def _down(offset: int) -> int:
+    return offset - offset % _PAGE
+
+
+def _up(offset: int) -> int:
+    return _down(offset + _PAGE - 1)
