@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,15 @@ from kvmmap.storage.writer import MappedWriter
 HISTORIES = int(os.environ.get("KVMMAP_HISTORIES", "450"))
 BATCH = 50
 STEPS, IMAGES = 12, 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> Iterator[None]:
+    """Every simulated death collects garbage: without this, of all that other tests have imported, torch among it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
