@@ -63,4 +63,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+        # One that failed has said why. One that was ended from outside, as by a lack of memory, could not.
+        if error.returncode < 0:
+            print(f"{Path(error.cmd[1]).name} was ended by signal {-error.returncode}", file=sys.stderr)
+        sys.exit(1)
