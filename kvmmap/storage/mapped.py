@@ -34,6 +34,7 @@ from . import residency
 from .base import Progress, Rows, VerifyReport
 from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
+from .readonly import ReadOnlyLayer, ReadOnlyStorage
 from .slots import Slots
 
 
@@ -50,7 +51,7 @@ class Snapshot(NamedTuple):
     generation_word: int
 
 
-class MappedLayer:
+class MappedLayer(ReadOnlyLayer):
     """One layer's slabs in the map."""
 
     in_memory = True
@@ -64,18 +65,6 @@ class MappedLayer:
         # Not a cycle: a writer that is simply dropped gives its lock back at once, and not when garbage is collected.
         self._storage: MappedReader = weakref.proxy(storage)
         self._slabs: Rows | None = None
-
-    def begin(self, count: int) -> int:
-        self._storage.refuse_write()
-
-    def stage(self, start: int, count: int) -> Rows:
-        self._storage.refuse_write()
-
-    def write(self, start: int, rows: Rows) -> None:
-        self._storage.refuse_write()
-
-    def publish(self, length: int) -> None:
-        self._storage.refuse_write()
 
     def slabs(self) -> Rows:
         if self._storage.closed:
@@ -111,7 +100,7 @@ class MappedLayer:
         self._storage.check()
 
 
-class MappedReader:
+class MappedReader(ReadOnlyStorage):
     """An open `.kvm` file."""
 
     writable = False
@@ -334,26 +323,6 @@ class MappedReader:
         if not self.live.in_use():
             return "closed" if self.snapshot.slot.closed else "interrupted"
         return "open for writing" if self.live.trusted() else "interrupted"
-
-    # Nothing of these in a reader
-
-    def set_document(self, document: Document) -> None:
-        self.refuse_write()
-
-    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
-        self.refuse_write()
-
-    def publish_tokens(self, length: int) -> None:
-        self.refuse_write()
-
-    def appended(self) -> None:
-        self.refuse_write()
-
-    def commit(self) -> None:
-        self.refuse_write()
-
-    def truncate(self, length: int) -> None:
-        self.refuse_write()
 
     def close(self) -> None:
         """Let go of the file. Views that were handed out keep their pages mapped until they are gone themselves."""

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ..errors import (
     CacheChangedError,
-    CacheLockedError,
     ClosedError,
     CorruptCacheError,
     KvmmapError,
@@ -32,6 +31,7 @@ from ..metadata import Document
 from .base import Rows, seq_len
 from .checksums import BlockHasher
 from .file import PosixFile, closing_on_error
+from .forking import close_in_children, refuse_forked
 from .live import LiveRecord
 from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
 from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, replace_file
@@ -110,7 +110,7 @@ class MappedWriter(MappedReader):
         slot = self.snapshot.slot
         self._rows_hasher = BlockHasher(_LazyTracks(self, self.geometry.num_layers), 0, size, slot.seq_len)
         self._tokens_hasher = BlockHasher([[self.map_tokens()]], self.geometry.num_layers, size, slot.token_len)
-        _close_in_children(self)
+        close_in_children(file)
 
     # Opening
 
@@ -227,12 +227,7 @@ class MappedWriter(MappedReader):
         if self._memory is None:
             self.check()
         if os.getpid() != self._pid:
-            raise CacheLockedError(
-                f"{self.path}: process {self._pid} holds it for writing, and this one was forked from it; open it "
-                "here once that one has closed it",
-                path=self.path,
-                actual=self._pid,
-            )
+            refuse_forked(self.path, self._pid)
         if not self._ready:
             self._get_ready()
 
@@ -499,21 +494,3 @@ class _LazyTracks(Sequence[Rows]):
             raise IndexError(layer)
         rows: Rows = self._storage.layers[layer].slabs()
         return rows
-
-
-_writers: weakref.WeakSet[MappedWriter] | None = None
-
-
-def _close_in_children(writer: MappedWriter) -> None:
-    """A forked child inherits the descriptor, and with it the lock: let go of it there, so that the lock dies with
-    the process that took it."""
-    global _writers
-    if _writers is None:
-        _writers = weakref.WeakSet()
-        os.register_at_fork(after_in_child=_let_go)
-    _writers.add(writer)
-
-
-def _let_go() -> None:
-    for writer in _writers or ():
-        writer.file.close()

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import CacheNotFoundError, NotACacheError
 from .file import FILE_MODE, PosixFile, sync_folder
+from .forking import close_in_children
 from .zarr_lock import LOCK_KEY, decode_owner, is_dead, locked_by, new_owner, read_owner
 from .zarr_objects import Buffer, MissingObjectError, ObjectChangedError, Pieces
 
@@ -185,7 +185,7 @@ class FolderLock:
 
     def __init__(self, file: PosixFile) -> None:
         self._file = file
-        _abandon_in_children(self)
+        close_in_children(file)
 
     def release(self) -> None:
         if not self._file.closed:
@@ -194,23 +194,6 @@ class FolderLock:
 
     def abandon(self) -> None:
         self._file.close()
-
-
-_locks: weakref.WeakSet[FolderLock] | None = None
-
-
-def _abandon_in_children(lock: FolderLock) -> None:
-    """A forked child inherits the descriptor, and with it the lock: let go of it there."""
-    global _locks
-    if _locks is None:
-        _locks = weakref.WeakSet()
-        os.register_at_fork(after_in_child=_abandon)
-    _locks.add(lock)
-
-
-def _abandon() -> None:
-    for lock in _locks or ():
-        lock.abandon()
 
 
 def _tag(status: os.stat_result) -> str:

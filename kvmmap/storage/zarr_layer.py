@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..geometry import LayerGeometry
 from .base import Rows
+from .readonly import ReadOnlyLayer
 
 if TYPE_CHECKING:
     from .zarr_reader import ZarrReader
 
 
-class ZarrLayer:
+class ZarrLayer(ReadOnlyLayer):
     """One layer's rows in the group."""
 
     in_memory = False
@@ -25,18 +26,6 @@ class ZarrLayer:
         self.length = storage.root.seq_len
         # Not a cycle: a writer that is simply dropped gives its lock back at once.
         self._storage: ZarrReader = weakref.proxy(storage)
-
-    def begin(self, count: int) -> int:
-        self._storage.refuse_write()
-
-    def stage(self, start: int, count: int) -> Rows:
-        self._storage.refuse_write()
-
-    def write(self, start: int, rows: Rows) -> None:
-        self._storage.refuse_write()
-
-    def publish(self, length: int) -> None:
-        self._storage.refuse_write()
 
     def slabs(self) -> Rows:
         return self.rows(0, self.length)

@@ -28,6 +28,7 @@ from ..format import checksum
 from ..geometry import LayerGeometry
 from ..metadata import Document
 from .base import Progress, Rows, VerifyReport
+from .readonly import ReadOnlyStorage
 from .zarr_fetch import Block, Fetch, ShardRows
 from .zarr_layer import ZarrLayer
 from .zarr_layout import ROOT_KEY
@@ -51,7 +52,7 @@ REMOTE_THREADS = 32
 LOCAL_THREADS = 4
 
 
-class ZarrReader:
+class ZarrReader(ReadOnlyStorage):
     """A group, open for reading.
 
     Args:
@@ -423,26 +424,6 @@ class ZarrReader:
 
     def identity(self) -> str | None:
         return f"{self.root.cache_id}/{self.root.generation}"
-
-    # Nothing of these in a reader
-
-    def set_document(self, document: Document) -> None:
-        self.refuse_write()
-
-    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
-        self.refuse_write()
-
-    def publish_tokens(self, length: int) -> None:
-        self.refuse_write()
-
-    def appended(self) -> None:
-        self.refuse_write()
-
-    def commit(self) -> None:
-        self.refuse_write()
-
-    def truncate(self, length: int) -> None:
-        self.refuse_write()
 
     def close(self) -> None:
         """Let go of everything; views that were handed out stay valid."""

@@ -15,12 +15,13 @@ from typing import Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CacheChangedError, CacheLockedError
+from ..errors import CacheChangedError
 from ..format import checksum
 from ..geometry import LayerGeometry, check_room
 from ..metadata import Document
 from .base import Rows, seq_len
 from .checksums import digest
+from .forking import refuse_forked
 from .zarr_fetch import ShardRows
 from .zarr_layer import ZarrLayer
 from .zarr_layout import NO_TOKEN, ROOT_KEY
@@ -163,12 +164,7 @@ class ZarrWriter(ZarrReader):
         """Raise unless this handle may write."""
         self.check()
         if os.getpid() != self._pid:
-            raise CacheLockedError(
-                f"{self.path}: process {self._pid} holds it for writing, and this one was forked from it; open it "
-                "here once that one has closed it",
-                path=self.path,
-                actual=self._pid,
-            )
+            refuse_forked(self.path, self._pid)
         if self._overtaken:
             self._refuse_overtaken()
 
