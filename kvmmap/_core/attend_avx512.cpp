@@ -216,7 +216,7 @@ class Bytes {
             const int8_t* keys = keys_ + j * key_stride_;
             int r = 0;
             for (; r + 2 <= R; r += 2) score_rows<2>(keys, queries[r], queries[r + 1], out[r] + j, out[r + 1] + j, ahead);
-            if (r < R) score_rows<1>(keys, queries[r], nullptr, out[r] + j, nullptr, ahead);
+            if (r < R) score_rows<1>(keys, queries[r], queries[r], out[r] + j, nullptr, ahead);
         }
     }
 
@@ -274,7 +274,7 @@ class Bytes {
                                       float* next_out, Ahead& ahead) const {
         static_assert(R == 1 || R == 2);
         const auto* row = reinterpret_cast<const Digits*>(query);
-        const auto* next_row = reinterpret_cast<const Digits*>(R == 2 ? next_query : query);
+        const auto* next_row = reinterpret_cast<const Digits*>(next_query);
         KeySums first(*row), second(*next_row);
         query += 64, next_query += 64;
         for (int64_t d = 0; d < dim_; d += 64) {

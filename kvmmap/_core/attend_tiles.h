@@ -50,20 +50,16 @@ class Ahead {
 
     // Inlined by force: GCC takes a function that only prefetches for one without effects, and drops the call.
     [[gnu::always_inline]] void fetch(int lines) {
-        const char* start = take(lines);
-        for (int i = 0; i < lines; ++i) __builtin_prefetch(start + 64 * i, 0, 2);
-    }
-
-    // Where the next `lines` lines start, for who fetches them himself.
-    [[gnu::always_inline]] const char* take(int64_t lines) {
-        if (now_ >= end_) now_ = then_, end_ = then_end_;
-        const char* start = now_;
+        if (now_ >= end_) {
+            now_ = then_, end_ = then_end_, then_ = then_end_;
+            if (now_ >= end_) return;
+        }
+        // A few lines past the end do no harm, and a loop of fixed length is faster.
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(now_ + 64 * i, 0, 2);
         now_ += 64 * lines;
-        return start;
     }
 
   private:
-    // Past the end it fetches on: what comes then is of use soon, too, and fetching what is not there does no harm.
     const char *now_ = nullptr, *end_ = nullptr, *then_ = nullptr, *then_end_ = nullptr;
 };
 
@@ -109,8 +105,8 @@ class Walk {
         engine_.load(job_.key_codes + (start * heads + head) * job_.dim, heads * job_.dim,
                      job_.value_codes + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count);
         alignas(64) float key_scales[tile], value_scales[tile];
-        gather(job_.key_scales + start * heads + head, count, key_scales);
-        gather(job_.value_scales + start * heads + head, count, value_scales);
+        gather(job_.key_scales + start * heads + head, count, 1.0f, key_scales);
+        gather(job_.value_scales + start * heads + head, count, sums_scale, value_scales);
 
         const int64_t group = job_.group(), end = last * group;
         int64_t row = first * group;
@@ -123,8 +119,8 @@ class Walk {
         if (end - row == 1) run(std::integral_constant<int, 1>{}, row);
     }
 
-    void gather(const float* scales, int64_t count, float* out) const {
-        for (int64_t j = 0; j < count; ++j) out[j] = scales[j * job_.kv_heads];
+    void gather(const float* scales, int64_t count, float factor, float* out) const {
+        for (int64_t j = 0; j < count; ++j) out[j] = scales[j * job_.kv_heads] * factor;
         for (int64_t j = count; j < tile; ++j) out[j] = 0;
     }
 
@@ -172,12 +168,12 @@ class Walk {
             return false;
         }
         if (best > state_.top[row]) rescale(row, best);
-        const F top = L::all(state_.top[row]), scale = L::all(sums_scale);
+        const F top = L::all(state_.top[row]);
         F total{};
         for (int64_t j = 0; j < tile; j += W) {
             const F p = L::exp2(L::load(scores + j) - top);
             total += p;
-            L::store(scores + j, p * (L::load(value_scales + j) * scale));
+            L::store(scores + j, p * L::load(value_scales + j));
         }
         state_.total[row] += Engine::sum(total);
         return true;
