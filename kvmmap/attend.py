@@ -48,6 +48,7 @@ def attend_store(
     """Attend over what a store holds; arguments and errors are those of `QuantizedKvLayer.attend`."""
     if resident not in ("keep", "stream"):
         raise KvmmapError(f'resident must be "keep" or "stream", not {resident!r}')
+    mark = store.mark()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)
     sight = check_sight(
@@ -83,7 +84,7 @@ def attend_store(
             merging.add(part, lse)
         merged, lse = merging.result()
         np.copyto(result, merged)
-    store.check()  # the rows were still the cache's when they had been read
+    store.check_since(mark)  # the rows were still the cache's when they had been read
     return result, lse
 
 

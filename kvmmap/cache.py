@@ -210,12 +210,15 @@ class QuantizedKvCache:
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """Token ids, int32 [seq_len], a copy; -1 where none was given."""
-        self._storage.check()
+        storage = self._storage
+        storage.check()
+        mark = storage.mark()
         length = self.seq_len
+        recorded = min(storage.token_len, length)
+        found = storage.read_tokens(recorded)
+        storage.check_since(mark)
         ids = np.full(length, NO_TOKEN, np.int32)
-        recorded = min(self._storage.token_len, length)
-        ids[:recorded] = self._storage.read_tokens(recorded)
-        self._storage.check()
+        ids[:recorded] = found
         return ids
 
     @property

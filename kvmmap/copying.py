@@ -324,6 +324,7 @@ def _fill(plan: _Plan, target: Storage, *, check: bool) -> Iterator[int]:
     edges = [begun, *range(begun // STEP_TOKENS * STEP_TOKENS + STEP_TOKENS, plan.length, STEP_TOKENS), plan.length]
     ids = source.read_tokens(first + plan.tokens)[first:]
     ahead = _reading_ahead(plan, edges)
+    mark = source.mark()
     for start, stop in itertools.pairwise(edges):
         if check:
             source.check_rows(first + start, first + stop)
@@ -333,7 +334,7 @@ def _fill(plan: _Plan, target: Storage, *, check: bool) -> Iterator[int]:
             for rows in source.layers[layer].stretches(first + start, first + stop):
                 target.layers[number].write(position, rows)
                 position += len(rows.key_codes)
-        source.check()  # the rows were still the source's when they had been read
+        source.check_since(mark)  # the rows were still the source's when they had been read
         recorded = target.token_len
         if recorded < min(stop, plan.tokens):
             target.write_tokens(recorded, ids[recorded:stop])

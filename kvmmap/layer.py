@@ -216,22 +216,22 @@ class QuantizedKvLayer:
     def key_codes(self) -> NDArray[np.int8]:
         """Read-only view, int8 [len, num_kv_heads, head_dim]; zero copy. Its memory stays valid as long as the array
         lives; its contents are the cache's until `truncate`."""
-        return self._views().key_codes
+        return self.read_quantized().key_codes
 
     @property
     def key_scales(self) -> NDArray[np.float32]:
         """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
-        return self._views().key_scales
+        return self.read_quantized().key_scales
 
     @property
     def value_codes(self) -> NDArray[np.int8]:
         """Read-only view, int8 [len, num_kv_heads, value_head_dim]; as `key_codes`."""
-        return self._views().value_codes
+        return self.read_quantized().value_codes
 
     @property
     def value_scales(self) -> NDArray[np.float32]:
         """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
-        return self._views().value_scales
+        return self.read_quantized().value_scales
 
     def get_key(self, position: int, head: int) -> NDArray[np.float32]:
         """Return one dequantised key row, f32 [head_dim].
@@ -239,15 +239,15 @@ class QuantizedKvLayer:
         Raises:
             PositionOutOfRangeError, HeadOutOfRangeError: there is none (negative numbers don't wrap).
         """
-        position, head = self._check_position(position), self._check_head(head)
+        mark, position, head = self._store.mark(), self._check_position(position), self._check_head(head)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.key_codes[0, head], rows.key_scales[0, head : head + 1])
+        return self._dequantize(rows.key_codes[0, head], rows.key_scales[0, head : head + 1], mark)
 
     def get_value(self, position: int, head: int) -> NDArray[np.float32]:
         """Return one dequantised value row, f32 [value_head_dim]; raises as `get_key`."""
-        position, head = self._check_position(position), self._check_head(head)
+        mark, position, head = self._store.mark(), self._check_position(position), self._check_head(head)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.value_codes[0, head], rows.value_scales[0, head : head + 1])
+        return self._dequantize(rows.value_codes[0, head], rows.value_scales[0, head : head + 1], mark)
 
     def get_keys_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised keys, f32 [num_kv_heads, head_dim].
@@ -255,15 +255,15 @@ class QuantizedKvLayer:
         Raises:
             PositionOutOfRangeError: it is not stored.
         """
-        position = self._check_position(position)
+        mark, position = self._store.mark(), self._check_position(position)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.key_codes[0], rows.key_scales[0])
+        return self._dequantize(rows.key_codes[0], rows.key_scales[0], mark)
 
     def get_values_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised values, f32 [num_kv_heads, value_head_dim]; raises as `get_keys_at`."""
-        position = self._check_position(position)
+        mark, position = self._store.mark(), self._check_position(position)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.value_codes[0], rows.value_scales[0])
+        return self._dequantize(rows.value_codes[0], rows.value_scales[0], mark)
 
     def read_keys(
         self,
@@ -317,6 +317,7 @@ class QuantizedKvLayer:
         out: NDArray[Any] | None,
         threads: int | None,
     ) -> NDArray[Any]:
+        mark = self._store.mark()  # before the length: see `LayerStore`
         start, stop = self._check_range(start, stop)
         dim = self.head_dim if which == "key" else self.value_head_dim
         result = output_array((stop - start, self.num_kv_heads, dim), dtype, out)
@@ -326,7 +327,7 @@ class QuantizedKvLayer:
             scales = rows.key_scales if which == "key" else rows.value_scales
             dequantize_rows(codes, scales, dtype, result[done : done + len(codes)], threads=threads)
             done += len(codes)
-        self._store.check()  # the rows were still the cache's when they had been read
+        self._store.check_since(mark)  # the rows were still the cache's when they had been read
         return result
 
     def read_quantized(self, start: int = 0, stop: int | None = None) -> Rows:
@@ -341,8 +342,9 @@ class QuantizedKvLayer:
             PositionOutOfRangeError: not all of them are stored.
             CacheChangedError: the writer took positions back since the last `refresh`.
         """
+        mark = self._store.mark()
         rows = self._store.rows(*self._check_range(start, stop))
-        self._store.check()
+        self._store.check_since(mark)
         return rows
 
     # Attending
@@ -449,18 +451,13 @@ class QuantizedKvLayer:
         self._store.check()
         self._store.release(*self._check_range(start, stop))
 
-    def _views(self) -> Rows:
-        rows = self._store.rows(0, len(self))
-        self._store.check()
-        return rows
-
-    def _dequantize(self, codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Dequantise the row or the rows of one position."""
+    def _dequantize(self, codes: NDArray[np.int8], scales: NDArray[np.float32], mark: int) -> NDArray[np.float32]:
+        """Dequantise the row or the rows of one position, read since a mark."""
         if codes.ndim == 1:
-            row: NDArray[np.float32] = self._dequantize(codes[None], scales)[0]
+            row: NDArray[np.float32] = self._dequantize(codes[None], scales, mark)[0]
             return row
         result = dequantize_rows(codes, scales, threads=1)
-        self._store.check()
+        self._store.check_since(mark)
         return result
 
     # Checking

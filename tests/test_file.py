@@ -287,6 +287,18 @@ def test_truncate_tells_readers(path: Path) -> None:
         assert not reader.refresh()
 
 
+def test_metadata_that_was_written_over_is_not_called_damaged(path: Path) -> None:
+    with make_file(path, 3) as cache, kvmmap.open(path) as reader:
+        for number in range(2):
+            cache.metadata = {"number": number}
+            cache.flush()
+        with pytest.raises(kvmmap.CacheChangedError, match=r"refresh\(\)"):
+            _ = reader.metadata
+        assert reader.verify().sound
+        assert reader.refresh()
+        assert reader.metadata == {"number": 1}
+
+
 def test_truncate_is_durable_before_anything_is_overwritten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_file(path, 600)
     cache.flush()

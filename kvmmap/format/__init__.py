@@ -16,6 +16,7 @@ from .records import (
     Section,
     block_checksum,
     checksum,
+    checksum_of,
     tables,
 )
 from .slot import Slot
@@ -39,5 +40,6 @@ __all__ = [
     "Superblock",
     "block_checksum",
     "checksum",
+    "checksum_of",
     "tables",
 ]

@@ -167,6 +167,14 @@ def checksum(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def checksum_of(pieces: Iterable[bytes | memoryview]) -> int:
+    """Return the xxh3_64 of data that comes in pieces."""
+    state = xxhash.xxh3_64()
+    for piece in pieces:
+        state.update(piece)
+    return state.intdigest()
+
+
 class Extent(NamedTuple):
     """A stretch of the file, in bytes."""
 

@@ -2,6 +2,11 @@
 
 An append goes: `begin` (may I, and is there room), then `stage` and `write` as often as it takes, then `publish`.
 Nothing is visible, to anyone, before `publish`.
+
+A read goes: `mark`, then the length, then rows, then `check_since(mark)`, in this order. Other threads may push,
+truncate, refresh and close through the same handle meanwhile; who lowers lengths changes the mark afterwards, and
+writes over rows only then. So a length that belongs to another mark than the rows, or rows that were written over,
+are found out.
 """
 
 from __future__ import annotations
@@ -157,8 +162,14 @@ class LayerStore(Protocol):
     def release(self, start: int, stop: int) -> None:
         """Stored positions [start, stop) won't be read soon: give their memory back, where they can be read again."""
 
+    def mark(self) -> int:
+        """What `check_since` is to compare with; taken before the length is looked at."""
+
+    def check_since(self, mark: int) -> None:
+        """Raise if what was read since a mark can't be trusted: the storage was closed, or rows were taken back."""
+
     def check(self) -> None:
-        """Raise if what was just read can't be trusted: the storage was closed, or its rows were taken back."""
+        """Raise if the storage was closed, or rows that this handle counts on were taken back."""
 
 
 class Storage(Protocol):
@@ -191,7 +202,14 @@ class Storage(Protocol):
     def document(self) -> Document:
         """Metadata as it stands."""
 
-    def check(self) -> None: ...
+    def mark(self) -> int:
+        """As a layer's."""
+
+    def check_since(self, mark: int) -> None:
+        """As a layer's."""
+
+    def check(self) -> None:
+        """As a layer's."""
 
     def set_document(self, document: Document) -> None:
         """Replace the metadata; part of the next commit."""

@@ -3,6 +3,9 @@
 A reader takes no lock and never waits. It sees a snapshot, the positions that were complete in every layer when it
 last looked; `refresh` looks again. Data below a published length does not change, but for `truncate`, which changes
 the generation: so every read is followed by a look at that one word.
+
+Several threads may share a handle. A map is let go of by forgetting it, and goes when the last array over it does, so
+that closing never takes memory from under a read.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,11 +70,12 @@ class MappedLayer(ReadOnlyLayer):
         self._slabs: Rows | None = None
 
     def slabs(self) -> Rows:
-        if self._storage.closed:
-            self._storage.check()
-        if self._slabs is None:
-            self._slabs = self._storage.map_slabs(self.index)
-        return self._slabs
+        slabs = self._slabs
+        if slabs is None:
+            slabs = self._slabs = self._storage.map_slabs(self.index)
+            if self._storage.closed:  # meanwhile, by another thread: it must not keep the map
+                self._slabs = None
+        return slabs
 
     def rows(self, start: int, stop: int) -> Rows:
         return self.slabs().part(start, stop)
@@ -96,6 +100,12 @@ class MappedLayer(ReadOnlyLayer):
         row_bytes = self.geometry.slab_bytes(1)
         return [(at + start * row, at + stop * row) for at, row in zip(self._offsets, row_bytes, strict=True)]
 
+    def mark(self) -> int:
+        return self._storage.snapshot.generation_word
+
+    def check_since(self, mark: int) -> None:
+        self._storage.check_since(mark)
+
     def check(self) -> None:
         self._storage.check()
 
@@ -119,7 +129,7 @@ class MappedReader(ReadOnlyStorage):
         self.live = self._live_record(memory)
         self.layers: Sequence[MappedLayer] = self._make_layers()
         self.token_len = 0
-        self._document: Document | None = None
+        self._document: tuple[Slot, Document] | None = None
         self.snapshot = self.look()
         self._take(self.snapshot)
 
@@ -138,12 +148,34 @@ class MappedReader(ReadOnlyStorage):
 
     # What is there
 
+    def read_file(self, offset: int, target: memoryview) -> None:
+        """Fill a buffer from the file itself, not through the map: what the disk can't give is an error then.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        with self.lock:  # once closed, the descriptor's number may be another file's
+            self.require_open()
+            self.file.read_into(offset, target)
+
+    def status(self) -> os.stat_result:
+        """Ask for the file's size, and the like."""
+        with self.lock:
+            self.require_open()
+            return self.file.stat()
+
+    def require_open(self) -> None:
+        """Raise if the cache is closed."""
+        if self._memory is None:
+            raise closed(self.path)
+
     @property
     def memory(self) -> mmap.mmap:
         """The map of the whole file."""
-        if self._memory is None:
-            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
-        return self._memory
+        memory = self._memory
+        if memory is None:
+            raise closed(self.path)
+        return memory
 
     @property
     def closed(self) -> bool:
@@ -151,9 +183,17 @@ class MappedReader(ReadOnlyStorage):
 
     def check(self) -> None:
         """Raise if the cache is closed, or rows that this handle counts on were taken back."""
-        if self._memory is None:
-            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
-        if self.live.generation_word() != self.snapshot.generation_word:
+        self.check_since(self.mark())
+
+    def mark(self) -> int:
+        return self.snapshot.generation_word
+
+    def check_since(self, mark: int) -> None:
+        if self.live.generation_word() != mark:
+            if self.snapshot.generation_word != mark:
+                raise CacheChangedError(
+                    f"{self.path}: positions were taken back while they were being read: read again", path=self.path
+                )
             raise CacheChangedError(
                 f"{self.path}: was truncated by its writer since this handle last looked; call refresh()",
                 path=self.path,
@@ -187,16 +227,26 @@ class MappedReader(ReadOnlyStorage):
 
     @property
     def document(self) -> Document:
-        if self._document is None:
-            self._document = self.read_document(self.snapshot.slot)
-        return self._document
+        slot, known = self.snapshot.slot, self._document
+        if known is None or known[0] is not slot:
+            known = self._document = slot, self.read_document(slot)
+        return known[1]
 
     def read_document(self, slot: Slot) -> Document:
-        """Read the metadata that a commit names."""
+        """Read the metadata that a commit names.
+
+        Raises:
+            CacheChangedError: commits since have written over it.
+            CorruptCacheError: it is damaged.
+        """
         section = self.superblock.section(Section.METADATA)
         start = section.offset + slot.metadata_half * (section.size // 2)
         data = self.memory[start : start + slot.metadata_bytes]
         if checksum(data) != slot.metadata_checksum:
+            if self.slots.newest()[1].sequence > slot.sequence:
+                raise CacheChangedError(
+                    f"{self.path}: metadata was replaced since this handle last looked; call refresh()", path=self.path
+                )
             raise CorruptCacheError(f"{self.path}: metadata damaged: its checksum does not match", path=self.path)
         return Document.decode(data, self.path)
 
@@ -239,12 +289,12 @@ class MappedReader(ReadOnlyStorage):
 
     def _take(self, snapshot: Snapshot) -> None:
         """Make a snapshot this handle's view: positions complete in every layer."""
-        self.snapshot = snapshot
         length = min(snapshot.lengths)
         for layer in self.layers:
             layer.length = length
         self.token_len = min(snapshot.token_len, length)
-        self._document = None
+        # Last: who reads meanwhile in another thread has the mark of the lengths before, or lengths of this one.
+        self.snapshot = snapshot
 
     def refresh(self) -> bool:
         """Look again; True if there is more or less than before, or another commit.
@@ -252,23 +302,22 @@ class MappedReader(ReadOnlyStorage):
         Raises:
             CacheChangedError: another file has taken this one's place.
         """
-        if self._memory is None:
-            self.check()
-        if self.superseded():
-            raise CacheChangedError(
-                f"{self.path}: was replaced by a new file (resized or compacted); open it again",
-                path=self.path,
-            )
-        before = self.snapshot
-        self._take(self.look())
-        return self.snapshot != before
+        with self.lock:
+            if self.superseded():
+                raise CacheChangedError(
+                    f"{self.path}: was replaced by a new file (resized or compacted); open it again",
+                    path=self.path,
+                )
+            before = self.snapshot
+            self._take(self.look())
+            return self.snapshot != before
 
     def superseded(self) -> bool:
         """True if another file stands at the path in this one's place."""
         if self.live.get("superseded") == 1:
             return True
         # The mark is set right after the replacement; if its setter died in between, the name tells.
-        return self.file.stat().st_nlink == 0 and os.path.exists(self.path)
+        return self.status().st_nlink == 0 and os.path.exists(self.path)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every committed block with its checksum."""
@@ -304,20 +353,22 @@ class MappedReader(ReadOnlyStorage):
 
     def facts(self) -> dict[str, Any]:
         """What `inspect` shows of the file."""
-        slot, status = self.snapshot.slot, self.file.stat()
-        return {
-            "kind": "kvm",
-            "format_version": FORMAT_VERSION,
-            "file_bytes": status.st_size,
-            "disk_bytes": status.st_blocks * 512,
-            "created_ns": self.superblock.created_ns,
-            "commit_sequence": slot.sequence,
-            "committed_len": slot.seq_len,
-            "commit_ns": slot.commit_ns,
-            "generation": self.live.get("generation"),
-            "state": self._state(),
-            "writer_pid": max(self.live.get("writer_pid"), 0) if self.live.in_use() else 0,
-        }
+        with self.lock:
+            slot, live = self.snapshot.slot, self.live
+            status = self.status()
+            return {
+                "kind": "kvm",
+                "format_version": FORMAT_VERSION,
+                "file_bytes": status.st_size,
+                "disk_bytes": status.st_blocks * 512,
+                "created_ns": self.superblock.created_ns,
+                "commit_sequence": slot.sequence,
+                "committed_len": slot.seq_len,
+                "commit_ns": slot.commit_ns,
+                "generation": live.get("generation"),
+                "state": self._state(),
+                "writer_pid": max(live.get("writer_pid"), 0) if live.in_use() else 0,
+            }
 
     def _state(self) -> str:
         if not self.live.in_use():
@@ -326,12 +377,28 @@ class MappedReader(ReadOnlyStorage):
 
     def close(self) -> None:
         """Let go of the file. Views that were handed out keep their pages mapped until they are gone themselves."""
-        if self._memory is not None:
-            self._memory = None
-            del self.slots, self.live  # they hold the map too
-            for layer in self.layers:
-                layer._slabs = None
-            self.file.close()
+        with self.lock:
+            if self._memory is not None:
+                self._memory = None
+                self.slots = cast(Slots, _LetGo(self.path))  # they hold the map too
+                self.live = cast(LiveRecord, _LetGo(self.path))
+                for layer in self.layers:
+                    layer._slabs = None
+                self.file.close()
+
+
+class _LetGo:
+    """Stands where something was that `close` let go of, and tells who still reaches for it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise closed(self._path)
+
+
+def closed(path: str) -> ClosedError:
+    return ClosedError(f"{path}: the cache is closed", path=path)
 
 
 def open_file(path: str, *, writable: bool) -> PosixFile:

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ClosedError
+from ..errors import CacheChangedError, ClosedError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 from .base import Progress, Rows, VerifyReport, seq_len
+
+
+def closed() -> ClosedError:
+    return ClosedError("the cache is closed")
 
 
 class MemoryLayer:
@@ -26,6 +30,7 @@ class MemoryLayer:
         self.geometry = geometry
         self.capacity = capacity
         self.length = 0
+        self._taken_back = 0
         self._slabs: Rows | None = Rows.allocate(geometry, capacity)
         self._views: Rows | None = self._slabs.part(0, capacity)
         for view in self._views:
@@ -47,9 +52,10 @@ class MemoryLayer:
         self.length = length
 
     def slabs(self) -> Rows:
-        self.check()
-        assert self._views is not None
-        return self._views
+        views = self._views
+        if views is None:
+            raise closed()
+        return views
 
     def rows(self, start: int, stop: int) -> Rows:
         return self.slabs().part(start, stop)
@@ -66,9 +72,20 @@ class MemoryLayer:
     def release(self, start: int, stop: int) -> None:
         """They are nowhere else."""
 
+    def mark(self) -> int:
+        return self._taken_back
+
+    def check_since(self, mark: int) -> None:
+        if self._taken_back != mark:
+            raise CacheChangedError("positions were taken back while they were being read: read again")
+
     def check(self) -> None:
         if self._views is None:
-            raise ClosedError("the cache is closed")
+            raise closed()
+
+    def tell_truncation(self) -> None:
+        """Lengths were lowered, and what lies beyond them may be written over from now on."""
+        self._taken_back += 1
 
     def close(self) -> None:
         self._slabs = self._views = None
@@ -90,6 +107,12 @@ class MemoryStorage:
     @property
     def closed(self) -> bool:
         return self.layers[0]._views is None
+
+    def mark(self) -> int:
+        return self.layers[0].mark()
+
+    def check_since(self, mark: int) -> None:
+        self.layers[0].check_since(mark)
 
     def check(self) -> None:
         self.layers[0].check()
@@ -115,18 +138,22 @@ class MemoryStorage:
         self.check()
 
     def truncate(self, length: int) -> None:
-        self.check()
-        for layer in self.layers:
-            layer.length = min(layer.length, length)
-        self.token_len = min(self.token_len, length)
+        with self.lock:
+            self.check()
+            for layer in self.layers:
+                layer.length = min(layer.length, length)
+            self.token_len = min(self.token_len, length)
+            for layer in self.layers:
+                layer.tell_truncation()
 
     def refresh(self) -> bool:
         self.check()
         return False
 
     def close(self) -> None:
-        for layer in self.layers:
-            layer.close()
+        with self.lock:
+            for layer in self.layers:
+                layer.close()
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Memory carries no checksums: there is nothing to compare."""

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from ..errors import (
     CacheChangedError,
-    ClosedError,
     CorruptCacheError,
     KvmmapError,
     MetadataError,
@@ -219,8 +218,7 @@ class MappedWriter(MappedReader):
     # Appending
 
     def check(self) -> None:
-        if self._memory is None:
-            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
+        self.require_open()
 
     def check_writer(self) -> None:
         """Raise unless this process may write, and what it would build on is sound."""
@@ -255,7 +253,6 @@ class MappedWriter(MappedReader):
             which, slot = self._assure(which, slot)
             self.live.put("acknowledged", slot.sequence)
             self.snapshot = self.snapshot._replace(which=which, slot=slot)
-            self._document = None
         self._rows_hasher.rewind(slot.seq_len)
         self._tokens_hasher.rewind(slot.token_len)
         self._tail_checked = False
@@ -385,7 +382,6 @@ class MappedWriter(MappedReader):
         self.slots.write(self.file, which, slot)
         self._sync()
         self.snapshot = self.snapshot._replace(which=which, slot=slot)
-        self._document = None
 
     def _write_checksums(self, section: Section, first_block: int, sums: NDArray[np.uint64]) -> None:
         if len(sums):
@@ -400,7 +396,7 @@ class MappedWriter(MappedReader):
             # what was published can no longer be believed by anyone.
             self._poison, self._ready = error, False
             self.live.distrust()
-            self.live.put("generation", self._generation + 2)
+            self._change_generation(self._generation + 2)
             raise
 
     # Taking back
@@ -428,13 +424,17 @@ class MappedWriter(MappedReader):
             for layer in self.layers:
                 layer.publish(min(layer.length, length))
             self.publish_tokens(min(self.token_len, length))
-            self._generation += 2
-            self.live.put("generation", self._generation)
-            self.snapshot = self.snapshot._replace(generation_word=self.live.generation_word())
+            self._change_generation(self._generation + 2)
             self._taking_back = None
         except BaseException:
             self.unsettle()
             raise
+
+    def _change_generation(self, generation: int) -> None:
+        """Tell other processes, and reads in other threads of this one, that rows are not what they were."""
+        self._generation = generation
+        self.live.put("generation", generation)
+        self.snapshot = self.snapshot._replace(generation_word=self.live.generation_word())
 
     def _check_block(self, length: int) -> None:
         """The block that a truncation cuts gets a new checksum: see first that its old one holds."""
@@ -452,7 +452,9 @@ class MappedWriter(MappedReader):
                 )
 
     def refresh(self) -> bool:
-        """The writer sees all there is already."""
+        """The writer sees all there is already; a process that was forked from it does not."""
+        if os.getpid() != self._pid:
+            return super().refresh()
         self.check()
         return False
 

@@ -64,5 +64,11 @@ class ZarrLayer(ReadOnlyLayer):
     def release(self, start: int, stop: int) -> None:
         """What is kept of shards is bounded as it is."""
 
+    def mark(self) -> int:
+        return self._storage.mark()
+
+    def check_since(self, mark: int) -> None:
+        self._storage.check_since(mark)
+
     def check(self) -> None:
         self._storage.check()

@@ -7,11 +7,12 @@ after `truncate`, which the next root tells by its generation. What a writer doe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import numpy as np
@@ -74,6 +75,8 @@ class ZarrReader(ReadOnlyStorage):
         self.lock = threading.RLock()
         self.token_len = root.token_len
         self.closed = False
+        self.taken_back = 0
+        """Counts how often positions that were here were taken back."""
         self._cache_bytes = cache_bytes
         self._fetch_lock = threading.RLock()
         self._kept: OrderedDict[tuple[int, int], ShardRows] = OrderedDict()
@@ -97,6 +100,7 @@ class ZarrReader(ReadOnlyStorage):
     def pool(self) -> Executor:
         """Threads that wait for disks and servers; made when first needed, and anew in a forked child."""
         if self._pool is None or self._pool_pid != os.getpid():
+            self.check()
             count = REMOTE_THREADS if self.objects.remote else LOCAL_THREADS
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="kvmmap")
             self._pool_pid = os.getpid()
@@ -105,6 +109,28 @@ class ZarrReader(ReadOnlyStorage):
     def check(self) -> None:
         if self.closed:
             raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
+
+    def mark(self) -> int:
+        return self.taken_back
+
+    def check_since(self, mark: int) -> None:
+        self.check()
+        if self.taken_back != mark:
+            self._refuse_taken_back()
+
+    def _refuse_taken_back(self) -> NoReturn:
+        raise CacheChangedError(
+            f"{self.path}: positions were taken back while they were being read: read again", path=self.path
+        )
+
+    @contextlib.contextmanager
+    def _watching_closing(self) -> Iterator[None]:
+        """Say so if what goes wrong does so because another thread has closed the cache."""
+        try:
+            yield
+        except (RuntimeError, CancelledError):  # the threads that it was given to are gone
+            self.check()
+            raise
 
     def refuse_write(self) -> NoReturn:
         self.check()
@@ -117,8 +143,11 @@ class ZarrReader(ReadOnlyStorage):
         base = shard * self.layout.shard_tokens
         with self._fetch_lock:
             self.check()
+            if stop > self.layers[layer].length:  # since its length was looked at
+                self._refuse_taken_back()
             kept = self._require(layer, shard, start - base, stop - base, streamed=streamed)
-        return kept.views.part(start - base, stop - base)
+            # Still locked: room that nobody has views of is used again.
+            return kept.views.part(start - base, stop - base)
 
     def read_ahead(self, layer: int, shard: int, start: int, stop: int) -> None:
         """Start fetching shards from this one on, of positions [start, stop); then of the next layer, if all of this
@@ -184,8 +213,21 @@ class ZarrReader(ReadOnlyStorage):
         if blocks:
             if (layer, shard) not in self._kept:
                 self._kept[layer, shard] = self._room(self.geometry.layers[layer])
+            kept = self._kept[layer, shard]
+            grown = [block.number for block in blocks if kept.held[block.number]]
+            if grown:
+                self._renew(layer, shard, min(grown))
             target = self._kept[layer, shard]
             self._under_way[layer, shard] = self.fetch(layer, shard, target, blocks, self._start_sums(shard))
+
+    def _renew(self, layer: int, shard: int, first: int) -> None:
+        """Give a shard other room, with what it holds before a block: somebody may be reading where the rest lies."""
+        kept = self._kept[layer, shard]
+        fresh = self._room(self.geometry.layers[layer])
+        rows = first * self.geometry.block_tokens
+        fresh.rows.part(0, rows).fill(kept.rows.part(0, rows))
+        fresh.held[:first] = kept.held[:first]
+        self._kept[layer, shard] = fresh
 
     def fetch(self, layer: int, shard: int, target: ShardRows, blocks: Sequence[Block], sums: Sums) -> Fetch:
         """Start reading blocks of a shard, to be compared with these checksums."""
@@ -271,9 +313,8 @@ class ZarrReader(ReadOnlyStorage):
             for (layer, shard), kept in list(self._kept.items()):
                 if shard * size >= first_block:
                     del self._kept[layer, shard]
-                else:
-                    first = min(size, first_block - shard * size)
-                    kept.held[first:] = [0] * (size - first)
+                elif any(kept.held[first_block - shard * size :]):
+                    self._renew(layer, shard, first_block - shard * size)
 
     # Checksums
 
@@ -323,6 +364,10 @@ class ZarrReader(ReadOnlyStorage):
         return self.root.seq_len
 
     def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+        with self._watching_closing():
+            return self._committed_sums(first, stop)
+
+    def _committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
         size = self.layout.shard_blocks
         complete = min(stop, self.root.seq_len // self.geometry.block_tokens)
         parts = [np.zeros((0, self.geometry.num_layers), np.uint64)]
@@ -348,7 +393,7 @@ class ZarrReader(ReadOnlyStorage):
         return self.root.document
 
     def read_tokens(self, count: int) -> NDArray[np.int32]:
-        with self._fetch_lock:
+        with self._fetch_lock, self._watching_closing():
             if self._tokens is None or len(self._tokens) < count:
                 self._tokens = self._fetch_tokens()
             return self._tokens[:count].copy()
@@ -382,6 +427,10 @@ class ZarrReader(ReadOnlyStorage):
         Raises:
             CacheChangedError: another cache has taken this one's place.
         """
+        with self.lock:
+            return self._refresh()
+
+    def _refresh(self) -> bool:
         self.check()
         root, tag = read_root(self.objects)
         if root.cache_id != self.root.cache_id:
@@ -389,14 +438,17 @@ class ZarrReader(ReadOnlyStorage):
         if root.sequence == self.root.sequence:
             return False
         with self._fetch_lock:
+            self.check()
             complete = min(root.seq_len, self.root.seq_len) // self.geometry.block_tokens
             self._drop_kept(complete if root.generation == self.root.generation else 0)
             self._sums.clear()
             self._tokens = None
-            self.root, self.tag = root, tag
+            before, self.root, self.tag = self.root, root, tag
             self.token_len = root.token_len
             for layer in self.layers:
                 layer.length = root.seq_len
+            if root.generation != before.generation:
+                self.taken_back += 1
         return True
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
@@ -404,7 +456,8 @@ class ZarrReader(ReadOnlyStorage):
         from .zarr_verify import verify_group  # here, and not above, because verify uses this module's names
 
         self.check()
-        return verify_group(self, progress)
+        with self._watching_closing():
+            return verify_group(self, progress)
 
     def facts(self) -> dict[str, Any]:
         """What `inspect` shows of the group."""
@@ -427,8 +480,9 @@ class ZarrReader(ReadOnlyStorage):
 
     def close(self) -> None:
         """Let go of everything; views that were handed out stay valid."""
-        if not self.closed:
-            self._let_go()
+        with self.lock:
+            if not self.closed:
+                self._let_go()
 
     def _let_go(self) -> None:
         self.closed = True

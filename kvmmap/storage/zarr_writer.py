@@ -142,12 +142,14 @@ class ZarrWriter(ZarrReader):
     # Reading what is not stored yet
 
     def shard_part(self, layer: int, shard: int, start: int, stop: int, *, streamed: bool = False) -> Rows:
-        opened = self.layers[layer].open.get(shard)
-        if opened is None:
-            self._wait_for(layer, shard)
-            return super().shard_part(layer, shard, start, stop, streamed=streamed)
-        base = shard * self.layout.shard_tokens
-        return opened.memory.views.part(start - base, stop - base)
+        with self.lock:  # shards open, go out and are adopted as an append goes on
+            self.check()
+            opened = self.layers[layer].open.get(shard)
+            if opened is None:
+                self._wait_for(layer, shard)
+                return super().shard_part(layer, shard, start, stop, streamed=streamed)
+            base = shard * self.layout.shard_tokens
+            return opened.memory.views.part(start - base, stop - base)
 
     def read_ahead(self, layer: int, shard: int, start: int, stop: int) -> None:
         """A writer reads little."""
@@ -423,6 +425,7 @@ class ZarrWriter(ZarrReader):
             for layer in self.layers:
                 layer.length = min(layer.length, length)
                 self.roll_back(layer)
+            self.taken_back += 1
             self._drop_kept(length // self.geometry.block_tokens)
             self.publish_tokens(min(self.token_len, length))
 
