@@ -37,11 +37,12 @@ class Slots:
         Raises:
             CorruptCacheError: neither slot holds.
         """
-        a, b = self.read()
-        if b is not None and (a is None or b.sequence > a.sequence):
-            return 1, b
-        if a is not None:
-            return 0, a
+        for _ in range(3):  # a writer that commits twice may be caught in the middle of either
+            a, b = self.read()
+            if b is not None and (a is None or b.sequence > a.sequence):
+                return 1, b
+            if a is not None:
+                return 0, a
         raise CorruptCacheError(
             f"{self._path}: both commit records are damaged, so its length is unknown; restore it from a copy",
             path=self._path,
