@@ -12,7 +12,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_c
 help:
 	@echo 'make demo        a real model: save its prompt, reopen it in another process, go on from it'
 	@echo 'make test        the tests'
-	@echo 'make soak        the crash simulation at length'
+	@echo 'make soak        200,000 simulated power losses, and 1,000 writers killed beside readers (IMAGES=, KILLS=)'
 	@echo 'make test-model  the transformers integration with the weights of a small model'
 	@echo 'make lint        ruff, formatting, mypy --strict'
 	@echo 'make format      let ruff mend what it can'
@@ -52,9 +52,13 @@ $(BENCH)/.installed: $(SOURCES) $(wildcard benchmarks/requirements*.txt) demo/re
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
 
-# The crash simulation of tests/test_crash.py over some 200,000 images.
+# Some 23 images of a disk come of each history of the crash simulation.
+IMAGES ?= 200000
+KILLS ?= 1000
+
 soak: $(INSTALLED)
-	KVMMAP_HISTORIES=9000 $(VENV)/bin/pytest tests/test_crash.py
+	KVMMAP_HISTORIES=$$(($(IMAGES) / 1000 * 50)) $(VENV)/bin/pytest -s tests/test_crash.py
+	cd tests && ../$(VENV)/bin/python -m soak.kills --kills $(KILLS)
 
 # The transformers integration with the real weights of a small model.
 test-model: $(INSTALLED)

@@ -54,6 +54,7 @@ def run(folder: str, seed: int, mutation: Mutation | None = None) -> History:
 @pytest.mark.parametrize("batch", range(HISTORIES // BATCH))
 def test_nothing_is_lost_and_nothing_wrong_served(folder: str, batch: int) -> None:
     images = sum(run(folder, seed).images for seed in range(batch * BATCH, (batch + 1) * BATCH))
+    print(f"{images} images")
     assert images >= BATCH * IMAGES * 0.9
 
 

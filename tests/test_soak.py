@@ -1,0 +1,39 @@
+"""Writers killed at random moments, in short; and proof that the soak would see. `make soak` is the long form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = int(os.environ.get("KVMMAP_KILLS", "40"))
+MUTATIONS = ("publish-first", "truncate-silently", "forget-lengths", "commit-nothing")
+
+
+def soak(folder: Path, kills: int, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "soak.kills", "--folder", folder, "--kills", str(kills), *more],
+        capture_output=True,
+        text=True,
+        timeout=60 + 10 * kills,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+
+
+def test_nothing_is_lost_and_nothing_wrong_read(tmp_path: Path) -> None:
+    done = soak(tmp_path, KILLS)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("nothing lost, nothing wrong\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_soak_sees(tmp_path: Path, mutation: str) -> None:
+    done = soak(tmp_path, 300, "--mutation", mutation)
+    assert done.returncode == 1, f"{done.stdout}\nwith {mutation}, and nobody noticed"
+    assert "Error" in done.stderr
