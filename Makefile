@@ -25,12 +25,14 @@ help:
 MEASURED := .[transformers,zarr]
 
 # An environment is kvmmap in editable form and what the target needs besides; made again when these or the compiled
-# part have changed. $(call environment,FOLDER,WHAT) does it.
+# part have changed. $(call environment,FOLDER,WHAT) does it. Modules are byte-compiled as pip does with those that it
+# copies: where PYTHONDONTWRITEBYTECODE is set, every start of a program would compile them anew.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo '$(PYTHON) is older than 3.11: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	$(1)/bin/python -m compileall -q kvmmap cli
 	@touch $@
 endef
 
