@@ -6,12 +6,13 @@ shapes and dtypes, and errors in words. What does not: files, layers, and the ar
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -23,15 +24,32 @@ MIN_SCALE = 2.0**-23
 
 _F32 = np.dtype(np.float32)
 _F16 = np.dtype(np.float16)
-_BF16 = np.dtype(ml_dtypes.bfloat16)
 _INT8 = np.dtype(np.int8)
-_NUMBERS = {_F32: 0, _F16: 1, _BF16: 2}  # as _core counts them
-_DTYPES = {"float32": _F32, "float16": _F16, "bfloat16": _BF16}
+_USUAL: dict[str, tuple[np.dtype[Any], int]] = {"float32": (_F32, 0), "float16": (_F16, 1)}  # as _core counts
+_NAMES = ("float32", "float16", "bfloat16")
 _CPU = 1  # DLPack's kDLCPU
 
 # Below this many numbers a second thread never pays, and one need not ask how many processors there are.
 _ONE_THREAD = 1 << 18
 _BLOCK = 1 << 17  # numbers that `quantization_error` holds at a time
+
+
+@functools.cache
+def _bf16() -> np.dtype[Any]:
+    """bfloat16, which is not numpy's own. Its library is loaded when it is first needed: most programs never do."""
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
+def _number(dtype: np.dtype[Any]) -> int | None:
+    """Return what `_core` calls a dtype of rows, None if it is none."""
+    if dtype == _F32:
+        return 0
+    if dtype == _F16:
+        return 1
+    return 2 if dtype.kind == "V" and dtype == _bf16() else None
 
 
 def quantize_rows(
@@ -106,7 +124,7 @@ def dequantize_rows(
         DtypeError: codes are not int8, scales not f32, or `dtype` or out's is not one of the three.
         ReadOnlyError: `out` is not writable.
     """
-    target = _target(dtype)
+    target, number = _target(dtype)
     codes = _quantized(codes, "codes", _INT8)
     scales = _quantized(scales, "scales", _F32)
     shape = codes.shape
@@ -117,7 +135,7 @@ def dequantize_rows(
             actual=scales.shape,
         )
     out = np.empty(shape, target) if out is None else _check_out(out, "out", shape, target)
-    _core.dequantize_rows(codes, scales, shape[-1], _bits(out), _NUMBERS[target], thread_count(threads, codes.size))
+    _core.dequantize_rows(codes, scales, shape[-1], _bits(out), number, thread_count(threads, codes.size))
     return out
 
 
@@ -144,7 +162,7 @@ def quantization_error(original: Any, codes: NDArray[np.int8], scales: NDArray[n
         )
     total = 0.0
     for x, c, s in _blocks(rows, codes, scales):
-        wide = x.view(_BF16).astype(_F32) if x.dtype == np.uint16 else x.astype(_F32, copy=False)
+        wide = x.view(_bf16()).astype(_F32) if x.dtype == np.uint16 else x.astype(_F32, copy=False)
         difference = np.subtract(wide, dequantize_rows(c, s, threads=1), dtype=np.float64)
         total += float(np.abs(difference, out=difference).sum())
     return total / rows.size if rows.size else 0.0
@@ -170,7 +188,7 @@ def as_rows(x: Any) -> tuple[NDArray[Any], int]:
 def _as_array(x: Any) -> tuple[NDArray[Any], int]:
     """As `as_rows`, whatever the strides; never a copy."""
     if isinstance(x, np.ndarray):
-        number = _NUMBERS.get(x.dtype)
+        number = _number(x.dtype)
         if number is None:
             raise _wrong_dtype(x.dtype, "x.astype(np.float32)")
         return _bits(np.asarray(x)), number
@@ -201,7 +219,7 @@ def _as_array(x: Any) -> tuple[NDArray[Any], int]:
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
     """A view that has a buffer: bf16, which is not Python's, as its raw bits."""
-    return array.view(np.uint16) if array.dtype == _BF16 else array
+    return array.view(np.uint16) if _number(array.dtype) == 2 else array
 
 
 def _as_grid(rows: NDArray[Any]) -> NDArray[Any]:
@@ -251,27 +269,27 @@ def output_array(shape: tuple[int, ...], dtype: Any, out: Any = None) -> NDArray
     Raises:
         ShapeMismatchError, DtypeError, ReadOnlyError: as `dequantize_rows`.
     """
-    target = _target(dtype)
+    target, _ = _target(dtype)
     return np.empty(shape, target) if out is None else _check_out(out, "out", shape, target)
 
 
-def _target(dtype: Any) -> np.dtype[Any]:
-    return (_DTYPES.get(dtype) if type(dtype) is str else None) or _output_dtype(dtype)
+def _target(dtype: Any) -> tuple[np.dtype[Any], int]:
+    """Return the dtype that is asked for, and its number; the usual ones by the shortest way."""
+    return (_USUAL.get(dtype) if type(dtype) is str else None) or _unusual_target(dtype)
 
 
-def _output_dtype(dtype: Any) -> np.dtype[Any]:
-    found: np.dtype[Any] | None
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found not in _NUMBERS:
+def _unusual_target(dtype: Any) -> tuple[np.dtype[Any], int]:
+    number = None
+    with contextlib.suppress(TypeError):
+        dtype = _bf16() if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
+        number = _number(dtype)
+    if number is None:
         raise DtypeError(
             f'dtype must be "float32", "float16" or "bfloat16", not {dtype!r}',
-            expected=tuple(_DTYPES),
+            expected=_NAMES,
             actual=str(dtype),
         )
-    return found
+    return dtype, number
 
 
 def _quantized(array: Any, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -309,7 +327,7 @@ def _check_out(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 def _wrong_dtype(actual: Any, remedy: str) -> DtypeError:
     return DtypeError(
         f"rows must be float32, float16 or bfloat16, not {actual}: pass {remedy}",
-        expected=tuple(_DTYPES),
+        expected=_NAMES,
         actual=str(actual),
     )
 

@@ -595,7 +595,8 @@ def test_start_up_loads_only_what_it_needs(path: Path) -> None:
     program = f"""
 import sys, atexit
 from kvmmap_cli.main import main
-unwanted = ("rich", "torch", "zarr", "matplotlib", "tokenizers", "transformers", "hashlib", "kvmmap.copying")
+unwanted = ("rich", "torch", "zarr", "matplotlib", "tokenizers", "transformers", "hashlib", "ml_dtypes")
+unwanted += ("concurrent.futures", "kvmmap.copying")
 atexit.register(lambda: print([m for m in unwanted if m in sys.modules], file=sys.stderr))
 sys.argv = ["kvmmap", "inspect", "--json", {str(path)!r}]
 main()

@@ -5,7 +5,6 @@ Exit codes: 0 all is well, 1 a damaged cache, 2 a usage error or a path that can
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import signal
@@ -16,9 +15,6 @@ import click
 
 from . import commands
 from .output import INTERRUPTED, TERMINATED, USAGE, drop_output, failure, plain
-
-GARBAGE = 50_000
-"""Objects between two searches for garbage: loading modules makes many, and none of them is garbage."""
 
 
 class Commands(click.Group):
@@ -120,7 +116,6 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Be the program `kvmmap`."""
-    gc.set_threshold(GARBAGE)
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `kvmmap ... | head`: end quietly

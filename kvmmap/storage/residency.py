@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Ranges = Sequence[tuple[int, int]]
 """(start, stop) in bytes of the file."""
@@ -63,6 +66,9 @@ def stretches(
 
     if not parts:
         return
+    # Here, and not above: it takes longer to load than opening a file does, and few programs come by.
+    from concurrent.futures import ThreadPoolExecutor, wait
+
     with ThreadPoolExecutor(2) as helpers:
 
         def touch(part: range) -> list[Future[None]]:
