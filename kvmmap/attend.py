@@ -62,9 +62,10 @@ def attend_store(
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
     if store.in_memory and resident == "keep":
-        lse = attend_rows(
-            rows, dtype, store.rows(0, length), ranges, sight, geometry, result, threads=threads, layer=store.index
-        )
+        seen = visible_ranges(ranges, sight, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
+        store.prove(np.array(seen, np.int64).reshape(-1, 2))
+        whole = store.slabs().part(0, length)
+        lse = attend_rows(rows, dtype, whole, ranges, sight, geometry, result, threads=threads, layer=store.index)
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
         for start, piece in _pieces(store, ranges, sight, len(rows), resident):

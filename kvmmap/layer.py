@@ -215,7 +215,9 @@ class QuantizedKvLayer:
     @property
     def key_codes(self) -> NDArray[np.int8]:
         """Read-only view, int8 [len, num_kv_heads, head_dim]; zero copy. Its memory stays valid as long as the array
-        lives; its contents are the cache's until `truncate`."""
+        lives; its contents are the cache's until `truncate`. Where rows are compared with their checksums (see
+        `kvmmap.open`), all of the layer's are before the first view is given, and those of a view not again; a view
+        of a part costs less: `read_quantized`."""
         return self.read_quantized().key_codes
 
     @property
@@ -290,6 +292,7 @@ class QuantizedKvLayer:
             PositionOutOfRangeError: not all of them are stored.
             ShapeMismatchError, DtypeError: `out` or `dtype` does not fit.
             CacheChangedError: the writer took positions back since the last `refresh`.
+            CorruptCacheError: a block does not match its checksum (`verify` of `kvmmap.open`).
         """
         return self._read("key", start, stop, dtype, out, threads)
 
@@ -341,6 +344,7 @@ class QuantizedKvLayer:
         Raises:
             PositionOutOfRangeError: not all of them are stored.
             CacheChangedError: the writer took positions back since the last `refresh`.
+            CorruptCacheError: as in `read_keys`.
         """
         mark = self._store.mark()
         rows = self._store.rows(*self._check_range(start, stop))
@@ -405,6 +409,7 @@ class QuantizedKvLayer:
             NonFiniteError: a NaN or an infinity in the queries; names query (`position`) and query head.
             PositionOutOfRangeError: `positions` are not all stored, or a negative number.
             CacheChangedError: the writer took positions back since the last `refresh`.
+            CorruptCacheError: a block that is seen does not match its checksum (`verify` of `kvmmap.open`).
         """
         if not len(self):
             raise EmptyCacheError(f"nothing is stored{where(self._number())}: push or extend before attending")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
 from .errors import FormatError, KvmmapError, NotACacheError
 from .geometry import CacheGeometry, index
 from .metadata import Document, ModelInfo, document
-from .storage.base import Progress, Storage
+from .storage.base import Progress, Storage, Verify
 from .storage.mapped import MappedReader
 from .storage.placing import METADATA_ROOM, already_exists, place_file, remove_file
 from .storage.resize import resize_file
@@ -170,6 +170,7 @@ def open_cache(
     timeout: float = 0,
     durability: Durability = "publish",
     recover: bool = False,
+    verify: Verify = "read",
     storage_options: Mapping[str, Any] | None = None,
     break_lock: bool = False,
     cache_bytes: int | None = None,
@@ -183,18 +184,26 @@ def open_cache(
         timeout: with "a", seconds to wait for another writer to finish.
         durability: with "a", as in `create`.
         recover: believe only the last sound commit, where published lengths are damaged. A Zarr group has no others.
+        verify: when committed rows and token ids are compared with their checksums. "read": each block (256 positions
+            of a layer) when it is first read, attended over or viewed through this handle, which then remembers it.
+            "open": all of them, here and now, if the machine went down while a writer had the file open. "none":
+            only when `verify()` is called. Rows that no commit covers yet have no checksum. A Zarr group compares all
+            that it fetches, whatever is asked for.
         storage_options, break_lock: as in `create`.
         cache_bytes: of a Zarr group: fetched rows to keep in memory; 256 MiB by default.
 
     Raises:
         CacheNotFoundError: there is nothing at the path, or no such bucket.
-        NotACacheError, VersionMismatchError, CorruptCacheError: what is there can't be used.
+        NotACacheError, VersionMismatchError, CorruptCacheError: what is there can't be used. With verify="read",
+            whatever reads may raise CorruptCacheError later on.
         CacheLockedError: another writer holds it.
         AccessDeniedError, StoreError, MissingLibraryError: as in `create`.
         OSError: it can't be read, or with "a" written.
     """
     if mode not in ("r", "a"):
         raise KvmmapError(f'mode must be "r" (read) or "a" (append), not {mode!r}')
+    if verify not in get_args(Verify):
+        raise KvmmapError(f'verify must be "read", "open" or "none", not {verify!r}')
     storage: Storage
     if group := group_at(path_or_url, storage_options):
         from .storage.zarr_place import open_locked
@@ -213,10 +222,10 @@ def open_cache(
         return QuantizedKvCache.of_storage(storage)
     path = local_path(path_or_url)
     if mode == "r":
-        storage = MappedReader.open(path, recover=recover)
+        storage = MappedReader.open(path, recover=recover, verify=verify)
     else:
         storage = MappedWriter.open_locked(
-            path, timeout=timeout, durability=_check_durability(durability), recover=recover
+            path, timeout=timeout, durability=_check_durability(durability), recover=recover, verify=verify
         )
     return QuantizedKvCache.of_storage(storage)
 

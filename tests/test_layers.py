@@ -25,6 +25,7 @@ TABLE = [
     "storage.residency",
     "storage.live",
     "storage.slots",
+    "storage.proven",
     "storage.verify",
     "storage.mapped",
     "storage.extents",

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -36,15 +36,19 @@ NARROW = 80
 """Columns of a picture where there is no terminal."""
 
 
-def read(path: str, look: Callable[[QuantizedKvCache], T]) -> T:
-    """Open a cache for reading, look, and close it; look anew if its writer took positions back meanwhile."""
+def read(path: str, look: Callable[[QuantizedKvCache], T], verify: Literal["read", "none"] = "read") -> T:
+    """Open a cache for reading, look, and close it; look anew if its writer took positions back meanwhile.
+
+    Args:
+        verify: as in `kvmmap.open`; "none" for who compares everything with its checksums, or looks at damage.
+    """
     import kvmmap
 
     tries = 5
     while True:
         tries -= 1
         try:
-            with kvmmap.open(path) as cache:
+            with kvmmap.open(path, verify=verify) as cache:
                 return look(cache)
         except kvmmap.CacheChangedError:
             if not tries:

@@ -14,13 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
+
+Verify = Literal["read", "open", "none"]
+"""When rows are compared with their checksums without being asked: each block when it is first read through a handle;
+all when a file is opened that was not closed before the machine went down; or not."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -155,6 +159,14 @@ class LayerStore(Protocol):
 
     def stream(self, start: int, stop: int) -> Iterator[Rows]:
         """As `stretches`, and what is behind takes no memory any more: a stretch is to be used before the next."""
+
+    def prove(self, ranges: NDArray[np.int64]) -> None:
+        """Stored positions are about to be read from `slabs`, [k, 2] of (start, stop): see that their blocks match
+        their checksums, where that was not seen before. `rows`, `stretches` and `stream` do so themselves.
+
+        Raises:
+            CorruptCacheError: one does not.
+        """
 
     def expect(self, start: int, stop: int) -> None:
         """Stored positions [start, stop) will be read soon: start fetching them, where that takes its time."""

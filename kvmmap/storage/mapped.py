@@ -34,9 +34,10 @@ from ..format import FORMAT_VERSION, HEADER, PAGE, SLAB_SECTIONS, Section, Slot,
 from ..geometry import LayerGeometry
 from ..metadata import Document
 from . import residency
-from .base import Progress, Rows, VerifyReport
+from .base import Progress, Rows, Verify, VerifyReport
 from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
+from .proven import WHAT_TO_DO, Proven, prove_rows, prove_tokens
 from .readonly import ReadOnlyLayer, ReadOnlyStorage
 from .slots import Slots
 
@@ -52,6 +53,8 @@ class Snapshot(NamedTuple):
     lengths: list[int]
     token_len: int
     generation_word: int
+    proven: Proven | None
+    """Blocks that were compared with their checksums; None if they are not to be."""
 
 
 class MappedLayer(ReadOnlyLayer):
@@ -77,7 +80,13 @@ class MappedLayer(ReadOnlyLayer):
                 self._slabs = None
         return slabs
 
+    def prove(self, ranges: NDArray[np.int64]) -> None:
+        prove_rows(self._storage, self.index, ranges)
+
     def rows(self, start: int, stop: int) -> Rows:
+        proven = self._storage.snapshot.proven
+        if proven is not None and proven.below[self.index] < stop:
+            self.prove(np.array([[start, stop]], np.int64))
         return self.slabs().part(start, stop)
 
     def stretches(self, start: int, stop: int) -> Iterator[Rows]:
@@ -115,13 +124,18 @@ class MappedReader(ReadOnlyStorage):
 
     writable = False
 
-    def __init__(self, file: PosixFile, superblock: Superblock, *, recover: bool = False) -> None:
+    def __init__(
+        self, file: PosixFile, superblock: Superblock, *, recover: bool = False, verify: Verify = "read"
+    ) -> None:
         self.path: str = file.path
         self.geometry = superblock.geometry
         self.lock = threading.RLock()
         self.superblock = superblock
         self.file = file
         self.recover = recover
+        self._verify = verify
+        self.foreign = self.foreign_tokens = self.geometry.capacity
+        """Positions, from 0, that others may have written, and token ids."""
         memory, _ = file.map(0, superblock.file_bytes)
         expect_few_pages(memory, superblock.section(Section.TOKEN_IDS).offset)
         self._memory: mmap.mmap | None = memory
@@ -132,12 +146,29 @@ class MappedReader(ReadOnlyStorage):
         self._document: tuple[Slot, Document] | None = None
         self.snapshot = self.look()
         self._take(self.snapshot)
+        if verify == "open" and not self._went_down_well():
+            self._refuse_damage()
 
     @classmethod
-    def open(cls, path: str, *, recover: bool = False) -> MappedReader:
+    def open(cls, path: str, *, recover: bool = False, verify: Verify = "read") -> MappedReader:
         """Open a file for reading."""
         with closing_on_error(open_file(path, writable=False)) as file:
-            return cls(file, read_superblock(file), recover=recover)
+            return cls(file, read_superblock(file), recover=recover, verify=verify)
+
+    def _went_down_well(self) -> bool:
+        """False if the machine went down, or a sync failed, while a writer had the file open."""
+        return self.snapshot.live or (self.snapshot.slot.closed and not self.live.in_use())
+
+    def _refuse_damage(self) -> None:
+        report = self.verify()
+        for damage in report.damages:
+            more = f" (and {len(report.damages) - 1} more)" if len(report.damages) > 1 else ""
+            raise CorruptCacheError(
+                f"{self.path}: was not closed, and is damaged: {damage.what}{more}. {WHAT_TO_DO}",
+                path=self.path,
+                layer=damage.layer,
+                position=damage.start,
+            )
 
     def _live_record(self, memory: mmap.mmap) -> LiveRecord:
         offset = self.superblock.section(Section.LIVE).offset
@@ -223,6 +254,7 @@ class MappedReader(ReadOnlyStorage):
         return np.ndarray((self.geometry.capacity,), np.dtype("<i4"), self.memory, offset)
 
     def read_tokens(self, count: int) -> NDArray[np.int32]:
+        prove_tokens(self, count)
         return self.map_tokens()[:count].copy()
 
     @property
@@ -252,8 +284,11 @@ class MappedReader(ReadOnlyStorage):
 
     # Looking
 
-    def look(self) -> Snapshot:
+    def look(self, before: Snapshot | None = None) -> Snapshot:
         """Find the lengths that may be believed.
+
+        Args:
+            before: what was found the last time.
 
         Raises:
             CorruptCacheError: there are none, or published or acknowledged positions are missing.
@@ -268,7 +303,8 @@ class MappedReader(ReadOnlyStorage):
             # A truncation lowers the lengths first and changes the generation then: under an unchanged word they
             # belong to it, or are lower, and so sound.
             if wrong is None and self.live.generation_word() == word:
-                return Snapshot(which, slot, live, lengths, tokens, word)
+                proven = before.proven if before and before.generation_word == word else self._nothing_proven()
+                return Snapshot(which, slot, live, lengths, tokens, word, proven)
             time.sleep(0.0001 * attempt)  # a writer may be between two of its steps
         raise CorruptCacheError(
             f"{self.path}: {wrong or 'its generation is'} damaged; {slot.seq_len} positions of an earlier commit are "
@@ -276,6 +312,10 @@ class MappedReader(ReadOnlyStorage):
             path=self.path,
             position=slot.seq_len,
         )
+
+    def _nothing_proven(self) -> Proven | None:
+        geometry = self.geometry
+        return Proven(geometry.num_layers, geometry.capacity, geometry.block_tokens) if self._verify == "read" else None
 
     def _contradiction(self, slot: Slot, lengths: list[int] | None, tokens: int) -> str | None:
         """Name what can't be true: of published lengths if they are believed, else of the commit."""
@@ -309,7 +349,7 @@ class MappedReader(ReadOnlyStorage):
                     path=self.path,
                 )
             before = self.snapshot
-            self._take(self.look())
+            self._take(self.look(before))
             return self.snapshot != before
 
     def superseded(self) -> bool:
@@ -331,7 +371,11 @@ class MappedReader(ReadOnlyStorage):
         return self.snapshot.slot.seq_len
 
     def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
-        slot, layers = self.snapshot.slot, self.geometry.num_layers
+        return self.stored_sums(self.snapshot.slot, first, stop)
+
+    def stored_sums(self, slot: Slot, first: int, stop: int) -> NDArray[np.uint64]:
+        """As `committed_sums`, of the commit that is given."""
+        layers = self.geometry.num_layers
         complete = min(stop, slot.seq_len // self.geometry.block_tokens)
         offset = self.superblock.section(Section.CHECKSUMS).offset + 8 * first * layers
         sums = np.ndarray((max(0, complete - first), layers), np.dtype("<u8"), self.memory, offset).copy()
@@ -339,7 +383,16 @@ class MappedReader(ReadOnlyStorage):
             sums = np.concatenate([sums, np.array([slot.tail_checksums[:-1]], np.uint64)])
         return sums
 
+    def stored_token_sums(self, slot: Slot) -> NDArray[np.uint64]:
+        """Return the checksums of all blocks of token ids of a commit."""
+        complete, rest = divmod(slot.token_len, self.geometry.block_tokens)
+        offset = self.superblock.section(Section.TOKEN_CHECKSUMS).offset
+        sums = np.ndarray((complete,), np.dtype("<u8"), self.memory, offset)
+        return np.append(sums, np.array(slot.tail_checksums[-1:] if rest else (), np.uint64))
+
     def check_rows(self, start: int, stop: int) -> None:
+        if self._verify == "read":
+            return
         from .verify import check_blocks
 
         size = self.geometry.block_tokens

@@ -70,13 +70,14 @@ def check_blocks(reader: MappedReader, first: int, stop: int, slot: Slot | None 
                 yield Damage(f"layer {layer}, positions [{start}, {end}): {problem}", layer, start, end)
 
 
-def check_tokens(reader: MappedReader, slot: Slot) -> Iterator[Damage]:
-    """Yield what is wrong in the committed token ids."""
+def check_tokens(reader: MappedReader, slot: Slot, first: int = 0, stop: int | None = None) -> Iterator[Damage]:
+    """Yield what is wrong in blocks [first, stop) of a commit's token ids; in all of them by default."""
     size, layers = reader.geometry.block_tokens, reader.geometry.num_layers
     offset = reader.superblock.section(Section.TOKEN_IDS).offset
     complete = slot.token_len // size
     expected = [*_stored(reader, Section.TOKEN_CHECKSUMS, 0, complete), slot.tail_checksums[-1]]
-    for block in range(-(-slot.token_len // size)):
+    blocks = -(-slot.token_len // size)
+    for block in range(first, blocks if stop is None else min(stop, blocks)):
         start, end = block * size, min((block + 1) * size, slot.token_len)
         extents = [Extent(offset + 4 * start, 4 * (end - start))]
         problem = _compare(reader, extents, layers, block, end - start, expected[block])

@@ -27,13 +27,14 @@ from ..errors import (
 from ..format import Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
-from .base import Rows, seq_len
+from .base import Rows, Verify, seq_len
 from .checksums import BlockHasher
 from .file import PosixFile, closing_on_error
 from .forking import close_in_children, refuse_forked
 from .live import LiveRecord
 from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
 from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, replace_file
+from .proven import Proven
 
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
@@ -90,7 +91,13 @@ class MappedWriter(MappedReader):
     writable = True
 
     def __init__(
-        self, file: PosixFile, superblock: Superblock, *, durability: Durability, recover: bool = False
+        self,
+        file: PosixFile,
+        superblock: Superblock,
+        *,
+        durability: Durability,
+        recover: bool = False,
+        verify: Verify = "read",
     ) -> None:
         self._pid = os.getpid()
         self._poison: OSError | None = None
@@ -103,10 +110,11 @@ class MappedWriter(MappedReader):
         self._ready = False  # tail checked, settled, not poisoned: all that an append need look at
         self._generation = 1
         self._taking_back: int | None = None
-        super().__init__(file, superblock, recover=recover)
+        super().__init__(file, superblock, recover=recover, verify=verify)
         self._recover()
         size = self.geometry.block_tokens
         slot = self.snapshot.slot
+        self.foreign, self.foreign_tokens = slot.seq_len, slot.token_len
         self._rows_hasher = BlockHasher(_LazyTracks(self, self.geometry.num_layers), 0, size, slot.seq_len)
         self._tokens_hasher = BlockHasher([[self.map_tokens()]], self.geometry.num_layers, size, slot.token_len)
         close_in_children(file)
@@ -115,12 +123,18 @@ class MappedWriter(MappedReader):
 
     @classmethod
     def open_locked(
-        cls, path: str, *, timeout: float, durability: Durability = "publish", recover: bool = False
+        cls,
+        path: str,
+        *,
+        timeout: float,
+        durability: Durability = "publish",
+        recover: bool = False,
+        verify: Verify = "read",
     ) -> MappedWriter:
         """Open for appending, waiting up to `timeout` seconds for another writer to finish."""
         file, superblock = lock_file(path, timeout)
         with closing_on_error(file):
-            return cls(file, superblock, durability=durability, recover=recover)
+            return cls(file, superblock, durability=durability, recover=recover, verify=verify)
 
     @classmethod
     def create(
@@ -197,7 +211,8 @@ class MappedWriter(MappedReader):
         live.put("generation", self._generation)
         live.trust()
         lengths = [length] * self.geometry.num_layers
-        self._take(Snapshot(which, slot, True, lengths, tokens, live.generation_word()))
+        word = live.generation_word()
+        self._take(Snapshot(which, slot, True, lengths, tokens, word, before.proven))
 
     def _assure(self, which: int, slot: Slot) -> tuple[int, Slot]:
         """See to it that the commit that counts is durable, and that the other one promises no more than it.
@@ -280,6 +295,7 @@ class MappedWriter(MappedReader):
                 )
         if self._tokens_hasher.tails()[0] != slot.tail_checksums[-1]:
             raise CorruptCacheError(f"{self.path}: token ids damaged; nothing was appended", path=self.path)
+        self._note_proven(slot.seq_len, slot.token_len)
         self._tail_checked = True
 
     def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
@@ -396,7 +412,7 @@ class MappedWriter(MappedReader):
             # what was published can no longer be believed by anyone.
             self._poison, self._ready = error, False
             self.live.distrust()
-            self._change_generation(self._generation + 2)
+            self._change_generation(self._generation + 2, self.snapshot.proven)
             raise
 
     # Taking back
@@ -409,6 +425,7 @@ class MappedWriter(MappedReader):
                 self._check_block(length)
                 self._sync_name()
                 tokens = min(self.snapshot.slot.token_len, length)
+                self._note_proven(min(self.snapshot.slot.seq_len, length), tokens)
                 self._rows_hasher.rewind(length)
                 self._tokens_hasher.rewind(tokens)
                 # Both slots: the older one promises rows that are about to be overwritten.
@@ -424,25 +441,38 @@ class MappedWriter(MappedReader):
             for layer in self.layers:
                 layer.publish(min(layer.length, length))
             self.publish_tokens(min(self.token_len, length))
-            self._change_generation(self._generation + 2)
+            self.foreign, self.foreign_tokens = min(self.foreign, length), min(self.foreign_tokens, length)
+            proven = self.snapshot.proven
+            self._change_generation(self._generation + 2, proven and proven.cut(length))
             self._taking_back = None
         except BaseException:
             self.unsettle()
             raise
 
-    def _change_generation(self, generation: int) -> None:
+    def _change_generation(self, generation: int, proven: Proven | None) -> None:
         """Tell other processes, and reads in other threads of this one, that rows are not what they were."""
         self._generation = generation
         self.live.put("generation", generation)
-        self.snapshot = self.snapshot._replace(generation_word=self.live.generation_word())
+        self.snapshot = self.snapshot._replace(generation_word=self.live.generation_word(), proven=proven)
+
+    def _note_proven(self, length: int, token_len: int) -> None:
+        """The incomplete blocks, of rows and token ids, at these lengths were just compared with their checksums."""
+        proven, size = self.snapshot.proven, self.geometry.block_tokens
+        if proven is not None:
+            tracks = [length] * self.geometry.num_layers + [token_len]
+            for track, end in enumerate(tracks):
+                if end % size:
+                    proven.note(track, end // size, end % size)
 
     def _check_block(self, length: int) -> None:
         """The block that a truncation cuts gets a new checksum: see first that its old one holds."""
-        from .verify import check_blocks
+        from .verify import check_blocks, check_tokens
 
-        size = self.geometry.block_tokens
+        size, slot = self.geometry.block_tokens, self.snapshot.slot
         if length % size:
-            for damage in check_blocks(self, length // size, length // size + 1):
+            block = length // size
+            damages = [*check_blocks(self, block, block + 1), *check_tokens(self, slot, block, block + 1)]
+            for damage in damages:
                 raise CorruptCacheError(
                     f"{self.path}: {damage.what}; nothing was truncated: truncate({length // size * size}) leaves "
                     "the damaged block out",

@@ -44,7 +44,7 @@ def command(path: str, output: str | None, no_verify: bool, no_progress: bool) -
     target = output or f"{os.path.splitext(os.path.basename(path.rstrip('/')))[0]}.html"
     _check(path, target)
     with progress("comparing checksums", no_progress) as verifying, progress("reading", no_progress) as reading:
-        facts = read(path, lambda cache: _look(cache, None if no_verify else verifying or _quiet, reading))
+        facts = read(path, lambda cache: _look(cache, None if no_verify else verifying or _quiet, reading), "none")
     written = page.build(facts)
     _write(target, written)
     click.echo(f"{plain(target)}: {size(len(written.encode()))}")
