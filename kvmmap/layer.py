@@ -501,7 +501,8 @@ class QuantizedKvLayer:
         )
 
     def _check_range(self, start: int, stop: int | None) -> tuple[int, int]:
-        return check_range(start, len(self) if stop is None else stop, len(self), layer=self._store.index)
+        length = len(self)  # once: another thread may append or truncate
+        return check_range(start, length if stop is None else stop, length, layer=self._store.index)
 
     def _check_position(self, position: int) -> int:
         position = index(position, "position")
