@@ -10,19 +10,28 @@ from typing import Any
 
 
 class KvmmapError(Exception):
-    """Base of all errors of this package.
-
-    Attributes that don't apply to an error are None: `expected` and `actual` (shapes, sizes, names), `capacity`
-    (positions), `position`, `head`, `layer` (indices), `path` (str).
-    """
+    """Base of all errors of this package. Attributes that don't apply to an error are None."""
 
     expected: Any = None
+    """What there should have been: a shape, a size, a name."""
+
     actual: Any = None
+    """What there was instead."""
+
     capacity: int | None = None
+    """Positions reserved."""
+
     position: int | None = None
+    """Index of the token position concerned."""
+
     head: int | None = None
+    """Index of the KV head concerned."""
+
     layer: int | None = None
+    """Index of the layer concerned."""
+
     path: str | None = None
+    """The cache's path or URL."""
 
     def __init__(
         self,

@@ -48,7 +48,10 @@ class LayerDifference:
     """Which one, from 0."""
 
     keys: PartDifference
+    """How its keys differ."""
+
     values: PartDifference
+    """How its values differ."""
 
     @property
     def first(self) -> int | None:

@@ -40,7 +40,10 @@ class LayerStatistics:
     """Which one, from 0."""
 
     keys: RowStatistics
+    """Of all key rows."""
+
     values: RowStatistics
+    """Of all value rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +51,16 @@ class Outliers:
     """What stands out, the furthest first, `MOST_OUTLIERS` at most; key outliers are what attention feels first."""
 
     key_channels: tuple[ChannelOutlier, ...]
+    """Channels of keys that are larger than the others."""
+
     value_channels: tuple[ChannelOutlier, ...]
+    """Channels of values, likewise."""
+
     key_positions: tuple[PositionOutlier, ...]
+    """Key rows with a scale that is larger than the others of their head."""
+
     value_positions: tuple[PositionOutlier, ...]
+    """Value rows, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +80,7 @@ class CacheStatistics:
     """One a layer that was asked for, in order."""
 
     outliers: Outliers
+    """What stands out, over all layers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain JSON types."""

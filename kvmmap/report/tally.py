@@ -93,8 +93,13 @@ class PositionOutlier:
     """Its scale over the mean scale of the head's rows."""
 
     layer: int
+    """The layer that it is in."""
+
     position: int
+    """The token's index."""
+
     head: int
+    """The KV head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -105,7 +110,11 @@ class ChannelOutlier:
     """Its root mean square over all positions, over the median channel's."""
 
     layer: int
+    """The layer that it is in."""
+
     head: int
+    """The KV head."""
+
     channel: int
     """Index in the row, from 0 to head_dim - 1."""
 

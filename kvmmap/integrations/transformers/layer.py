@@ -42,24 +42,35 @@ class Pattern:
 
 
 class KvmmapLayer(CacheLayerMixin):
-    """A layer of a `KvmmapCache`."""
+    """A layer of a `KvmmapCache`, on transformers' own interface of cache layers."""
 
     is_compileable = False
+    """No: it is no part of a compiled graph."""
+
     is_croppable = True
+    """Yes, by its cache."""
+
     supports_early_init = False
+    """No: there is nothing to initialise."""
 
     def __init__(
         self, kind: LayerKind, pattern: Pattern, saved: QuantizedKvLayer | None, own: QuantizedKvLayer, kept: int
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kind = kind
+        """What the model's config says of the layer."""
         self.pattern = pattern
+        """What it has in common with others of its kind during a forward pass."""
         self.saved = saved
+        """The layer of a file that is only read, if there is one."""
         self.own = own
+        """What is appended to."""
         self.kept = kept
         """Positions that count of `saved`; `own` has those from there on."""
         self.is_sliding = kind.window is not None
+        """True if the model sees a window of it."""
         self.is_initialized = True
+        """Always."""
 
     def __len__(self) -> int:
         """Positions that the layer has, also those of a pass that has not reached all layers yet."""
