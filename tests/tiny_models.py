@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 import transformers as tf
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import DynamicCache
 
 import kvmmap
@@ -25,6 +28,7 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+CHAT = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}{{ 'assistant:' }}"
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -103,6 +107,16 @@ def model(family: str = "llama", attention: str | None = None, seed: int = 0, **
 def prompt(length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, [1, length]."""
     return torch.from_numpy(np.random.default_rng(seed).integers(1, COMMON["vocab_size"], (1, length)))
+
+
+def save_llama(folder: Path) -> None:
+    """Save a small model with a tokenizer whose tokens are bytes, as transformers does."""
+    model("llama", vocab_size=256, max_position_embeddings=2048).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT).save_pretrained(folder)
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""What mkdocs does to our pages besides: charts become part of them, and nothing is loaded from elsewhere.
+
+A chart is an image in Markdown, so that it is seen wherever Markdown is shown; put into the page itself it follows the
+colours that the reader chooses there.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1]
+CHART = re.compile(r'<img [^>]*src="([^"]*figures/[^"]+\.svg)"[^>]*>')
+SHIM = re.compile(r'(<script src=")https://unpkg\.com/iframe-worker/shim("></script>)')
+"""The theme's `offline` plugin loads it, so that search works in pages that are opened from disk."""
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Put charts where images of them are."""
+
+    def chart(image: re.Match[str]) -> str:
+        return (DOCS / posixpath.dirname(page.file.src_uri) / image[1]).read_text()
+
+    # The theme makes links of images relative to the page that is built, which lies as deep as its source.
+    return CHART.sub(chart, html)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Load our own copy of the one script that the theme has elsewhere."""
+    up = "../" * page.file.src_uri.count("/")
+    return SHIM.sub(rf"\g<1>{up}assets/iframe-worker.js\2", output)
+
+
+def on_post_template(output: str, **_: Any) -> str:
+    """404.html is for servers alone: no copy is needed."""
+    return SHIM.sub("", output)

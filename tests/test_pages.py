@@ -1,0 +1,45 @@
+"""The documentation's pages are programs that run, and print what they say they print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pages import Session
+from seaweed import Server
+from tiny_models import save_llama
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    """A reader in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    reader = Session(tmp_path)
+    yield reader
+    reader.close()
+
+
+def test_the_tutorial(session: Session) -> None:
+    session.run(DOCS / "tutorial.md")
+
+
+def test_more_than_memory(session: Session) -> None:
+    session.run(DOCS / "howto/larger-than-memory.md")
+
+
+def test_a_server(session: Session) -> None:
+    session.run(DOCS / "howto/server.md")
+
+
+def test_sharing_through_s3(session: Session, s3: Server) -> None:
+    session.environment |= s3.environment()
+    session.run(DOCS / "howto/share-s3.md")
+
+
+def test_saving_a_prompt(session: Session) -> None:
+    save_llama(session.folder / "model")
+    session.environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    session.run(DOCS / "howto/save-a-prompt.md")
