@@ -28,7 +28,8 @@ const AttendKernel& attend_kernel() {
 constexpr float nothing = -std::numeric_limits<float>::infinity();
 
 // Sums over more positions than this are put together from parts: f32 sums of a million terms, one by one, lose digits.
-constexpr int64_t part_positions = 4096;
+// A multiple of what kernels work on at a time: 64, and 272.
+constexpr int64_t part_positions = 4352;
 
 // Bytes of rows that are worth a thread: starting one costs some 10 us.
 constexpr int64_t thread_bytes = 256 * 1024;
@@ -125,11 +126,11 @@ void run_share(const AttendJob& job, const AttendKernel& kernel, const std::vect
         for (int64_t start = r.start; start < r.stop; start += part_positions) {
             const AttendRange piece{r.head, r.head_end, start, std::min(r.stop, start + part_positions)};
             if (walked + (piece.stop - piece.start) <= part_positions) {
-                kernel.walk(job, piece, prepared, state);
+                kernel.walk(job, piece, r.stop, prepared, state);
             } else {
                 if (!part) part = std::make_unique<State>(job.rows(), width);
                 each_row(job, r.head, r.head_end, [&](int64_t row) { clear(part->view, row, width); });
-                kernel.walk(job, piece, prepared, part->view);
+                kernel.walk(job, piece, r.stop, prepared, part->view);
                 each_row(job, r.head, r.head_end, [&](int64_t row) { merge(state, part->view, row, width); });
             }
             walked += piece.stop - piece.start;

@@ -69,8 +69,9 @@ struct AttendKernel {
     // Queries as the kernel wants them: bytes a row, and how to make one (times `factor`).
     int64_t (*query_bytes)(int64_t dim);
     void (*prepare)(const float* query, int64_t dim, float factor, void* prepared);
-    // Adds what `range` holds to the state. `prepared` has all rows.
-    void (*walk)(const AttendJob& job, const AttendRange& range, const char* prepared, AttendState state);
+    // Adds what `range` holds to the state. `prepared` has all rows of queries. What lies before row `coming` will be
+    // walked next, and may be fetched.
+    void (*walk)(const AttendJob& job, const AttendRange& range, int64_t coming, const char* prepared, AttendState state);
 };
 
 extern const AttendKernel attend_portable;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "attend_softmax.h"
 #include "lanes.h"
 
 namespace kvmmap {
@@ -63,6 +64,15 @@ class Ahead {
     const char *now_ = nullptr, *end_ = nullptr, *then_ = nullptr, *then_end_ = nullptr;
 };
 
+// Calls run(how many, the first) for rows [row, end): four at once as long as there are four.
+template <class Run>
+[[gnu::always_inline]] inline void in_fours(int64_t row, int64_t end, Run&& run) {
+    for (; row + 4 <= end; row += 4) run(std::integral_constant<int, 4>{}, row);
+    if (end - row == 3) run(std::integral_constant<int, 3>{}, row);
+    if (end - row == 2) run(std::integral_constant<int, 2>{}, row);
+    if (end - row == 1) run(std::integral_constant<int, 1>{}, row);
+}
+
 template <class Engine>
 class Walk {
     static constexpr int W = Engine::lanes;
@@ -72,24 +82,26 @@ class Walk {
   public:
     Walk(const AttendJob& job, const char* prepared, AttendState state)
         : job_(job), prepared_(prepared), state_(state), engine_(job.dim, job.value_dim),
-          query_bytes_(Engine::query_bytes(job.dim)), width_(Engine::width(job.value_dim)) {
+          query_bytes_(Engine::query_bytes(job.dim)), width_(Engine::width(job.value_dim)),
+          softmax_(job.softcap, state, width_) {
         sights_.reserve(job.n);
         for (int64_t i = 0; i < job.n; ++i) sights_.emplace_back(job, i);
     }
 
-    void run(const AttendRange& range) {
+    // Rows before `coming` will be walked next, and may be fetched.
+    void run(const AttendRange& range, int64_t coming) {
         for (int64_t start = range.start; start < range.stop; start += tile) {
             const int64_t count = std::min(tile, range.stop - start);
             for (int64_t head = range.head; head < range.head_end; ++head) {
-                run_head(head, start, count, ahead(range, start, head));
+                run_head(head, start, count, ahead(range, start, head, coming));
             }
         }
     }
 
   private:
     // A head's share of the next tile of all heads: they lie side by side.
-    Ahead ahead(const AttendRange& range, int64_t start, int64_t head) const {
-        if (start + 2 * tile > range.stop || range.head_end - range.head != job_.kv_heads) return {};
+    Ahead ahead(const AttendRange& range, int64_t start, int64_t head, int64_t coming) const {
+        if (start + 2 * tile > coming || range.head_end - range.head != job_.kv_heads) return {};
         const int64_t keys = tile * job_.dim, values = tile * job_.value_dim, next = (start + tile) * job_.kv_heads;
         return {job_.key_codes + next * job_.dim + head * keys, keys, job_.value_codes + next * job_.value_dim + head * values,
                 values};
@@ -108,15 +120,9 @@ class Walk {
         gather(job_.key_scales + start * heads + head, count, 1.0f, key_scales);
         gather(job_.value_scales + start * heads + head, count, sums_scale, value_scales);
 
-        const int64_t group = job_.group(), end = last * group;
-        int64_t row = first * group;
-        const auto run = [&](auto n, int64_t from) {
+        in_fours(first * job_.group(), last * job_.group(), [&](auto n, int64_t from) {
             run_rows<decltype(n)::value>(head, start, count, from, key_scales, value_scales, ahead);
-        };
-        for (; row + 4 <= end; row += 4) run(std::integral_constant<int, 4>{}, row);
-        if (end - row == 3) run(std::integral_constant<int, 3>{}, row);
-        if (end - row == 2) run(std::integral_constant<int, 2>{}, row);
-        if (end - row == 1) run(std::integral_constant<int, 1>{}, row);
+        });
     }
 
     void gather(const float* scales, int64_t count, float factor, float* out) const {
@@ -151,54 +157,14 @@ class Walk {
     // Scores -> weights of the values' codes, in place; false if they are all zero.
     bool weigh(int64_t row, float* scores, const Sight& sight, int64_t start, int64_t count, const float* key_scales,
                const float* value_scales) {
-        // What is beyond f32 stays below infinity: its difference to the highest must be a number.
-        const F high = L::all(0x1p126f), low = L::all(-0x1p126f);
-        for (int64_t j = 0; j < tile; j += W) {
-            const F s = L::load(scores + j) * L::load(key_scales + j);
-            L::store(scores + j, s > high ? high : s < low ? low : s);  // and a NaN stays one
-        }
-        if (job_.softcap > 0) cap(scores);
+        softmax_.scale(scores, key_scales, tile);
         if (count < tile || !sight.whole(start, start + count)) hide(scores, sight, start, count);
-
-        F highest = L::load(scores);
-        for (int64_t j = W; j < tile; j += W) highest = L::max(highest, L::load(scores + j));
-        const float best = Engine::highest(highest);
-        if (best == -std::numeric_limits<float>::infinity()) {
-            std::fill_n(scores, tile, 0.0f);
-            return false;
-        }
-        if (best > state_.top[row]) rescale(row, best);
-        const F top = L::all(state_.top[row]);
-        F total{};
-        for (int64_t j = 0; j < tile; j += W) {
-            const F p = L::exp2(L::load(scores + j) - top);
-            total += p;
-            L::store(scores + j, p * L::load(value_scales + j));
-        }
-        state_.total[row] += Engine::sum(total);
-        return true;
-    }
-
-    void cap(float* scores) const {
-        constexpr float log2_e = 1.44269504088896341f;
-        const F scale = L::all(1.0f / job_.softcap), back = L::all(job_.softcap * log2_e);
-        for (int64_t j = 0; j < tile; j += W) L::store(scores + j, L::tanh(L::load(scores + j) * scale) * back);
+        return softmax_.weigh(row, scores, value_scales, tile);
     }
 
     static void hide(float* scores, const Sight& sight, int64_t start, int64_t count) {
         for (int64_t j = 0; j < tile; ++j)
             if (j >= count || !sight.sees(start + j)) scores[j] = -std::numeric_limits<float>::infinity();
-    }
-
-    // A higher score than any before: what was summed counts for less.
-    void rescale(int64_t row, float best) {
-        const float before = state_.top[row];
-        state_.top[row] = best;
-        if (before == -std::numeric_limits<float>::infinity()) return;
-        const F factor = L::exp2(L::all(before - best));
-        state_.total[row] *= factor[0];
-        float* sums = state_.sums + row * width_;
-        for (int64_t i = 0; i < width_; i += W) L::store(sums + i, L::load(sums + i) * factor);
     }
 
     const AttendJob& job_;
@@ -207,12 +173,13 @@ class Walk {
     Engine engine_;
     typename Engine::Weights weights_;
     int64_t query_bytes_, width_;
+    Softmax<Engine> softmax_;
     std::vector<Sight> sights_;
 };
 
 template <class Engine>
-void walk(const AttendJob& job, const AttendRange& range, const char* prepared, AttendState state) {
-    Walk<Engine>(job, prepared, state).run(range);
+void walk(const AttendJob& job, const AttendRange& range, int64_t coming, const char* prepared, AttendState state) {
+    Walk<Engine>(job, prepared, state).run(range, coming);
 }
 
 template <class Engine>

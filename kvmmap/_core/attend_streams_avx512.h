@@ -1,0 +1,240 @@
+// Attention over 272 positions at a time, walked as 16 streams of 17 positions side by side: a lane a stream.
+//
+// A tile of 64 positions touches a head's share of every row, a kilobyte apart, and no hardware prefetcher follows that; what
+// software prefetches is bounded by the 24 lines that a core of Zen 4 can have under way to its first-level cache: half of
+// what it reads in order. A stream is read in order, all heads of a position and then those of the next, and 16 of them
+// are read about as fast as one. 17 positions, and not 16: streams that are a multiple of 4096 bytes apart would fall into
+// the same set of the first-level cache.
+//
+// One or two query rows a KV head are bounded by memory: values are walked in order, too, with the sums of all heads in
+// memory, and rows are fetched ahead in their stream. More of them are bounded by products: there the sums stay in
+// registers for a head's 272 positions, and what comes next is fetched into the second-level cache meanwhile.
+#pragma once
+
+#include <memory>
+
+#include "attend_bytes_avx512.h"
+
+namespace kvmmap {
+namespace {
+
+class Streams {
+    static constexpr int64_t lanes = 16, length = 17;
+
+  public:
+    static constexpr int64_t span = lanes * length;
+
+    static bool suit(const AttendJob& job, const AttendRange& range) {
+        return job.dim % 64 == 0 && job.value_dim % 64 == 0 && range.head == 0 && range.head_end == job.kv_heads &&
+               (few(job) || span * job.kv_heads * std::max(job.dim, job.value_dim) <= second_level);
+    }
+
+    Streams(const AttendJob& job, const char* prepared, AttendState state)
+        : job_(job), state_(state), heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)),
+          value_parts_(job.value_dim / 64), key_row_(heads_ * job.dim), value_row_(heads_ * job.value_dim),
+          softmax_(job.softcap, state, Bytes::width(job.value_dim)), worth_(heads_ * at_once_) {
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t r = 0; r < rows_; ++r) {
+                queries_.push_back(prepared + row_of(h, r) * Bytes::query_bytes(job.dim));
+                sums_.push_back(state.sums + row_of(h, r) * Bytes::width(job.value_dim));
+            }
+        const int64_t kept = few(job) ? heads_ * rows_ * value_parts_ * part_registers * 64 : 0;
+        memory_.reset(new char[64 + 4 * span * heads_ * (at_once_ + 2) + kept]);
+        weights_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+        key_scales_ = weights_ + heads_ * at_once_ * span;
+        value_scales_ = key_scales_ + heads_ * span;
+        kept_ = reinterpret_cast<__m512i*>(value_scales_ + heads_ * span);
+    }
+
+    // Every query sees all of the span that starts at row `start`.
+    bool see_all(int64_t start) const {
+        for (int64_t i = 0; i < job_.n; ++i)
+            if (!Sight(job_, i).whole(start, start + span)) return false;
+        return true;
+    }
+
+    // Adds the span at row `start` to the state. `more`: the span behind it is next.
+    void run(int64_t start, bool more) {
+        take_scales(job_.key_scales + start * heads_, 1.0f, key_scales_);
+        take_scales(job_.value_scales + start * heads_, sums_scale, value_scales_);
+        const Slab keys{job_.key_codes + start * key_row_, key_row_}, values{job_.value_codes + start * value_row_, value_row_};
+        const Slab next = more ? Slab{keys.codes + span * key_row_, key_row_} : Slab{};
+        for (int64_t row = 0; row < rows_; row += at_once_) {
+            const int64_t count = std::min(at_once_, rows_ - row);
+            const bool last = row + count == rows_;
+            score(start, keys, values, row, count, more && row == 0);
+            weigh(row, count);
+            if (few(job_)) add_in_order(values, next);
+            else add_by_head(values, last ? next : Slab{}, row, count);
+        }
+    }
+
+  private:
+    static constexpr int64_t most_rows = 16;               // of weights that are kept at a time, a head
+    static constexpr int64_t second_level = 640 * 1024;    // what may be fetched into that cache and stay there
+    static constexpr int64_t distance = 1024;              // to fetch ahead within a stream
+    static constexpr int part_registers = 2 * HalfSums::registers;  // of sums over 64 numbers
+
+    static bool few(const AttendJob& job) { return job.n * job.group() <= 2; }
+
+    // Row r of a head's queries, as the state counts them: over queries, and within a query over its query heads.
+    int64_t row_of(int64_t head, int64_t r) const {
+        return r / job_.group() * job_.q_heads + head * job_.group() + r % job_.group();
+    }
+
+    // One slab's share of a span.
+    struct Slab {
+        const int8_t* codes = nullptr;
+        int64_t row = 0;  // bytes
+
+        int64_t stream() const { return length * row; }
+        int64_t bytes() const { return lanes * stream(); }
+    };
+
+    // 16 lines to fetch at a time: one of each stream, or one after the other.
+    struct Lines {
+        const int8_t* first;
+        int64_t apart, step;
+
+        // Inlined by force, as Ahead's.
+        [[gnu::always_inline]] void fetch(int) {
+            if (!apart) return;
+            for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(first + i * apart, 0, 2);
+            first += step;
+        }
+    };
+
+    // What is `distance` ahead of byte `at` of each stream; behind the end of the streams come those of `then`.
+    static Lines streams_ahead(const Slab& now, const Slab& then, int64_t at) {
+        at += distance;
+        if (at < now.stream()) return {now.codes + at, now.stream(), 64};
+        at -= now.stream();
+        if (at < then.stream()) return {then.codes + at, then.stream(), 64};
+        return {nullptr, 0, 0};
+    }
+
+    // From byte `at` of a slab on, line by line.
+    static Lines lines_at(const Slab& slab, int64_t at) {
+        if (at >= slab.bytes()) return {nullptr, 0, 0};
+        return {slab.codes + at, 64, 64 * lanes};
+    }
+
+    // Scales of a span, times `factor`: [position][head] -> [head][position within its stream][stream].
+    void take_scales(const float* scales, float factor, float* out) const {
+        const int64_t stream = length * heads_;
+        const __m512 by = _mm512_set1_ps(factor);
+        int64_t h = 0, j = 0;
+        for (int64_t f = 0; f < stream; f += 16) {
+            const __mmask16 mask = stream - f >= 16 ? 0xffff : (1 << (stream - f)) - 1;
+            __m512i v[16];
+            for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_epi32(mask, scales + i * stream + f);
+            transpose_16(v);
+            for (int64_t i = 0; i < 16 && f + i < stream; ++i) {
+                _mm512_store_ps(out + h * span + j * lanes, _mm512_mul_ps(_mm512_castsi512_ps(v[i]), by));
+                if (++h == heads_) h = 0, ++j;
+            }
+        }
+    }
+
+    // Products of queries and keys, in place of the weights they will become.
+    void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
+        const auto* key_scales = reinterpret_cast<const char*>(job_.key_scales + (start + span) * heads_);
+        const auto* value_scales = reinterpret_cast<const char*>(job_.value_scales + (start + span) * heads_);
+        for (int64_t j = 0, step = 0; j < length; ++j) {
+            for (int64_t h = 0; h < heads_; ++h, ++step) {
+                if (more) {  // a line holds the scales of 16 positions and heads
+                    __builtin_prefetch(key_scales + step * 64, 0, 2);
+                    __builtin_prefetch(value_scales + step * 64, 0, 2);
+                }
+                const int64_t at = step * job_.dim;
+                Lines ahead = few(job_) ? streams_ahead(keys, values, at) : lines_at(values, row == 0 ? at * lanes : values.bytes());
+                in_fours(0, count, [&](auto n, int64_t r) {
+                    multiply_keys<decltype(n)::value>(keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
+                                                      weights_ + (h * at_once_ + r) * span + j * lanes, span, ahead);
+                    ahead.apart = 0;
+                });
+            }
+        }
+    }
+
+    void weigh(int64_t row, int64_t count) {
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t r = 0; r < count; ++r) {
+                float* weights = weights_ + (h * at_once_ + r) * span;
+                softmax_.scale(weights, key_scales_ + h * span, span);
+                softmax_.weigh(row_of(h, row + r), weights, value_scales_ + h * span, span);
+                worth_[h * at_once_ + r] = store_weights(weights, span, reinterpret_cast<char*>(weights));
+            }
+    }
+
+    WeightRows weight_rows(int64_t head, int64_t row, int64_t r) const {
+        const int64_t at = head * at_once_ + r;
+        return {reinterpret_cast<const char*>(weights_ + at * span), span * 4, &worth_[at], &sums_[head * rows_ + row + r]};
+    }
+
+    void add_by_head(const Slab& values, const Slab& next, int64_t row, int64_t count) {
+        int64_t at = 0;
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t d = 0; d < job_.value_dim; d += 64, at += length * 64 * lanes) {
+                Lines ahead = lines_at(next, at);
+                in_fours(0, count, [&](auto n, int64_t r) {
+                    multiply_values<decltype(n)::value>(values.codes + h * job_.value_dim, values.row, values.stream(), length,
+                                                        weight_rows(h, row, r), d, ahead);
+                    ahead.apart = 0;
+                });
+            }
+    }
+
+    void add_in_order(const Slab& values, const Slab& next) {
+        std::fill_n(kept_, heads_ * rows_ * value_parts_ * part_registers, _mm512_setzero_si512());
+        for (int64_t j = 0; j < length; ++j)
+            for (int64_t h = 0; h < heads_; ++h) {
+                const int64_t at = (j * heads_ + h) * job_.value_dim;
+                Lines ahead = streams_ahead(values, next, at);
+                __m512i* sums = kept_ + h * rows_ * value_parts_ * part_registers;
+                for (int64_t d = 0; d < job_.value_dim; d += 64) {
+                    ahead.fetch(16);
+                    for (int64_t r = 0; r < rows_; ++r, sums += part_registers)
+                        add_16(values.codes + at + d, values.stream(), weight_rows(h, 0, r).digits + j * 64, sums);
+                }
+            }
+        const __m512i* sums = kept_;
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t d = 0; d < job_.value_dim; d += 64)
+                for (int64_t r = 0; r < rows_; ++r, sums += part_registers) {
+                    const WeightRows rows = weight_rows(h, 0, r);
+                    HalfSums(sums).add_to(rows.sums[0] + d, rows.worth[0]);
+                    HalfSums(sums + HalfSums::registers).add_to(rows.sums[0] + d + 32, rows.worth[0]);
+                }
+    }
+
+    // One query row, a position of every stream, 64 numbers.
+    [[gnu::noinline]] static void add_16(const int8_t* values, int64_t stream, const char* weights, __m512i* sums) {
+        HalfSums first(sums), second(sums + HalfSums::registers);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q, values += 4 * stream, weights += step_digits) {
+            const FourRows four(values, stream);
+            __m512i a, b;
+            four.half<false>(a, b);
+            first.add(a, b, weights);
+            four.half<true>(a, b);
+            second.add(a, b, weights);
+        }
+        first.keep(sums), second.keep(sums + HalfSums::registers);
+    }
+
+    const AttendJob& job_;
+    AttendState state_;
+    int64_t heads_, rows_, at_once_, value_parts_, key_row_, value_row_;
+    Softmax<Bytes> softmax_;
+    std::vector<float> worth_;             // [head][row] of one unit of a weight
+    std::vector<const char*> queries_;     // [head][row], as prepared
+    std::vector<float*> sums_;             // [head][row], in the state
+    std::unique_ptr<char[]> memory_;       // of the four below
+    float* weights_;                       // [head][row][position within its stream][stream]; digits, in the end
+    float *key_scales_, *value_scales_;    // [head][position within its stream][stream]
+    __m512i* kept_;                        // [head][64 numbers][row][sums] of whole numbers
+};
+
+}  // namespace
+}  // namespace kvmmap
