@@ -46,13 +46,14 @@ from .errors import (
 from .geometry import CacheGeometry, LayerGeometry
 from .layer import QuantizedKvLayer
 from .metadata import ModelInfo
-from .opening import compact, create, fork, remove, resize
+from .opening import compact, create, fork, remove, repair, resize
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.base import Damage, VerifyReport
 
 if TYPE_CHECKING:
     from .copying import CopyReport, copy, fetch
+    from .storage.repair import RepairReport
     from .tensors import export_tensors, import_tensors
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 # What few programs use, and takes long to load (hashlib and the like), is loaded when it is first used.
 _LATER = {
     "CopyReport": "copying",
+    "RepairReport": "storage.repair",
     "copy": "copying",
     "fetch": "copying",
     "export_tensors": "tensors",
@@ -114,6 +116,7 @@ __all__ = [
     "QuantizedKvCache",
     "QuantizedKvLayer",
     "ReadOnlyError",
+    "RepairReport",
     "ShapeMismatchError",
     "StoreError",
     "UnsupportedModelError",
@@ -133,6 +136,7 @@ __all__ = [
     "quantization_error",
     "quantize_rows",
     "remove",
+    "repair",
     "report",
     "resize",
 ]

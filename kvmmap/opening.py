@@ -1,4 +1,4 @@
-"""Caches by path or URL: create, open, resize, compact, fork, remove.
+"""Caches by path or URL: create, open, resize, compact, fork, repair, remove.
 
 Which storage a path means is decided here and known nowhere else.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .cache import QuantizedKvCache
 from .errors import FormatError, KvmmapError, NotACacheError
@@ -20,6 +20,9 @@ from .storage.placing import METADATA_ROOM, already_exists, place_file, remove_f
 from .storage.resize import resize_file
 from .storage.writer import Durability, MappedWriter
 from .storage.zarr_objects import Objects
+
+if TYPE_CHECKING:
+    from .storage.repair import RepairReport
 
 PathLike = str | os.PathLike[str]
 
@@ -300,6 +303,44 @@ def fork(
         progress=progress,
     )
     return QuantizedKvCache.of_storage(storage)
+
+
+def repair(
+    path: PathLike,
+    new_path: PathLike,
+    *,
+    zero: Collection[tuple[int | None, int]] = (),
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Save what is sound of a damaged cache file into a new one. The damaged one is only read.
+
+    Positions are kept from 0 up to the first block (256 positions) that does not match its checksum in some layer: with
+    a hole in the middle, later positions would move, or mean something else. Published positions that no commit covers
+    come along if all before them does, as far as they would be shown. Token ids are kept up to the first block of
+    them that does not hold. Records that lead to the rows may be damaged, also several of them; of a file whose
+    superblock is damaged nothing can be saved.
+
+    Args:
+        path: the damaged file; no writer may have it open.
+        new_path: where to put what is saved; there must be nothing.
+        zero: (layer, block) that are to be zeros if they are damaged, so that what is behind them is not lost;
+            (None, block) for token ids, which become -1. Attention gives rows of zeros a weight like any others, so
+            leave them out with `positions`. Their token ids become -1, and the metadata's "kvmmap.repair" lists them.
+        progress: called with (positions done, positions in all) now and then.
+
+    Returns:
+        What was kept, and what was found.
+
+    Raises:
+        CorruptCacheError: nothing can be saved; nothing was made.
+        NotACacheError, VersionMismatchError: `path` is no cache file that this package reads.
+        CacheExistsError: there is something at `new_path`.
+        CacheLockedError: a writer has the damaged file open.
+        OSError: the disk is full or failing; nothing was made.
+    """
+    from .storage.repair import repair_file
+
+    return repair_file(local_path(path), local_path(new_path), zero=zero, progress=progress)
 
 
 def remove(

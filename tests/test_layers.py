@@ -32,6 +32,8 @@ TABLE = [
     "storage.placing",
     "storage.writer",
     "storage.resize",
+    "storage.wreck",
+    "storage.repair",
     "storage.fork",
     "storage.zarr_needs",
     "storage.zarr_objects",

@@ -308,7 +308,8 @@ class MappedReader(ReadOnlyStorage):
             time.sleep(0.0001 * attempt)  # a writer may be between two of its steps
         raise CorruptCacheError(
             f"{self.path}: {wrong or 'its generation is'} damaged; {slot.seq_len} positions of an earlier commit are "
-            "intact: kvmmap.open(path, recover=True) goes back to them",
+            "intact: kvmmap.open(path, recover=True) goes back to them, `kvmmap repair PATH NEW_PATH` saves what is "
+            "sound",
             path=self.path,
             position=slot.seq_len,
         )

@@ -38,14 +38,15 @@ def lock_file(path: str, timeout: float) -> tuple[PosixFile, Superblock]:
         with closing_on_error(file):
             superblock = read_superblock(file)  # first: what is no cache is not locked
             if not file.lock(max(0.0, deadline - time.monotonic())):
-                _locked(file, superblock)
+                refuse_locked(file, superblock)
             if file.is_at(file.path):
                 return file, superblock
         # While we waited, the file was replaced (resized) or removed: the lock is on one that nobody will open.
         file.close()
 
 
-def _locked(file: PosixFile, superblock: Superblock) -> NoReturn:
+def refuse_locked(file: PosixFile, superblock: Superblock) -> NoReturn:
+    """Raise for a file whose lock another writer holds."""
     pid = map_live(file, superblock, writable=False).get("writer_pid")
     who = f"process {pid}" if pid > 0 else "another process"
     if pid == os.getpid():

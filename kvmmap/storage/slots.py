@@ -44,7 +44,8 @@ class Slots:
             if a is not None:
                 return 0, a
         raise CorruptCacheError(
-            f"{self._path}: both commit records are damaged, so its length is unknown; restore it from a copy",
+            f"{self._path}: both commit records are damaged, so its length is unknown; "
+            "`kvmmap repair PATH NEW_PATH` saves the blocks that hold",
             path=self._path,
         )
 

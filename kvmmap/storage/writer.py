@@ -34,7 +34,7 @@ from .forking import close_in_children, refuse_forked
 from .live import LiveRecord
 from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
 from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, replace_file
-from .proven import Proven
+from .proven import WHAT_TO_DO, Proven
 
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
@@ -288,13 +288,15 @@ class MappedWriter(MappedReader):
                 start = slot.seq_len - slot.seq_len % self.geometry.block_tokens
                 raise CorruptCacheError(
                     f"{self.path}: layer {layer} is damaged in positions [{start}, {slot.seq_len}): their checksum "
-                    "does not match; nothing was appended",
+                    "does not match; nothing was appended. {WHAT_TO_DO}",
                     path=self.path,
                     layer=layer,
                     position=start,
                 )
         if self._tokens_hasher.tails()[0] != slot.tail_checksums[-1]:
-            raise CorruptCacheError(f"{self.path}: token ids damaged; nothing was appended", path=self.path)
+            raise CorruptCacheError(
+                f"{self.path}: token ids damaged; nothing was appended. {WHAT_TO_DO}", path=self.path
+            )
         self._note_proven(slot.seq_len, slot.token_len)
         self._tail_checked = True
 

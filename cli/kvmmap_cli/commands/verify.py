@@ -63,6 +63,8 @@ def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[Render
         f"checked {count(report.blocks, 'block')}, {size(report.bytes)}: {count(report.verified, 'position')} in "
         f"{count(num_layers, 'layer')}"
     )
+    if not report.sound and report.path is not None and report.path.endswith(".kvm"):
+        yield "kvmmap repair PATH NEW_PATH saves what is sound in a new file"
     unverified = report.seq_len - report.verified
     if unverified:
         yield f"not checked: {count(unverified, 'position')} not yet committed, [{report.verified}, {report.seq_len})"
