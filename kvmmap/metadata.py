@@ -6,6 +6,7 @@ Pure: encodes, decodes and checks. It must not know where the bytes are kept.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from .errors import CorruptCacheError, MetadataError
 
 MAX_METADATA_BYTES = 16 * 2**20
+MAX_DEPTH = 100
+"""Objects and arrays within one another: whoever copies or prints metadata does so recursively."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Document:
         """Return the document as UTF-8 JSON.
 
         Raises:
-            MetadataError: something in it is not plain JSON (NaN and infinity are not).
+            MetadataError: something in it is not plain JSON (NaN and infinity are not), or it is nested too deep.
         """
         if not isinstance(self.metadata, Mapping):
             raise MetadataError(
@@ -54,8 +57,10 @@ class Document:
                 expected="dict",
                 actual=type(self.metadata).__name__,
             )
-        model = None if self.model is None else asdict(self.model)
         try:
+            model = None if self.model is None else asdict(self.model)
+            if model is not None:
+                _model(model)
             text = json.dumps({"model": model, "metadata": dict(self.metadata)}, allow_nan=False, separators=(",", ":"))
             data = text.encode()
         except (TypeError, ValueError, RecursionError) as error:
@@ -63,6 +68,8 @@ class Document:
         # What comes back must be what went in: JSON would turn a key 1 into "1" and a tuple into a list, silently.
         if not _has_str_keys(self.metadata):
             raise MetadataError("metadata keys must all be str: JSON has no other kind")
+        if _is_deep(self.metadata) or _is_deep(model):
+            raise MetadataError(f"metadata must not be nested more than {MAX_DEPTH} deep")
         if len(data) > MAX_METADATA_BYTES:
             raise MetadataError(f"metadata is {len(data):,} bytes of JSON; the limit is {MAX_METADATA_BYTES:,}")
         return data
@@ -75,11 +82,12 @@ class Document:
             CorruptCacheError: it is not such a document.
         """
         try:
-            raw = json.loads(data, parse_constant=_refuse_constant)
+            raw = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
             model, metadata = raw["model"], raw["metadata"]
+            if _is_deep(model) or _is_deep(metadata):
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
             if model is not None:
-                known = {f.name for f in fields(ModelInfo)}
-                model = ModelInfo(**{name: value for name, value in model.items() if name in known})
+                model = _model(model)
             if not isinstance(metadata, dict):
                 raise TypeError("metadata is not an object")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -94,6 +102,30 @@ def document(metadata: Mapping[str, Any] | None, model: ModelInfo | None) -> Doc
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is not a number that JSON's readers agree on")
+    return number
+
+
+def _model(facts: dict[str, Any]) -> ModelInfo:
+    """Take what is known of a model; what a later version has added is left alone."""
+    known = {f.name: facts[f.name] for f in fields(ModelInfo) if f.name in facts}
+    for name, value in known.items():
+        if not isinstance(value, dict if name == "rope" else str | None):
+            raise TypeError(f"the model's {name} is {type(value).__name__}")
+    return ModelInfo(**known)
+
+
+def _is_deep(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return depth >= MAX_DEPTH or any(_is_deep(inner, depth + 1) for inner in value)
 
 
 def _has_str_keys(value: Any) -> bool:

@@ -185,6 +185,16 @@ def test_metadata(make_cache: MakeCache) -> None:
         with pytest.raises(kvmmap.MetadataError):
             make_cache(1, metadata=bad)
     assert cache.metadata == {"other": 1}
+    deep: dict[str, object] = {}
+    for _ in range(99):
+        deep = {"deeper": deep}
+    cache.metadata = deep
+    assert cache.metadata == deep
+    with pytest.raises(kvmmap.MetadataError, match="nested more than 100 deep"):
+        cache.metadata = {"one": {"too": deep}}
+    with pytest.raises(kvmmap.MetadataError, match="the model's name is int"):
+        cache.model = kvmmap.ModelInfo(name=5)  # type: ignore[arg-type]
+    assert cache.metadata == deep
     cyclic: dict[str, object] = {}
     cyclic["self"] = cyclic
     with pytest.raises(kvmmap.MetadataError):
