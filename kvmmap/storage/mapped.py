@@ -325,7 +325,7 @@ class MappedReader(ReadOnlyStorage):
             return "the last commit record is" if lost else None
         capacity = self.geometry.capacity
         # Lengths are lowered only after a shorter commit.
-        sound = slot.seq_len <= min(lengths) and max(lengths) <= capacity and 0 <= tokens <= capacity
+        sound = slot.seq_len <= min(lengths) and max(lengths) <= capacity and slot.token_len <= tokens <= capacity
         return None if sound else "the published lengths are"
 
     def _take(self, snapshot: Snapshot) -> None:

@@ -180,7 +180,7 @@ class MappedWriter(MappedReader):
         """Rows to quantise into: a stretch, and its first position. Layers of one shape share them."""
         if geometry not in self._scratches:
             fitting = 1 << (max(STRETCH_BYTES // geometry.position_bytes, 1).bit_length() - 1)
-            count = max(1, min(fitting, self.geometry.capacity))
+            count = min(fitting, self.geometry.capacity)  # none at capacity 0, of a position that may be gigabytes
             rows = Rows.allocate(geometry, count)
             self._scratches[geometry] = rows, rows.part(0, 1)
         return self._scratches[geometry]
