@@ -7,13 +7,14 @@ BENCH := .venv-bench
 DOCS := .venv-docs
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: help test soak test-model lint format bench demo picture docs wheel clean
+.PHONY: help test soak fuzz sanitize test-model lint format bench demo picture docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        a real model: save its prompt, reopen it in another process, go on from it'
 	@echo 'make test        the tests'
 	@echo 'make soak        200,000 simulated power losses, and 1,000 writers killed beside readers (IMAGES=, KILLS=)'
+	@echo 'make fuzz        a million hostile files: nothing but errors of its own may come of them (EXECUTIONS=)'
 	@echo 'make test-model  the transformers integration with the weights of a small model'
 	@echo 'make lint        ruff, formatting, mypy --strict'
 	@echo 'make format      let ruff mend what it can'
@@ -66,6 +67,11 @@ KILLS ?= 1000
 soak: $(INSTALLED)
 	KVMMAP_HISTORIES=$$(($(IMAGES) / 1000 * 50)) $(VENV)/bin/pytest -s tests/test_crash.py
 	cd tests && ../$(VENV)/bin/python -m soak.kills --kills $(KILLS)
+
+EXECUTIONS ?= 1000000
+
+fuzz: $(INSTALLED)
+	cd tests && ../$(VENV)/bin/python -m fuzz.run --executions $(EXECUTIONS)
 
 # The transformers integration with the real weights of a small model.
 test-model: $(INSTALLED)

@@ -100,7 +100,7 @@ class Soak:
 
     def wait_for_progress(self) -> None:
         """Until the writer has logged a random number of bytes: nothing yet, its opening, or some operations."""
-        wanted = self.random.choice((0, 1, self.random.randint(1, 1500)))
+        wanted = self.random.choice((0, 1, *[self.random.randint(1, 1500)] * 4))
         end = time.monotonic() + 20
         while self.log.size() < wanted and time.monotonic() < end and not (self.folder / "failed").exists():
             time.sleep(0.0002)

@@ -1,0 +1,202 @@
+"""Fuzz: `python -m fuzz.run --executions 1000000`. Hostile files are built, and everything is done with each.
+
+A worker process does it, so that a crash or a hang is seen and told from which recipe it came. Recipes that lead to an
+outcome not seen before are mutated further; each run first goes through those of `corpus/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import mmap
+import os
+import resource
+import shlex
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
+
+from kvmmap.storage.mapped import MappedReader
+
+from .execute import Watch, execute
+from .image import Recipe, build
+from .mutate import key, mutate, seeds
+
+CORPUS = Path(__file__).parent / "corpus" / "recipes.jsonl"
+SECONDS_EACH = 20
+"""No file may keep kvmmap busy for longer, on however loaded a machine."""
+
+ROOM = 1 << 30
+"""Bytes of address space that a worker may take more than it had before the first file."""
+
+LONGEST = 1 << 28
+"""Bytes of a file; all of it is mapped, and a map is address space."""
+
+SHELL_EVERY = 500
+
+
+MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "none": nullcontext,
+    "sections-unchecked": lambda: mock.patch("kvmmap.format.superblock._check_sections"),
+    "lengths-unchecked": lambda: mock.patch.object(MappedReader, "_contradiction", return_value=None),
+    "depth-unchecked": lambda: mock.patch("kvmmap.metadata._is_deep", return_value=False),
+}
+"""What fuzzing must notice: checks that are left out."""
+
+
+class Shared:
+    """What the worker is at, for whoever finds it dead: numbers and the recipe."""
+
+    SIZE = 1 << 20
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, self.SIZE)
+
+    def put(self, done: int, recipe: str) -> None:
+        data = recipe.encode()
+        self.memory[8 : 12 + len(data)] = struct.pack("<I", len(data)) + data
+        self.memory[:8] = struct.pack("<Q", done)
+
+    @property
+    def done(self) -> int:
+        number: int = struct.unpack("<Q", self.memory[:8])[0]
+        return number
+
+    @property
+    def recipe(self) -> str:
+        (size,) = struct.unpack("<I", self.memory[8:12])
+        return self.memory[12 : 12 + size].decode()
+
+
+class Worker:
+    """Runs recipes, and finds new ones."""
+
+    def __init__(self, folder: str, seed: int, shared: Shared, keep: Path | None) -> None:
+        self.path = os.path.join(folder, "hostile.kvm")
+        self.random, self.shared, self.keep = Random(seed), shared, keep
+        self.watch = Watch()
+        time.sleep = lambda seconds: None  # nobody is there to wait for
+        self.known: list[Recipe] = []
+        self.seen: Counter[str] = Counter()
+        self.done = 0
+
+    def run(self, recipes: list[Recipe], executions: int) -> None:
+        """Go through known recipes, then through new ones."""
+        for recipe in recipes:
+            self.one(recipe)
+        self.limit()
+        gc.collect()
+        gc.freeze()
+        while self.done < executions:
+            self.one(mutate(self.random, self.random.choice(self.known)))
+
+    def limit(self) -> None:
+        """From here on, what a file makes kvmmap allocate is bounded."""
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + ROOM,) * 2)
+
+    def write(self, data: bytes, size: int) -> None:
+        """Put a file in place; pages that are there already are used again, for speed."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        if size > len(data):
+            os.ftruncate(fd, 0)
+        os.pwrite(fd, data[:size], 0)
+        os.ftruncate(fd, min(size, LONGEST))
+        os.close(fd)
+
+    def one(self, recipe: Recipe) -> None:
+        self.shared.put(self.done, key(recipe))
+        data, size = build(recipe)
+        self.write(data, size)
+        with self.watch.watching(os.path.dirname(self.path)):
+            outcome = execute(self.path, shell=self.done % SHELL_EVERY == 0)
+        self.done += 1
+        self.seen[outcome] += 1
+        if self.seen[outcome] == 1:
+            self.known.append(recipe)
+            if self.keep is not None:
+                with self.keep.open("a") as file:
+                    file.write(key(recipe) + "\n")
+
+
+def corpus() -> list[Recipe]:
+    """The recipes that are kept, the sound files first."""
+    return seeds() + [json.loads(line) for line in CORPUS.read_text().splitlines()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fuzz.run", description=__doc__)
+    parser.add_argument("--executions", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
+    parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
+    parser.add_argument("--mutation", choices=MUTATIONS, default="none", help="leave a check out, to see it noticed")
+    arguments = parser.parse_args()
+    seed = int.from_bytes(os.urandom(4), "little") if arguments.seed is None else arguments.seed
+    folder = tempfile.mkdtemp(prefix="kvmmap-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    shared = Shared()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(work(Worker(folder, seed, shared, arguments.keep), arguments))
+    problem = watch(pid, shared, seed)
+    shutil.rmtree(folder)
+    if problem:
+        print(f"{problem}, seed {seed}; see it again with", file=sys.stderr)
+        print(f"python -m fuzz.run --recipe {shlex.quote(shared.recipe)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def work(worker: Worker, arguments: argparse.Namespace) -> int:
+    """What the worker process does."""
+    try:
+        with MUTATIONS[arguments.mutation]():
+            if arguments.recipe:
+                worker.one(json.loads(arguments.recipe))
+                print(next(iter(worker.seen)))
+            else:
+                worker.run(corpus(), arguments.executions)
+        print(f"{worker.done:,} files, {len(worker.seen):,} different outcomes", flush=True)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def watch(pid: int, shared: Shared, seed: int) -> str | None:
+    """Wait for the worker; say what went wrong with it."""
+    last, since, told = -1, time.monotonic(), time.monotonic()
+    start = told
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            if os.WIFSIGNALED(status):
+                return f"killed by {signal.Signals(os.WTERMSIG(status)).name} after {shared.done:,} files"
+            return f"failed after {shared.done:,} files" if status else None
+        now = time.monotonic()
+        if shared.done != last:
+            last, since = shared.done, now
+        elif now - since > SECONDS_EACH:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return f"hung after {shared.done:,} files"
+        if now - told > 60:
+            told = now
+            print(f"{shared.done:,} files, {shared.done / (now - start):.0f} a second (seed {seed})", flush=True)
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Hostile files in short, and proof that the fuzzer would see a check left out. `make fuzz` is the long form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXECUTIONS = int(os.environ.get("KVMMAP_EXECUTIONS", "2000"))
+
+
+def fuzz(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fuzz.run", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+
+
+def test_hostile_files_are_refused_or_read() -> None:
+    done = fuzz("--executions", EXECUTIONS)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{EXECUTIONS:,} files" in done.stdout
+
+
+@pytest.mark.parametrize("mutation", ["sections-unchecked", "lengths-unchecked", "depth-unchecked"])
+def test_the_fuzzer_sees(mutation: str) -> None:
+    done = fuzz("--executions", 20_000, "--seed", 1, "--mutation", mutation)
+    assert done.returncode == 1, f"{done.stdout}\nwith {mutation}, and nothing happened"
+    assert "see it again with" in done.stderr
