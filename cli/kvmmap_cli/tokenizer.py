@@ -46,7 +46,8 @@ def _from_transformers(name: str) -> Decode:
         from transformers.utils import logging
     except ImportError:
         raise click.UsageError(
-            f"{name}: no tokenizer.json there; a model's name or a GGUF file needs the package transformers"
+            f"{name}: no tokenizer.json there; a model's name or a GGUF file needs transformers: "
+            "pip install 'kvmmap[transformers]'"
         ) from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -11,12 +11,15 @@ The only importer of torch and transformers (`pip install kvmmap[transformers]`)
 implementation "kvmmap".
 """
 
+from ...errors import MissingLibraryError as _MissingLibraryError
+
 try:
     import torch as _torch  # noqa: F401
     from transformers.cache_utils import CacheLayerMixin as _CacheLayerMixin  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        f'torch and transformers 5.20 or later are needed: pip install "kvmmap[transformers]" ({error})'
+    raise _MissingLibraryError(
+        f"this needs torch, and transformers 5.20 or later ({error}): pip install 'kvmmap[transformers]'",
+        expected="transformers",
     ) from error
 
 from .attention import NAME as ATTENTION
