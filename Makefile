@@ -5,9 +5,10 @@ INSTALLED := $(VENV)/.installed
 DEMO := .venv-demo
 BENCH := .venv-bench
 DOCS := .venv-docs
+RELEASE := .venv-release
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: help test soak fuzz sanitize test-model lint format bench demo picture docs wheel clean
+.PHONY: help test test-pythons soak fuzz sanitize test-model lint format bench demo picture docs wheels check-wheels clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +22,9 @@ help:
 	@echo 'make bench       the benchmarks with their baselines, as tables and as JSON in bench-out/'
 	@echo "make picture     README's picture, from a cache of the demo's"
 	@echo 'make docs        the site, in site/: open site/index.html'
-	@echo 'make wheel       build dist/'
+	@echo 'make wheels      sdist and wheels, in dist/'
+	@echo 'make check-wheels  install them anew, with each extra, on an old processor, under type checkers'
+	@echo 'make test-pythons  the tests under every supported Python that is here'
 	@echo 'make clean       remove everything that make has made'
 
 # kvmmap with the integrations that are measured, too. A name of its own: `call` would take the comma for its own.
@@ -104,8 +107,21 @@ docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	$(DOCS)/bin/python docs/tools/check.py site
 
-wheel: $(INSTALLED)
-	$(VENV)/bin/python -m build --quiet
+# The tests under each supported Python on PATH, one after the other, each in an environment of its own.
+test-pythons:
+	@for version in $$($(PYTHON) release/pythons.py); do \
+		echo "Python $$version"; \
+		$(MAKE) --no-print-directory test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	done
+
+$(RELEASE)/.installed: release/requirements.txt
+	$(call environment,$(RELEASE),--requirement $<)
+
+wheels: $(RELEASE)/.installed
+	$(RELEASE)/bin/python release/build.py
+
+check-wheels: wheels
+	$(RELEASE)/bin/python release/check.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(BENCH) $(DOCS) build dist demo-out bench-out site
+	rm -rf $(VENV) $(DEMO) $(BENCH) $(DOCS) $(RELEASE) build dist demo-out bench-out site

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import click
@@ -9,12 +11,21 @@ import pytest
 from kvmmap_cli.docs import reference
 from kvmmap_cli.main import kvmmap as group
 
-CLI = Path(__file__).parents[1] / "docs" / "cli.md"
+ROOT = Path(__file__).parents[1]
+CLI = ROOT / "docs" / "cli.md"
 COMMANDS = group.list_commands(click.Context(group))
 
 
 def test_the_cli_reference_is_up_to_date() -> None:
     assert CLI.read_text() == reference(), "run: python -m kvmmap_cli.docs > docs/cli.md"
+
+
+def test_every_extra_is_documented_and_checked() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "howto" / "install.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(declared.keys() - {"dev"})
+    programs = {path.stem.removeprefix("extra_") for path in (ROOT / "release" / "smoke").glob("extra_*.py")}
+    assert programs == declared.keys() - {"dev", "all"}
 
 
 def test_the_cli_reference_is_made_for_80_columns() -> None:
