@@ -115,11 +115,10 @@ def extras(dist: Path, folder: Path) -> None:
     with server(folder) as environment:
         for name in [*names, "all"]:
             python = install(dist, version, folder / name, f"[{name}]")
-            work = folder / f"work-{name}"
             there = set(names) if name == "all" else {name} | BRINGS.get(name, set())
             for extra in names if name == "all" else [name]:
-                smoke(python, work, f"extra_{extra}.py", environment=environment)
-            said = smoke(python, work, "base.py", *sorted(there))
+                smoke(python, folder / f"work-{name}-{extra}", f"extra_{extra}.py", environment=environment)
+            said = smoke(python, folder / f"work-{name}", "base.py", *sorted(there))
             report("extras", f"kvmmap[{name}]", said)
 
 

@@ -32,11 +32,13 @@ class Streams {
     Streams(const AttendJob& job, const char* prepared, AttendState state)
         : job_(job), state_(state), heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)),
           value_parts_(job.value_dim / 64), key_row_(heads_ * job.dim), value_row_(heads_ * job.value_dim),
-          softmax_(job.softcap, state, Bytes::width(job.value_dim)), worth_(heads_ * at_once_) {
+          softmax_(job.softcap, state, Bytes::width(job.value_dim)), worth_(heads_ * at_once_),
+          queries_(heads_ * rows_), sums_(heads_ * rows_) {
+        // Not push_back: what it grows by is a function that other objects share, and this one's needs AVX-512.
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < rows_; ++r) {
-                queries_.push_back(prepared + row_of(h, r) * Bytes::query_bytes(job.dim));
-                sums_.push_back(state.sums + row_of(h, r) * Bytes::width(job.value_dim));
+                queries_[h * rows_ + r] = prepared + row_of(h, r) * Bytes::query_bytes(job.dim);
+                sums_[h * rows_ + r] = state.sums + row_of(h, r) * Bytes::width(job.value_dim);
             }
         const int64_t kept = few(job) ? heads_ * rows_ * value_parts_ * part_registers * 64 : 0;
         memory_.reset(new char[64 + 4 * span * heads_ * (at_once_ + 2) + kept]);
