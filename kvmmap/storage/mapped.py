@@ -319,10 +319,12 @@ class MappedReader(ReadOnlyStorage):
         return Proven(geometry.num_layers, geometry.capacity, geometry.block_tokens) if self._verify == "read" else None
 
     def _contradiction(self, slot: Slot, lengths: list[int] | None, tokens: int) -> str | None:
-        """Name what can't be true: of published lengths if they are believed, else of the commit."""
+        """Name what can't be true: of the commit, and of published lengths if they are believed."""
+        # Also where lengths are believed: metadata, and what checksums cover, are the commit's.
+        if self.live.get("acknowledged") > slot.sequence and not self.recover:
+            return "the last commit record is"
         if lengths is None:
-            lost = self.live.get("acknowledged") > slot.sequence and not self.recover
-            return "the last commit record is" if lost else None
+            return None
         capacity = self.geometry.capacity
         # Lengths are lowered only after a shorter commit.
         sound = slot.seq_len <= min(lengths) and max(lengths) <= capacity and slot.token_len <= tokens <= capacity
