@@ -8,7 +8,7 @@ DOCS := .venv-docs
 RELEASE := .venv-release
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: help test test-pythons soak fuzz sanitize test-model lint format bench demo picture docs wheels check-wheels clean
+.PHONY: help test test-pythons soak fuzz sanitize test-model lint format bench figures demo picture docs wheels check-wheels clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make lint        ruff, formatting, mypy --strict'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make bench       the benchmarks with their baselines, as tables and as JSON in bench-out/'
+	@echo 'make figures     the charts and tables of the pages, from bench-out/: CONDITIONS="an idle machine"'
 	@echo "make picture     README's picture, from a cache of the demo's"
 	@echo 'make docs        the site, in site/: open site/index.html'
 	@echo 'make wheels      sdist and wheels, in dist/'
@@ -101,6 +102,12 @@ picture: $(DEMO)/.installed
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/run.py
+
+# What the pages say of speed, from the results of `make bench`.
+CONDITIONS ?= conditions unknown
+figures:
+	$(PYTHON) docs/tools/figures.py collect bench-out '$(CONDITIONS)'
+	$(PYTHON) docs/tools/figures.py draw
 
 # Warnings are errors, links and anchors lead somewhere, nothing is loaded from elsewhere, and the API is whole.
 docs: $(DOCS)/.installed

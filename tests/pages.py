@@ -102,13 +102,14 @@ class Session:
             elif block.kind == "python" and block.title:
                 (self.folder / block.title).write_text(block.text)
             elif block.kind == "python":
-                printed = self._python(block)
+                printed = self.python(block)
                 shown = after is not None and after.kind == "text"
                 assert shown or not printed, f"{block.where}: prints what the page does not show:\n{printed}"
             else:
                 raise AssertionError(f"{block.where}: a block of kind {block.kind!r}")
 
-    def _python(self, block: Block) -> str:
+    def python(self, block: Block) -> str:
+        """Run a block, and return what it prints."""
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile("\n" * block.line + block.text, block.page, "exec"), self.names)
         return out.getvalue()

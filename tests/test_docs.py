@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,8 +13,12 @@ import pytest
 from kvmmap_cli.docs import reference
 from kvmmap_cli.main import kvmmap as group
 
+import kvmmap
+from kvmmap.integrations import transformers
+
 ROOT = Path(__file__).parents[1]
-CLI = ROOT / "docs" / "cli.md"
+DOCS = ROOT / "docs"
+CLI = DOCS / "cli.md"
 COMMANDS = group.list_commands(click.Context(group))
 
 
@@ -49,3 +55,26 @@ def test_every_help_text_says_something_and_has_an_example(name: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
+
+
+def test_every_public_name_has_a_place_in_the_api_reference() -> None:
+    placed = set(
+        re.findall(r"^::: (\S+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.MULTILINE)
+    )
+    public = {f"kvmmap.{name}" for name in kvmmap.__all__ if name != "report"}
+    public |= {f"kvmmap.report.{name}" for name in kvmmap.report.__all__}
+    public |= {f"kvmmap.integrations.transformers.{name}" for name in transformers.__all__}
+    assert placed == public
+
+
+def test_charts_and_tables_are_those_of_the_measured_figures() -> None:
+    done = subprocess.run(
+        [sys.executable, DOCS / "tools" / "figures.py", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_command_is_tested() -> None:
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for name in COMMANDS:
+        assert re.search(rf'[(\[]\s*"{name}",', tests), name

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pages import Session
+from pages import Session, blocks
 from seaweed import Server
-from tiny_models import save_llama
+from tiny_models import model, prompt, save_llama
 
-DOCS = Path(__file__).parents[1] / "docs"
+import kvmmap
+from kvmmap.integrations.transformers import KvmmapCache
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture
@@ -43,3 +47,14 @@ def test_saving_a_prompt(session: Session) -> None:
     save_llama(session.folder / "model")
     session.environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     session.run(DOCS / "howto/save-a-prompt.md")
+
+
+def test_the_python_of_readme(session: Session) -> None:
+    net = model("llama")
+    KvmmapCache.create("chat.kvm", net, capacity=100).close()
+    session.names |= {"model": net, "input_ids": prompt(20)}
+    for block in blocks(ROOT / "README.md"):
+        if block.kind == "python":
+            assert session.python(block) == ""
+    with kvmmap.open("chat.kvm") as cache:
+        assert cache.seq_len == 20 + 50 - 1
