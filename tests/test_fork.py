@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
+from crash.machine import Machine
 from support import check_filled, fill, make_file, run_python
 
 import kvmmap
@@ -209,3 +211,23 @@ def test_a_cache_that_is_being_written_is_not_removed(source: Path) -> None:
         assert told.stdout == "locked\n"
         assert source.exists()
     kvmmap.remove(source)
+
+
+@pytest.mark.parametrize("length", [512, 600])
+def test_a_flushed_fork_survives_power_loss(tmp_path: Path, length: int) -> None:
+    """Of whole blocks as well, whose commit comes from the source."""
+    machine = Machine(str(tmp_path / "machine"))
+    os.makedirs(machine.folder)
+    path, fork_path = Path(machine.folder) / "a.kvm", Path(machine.folder) / "b.kvm"
+    with machine.running():
+        make_file(path, length).close()
+        fork = kvmmap.fork(path, fork_path)
+        fork.flush()
+        images = [machine.disk.power_loss(Random(seed)) for seed in range(20)]
+        fork.close()
+        machine.boot += 1
+        for image in images:
+            (tmp_path / "b.kvm").write_bytes(image["b.kvm"])
+            with kvmmap.open(tmp_path / "b.kvm") as found:
+                check_filled(found, length)
+                assert found.verify().sound

@@ -103,6 +103,7 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
         layer.publish(length)
     new.publish_tokens(min(old.token_len, length))
     new.commit()
+    file.sync()  # a commit of whole blocks that were committed in the source had nothing to do
     try:
         file.link_to(target)
     except FileExistsError:

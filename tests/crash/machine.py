@@ -115,6 +115,7 @@ HELPERS = {
     "_sync",
     "sync",
     "write",
+    "copy_from",
     "link_to",
     "replace",
     "sync_name",
@@ -149,6 +150,11 @@ def recording_file(machine: Machine) -> type[PosixFile]:
                 if machine.event("write"):
                     super().write((offset,), (buffer,))
                     disk.inode(self._inode).writes.append((offset, bytes(buffer)))
+
+        def copy_from(self, source: PosixFile, start: int, at: int, size: int) -> None:
+            if machine.event("write"):
+                super().copy_from(source, start, at, size)
+                disk.inode(self._inode).writes.append((at, self.read(at, size)))
 
         def sync(self) -> None:
             if machine.event("sync"):
