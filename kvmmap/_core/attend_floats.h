@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attend_tiles.h"
+#include "widen.h"
 
 namespace kvmmap {
 namespace {
@@ -48,7 +49,7 @@ struct Floats {
             F sums[R] = {};
             int64_t d = 0;
             for (; d + W <= dim_; d += W) {
-                const F k = widen(key + d);
+                const F k = widen<W>(key + d);
                 for (int r = 0; r < R; ++r) sums[r] += k * L::load(q[r] + d);
             }
             if (d < dim_) {
@@ -72,17 +73,10 @@ struct Floats {
     }
 
   private:
-    static F widen(const int8_t* codes) {
-        typedef int8_t B __attribute__((vector_size(W)));
-        B bytes;
-        std::memcpy(&bytes, codes, W);
-        return __builtin_convertvector(bytes, F);
-    }
-
     static F widen_some(const int8_t* codes, int64_t count) {
         int8_t padded[W] = {};
         std::memcpy(padded, codes, count);
-        return widen(padded);
+        return widen<W>(padded);
     }
 
     // N vectors of numbers from d on, over all positions of the tile, in registers. A tile is summed by itself first: one
@@ -92,7 +86,7 @@ struct Floats {
         F s[R][N] = {};
         for (int64_t j = 0; j < count_; ++j) {
             F v[N];
-            for (int i = 0; i < N; ++i) v[i] = widen(values_ + j * value_stride_ + d + i * W);
+            for (int i = 0; i < N; ++i) v[i] = widen<W>(values_ + j * value_stride_ + d + i * W);
             for (int r = 0; r < R; ++r)
                 for (int i = 0; i < N; ++i) s[r][i] += v[i] * weights.w[r][j];
         }

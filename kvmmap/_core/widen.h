@@ -1,0 +1,64 @@
+// W codes, int8, to W floats. Intrinsics, because the compiler's own conversion of vectors goes by way of single numbers:
+// GCC 12 makes 8 cvtsi2ss of the 8 that one vpmovsxbd and one vcvtdq2ps convert, and the same on AArch64.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "lanes.h"
+
+namespace kvmmap {
+namespace {
+
+template <int W>
+inline typename Lanes<W>::F widen(const int8_t* codes) {
+    float numbers[W];
+    for (int i = 0; i < W; ++i) numbers[i] = codes[i];
+    return Lanes<W>::load(numbers);
+}
+
+#if defined(__x86_64__)
+
+template <>
+inline Lanes<4>::F widen<4>(const int8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, sizeof four);
+    const __m128i bytes = _mm_cvtsi32_si128(four);
+    const __m128i twice = _mm_unpacklo_epi8(bytes, bytes);  // SSE2 has no sign extension: each byte four times, shifted
+    return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
+}
+
+#if defined(__AVX2__)
+template <>
+inline Lanes<8>::F widen<8>(const int8_t* codes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+#endif
+
+#if defined(__AVX512F__)
+template <>
+inline Lanes<16>::F widen<16>(const int8_t* codes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+}
+#endif
+
+#elif defined(__aarch64__)
+
+template <>
+inline Lanes<4>::F widen<4>(const int8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, sizeof four);
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
+
+#endif
+
+}  // namespace
+}  // namespace kvmmap
