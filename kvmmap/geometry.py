@@ -80,6 +80,10 @@ class LayerGeometry:
         scales = capacity * self.num_kv_heads * SCALE_BYTES
         return codes * self.head_dim, scales, codes * self.value_head_dim, scales
 
+    def sketch_bytes(self, blocks: int) -> int:
+        """Bytes of the sketches of so many blocks: two bf16 numbers for each channel of each KV head."""
+        return blocks * self.num_kv_heads * 2 * self.head_dim * 2
+
 
 @dataclass(frozen=True, slots=True)
 class CacheGeometry:

@@ -17,6 +17,7 @@ from .errors import EmptyCacheError, HeadOutOfRangeError, KvmmapError, NonFinite
 from .geometry import CacheGeometry, LayerGeometry, check_range, compression_ratio, index
 from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
 from .quantize import as_rows, dequantize_rows, output_array
+from .selection import select_blocks
 from .storage.base import LayerStore, Rows, Storage
 from .storage.memory import MemoryStorage
 
@@ -429,6 +430,37 @@ class QuantizedKvLayer:
             threads=threads,
         )
         return result if return_lse else result[0]
+
+    def select_blocks(
+        self, query: Any, k: int, *, scale: float | None = None, per_head: bool = False
+    ) -> NDArray[np.int64]:
+        """Choose the blocks that a query needs most, for `attend(..., positions=...)`: attention over few of the rows.
+
+        A block's keys are not read. What q . k is at most for any of them follows from the least and the greatest of
+        each channel (Quest; Tang et al. 2024, arXiv:2406.10774), which a file keeps of blocks that were flushed. Those
+        of other blocks, and of caches in memory or on Zarr, are computed from the keys on first use and kept with the
+        handle, in 1/64 of the keys' bytes.
+
+        Each query head spreads one vote over the blocks, by softmax of half its bounds; the k with the most votes are
+        chosen. The last block, which holds the most recent positions and may be incomplete, is always among them.
+
+        Args:
+            query: [num_q_heads, head_dim]; num_q_heads a multiple of num_kv_heads; f32, f16 or bf16; numpy, torch or
+                DLPack on the CPU.
+            k: blocks to choose, at least 1; all if there are no more.
+            scale: what q . k is multiplied by; head_dim ** -0.5 by default.
+            per_head: choose for each KV head its own, by the votes of its query heads.
+
+        Returns:
+            Block indices in ascending order, int64 [k], or with `per_head` [num_kv_heads, k].
+
+        Raises:
+            EmptyCacheError: nothing is stored.
+            ShapeMismatchError, DtypeError: not such a query, or k is not a whole number from 1 on.
+            NonFiniteError: a NaN or an infinity in the query; names the query head (`head`).
+            CacheChangedError: the writer took positions back since the last `refresh`.
+        """
+        return select_blocks(self._store, self._storage.geometry.block_tokens, query, k, scale=scale, per_head=per_head)
 
     # Residency
 

@@ -148,6 +148,10 @@ def test_there_is_no_other_sync(folder: str) -> None:
     assert {place for place in asked if place[0].startswith("sync")} == set(SYNCS)
 
 
+def test_a_sketch_is_missed(folder: str) -> None:
+    assert caught(folder, "sketches", lambda kind, caller: (kind, caller) == ("write", "write_sketches"))
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_safeguard_is_missed(folder: str, name: str) -> None:
     with MUTATIONS[name]():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import kvmmap
 
@@ -15,8 +16,9 @@ sys.path.insert(0, str(GOLDEN))
 from make import LENGTH, golden_rows, make  # noqa: E402
 
 
-def test_version_1_opens() -> None:
-    with kvmmap.open(GOLDEN / "v1.kvm") as cache:
+@pytest.mark.parametrize("name", ["v1.kvm", "v1-sketches.kvm"])
+def test_version_1_opens(name: str) -> None:
+    with kvmmap.open(GOLDEN / name) as cache:
         assert (cache.num_layers, cache.seq_len, cache.capacity) == (2, LENGTH, 300)
         assert cache.metadata == {"purpose": "golden", "version": 1}
         assert cache.model == kvmmap.ModelInfo(name="golden", source_dtype="float32", rope={"theta": 10000.0})
@@ -32,8 +34,9 @@ def test_version_1_opens() -> None:
         assert cache.verify().sound
 
 
-def test_version_1_is_appended_to(path: Path) -> None:
-    shutil.copy(GOLDEN / "v1.kvm", path)
+@pytest.mark.parametrize("name", ["v1.kvm", "v1-sketches.kvm"])
+def test_version_1_is_appended_to(name: str, path: Path) -> None:
+    shutil.copy(GOLDEN / name, path)
     with kvmmap.open(path, "a") as cache:
         cache.extend(golden_rows(7)[:, :30], golden_rows(7)[:, :30])
     with kvmmap.open(path) as cache:
@@ -43,4 +46,4 @@ def test_version_1_is_appended_to(path: Path) -> None:
 
 def test_version_1_is_written_byte_for_byte(path: Path) -> None:
     make(path)
-    assert path.read_bytes() == (GOLDEN / "v1.kvm").read_bytes()
+    assert path.read_bytes() == (GOLDEN / "v1-sketches.kvm").read_bytes()

@@ -230,7 +230,8 @@ def test_the_map_of_a_file(tmp_path: Path) -> None:
     assert found.file_bytes == path.stat().st_size
     names = [(section.name, section.layer) for section in found.sections]
     assert names[:4] == [("superblock", None), ("slot-a", None), ("slot-b", None), ("live", None)]
-    assert names[-4:] == [("key-codes", 1), ("key-scales", 1), ("value-codes", 1), ("value-scales", 1)]
+    assert names[-5:-1] == [("key-codes", 1), ("key-scales", 1), ("value-codes", 1), ("value-scales", 1)]
+    assert names[-1] == ("key-sketches", 1)
     end = 0
     for section in found.sections:
         assert section.offset >= end

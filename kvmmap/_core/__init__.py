@@ -7,6 +7,7 @@ are the business of the modules that call them (`quantize`, `layer`, `storage`).
 from ._kernels import (
     attend,
     available_kernels,
+    bound_blocks,
     current_kernel,
     dequantize_rows,
     import_dlpack,
@@ -15,6 +16,7 @@ from ._kernels import (
     publish,
     quantize_rows,
     seal,
+    sketch_blocks,
     store_word,
     use_kernel,
     write_all,
@@ -23,6 +25,7 @@ from ._kernels import (
 __all__ = [
     "attend",
     "available_kernels",
+    "bound_blocks",
     "current_kernel",
     "dequantize_rows",
     "import_dlpack",
@@ -31,6 +34,7 @@ __all__ = [
     "publish",
     "quantize_rows",
     "seal",
+    "sketch_blocks",
     "store_word",
     "use_kernel",
     "write_all",

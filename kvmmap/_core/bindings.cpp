@@ -14,6 +14,7 @@
 #include "half.h"
 #include "io.h"
 #include "rows_run.h"
+#include "sketch.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -157,6 +158,35 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     return -1;
 }
 
+// Blocks of `tokens` positions each, as many as `sketches` has room for.
+void sketch_blocks(nb::handle codes_object, nb::handle scales_object, int64_t heads, int64_t dim, int64_t tokens,
+                   nb::handle sketches_object) {
+    Buffer codes(codes_object, contiguous), scales(scales_object, contiguous), sketches(sketches_object, writing);
+    if (heads < 1 || dim < 1 || tokens < 1) throw nb::value_error("heads, dim and tokens must be positive");
+    const int64_t blocks = sketches.bytes() / (4 * heads * dim), rows = blocks * tokens * heads;
+    auto* c = codes.at_least<int8_t>(rows * dim, "codes: too small");
+    auto* s = scales.at_least<float>(rows * 4, "scales: too small or not aligned");
+    auto* out = sketches.at_least<uint16_t>(blocks * 4 * heads * dim, "sketches: not aligned");
+    std::vector<float> room(2 * heads * dim);
+    nb::gil_scoped_release released;
+    sketch_kernels().sketch(c, s, blocks, tokens, heads, dim, room.data(), out);
+}
+
+// [q_heads, 2, dim] f32 parts of queries, negative and positive, against sketches [blocks, heads, 2, dim] -> bounds f32
+// [q_heads, blocks].
+void bound_blocks(nb::handle parts_object, nb::handle sketches_object, int64_t heads, int64_t dim,
+                  nb::handle bounds_object) {
+    Buffer parts(parts_object, contiguous), sketches(sketches_object, contiguous), bounds(bounds_object, writing);
+    if (heads < 1 || dim < 1) throw nb::value_error("heads and dim must be positive");
+    const int64_t q_heads = parts.bytes() / (8 * dim), blocks = sketches.bytes() / (4 * heads * dim);
+    if (q_heads % heads) throw nb::value_error("parts: not a multiple of the heads");
+    auto* q = parts.at_least<float>(q_heads * dim * 8, "parts: not aligned");
+    auto* s = sketches.at_least<uint16_t>(blocks * 4 * heads * dim, "sketches: not aligned");
+    auto* out = bounds.at_least<float>(q_heads * blocks * 4, "bounds: too small or not aligned");
+    nb::gil_scoped_release released;
+    sketch_kernels().bound(q, q_heads / heads, s, blocks, heads, dim, out);
+}
+
 void write_all_at(int fd, nb::tuple offsets, nb::tuple buffers) {
     constexpr size_t most = 8;
     const size_t count = offsets.size();
@@ -269,6 +299,8 @@ NB_MODULE(_kernels, m) {
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
           "threads"_a);
     m.def("import_dlpack", &import_dlpack, "object"_a);
+    m.def("sketch_blocks", &sketch_blocks, "codes"_a, "scales"_a, "heads"_a, "dim"_a, "tokens"_a, "sketches"_a);
+    m.def("bound_blocks", &bound_blocks, "parts"_a, "sketches"_a, "heads"_a, "dim"_a, "bounds"_a);
     m.def("write_all", &write_all_at, "fd"_a, "offsets"_a, "buffers"_a);
     m.def("store_word", &store_at, "map"_a, "offset"_a, "word"_a);
     m.def("load_word", &load_at, "map"_a, "offset"_a);

@@ -90,7 +90,7 @@ LAYER_ENTRY = Record(
 SECTION_ENTRY = Record(
     "Section entry",
     Field("kind", "H", "which section, by the table below"),
-    Field("flags", "H", "bit 0: a reader that does not know the kind may ignore it"),
+    Field("flags", "H", "bit 0: who does not know the kind may ignore it to read, and must not write"),
     Field("layer", "I", "the layer it belongs to, or 0xFFFFFFFF"),
     Field("offset", "Q", "bytes from the start of the file; a multiple of 4096"),
     Field("bytes", "Q", "its size"),
@@ -140,6 +140,7 @@ class Section(IntEnum):
     KEY_SCALES = 17
     VALUE_CODES = 18
     VALUE_SCALES = 19
+    KEY_SKETCHES = 20
 
 
 SECTION_ABOUT = {
@@ -154,12 +155,15 @@ SECTION_ABOUT = {
     Section.KEY_SCALES: "f32 [capacity, num_kv_heads]",
     Section.VALUE_CODES: "int8 [capacity, num_kv_heads, value_head_dim]",
     Section.VALUE_SCALES: "f32 [capacity, num_kv_heads]",
+    Section.KEY_SKETCHES: "optional; bf16 [block, num_kv_heads, 2, head_dim], of complete blocks: least key, greatest",
 }
 SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
 """A layer's four slabs, in the order in which everything lists them."""
 
 CHECKSUM = struct.Struct("<Q")
-OPTIONAL = 1  # section flag: who does not know the kind may ignore it
+OPTIONAL = 1  # section flag: who does not know the kind may ignore it to read, and must not write
+OPTIONAL_SECTIONS = frozenset({Section.KEY_SKETCHES})
+"""Sections that a file may lack."""
 
 
 def checksum(data: bytes | memoryview) -> int:

@@ -21,6 +21,7 @@ from .records import (
     MAGIC,
     MAX_SUPERBLOCK_BYTES,
     OPTIONAL,
+    OPTIONAL_SECTIONS,
     PAGE,
     SECTION_ENTRY,
     SLAB_SECTIONS,
@@ -31,6 +32,9 @@ from .records import (
     Section,
     checksum,
 )
+
+KNOWN_SECTIONS = frozenset(int(kind) for kind in Section)
+REQUIRED_SECTIONS = KNOWN_SECTIONS - OPTIONAL_SECTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,11 @@ class Superblock:
     def section(self, kind: Section, layer: int = WHOLE_CACHE) -> Extent:
         """Where a section lies."""
         return self.sections[kind, layer]
+
+    @property
+    def unknown_sections(self) -> tuple[int, ...]:
+        """Kinds of section that this package does not know and so can't keep right: the file is for reading only."""
+        return tuple(sorted({kind for kind, _ in self.sections} - KNOWN_SECTIONS))
 
     @property
     def salt(self) -> int:
@@ -95,7 +104,9 @@ class Superblock:
             shape = {name: getattr(layer, name) for name in ("num_kv_heads", "head_dim", "value_head_dim")}
             parts.append(LAYER_ENTRY.pack(shape | codec))
         parts.extend(
-            SECTION_ENTRY.struct.pack(kind, 0, layer, extent.offset, extent.size)
+            SECTION_ENTRY.struct.pack(
+                kind, 0 if kind in REQUIRED_SECTIONS else OPTIONAL, layer, extent.offset, extent.size
+            )
             for (kind, layer), extent in self.sections.items()
         )
         body = b"".join(parts)
@@ -209,6 +220,7 @@ def _section_sizes(geometry: CacheGeometry, metadata_bytes: int) -> dict[tuple[i
     for number, layer in enumerate(geometry.layers):
         for kind, size in zip(SLAB_SECTIONS, slabs[layer], strict=True):
             sizes[kind, number] = size
+        sizes[Section.KEY_SKETCHES, number] = layer.sketch_bytes(geometry.num_blocks)
     return sizes
 
 
@@ -235,13 +247,12 @@ def _decode_layers(data: memoryview, path: str) -> list[tuple[int, int, int]]:
 
 def _decode_sections(data: memoryview, path: str) -> dict[tuple[int, int], Extent]:
     sections = {}
-    known = {int(kind) for kind in Section}
     for kind, flags, layer, offset, size in SECTION_ENTRY.struct.iter_unpack(data):
-        if kind not in known and not flags & OPTIONAL:
+        if kind not in KNOWN_SECTIONS and not flags & OPTIONAL:
             raise VersionMismatchError(
                 f"{path}: has a section of kind {kind}, unknown here: use a newer kvmmap",
                 path=path,
-                expected=tuple(sorted(known)),
+                expected=tuple(sorted(KNOWN_SECTIONS)),
                 actual=kind,
             )
         if (kind, layer) in sections:
@@ -263,6 +274,8 @@ def _check_sections(
         raise corrupt("the metadata section is missing or of odd size")
     for key, size in _section_sizes(geometry, metadata.size // 2).items():
         if key not in sections:
+            if key[0] in OPTIONAL_SECTIONS:
+                continue
             raise corrupt(f"section {Section(key[0]).name} of layer {key[1]} is missing")
         if sections[key].size != size:
             raise corrupt(f"section {Section(key[0]).name} has {sections[key].size} bytes for {size}")

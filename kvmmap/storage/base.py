@@ -180,6 +180,10 @@ class LayerStore(Protocol):
     def check_since(self, mark: int) -> None:
         """Raise if what was read since a mark can't be trusted: the storage was closed, or rows were taken back."""
 
+    def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
+        """Return the sketches of the first `blocks` blocks, all complete under a mark, as `storage.sketches` says: in
+        pieces that follow one another; not to be written to."""
+
     def check(self) -> None:
         """Raise if the storage was closed, or rows that this handle counts on were taken back."""
 

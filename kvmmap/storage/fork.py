@@ -70,6 +70,9 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
     extents: list[tuple[tuple[int, int], int]] = [((Section.TOKEN_IDS, WHOLE_CACHE), 4 * min(old.token_len, length))]
     for number, layer in enumerate(old.geometry.layers):
         extents += [((kind, number), size) for kind, size in zip(SLAB_SECTIONS, layer.slab_bytes(length), strict=True)]
+        if (Section.KEY_SKETCHES, number) in old.superblock.sections:
+            blocks = min(old.snapshot.slot.seq_len, length) // old.geometry.block_tokens
+            extents.append(((Section.KEY_SKETCHES, number), layer.sketch_bytes(blocks)))
     total, done = sum(size for _, size in extents), 0
     for key, size in extents:
         source, target = old.superblock.sections[key], new.sections[key]
@@ -84,7 +87,7 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
 def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durability: Durability) -> MappedWriter:
     """Commit what was copied, and put the file in its place."""
     slot, size = old.snapshot.slot, old.geometry.block_tokens
-    # These blocks have checksums that come along; the rest get theirs from their rows.
+    # These blocks have checksums, and sketches, that come along; the rest get theirs from their rows.
     rows = min(slot.seq_len, length) // size * size
     tokens = min(slot.token_len, length) // size * size
     _check_cut(old, rows, min(slot.seq_len, length), tokens, min(slot.token_len, length))
@@ -99,7 +102,9 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
     file.try_lock()
     with closing_on_error(file):
         new = MappedWriter(file, superblock, durability=durability)
-    for layer in new.layers:
+    for number, layer in enumerate(new.layers):
+        if (Section.KEY_SKETCHES, number) not in old.superblock.sections:
+            layer.write_sketches(0, rows // size)
         layer.publish(length)
     new.publish_tokens(min(old.token_len, length))
     new.commit()

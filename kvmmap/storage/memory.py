@@ -14,6 +14,7 @@ from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 from .base import Progress, Rows, VerifyReport, seq_len
+from .sketches import ComputedSketches
 
 
 def closed() -> ClosedError:
@@ -25,10 +26,11 @@ class MemoryLayer:
 
     in_memory = True
 
-    def __init__(self, index: int, geometry: LayerGeometry, capacity: int) -> None:
+    def __init__(self, index: int, geometry: LayerGeometry, capacity: int, block_tokens: int) -> None:
         self.index = index
         self.geometry = geometry
         self.capacity = capacity
+        self._sketches = ComputedSketches(geometry, block_tokens)
         self.length = 0
         self._taken_back = 0
         self._slabs: Rows | None = Rows.allocate(geometry, capacity)
@@ -90,6 +92,9 @@ class MemoryLayer:
         """Lengths were lowered, and what lies beyond them may be written over from now on."""
         self._taken_back += 1
 
+    def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
+        return [self._sketches.between(0, blocks, self, mark)]
+
     def close(self) -> None:
         self._slabs = self._views = None
 
@@ -102,7 +107,10 @@ class MemoryStorage:
         self.path: str | None = None
         self.writable = True
         self.lock = threading.RLock()
-        self.layers = [MemoryLayer(number, layer, geometry.capacity) for number, layer in enumerate(geometry.layers)]
+        self.layers = [
+            MemoryLayer(number, layer, geometry.capacity, geometry.block_tokens)
+            for number, layer in enumerate(geometry.layers)
+        ]
         self.document = document or Document(None, {})
         self.token_len = 0
         self._tokens = np.full(geometry.capacity, NO_TOKEN, np.int32)

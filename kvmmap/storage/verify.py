@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import CacheChangedError, CorruptCacheError, FormatError
 from ..format import SLAB_SECTIONS, Extent, Section, Slot, Superblock, block_checksum, checksum_of
 from .base import Damage, Progress, VerifyReport, seq_len
+from .sketches import check_sketches
 
 if TYPE_CHECKING:
     from .mapped import MappedReader, Snapshot
@@ -33,7 +34,9 @@ def verify_file(reader: MappedReader, progress: Progress | None = None) -> Verif
     total = slot.seq_len * row_bytes + 4 * slot.token_len
     blocks = -(-slot.seq_len // geometry.block_tokens)
     for block in range(blocks):
-        report.damages += check_blocks(reader, block, block + 1, slot)
+        found = list(check_blocks(reader, block, block + 1, slot))
+        report.damages += found
+        report.damages += check_sketches(reader, block, slot, {damage.layer for damage in found})
         rows = min(geometry.block_tokens, slot.seq_len - block * geometry.block_tokens)
         report.bytes += rows * row_bytes
         report.blocks += geometry.num_layers

@@ -1,6 +1,6 @@
 """The one writer of a `.kvm` file: append and publish, commit, truncate, recover, close.
 
-Order is everything here. Publishing: data, then the length. Committing: data and checksums, sync, slot, sync.
+Order is everything here. Publishing: data, then the length. Committing: data, checksums and sketches, sync, slot, sync.
 Truncating below a commit: the shorter commit in both slots, then the lower lengths, then the generation, and only
 then may rows be overwritten.
 """
@@ -23,6 +23,7 @@ from ..errors import (
     KvmmapError,
     MetadataError,
     PoisonedError,
+    VersionMismatchError,
 )
 from ..format import Section, Slot, Superblock, checksum
 from ..geometry import CacheGeometry, LayerGeometry, check_room
@@ -35,6 +36,7 @@ from .live import LiveRecord
 from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
 from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, replace_file
 from .proven import WHAT_TO_DO, Proven
+from .sketches import sketch_stored
 
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
@@ -76,6 +78,14 @@ class WriterLayer(MappedLayer):
         i, j, k, m = self._row_bytes
         self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
 
+    def write_sketches(self, first: int, stop: int) -> None:
+        """Write the sketches of blocks [first, stop), whose rows are written, if the file has room for them."""
+        if self._sketches_at is not None:
+            for part in sketch_stored(self.slabs().part, self.geometry, first, stop, self._block_tokens):
+                at = self._sketches_at + self.geometry.sketch_bytes(first)
+                self._storage.file.write((at,), (part.astype("<u2", copy=False),))
+                first += len(part)
+
     def publish(self, length: int) -> None:
         try:
             self._storage.live.publish(self.index, length)
@@ -89,6 +99,7 @@ class MappedWriter(MappedReader):
     """A `.kvm` file open for appending. Holds the writer's lock until it is closed or the process ends."""
 
     writable = True
+    layers: Sequence[WriterLayer]
 
     def __init__(
         self,
@@ -99,6 +110,13 @@ class MappedWriter(MappedReader):
         recover: bool = False,
         verify: Verify = "read",
     ) -> None:
+        if superblock.unknown_sections:
+            raise VersionMismatchError(
+                f"{file.path}: has sections of kinds {superblock.unknown_sections}, unknown here, and appending would "
+                "leave them wrong: use a newer kvmmap, or read only",
+                path=file.path,
+                actual=superblock.unknown_sections,
+            )
         self._pid = os.getpid()
         self._poison: OSError | None = None
         self._durability = durability
@@ -173,7 +191,7 @@ class MappedWriter(MappedReader):
     def _live_record(self, memory: mmap.mmap) -> LiveRecord:
         return map_live(self.file, self.superblock, writable=True)
 
-    def _make_layers(self) -> Sequence[MappedLayer]:
+    def _make_layers(self) -> Sequence[WriterLayer]:
         return [WriterLayer(self, number, layer) for number, layer in enumerate(self.geometry.layers)]
 
     def scratch(self, geometry: LayerGeometry) -> tuple[Rows, Rows]:
@@ -359,6 +377,8 @@ class MappedWriter(MappedReader):
         try:
             rows, ids = self._rows_hasher.advance(length), self._tokens_hasher.advance(tokens)
             self._write_checksums(Section.CHECKSUMS, rows.first_block, rows.complete)
+            for layer in self.layers:
+                layer.write_sketches(rows.first_block, rows.first_block + len(rows.complete))
             self._write_checksums(Section.TOKEN_CHECKSUMS, ids.first_block, ids.complete)
             half, size, digest = before.metadata_half, before.metadata_bytes, before.metadata_checksum
             if self._new_document is not None:

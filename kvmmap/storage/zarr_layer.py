@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..geometry import LayerGeometry
 from .base import Rows
 from .readonly import ReadOnlyLayer
+from .sketches import ComputedSketches
 
 if TYPE_CHECKING:
     from .zarr_reader import ZarrReader
@@ -27,6 +28,7 @@ class ZarrLayer(ReadOnlyLayer):
         self.geometry = geometry
         self.capacity = storage.geometry.capacity
         self.length = storage.root.seq_len
+        self._sketches = ComputedSketches(geometry, storage.geometry.block_tokens)
         # Not a cycle: a writer that is simply dropped gives its lock back at once.
         self._storage: ZarrReader = weakref.proxy(storage)
 
@@ -75,6 +77,9 @@ class ZarrLayer(ReadOnlyLayer):
 
     def check_since(self, mark: int) -> None:
         self._storage.check_since(mark)
+
+    def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
+        return [self._sketches.between(0, blocks, self, mark)]
 
     def check(self) -> None:
         self._storage.check()

@@ -1,6 +1,7 @@
-"""Make the golden file of the present format version: `python tests/golden/make.py tests/golden/v1.kvm`.
+"""Make the golden file of the present format: `python tests/golden/make.py tests/golden/v1-sketches.kvm`.
 
-Run it once, when a version is new; from then on the file that was committed is what must still open.
+`v1.kvm` was made before there were sketches. Run it once, when something is new in the format; from then on the file
+that was committed is what must still open.
 """
 
 from __future__ import annotations

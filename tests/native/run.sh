@@ -6,12 +6,13 @@ here=$(cd "$(dirname "$0")" && pwd)
 core=$here/../../kvmmap/_core
 build=${1:-$here/../../build/native}
 mkdir -p "$build"
+families="rows attend sketch"
 
 # compile NAME COMPILER FLAGS...: every kernel file with the flags CMakeLists.txt gives it, then a program of each family.
 compile() {
     name=$1 compiler=$2
     shift 2
-    for family in rows attend; do
+    for family in $families; do
         objects=
         for source in "$core/cpu.cpp" "$core/$family.cpp" "$core/${family}"_*.cpp "$here/${family}_check.cpp"; do
             unit=$(basename "$source" .cpp)
@@ -39,20 +40,17 @@ if [ "$host" = x86_64 ]; then
     compile native "${CXX:-g++}" -O3
     compile sanitized "${CXX:-g++}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
     for program in native sanitized; do
-        "$build/$program-rows"
-        "$build/$program-attend"
+        for family in $families; do "$build/$program-$family"; done
     done
     if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
         compile aarch64 aarch64-linux-gnu-g++ -O3 -static
-        qemu-aarch64 "$build/aarch64-rows"
-        qemu-aarch64 "$build/aarch64-attend"
+        for family in $families; do qemu-aarch64 "$build/aarch64-$family"; done
     else
         echo "skipped: aarch64 (needs aarch64-linux-gnu-g++ and qemu-aarch64)"
     fi
 elif [ "$host" = aarch64 ]; then
     compile aarch64 "${CXX:-g++}" -O3
-    "$build/aarch64-rows"
-    "$build/aarch64-attend"
+    for family in $families; do "$build/aarch64-$family"; done
 else
     echo "skipped: no vector kernels for $host"
 fi
