@@ -194,17 +194,6 @@ def test_reserving_costs_no_disk(path: Path) -> None:
         assert cache.facts()["disk_bytes"] < 1e6
 
 
-def test_writes_at_the_far_end_of_a_large_file(path: Path) -> None:
-    """Offsets beyond 4 GiB everywhere: the last layer's slabs of a sparse file of 100 GB."""
-    with kvmmap.create(path, num_layers=2, capacity=25_000_000, num_kv_heads=8, head_dim=128) as cache:
-        cache.extend(rows(2, 3, 8, 128), rows(2, 3, 8, 128), [1, 2, 3])
-    with kvmmap.open(path) as cache:
-        assert cache.facts()["file_bytes"] > 100e9
-        codes, _ = kvmmap.quantize_rows(rows(2, 3, 8, 128))
-        np.testing.assert_array_equal(cache.layers[1].value_codes, codes[1])
-        assert cache.verify().sound
-
-
 def test_readers_need_no_write_permission(path: Path) -> None:
     make_file(path, 5).close()
     path.chmod(0o400)
