@@ -6,6 +6,7 @@ DEMO := .venv-demo
 BENCH := .venv-bench
 DOCS := .venv-docs
 RELEASE := .venv-release
+SANITIZED := .venv-sanitized
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
 .PHONY: help test test-pythons soak fuzz sanitize test-model lint format bench figures demo picture docs wheels check-wheels clean
@@ -14,8 +15,9 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_c
 help:
 	@echo 'make demo        a real model: save its prompt, reopen it in another process, go on from it'
 	@echo 'make test        the tests'
-	@echo 'make soak        200,000 simulated power losses, and 1,000 writers killed beside readers (IMAGES=, KILLS=)'
+	@echo 'make soak        200,000 simulated power losses, 1,000 writers killed beside readers, 10,000 opens (IMAGES=, KILLS=)'
 	@echo 'make fuzz        a million hostile files: nothing but errors of its own may come of them (EXECUTIONS=)'
+	@echo 'make sanitize    the compiled core under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make test-model  the transformers integration with the weights of a small model'
 	@echo 'make lint        ruff, formatting, mypy --strict'
 	@echo 'make format      let ruff mend what it can'
@@ -30,6 +32,7 @@ help:
 
 # kvmmap with the integrations that are measured, too. A name of its own: `call` would take the comma for its own.
 MEASURED := .[transformers,zarr]
+CHECKED := .[s3,safetensors]
 
 # An environment is kvmmap in editable form and what the target needs besides; made again when these or the compiled
 # part have changed. $(call environment,FOLDER,WHAT) does it. Modules are byte-compiled as pip does with those that it
@@ -70,12 +73,36 @@ KILLS ?= 1000
 
 soak: $(INSTALLED)
 	KVMMAP_HISTORIES=$$(($(IMAGES) / 1000 * 50)) $(VENV)/bin/pytest -s tests/test_crash.py
+	KVMMAP_OPENS=10000 $(VENV)/bin/pytest tests/test_handles.py -k nothing_behind
 	cd tests && ../$(VENV)/bin/python -m soak.kills --kills $(KILLS)
 
 EXECUTIONS ?= 1000000
 
 fuzz: $(INSTALLED)
 	cd tests && ../$(VENV)/bin/python -m fuzz.run --executions $(EXECUTIONS)
+
+# The compiled core built anew, and the tests that touch it; GCC's sanitizers come with it.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+
+$(SANITIZED)/.installed: export CXXFLAGS = $(SANITIZERS)
+$(SANITIZED)/.installed: export LDFLAGS = $(SANITIZERS)
+$(SANITIZED)/.installed: $(SOURCES)
+	$(call environment,$(SANITIZED),--config-settings=cmake.build-type=None --editable '$(CHECKED)' \
+		pytest hypothesis tensorstore)
+
+TOUCHING_CORE := attention cache copying file fork format golden layer properties proven quantize repair residency soak \
+	stateful statistics tensors threads zarr
+
+# Leaks are looked for in tests/native, where every allocation is ours: an interpreter at its end leaves thousands, and
+# each goes through Python's frames, so that no list of exceptions could tell ours from its own. PYTHONMALLOC=malloc
+# lets the sanitizer see the ends of small buffers.
+sanitize: $(SANITIZED)/.installed
+	tests/native/run.sh
+	tests/native/race.sh
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"; \
+		$(SANITIZED)/bin/pytest $(TOUCHING_CORE:%=tests/test_%.py) && \
+		cd tests && ../$(SANITIZED)/bin/python -m fuzz.run --executions 5000 --unbounded
 
 # The transformers integration with the real weights of a small model.
 test-model: $(INSTALLED)
@@ -131,4 +158,4 @@ check-wheels: wheels
 	$(RELEASE)/bin/python release/check.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(BENCH) $(DOCS) $(RELEASE) build dist demo-out bench-out site
+	rm -rf $(VENV) $(DEMO) $(BENCH) $(DOCS) $(RELEASE) $(SANITIZED) build dist demo-out bench-out site

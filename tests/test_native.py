@@ -8,14 +8,21 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "native" / "run.sh"
+NATIVE = Path(__file__).parent / "native"
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_kernels_agree(tmp_path):
-    run = subprocess.run([SCRIPT, tmp_path], capture_output=True, text=True, timeout=1800)
+    run = subprocess.run([NATIVE / "run.sh", tmp_path], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "warning" not in run.stderr
     for line in run.stdout.splitlines():
         if line.startswith("skipped"):
             pytest.skip(line)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_attending_beside_appending_is_no_race(tmp_path):
+    run = subprocess.run([NATIVE / "race.sh", tmp_path], capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count(" 0 wrong") == run.stdout.count("looks over") >= 3

@@ -39,7 +39,7 @@ SECONDS_EACH = 20
 """No file may keep kvmmap busy for longer, on however loaded a machine."""
 
 ROOM = 1 << 30
-"""Bytes of address space that a worker may take more than it had before the first file."""
+"""Bytes of address space that a worker may take more than it had after the corpus."""
 
 LONGEST = 1 << 28
 """Bytes of a file; all of it is mapped, and a map is address space."""
@@ -83,9 +83,10 @@ class Shared:
 class Worker:
     """Runs recipes, and finds new ones."""
 
-    def __init__(self, folder: str, seed: int, shared: Shared, keep: Path | None) -> None:
+    def __init__(self, folder: str, seed: int, shared: Shared, keep: Path | None, *, bounded: bool = True) -> None:
         self.path = os.path.join(folder, "hostile.kvm")
         self.random, self.shared, self.keep = Random(seed), shared, keep
+        self.bounded = bounded
         self.watch = Watch()
         time.sleep = lambda seconds: None  # nobody is there to wait for
         self.known: list[Recipe] = []
@@ -96,7 +97,8 @@ class Worker:
         """Go through known recipes, then through new ones."""
         for recipe in recipes:
             self.one(recipe)
-        self.limit()
+        if self.bounded:
+            self.limit()
         gc.collect()
         gc.freeze()
         while self.done < executions:
@@ -143,13 +145,15 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
     parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
     parser.add_argument("--mutation", choices=MUTATIONS, default="none", help="leave a check out, to see it noticed")
+    parser.add_argument("--unbounded", action="store_true", help="leave memory alone: AddressSanitizer needs terabytes")
     arguments = parser.parse_args()
     seed = int.from_bytes(os.urandom(4), "little") if arguments.seed is None else arguments.seed
     folder = tempfile.mkdtemp(prefix="kvmmap-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     shared = Shared()
     pid = os.fork()
     if pid == 0:
-        os._exit(work(Worker(folder, seed, shared, arguments.keep), arguments))
+        worker = Worker(folder, seed, shared, arguments.keep, bounded=not arguments.unbounded)
+        os._exit(work(worker, arguments))
     problem = watch(pid, shared, seed)
     shutil.rmtree(folder)
     if problem:
