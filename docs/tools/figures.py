@@ -11,35 +11,18 @@ fills the places in the pages that say `<!-- figures: NAME -->`. `check` tells w
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from charts import Group, Row, chart
+from measured import FIGURES, Topics, bar, collect, load, table
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ROOT / "docs" / "figures"
-MEASURED = FIGURES / "measured.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-
-COMMANDS = {
-    "attention": "attention",
-    "append": "append",
-    "read": "read",
-    "codec": "codec",
-    "push": "push",
-    "reopen": "reopen",
-    "streaming": "streaming",
-    "transformers": "transformers",
-}
-"""Topics that the pages show, and the argument of benchmarks/run.py that measures each."""
-
-Topics = dict[str, dict[str, Any]]
 
 
 def main() -> int:
@@ -60,72 +43,20 @@ def main() -> int:
     return 0
 
 
-# From benchmarks
-
-
-def collect(folder: Path, conditions: str) -> None:
-    """Take over all topics that are in a folder of results."""
-    topics: Topics = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
-    for topic, name in COMMANDS.items():
-        path = folder / f"{topic}.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            topics[topic] = {
-                "command": f"python benchmarks/run.py {name}",
-                "date": date.fromtimestamp(path.stat().st_mtime).isoformat(),
-                "conditions": conditions,
-                "machine": found["machine"],
-                "bars": found.get("bars", []),
-                "notes": found.get("notes", {}),
-                "speeds": speeds(found),
-            }
-    MEASURED.write_text(json.dumps(topics, indent=1) + "\n")
-
-
-def speeds(found: dict[str, Any]) -> dict[str, Any]:
-    """By table and row: the median time, and how many times as fast as each baseline."""
-    if "rows" in found:
-        return {"": {row["name"]: {key: row[key] for key in row if key != "name"} for row in found["rows"]}}
-    return {
-        table["title"]: {
-            row["name"]: {
-                "seconds": row["seconds"]["median"],
-                "faster_than": {name: ratio["median"] for name, ratio in row["faster_than"].items()},
-            }
-            for row in table["rows"]
-        }
-        for table in found["tables"]
-    }
-
-
-# Into charts and tables
-
-
 def rendered() -> dict[Path, str]:
     """Return every file that is made of the figures, with its text."""
-    topics: Topics = json.loads(MEASURED.read_text())
+    topics = load()
     charts = {FIGURES / f"{name}.svg": make(topics) for name, make in CHARTS.items()}
     files = {path: drawn for path, drawn in charts.items() if drawn}
     for page in PAGES:
 
         def fill(match: re.Match[str]) -> str:
-            return f"{match[1]}{TABLES[match[2]](topics)}\n{match[3]}"
+            _, how, topic = match[2].rpartition("how-")
+            text = provenance(topics[topic]) if how else TABLES[match[2]](topics)
+            return f"{match[1]}{text}\n{match[3]}"
 
         files[page] = PLACE.sub(fill, page.read_text())
     return files
-
-
-def bar(topic: dict[str, Any], *words: str) -> dict[str, Any]:
-    """The one bar that has all of these words."""
-    found = [bar for bar in topic["bars"] if all(word in bar["what"] for word in words)]
-    if len(found) != 1:
-        raise SystemExit(f"{len(found)} bars with {words}")
-    return found[0]
-
-
-def table(topic: dict[str, Any], start: str) -> dict[str, Any]:
-    """The rows of the table whose title begins so."""
-    return next(rows for title, rows in topic["speeds"].items() if title.startswith(start))
 
 
 def times(value: float) -> str:
@@ -266,32 +197,27 @@ CHARTS: dict[str, Callable[[Topics], str]] = {
 }
 
 
-def provenance(name: str) -> Callable[[Topics], str]:
+def provenance(topic: dict[str, Any]) -> str:
     """How the figures of a topic were taken."""
-
-    def text(topics: Topics) -> str:
-        topic = topics[name]
-        machine = topic["machine"]
-        return (
-            f"*`{topic['command']}`, {topic['date']}, {machine['processor']}, {machine['processors']} processors, "
-            f"{machine['kernel']} kernel; {topic['conditions']}.*"
-        )
-
-    return text
+    machine = topic["machine"]
+    return (
+        f"*`{topic['command']}`, {topic['date']}, {machine['processor']}, {machine['processors']} processors, "
+        f"{machine['kernel']} kernel; {topic['conditions']}.*"
+    )
 
 
 def bars(topics: Topics) -> str:
     """All that the project demands of itself."""
     lines = ["| | demanded | measured | |", "|---|---:|---:|---|"]
-    for name in COMMANDS:
-        for found in topics[name]["bars"]:
+    for name, topic in topics.items():
+        for found in topic["bars"]:
             sign, unit = (">=", "x") if found["unit"] == "x" else ("<=", found["unit"].removesuffix(" at most"))
             verdict = "met" if found["met"] else "**not met**"
             lines.append(
                 f"| {name}: {found['what']} | {sign} {found['required']:g} {unit} | {found['measured']:.2f} {unit} "
                 f"| {verdict} |"
             )
-    met = sum(found["met"] for name in COMMANDS for found in topics[name]["bars"])
+    met = sum(found["met"] for topic in topics.values() for found in topic["bars"])
     return f"{met} of {len(lines) - 2} are met.\n\n" + "\n".join(lines)
 
 
@@ -347,7 +273,6 @@ TABLES: dict[str, Callable[[Topics], str]] = {
     "losses": losses,
     "llama": beside_llama,
     "readme": readme,
-    **{f"how-{name}": provenance(name) for name in COMMANDS},
 }
 
 
