@@ -5,7 +5,7 @@ What a fenced block is, is told by its language:
 - `python`: runs in this process, all blocks of a page in one namespace, in one folder.
 - `python title="x.py"`: is written to that file, for a later block to run.
 - `console`: `$ ` begins a command for the shell, and what follows is what it prints, on stdout and stderr. Every
-  command must succeed. `pip install` alone is not run: its extras are looked up in pyproject.toml.
+  command must succeed. `pip install` and `make` alone are not run: their extras and targets are looked up.
 - `text`: what the block before it prints.
 
 `...` stands for anything, as in doctest. A block of any other kind is an error, and so is output that a page hides.
@@ -33,7 +33,7 @@ FENCE = re.compile(r"^( *)```(\w*)(?: +title=\"([^\"]+)\")?[^\n]*\n(.*?)^\1```$"
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"\n', re.MULTILINE)
 """How the site includes a file of this project."""
 
-INSTALL = re.compile(r"pip install\b")
+MAKE = re.compile(r"make ([\w-]+)")
 PATIENCE = 120
 """Seconds for one command of the shell."""
 
@@ -115,8 +115,11 @@ class Session:
         return out.getvalue()
 
     def _shell(self, block: Block, command: str, expected: str) -> None:
-        if INSTALL.search(command):
+        if command.startswith("pip install "):
             check_install(block, command)
+            return
+        if target := MAKE.match(command):
+            assert f"\n{target[1]}:" in (ROOT / "Makefile").read_text(), f"{block.where}: no such target: {command}"
             return
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         plain = {"PATH": path, "NO_COLOR": "1", "COLUMNS": "100", "LC_ALL": "C.UTF-8", "PYTHONWARNINGS": "error"}

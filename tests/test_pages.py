@@ -30,6 +30,11 @@ def test_the_tutorial(session: Session) -> None:
     session.run(DOCS / "tutorial.md")
 
 
+@pytest.mark.parametrize("name", ["howto/install.md", "performance.md"])
+def test_commands_that_exist(session: Session, name: str) -> None:
+    session.run(DOCS / name)
+
+
 def test_more_than_memory(session: Session) -> None:
     session.run(DOCS / "howto/larger-than-memory.md")
 
@@ -58,3 +63,9 @@ def test_the_python_of_readme(session: Session) -> None:
             assert session.python(block) == ""
     with kvmmap.open("chat.kvm") as cache:
         assert cache.seq_len == 20 + 50 - 1
+
+
+def test_every_how_to_page_is_run() -> None:
+    here = Path(__file__).read_text()
+    for page in (DOCS / "howto").glob("*.md"):
+        assert f"howto/{page.name}" in here
