@@ -13,6 +13,9 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[1]
 CHART = re.compile(r'<img [^>]*src="([^"]*figures/[^"]+\.svg)"[^>]*>')
+ERRORS = re.compile(r"<code>\((<a [^\n]*?)\)</code>")
+"""Several errors for one reason, `A, B: why`, which mkdocstrings takes for a tuple of types."""
+
 SHIM = re.compile(r'(<script src=")https://unpkg\.com/iframe-worker/shim("></script>)')
 """The theme's `offline` plugin loads it, so that search works in pages that are opened from disk."""
 
@@ -28,7 +31,8 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Load our own copy of the one script that the theme has elsewhere."""
+    """Load our own copy of the one script that the theme has elsewhere, and list errors as their docstrings do."""
+    output = ERRORS.sub(r"<code>\1</code>", output)
     up = "../" * page.file.src_uri.count("/")
     return SHIM.sub(rf"\g<1>{up}assets/iframe-worker.js\2", output)
 
