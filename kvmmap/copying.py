@@ -13,10 +13,11 @@ import itertools
 import json
 import os
 import secrets
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from .cache import QuantizedKvCache
 from .errors import CacheNotFoundError, CorruptCacheError, FormatError
 from .geometry import CacheGeometry, check_range, check_room, index
 from .opening import PathLike, group_at, local_path, not_compressed, open_cache
-from .storage.base import Progress, Storage, VerifyReport, seq_len
+from .storage.base import LayerStore, Progress, Rows, Storage, VerifyReport, seq_len
 from .storage.mapped import MappedReader
 from .storage.placing import METADATA_ROOM, already_exists, place_file, remove_file
 from .storage.writer import MappedWriter
@@ -36,8 +37,14 @@ if TYPE_CHECKING:
 STEP_TOKENS = 8192
 """Positions of a layer that are copied at once."""
 
-AHEAD_BYTES = 64 * 2**20
+AHEAD_BYTES = 128 * 2**20
 """Rows that are fetched ahead of those being written."""
+
+WRITERS = 2
+"""Threads that write to a file."""
+
+BACKLOG_BYTES = 64 * 2**20
+"""Rows that may wait for these."""
 
 COMMIT_BYTES = 512 * 2**20
 """A group commits after so much: an interrupted copy has at most that to do again."""
@@ -221,10 +228,17 @@ def _to_file(plan: _Plan, path: str, overwrite: bool, verify: bool, progress: Pr
         raise already_exists(path)
     partial = f"{path}.{plan.stamp}.partial"
     meter = _Meter(plan, verify, progress)
+    if not os.path.exists(partial):
+        next(_reading_ahead(plan, _edges(plan, 0)), None)  # it comes while the file is made
     with contextlib.closing(_open_partial(plan, partial)) as writer:
         resumed = seq_len(writer)
-        for stop in _syncing(writer, _fill(plan, writer, check=True)):
-            meter.reached(stop)
+        with _Writing(writer) as writing:
+            for stop in _fill(plan, writer, writing, check=True):
+                meter.reached(stop)
+        if plan.keeps_sums and plan.length == plan.source.committed_len:
+            size = plan.geometry.block_tokens
+            sums = plan.source.committed_sums(writer.committed_len // size, -(-plan.length // size))
+            writer.tell_sums(plan.length, sums)
     if verify:
         with contextlib.closing(MappedReader.open(partial)) as reader:
             _refuse_unsound(reader.verify(meter.verifying))
@@ -232,18 +246,59 @@ def _to_file(plan: _Plan, path: str, overwrite: bool, verify: bool, progress: Pr
     return _report(plan, path, resumed, verify)
 
 
-def _syncing(writer: MappedWriter, steps: Iterator[int]) -> Iterator[int]:
-    """Sync what was written while more is fetched and written, so that there is little left to wait for at the end."""
-    with ThreadPoolExecutor(1) as thread:
-        sync: Future[None] | None = None
-        for stop in steps:
-            if sync is None or sync.done():
-                if sync is not None:
-                    sync.result()
-                sync = thread.submit(writer.file.sync)
-            yield stop
-        if sync is not None:
-            sync.result()
+class _Putting:
+    """Puts rows where they belong in a group, which has threads of its own."""
+
+    def __init__(self, target: Storage) -> None:
+        self._target = target
+
+    def put(self, layer: int, start: int, rows: Rows) -> None:
+        self._target.layers[layer].write(start, rows)
+
+    def wait(self) -> None:
+        """Their source may forget them: a group has taken them."""
+
+
+class _Writing:
+    """Writes rows to a file by other threads, while this one waits for the next; and the disk begins at once."""
+
+    def __init__(self, target: MappedWriter) -> None:
+        self._layers = target.layers
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._under_way: deque[tuple[int, Future[None]]] = deque()
+        self._bytes = 0
+
+    def put(self, layer: int, start: int, rows: Rows) -> None:
+        """Start; wait if there is much to write already."""
+        size = sum(array.nbytes for _, array in rows.named())
+        self._under_way.append((size, self._pool.submit(self._write, layer, start, rows)))
+        self._bytes += size
+        while self._bytes > BACKLOG_BYTES and len(self._under_way) > 1:
+            self._wait_for_one()
+
+    def _write(self, layer: int, start: int, rows: Rows) -> None:
+        self._layers[layer].write(start, rows)
+        self._layers[layer].start_sync(start, start + len(rows.key_codes))
+
+    def _wait_for_one(self) -> None:
+        size, writing = self._under_way.popleft()
+        self._bytes -= size
+        writing.result()
+
+    def wait(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            OSError: something is not.
+        """
+        while self._under_way:
+            self._wait_for_one()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _open_partial(plan: _Plan, partial: str) -> MappedWriter:
@@ -295,7 +350,7 @@ def _to_group(
     try:
         resumed = seq_len(writer)
         meter = _Meter(plan, verify, progress)
-        for stop in _fill(plan, writer, check=not plan.keeps_sums):
+        for stop in _fill(plan, writer, _Putting(writer), check=not plan.keeps_sums):
             meter.reached(stop)
             committed = writer.root.seq_len
             if stop == plan.length or (stop - committed) * plan.position_bytes >= COMMIT_BYTES:
@@ -313,28 +368,28 @@ def _to_group(
     return _report(plan, writer.path, resumed, verify)
 
 
-def _fill(plan: _Plan, target: Storage, *, check: bool) -> Iterator[int]:
+def _fill(plan: _Plan, target: Storage, rows: _Putting | _Writing, *, check: bool) -> Iterator[int]:
     """Append to the target what it lacks, and yield its length after every step.
 
     Args:
-        check: compare the source's rows with their checksums first, if reading them does not do so.
+        rows: how they are put there.
+        check: compare the source's rows with their checksums first; without, whoever asks does so afterwards.
     """
     source, first = plan.source, plan.start
-    begun = seq_len(target)
-    edges = [begun, *range(begun // STEP_TOKENS * STEP_TOKENS + STEP_TOKENS, plan.length, STEP_TOKENS), plan.length]
+    edges = _edges(plan, seq_len(target))
     ids = source.read_tokens(first + plan.tokens)[first:]
     ahead = _reading_ahead(plan, edges)
-    mark = source.mark()
     for start, stop in itertools.pairwise(edges):
         if check:
             source.check_rows(first + start, first + stop)
         for number, layer in enumerate(plan.layers):
             next(ahead)
             position = target.layers[number].begin(stop - start)
-            for rows in source.layers[layer].stretches(first + start, first + stop):
-                target.layers[number].write(position, rows)
-                position += len(rows.key_codes)
-        source.check_since(mark)  # the rows were still the source's when they had been read
+            for part in _pieces(source.layers[layer], first + start, first + stop, check=check):
+                rows.put(number, position, part)
+                position += len(part.key_codes)
+        rows.wait()
+        source.check()  # the rows were still the source's when they had been read
         recorded = target.token_len
         if recorded < min(stop, plan.tokens):
             target.write_tokens(recorded, ids[recorded:stop])
@@ -342,6 +397,19 @@ def _fill(plan: _Plan, target: Storage, *, check: bool) -> Iterator[int]:
         for store in target.layers:
             store.publish(stop)
         yield stop
+
+
+def _pieces(layer: LayerStore, start: int, stop: int, *, check: bool) -> Iterator[Rows]:
+    """Yield positions of a layer; compared with their checksums, unless they lie in a map and that is done later."""
+    if layer.in_memory and not check:
+        yield layer.slabs().part(start, stop)
+    else:
+        yield from layer.stretches(start, stop)
+
+
+def _edges(plan: _Plan, begun: int) -> list[int]:
+    """Return where steps start and end, from a length that the target has."""
+    return [begun, *range(begun // STEP_TOKENS * STEP_TOKENS + STEP_TOKENS, plan.length, STEP_TOKENS), plan.length]
 
 
 def _reading_ahead(plan: _Plan, edges: Sequence[int]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -12,10 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
+from objects import CountingObjects, new_place
 from seaweed import BUCKET, Server
 from support import check_filled, fill, make_file, rows
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
 
 import kvmmap
+from kvmmap.storage.file import PosixFile
+from kvmmap.storage.zarr_lock import LOCK_KEY
+from kvmmap.storage.zarr_objects import MemoryObjects
+from kvmmap.storage.zarr_reader import ZarrReader
 
 ARRAYS = ("key_codes", "key_scales", "value_codes", "value_scales")
 _numbers = itertools.count()
@@ -256,6 +265,139 @@ def test_a_killed_copy_is_gone_on_with(tmp_path: Path, target: str) -> None:
     assert report.resumed >= 8192
     with kvmmap.open(first) as one, kvmmap.open(second) as two:
         same(one, two)
+
+
+# A store that dies
+
+
+def counting_copy(monkeypatch: pytest.MonkeyPatch, source: Any, objects: CountingObjects, **more: Any) -> Any:
+    """Copy to a group whose place is this one."""
+    with monkeypatch.context() as patch:
+        patch.setattr("kvmmap.copying.COMMIT_BYTES", 1)
+        patch.setattr("kvmmap.copying.group_at", lambda *arguments, **options: objects)
+        return kvmmap.copy(source, "memory://there.zarr", **more)
+
+
+@pytest.mark.parametrize(("overwrite", "late"), [(False, False), (True, True)])
+def test_a_store_that_dies_at_the_nth_operation_of_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, late: bool
+) -> None:
+    """The target is not there or as of its last commit, whole as far as it goes; the same again finishes it."""
+    first = tmp_path / "a.kvm"
+    make_long(first, 17_000)
+    before = first.read_bytes()
+    with kvmmap.open(first) as original:
+        for number in itertools.count(1):
+            place = new_place()
+            if overwrite:
+                counting_copy(monkeypatch, kvmmap.QuantizedKvCache(1, 8, 1, 4), CountingObjects(place))
+            dying = CountingObjects(place, lambda count, number=number: count >= number, late)  # type: ignore[misc]
+            try:
+                counting_copy(monkeypatch, first, dying, overwrite=overwrite)
+            except OSError:
+                reached = part_of(original, place)
+            else:
+                assert number > 50  # the copy has more operations than this, and came to its end before the death
+                break
+            if reached is None:  # what was to be told was that it is whole
+                continue
+            place.delete(LOCK_KEY)  # the lock of a server that can't be asked to take it back
+            report = counting_copy(monkeypatch, first, CountingObjects(place), overwrite=overwrite)
+            assert report.resumed == reached
+            with kvmmap.QuantizedKvCache.of_storage(ZarrReader.open(place)) as copy:
+                same(original, copy)
+                assert zarr.open_group(MemoryStore(as_zarr(place)), mode="r")["layers/1/key_codes"].shape[0] == 40_000
+    assert first.read_bytes() == before
+
+
+def part_of(original: kvmmap.QuantizedKvCache, place: MemoryObjects) -> int | None:
+    """Return how far a copy has come that failed; it is sound so far. None if it is whole, and says so."""
+    try:
+        reader = ZarrReader.open(place)  # type: ignore[arg-type]
+    except kvmmap.CacheNotFoundError:
+        return 0
+    with kvmmap.QuantizedKvCache.of_storage(reader) as part:
+        assert part.verify().sound
+        if part.num_layers == 1:  # what was there before
+            return 0
+        assert part.seq_len in (0, 8192, 16_384, 17_000)
+        for layer, other in zip(part.layers, original.layers, strict=True):
+            np.testing.assert_array_equal(layer.key_codes, other.key_codes[: part.seq_len])
+        return part.seq_len if reader.root.copying else None
+
+
+def as_zarr(place: MemoryObjects) -> dict[str, Any]:
+    """What zarr-python takes for a store."""
+    return {key: cpu.Buffer.from_bytes(bytes(place.get(key))) for key in place.list()}
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_source_that_dies_at_the_nth_operation_of_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    """There is no file, and the same again makes it."""
+    make_long(tmp_path / "a.kvm", 17_000)
+    place = new_place(far=far)
+    counting_copy(monkeypatch, tmp_path / "a.kvm", CountingObjects(place))
+    second = tmp_path / "b.kvm"
+    for number in itertools.count(2):  # the first opens it
+        dying = CountingObjects(place, lambda count, number=number: count >= number)  # type: ignore[misc]
+        with kvmmap.QuantizedKvCache.of_storage(ZarrReader.open(dying)) as source:  # type: ignore[arg-type]
+            try:
+                kvmmap.copy(source, second)
+                break
+            except OSError:
+                assert not second.exists()
+    assert number > 10
+    with kvmmap.open(tmp_path / "a.kvm") as original, kvmmap.open(second) as copy:
+        same(original, copy)
+        assert copy.verify().sound
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kvm", "b.kvm"]
+
+
+def test_a_copy_that_meets_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are written by other threads: what they fail with is told, and nothing is published."""
+    make_long(tmp_path / "a.kvm", 17_000)
+    write = PosixFile.write
+    count = itertools.count()
+
+    def fail(self: PosixFile, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
+        if len(offsets) == 4 and next(count) == 3:
+            raise OSError(errno.ENOSPC, "no space")
+        write(self, offsets, buffers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PosixFile, "write", fail)
+        with pytest.raises(OSError, match="no space"):
+            kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm")
+    assert not (tmp_path / "b.kvm").exists()
+    assert kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm").resumed == 8192
+    with kvmmap.open(tmp_path / "a.kvm") as original, kvmmap.open(tmp_path / "b.kvm") as copy:
+        same(original, copy)
+        assert copy.verify().sound
+
+
+def test_a_write_that_goes_wrong_is_not_covered_by_a_checksum_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has the source's checksums, and not those of what lies in the file."""
+    make_long(tmp_path / "a.kvm", 9000)
+    write = PosixFile.write
+
+    def flip(self: PosixFile, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
+        if len(offsets) == 4:
+            codes = np.array(buffers[0])
+            codes.flat[-1] ^= 1
+            buffers = (codes, *buffers[1:])
+        write(self, offsets, buffers)
+
+    monkeypatch.setattr(PosixFile, "write", flip)
+    with pytest.raises(kvmmap.CorruptCacheError, match="read back"):
+        kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm")
+    assert not (tmp_path / "b.kvm").exists()
+    kvmmap.copy(tmp_path / "a.kvm", tmp_path / "c.kvm", verify=False)
+    with kvmmap.open(tmp_path / "c.kvm") as copy:
+        assert not copy.verify().sound
 
 
 # A server

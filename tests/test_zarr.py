@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from objects import CountingObjects, new_place
 from support import check_filled, fill, make_file, rows, run_python
 
 import kvmmap
 from kvmmap.metadata import Document
+from kvmmap.storage.base import Rows
 from kvmmap.storage.zarr_folder import FolderObjects
 from kvmmap.storage.zarr_layout import Layout
 from kvmmap.storage.zarr_lock import LOCK_KEY
-from kvmmap.storage.zarr_objects import MemoryObjects, Objects
+from kvmmap.storage.zarr_objects import Objects
 from kvmmap.storage.zarr_place import create_group, open_locked
 from kvmmap.storage.zarr_reader import ZarrReader
 
@@ -34,14 +36,6 @@ GEOMETRY = kvmmap.CacheGeometry.build(num_layers=2, capacity=1200, num_kv_heads=
 @pytest.fixture
 def group(tmp_path: Path) -> Path:
     return tmp_path / "cache.zarr"
-
-
-_numbers = iter(range(10**9))
-
-
-def new_place() -> MemoryObjects:
-    """A place in memory that nobody else uses."""
-    return MemoryObjects(f"memory://test-{next(_numbers)}")
 
 
 def make_group(objects: Objects, shard_blocks: int = 1, **more: Any) -> kvmmap.QuantizedKvCache:
@@ -293,38 +287,6 @@ def test_an_append_that_fails_leaves_nothing() -> None:
 
 
 # Stores that fail
-
-
-class CountingObjects:
-    """A place whose operations are counted, and may fail: before they are done, or after (a lost answer)."""
-
-    OPERATIONS = ("get", "get_tagged", "get_suffix", "read_into", "put", "put_if", "delete", "settle")
-
-    def __init__(self, inner: Objects, fails: Callable[[int], bool] = lambda count: False, late: bool = False) -> None:
-        self.inner = inner
-        self.fails = fails
-        self.late = late
-        self.count = 0
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.inner, name)
-        if name not in self.OPERATIONS:
-            return found
-
-        def call(*arguments: Any) -> Any:
-            self.count += 1
-            failing = self.fails(self.count)
-            if failing and not self.late:
-                raise OSError(5, f"operation {self.count} failed: {name}")
-            result = found(*arguments)
-            if failing:
-                raise OSError(5, f"the answer to operation {self.count} was lost: {name}")
-            return result
-
-        return call
-
-    def lock(self, timeout: float, *, break_lock: bool) -> Any:
-        return self.inner.lock(timeout, break_lock=break_lock)
 
 
 class Model:
@@ -692,6 +654,55 @@ def test_fetched_rows_are_bounded(group: Path) -> None:
         kept = view.copy()
         cache.layers[1].read_values()
         np.testing.assert_array_equal(view, kept)
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("lengths", [(300, 511, 700), (256, 512, 1100), (700, 701, 1200)])
+def test_a_reader_sees_what_it_has_grow(far: bool, lengths: tuple[int, ...]) -> None:
+    """What came whole, as it is kept from an object store, is no room to read more into."""
+    place = new_place(far=far)
+    with make_group(place, shard_blocks=2) as cache, reopen(place) as reader:
+        views = []
+        for length in lengths:
+            fill(cache, length)
+            cache.flush()
+            assert reader.refresh()
+            check_filled(reader, length)
+            views.append((length, reader.layers[1].value_codes, reader.layers[1].value_codes.copy()))
+            for _, view, was in views:
+                np.testing.assert_array_equal(view, was)
+        cache.truncate(lengths[0] - 1)
+        cache.flush()
+        assert reader.refresh()
+        check_filled(reader, lengths[0] - 1)
+        assert reader.verify().sound
+
+
+def test_rows_of_the_caller_are_his_own_again_after_a_commit() -> None:
+    """A copy hands over rows where they lie; what is appended to them, and what he does with them then, are apart."""
+    place = new_place()
+    own = kvmmap.QuantizedKvCache(2, 2048, 2, 8)
+    fill(own, 1000)
+    with make_group(place, shard_blocks=2) as cache:
+        lent = [Rows._make(array.copy() for array in layer.read_quantized()) for layer in own.layers]
+        for start, stop in ((0, 300), (300, 512), (512, 600)):
+            for store, rows in zip(cache.storage.layers, lent, strict=True):
+                store.write(store.begin(stop - start), rows.part(start, stop))
+                store.publish(stop)
+            if stop == 512:
+                cache.storage.commit()
+        cache.storage.commit()
+        for rows in lent:
+            for array in rows:
+                array[:] = 1
+        fill(cache, 900)
+        for layer, other in zip(cache.layers, own.layers, strict=True):
+            np.testing.assert_array_equal(layer.key_codes, other.key_codes[:900])
+            np.testing.assert_array_equal(layer.value_scales, other.value_scales[:900])
+    with reopen(place) as reader:
+        for layer, other in zip(reader.layers, own.layers, strict=True):
+            np.testing.assert_array_equal(layer.value_codes, other.value_codes[:900])
+        assert reader.verify().sound
 
 
 def test_a_part_reads_a_part(group: Path) -> None:

@@ -1,5 +1,5 @@
-// The two things that Python's own os and mmap can't do for the file: several positioned writes in one call, and
-// aligned 64-bit words in a shared map with the memory ordering that publishing needs.
+// What Python's own os and mmap can't do for the file: several positioned writes in one call, having the system start on
+// them, and aligned 64-bit words in a shared map with the memory ordering that publishing needs.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,10 @@ struct Write {
 
 // Writes all of every piece, in order, going on after short writes and EINTR. Returns 0 or an errno.
 int write_all(int fd, const Write* writes, int count);
+
+// Has the system start to put what was written there on the disk, where it knows how to; a sync has less to wait for
+// then. It promises nothing, and takes no error away from that sync.
+void start_sync(int fd, int64_t offset, int64_t size);
 
 // A sealed word holds a value below 2^40 and, above it, 24 bits that depend on the value, the word's index and the
 // file's salt: any other 64 bits are taken for a value once in 2^24. One aligned store publishes both.

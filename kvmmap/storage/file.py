@@ -108,6 +108,10 @@ class PosixFile:
         """Write each buffer at its offset, in order, all of it."""
         _core.write_all(self._fd, offsets, buffers)
 
+    def start_sync(self, offset: int, size: int) -> None:
+        """Have the system start to bring what was written there to the disk; the next `sync` waits the less."""
+        _core.start_sync(self._fd, offset, size)
+
     def copy_from(self, source: PosixFile, start: int, at: int, size: int) -> None:
         """Copy `size` bytes of another file, from `start` on, to `at`, both on a page.
 

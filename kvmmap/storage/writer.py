@@ -86,6 +86,11 @@ class WriterLayer(MappedLayer):
                 self._storage.file.write((at,), (part.astype("<u2", copy=False),))
                 first += len(part)
 
+    def start_sync(self, start: int, stop: int) -> None:
+        """Have positions that were written on their way to the disk before the next commit waits for it."""
+        for low, high in self._byte_ranges(start, stop):
+            self._storage.file.start_sync(low, high - low)
+
     def publish(self, length: int) -> None:
         try:
             self._storage.live.publish(self.index, length)
@@ -317,6 +322,17 @@ class MappedWriter(MappedReader):
             )
         self._note_proven(slot.seq_len, slot.token_len)
         self._tail_checked = True
+
+    def tell_sums(self, length: int, sums: NDArray[np.uint64]) -> None:
+        """Take the checksums of what is appended since the last commit from somebody who knows them, and hash nothing.
+
+        They must be those of the rows that were meant to be written: should others be in the file, reading tells.
+
+        Args:
+            length: what they go to, and the next commit with them.
+            sums: u64 [blocks, num_layers], from the block that the last commit ends in.
+        """
+        self._rows_hasher.tell(length, sums)
 
     def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
         offset = self.superblock.section(Section.TOKEN_IDS).offset + 4 * start

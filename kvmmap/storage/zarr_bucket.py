@@ -14,9 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import AccessDeniedError, CacheNotFoundError, KvmmapError, NotACacheError, StoreError
 from .zarr_lock import ObjectLock, read_owner
 from .zarr_needs import obstore
@@ -30,9 +27,6 @@ RETRIES = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
 }
 """How often a request is tried again after an error that may pass (5xx, connection lost), unless asked otherwise."""
-
-ROOMS = 16
-"""Pieces of memory that are kept to join objects in."""
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -128,7 +122,6 @@ class BucketObjects:
     def __init__(self, url: str, store: Any) -> None:
         self.url = url
         self._store = store
-        self._rooms: list[NDArray[np.uint8]] = []
 
     def get(self, key: str) -> Buffer:
         with self._errors(key):
@@ -160,29 +153,9 @@ class BucketObjects:
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         views = [memoryview(part).cast("B") for part in parts]
-        with self._joined(views) as data, self._errors(key):
-            obstore().put(self._store, key, data, use_multipart=False)
-
-    @contextlib.contextmanager
-    def _joined(self, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        """Give the parts in one piece: one after the other in memory that was used before, which is far faster to
-        fill than fresh memory."""
-        if len(parts) == 1:
-            yield parts[0]
-            return
-        size = sum(len(part) for part in parts)
-        room = self._rooms.pop() if self._rooms else np.empty(0, np.uint8)
-        if len(room) < size:
-            room = np.empty(size, np.uint8)
-        end = 0
-        for part in parts:
-            room[end : end + len(part)] = np.frombuffer(part, np.uint8)
-            end += len(part)
-        try:
-            yield room[:size].data
-        finally:
-            if len(self._rooms) < ROOMS:
-                self._rooms.append(room)
+        with self._errors(key):
+            # A list goes out as it is; joined first, it would be copied.
+            obstore().put(self._store, key, views, use_multipart=False)
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> str:
         mode = "create" if tag is None else {"e_tag": tag}

@@ -19,7 +19,9 @@ from ..geometry import LayerGeometry
 from .base import Rows
 from .zarr_layout import Layout
 from .zarr_objects import MissingObjectError, Objects
-from .zarr_shard import ShardError, decode_index, index_size, runs, unpack
+from .zarr_shard import Run, ShardError, decode_index, index_size, runs, unpack
+
+SCALE_BYTES = 4
 
 WHOLE_BYTES = 1 << 20
 """A remote object up to this size is read whole: it costs less than a round trip to its index first."""
@@ -61,6 +63,20 @@ class ShardRows:
         shard._take(Rows._make(np.ascontiguousarray(array) for _, array in rows.named()), layout)
         return shard
 
+    @classmethod
+    def arrived(cls, geometry: LayerGeometry, layout: Layout, parts: Sequence[NDArray[np.uint8]]) -> ShardRows:
+        """Make one of what came from a store, as it came: whole chunks of each array, maybe fewer than a shard has."""
+        heads, dim, value_dim = geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim
+        kc, ks, vc, vs = parts
+        scales = np.dtype("<f4")
+        rows = Rows(
+            kc.view(np.int8).reshape(-1, heads, dim),
+            ks.view(scales).reshape(-1, heads),
+            vc.view(np.int8).reshape(-1, heads, value_dim),
+            vs.view(scales).reshape(-1, heads),
+        )
+        return cls.of(rows, layout)
+
     def _take(self, rows: Rows, layout: Layout) -> None:
         self.rows = rows
         self.views = rows.part(0, layout.shard_tokens)
@@ -99,7 +115,10 @@ def block_digests(data: NDArray[np.uint8], row_bytes: int, block_tokens: int, bl
 
 
 class Fetch:
-    """Blocks being read into a `ShardRows`. It starts at once; `finish` waits, and compares."""
+    """Blocks being read into a `ShardRows`. It starts at once; `finish` waits, and compares.
+
+    `target` is where they are then; None if nothing came.
+    """
 
     def __init__(
         self,
@@ -107,7 +126,7 @@ class Fetch:
         layout: Layout,
         pool: Executor,
         place: tuple[int, int],
-        target: ShardRows,
+        target: ShardRows | None,
         blocks: Sequence[Block],
         expected: Callable[[], Sequence[int] | str],
     ) -> None:
@@ -115,6 +134,8 @@ class Fetch:
 
         Args:
             place: layer and shard.
+            target: room for the shard; None where objects are to be kept as they come, which saves copying them. Its
+                memory is not ours to fill further, then.
             blocks: rising.
             expected: gives their checksums, or what is wrong with those; asked after the rows are there.
         """
@@ -123,16 +144,25 @@ class Fetch:
         self._layer, self._shard = place
         self._layout = layout
         self._expected = expected
-        self._parts: list[Future[list[int]]] = [
+        self._geometry = layout.geometry.layers[self._layer]
+        rooms = dict(target.rows.named()) if target is not None else {}
+        chunks = zip(Rows._fields, self._geometry.slab_bytes(layout.geometry.block_tokens), strict=True)
+        self._parts: list[Future[_Part]] = [
             pool.submit(
-                _read_array, objects, layout, layout.data_key(self._layer, name, self._shard), as_bytes(array), blocks
+                _read_array,
+                objects,
+                layout,
+                layout.data_key(self._layer, name, self._shard),
+                as_bytes(rooms[name]) if rooms else None,
+                chunk_bytes,
+                blocks,
             )
-            for name, array in target.rows.named()
+            for name, chunk_bytes in chunks
         ]
 
     def finish(self) -> list[tuple[Block, str]]:
         """Wait; return the blocks that did not arrive sound, and why."""
-        parts: list[list[int]] = []
+        parts: list[_Part] = []
         trouble: str | None = None
         for name, part in zip(Rows._fields, self._parts, strict=True):
             try:
@@ -147,10 +177,12 @@ class Fetch:
                 trouble = expected
         if trouble is not None:
             return [(block, trouble) for block in self.blocks]
+        if self.target is None:
+            self.target = ShardRows.arrived(self._geometry, self._layout, [part.data for part in parts])
         bad = []
         first = self._shard * self._layout.shard_blocks
         for position, (block, wanted) in enumerate(zip(self.blocks, expected, strict=True)):
-            digests = [part[position] for part in parts]
+            digests = [part.digests[position] for part in parts]
             if block_checksum(self._layer, first + block.number, block.rows, digests) == wanted:
                 self.target.held[block.number] = block.rows
             else:
@@ -164,20 +196,36 @@ class Fetch:
                 part.exception()
 
 
+class _Part(NamedTuple):
+    """What came of one array."""
+
+    digests: list[int]
+    """Of the blocks that were asked for."""
+    data: NDArray[np.uint8]
+    """Where they are."""
+
+
 def _read_array(
-    objects: Objects, layout: Layout, key: str, target: NDArray[np.uint8], blocks: Sequence[Block]
-) -> list[int]:
-    """Read blocks of one array into their places, and return their digests."""
+    objects: Objects,
+    layout: Layout,
+    key: str,
+    room: NDArray[np.uint8] | None,
+    chunk_bytes: int,
+    blocks: Sequence[Block],
+) -> _Part:
+    """Read blocks of one array into their places in its room; without one, have them wherever they are."""
     chunks, tokens = layout.shard_blocks, layout.geometry.block_tokens
-    chunk_bytes = len(target) // chunks
     wanted = [block.number for block in blocks]
-    packed = layout.level is not None
-    view = target.data
-    whole = objects.remote and (2 * len(wanted) >= chunks or len(target) <= WHOLE_BYTES)
+    whole = objects.remote and (2 * len(wanted) >= chunks or chunks * chunk_bytes <= WHOLE_BYTES or room is None)
     data = memoryview(objects.get(key)) if whole else None
     tail = data if data is not None else objects.get_suffix(key, index_size(chunks))
-    found = runs(decode_index(tail, chunks), wanted, chunk_bytes, packed=packed)
-    if not packed:
+    found = runs(decode_index(tail, chunks), wanted, chunk_bytes, packed=layout.level is not None)
+    if room is None:
+        if data is not None and (kept := _as_it_came(data, found, layout)) is not None:
+            return _Part(block_digests(kept, chunk_bytes // tokens, tokens, blocks), kept)
+        room = np.empty(chunks * chunk_bytes, np.uint8)
+    view = room.data
+    if layout.level is None:
         pieces = [(run.offset, view[run.first * chunk_bytes :][: run.size]) for run in found]
         if data is None:
             objects.read_into(key, pieces)
@@ -191,7 +239,15 @@ def _read_array(
             stored = [_cut(data, run.offset, run.size) for run in found]
         for run, piece in zip(found, stored, strict=True):
             unpack(piece, view[run.first * chunk_bytes :][:chunk_bytes])
-    return block_digests(target, chunk_bytes // tokens, tokens, blocks)
+    return _Part(block_digests(room, chunk_bytes // tokens, tokens, blocks), room)
+
+
+def _as_it_came(data: memoryview, found: Sequence[Run], layout: Layout) -> NDArray[np.uint8] | None:
+    """Return the chunks of a shard from the first on where they lie in its object, if that is how arrays lie."""
+    if layout.level is not None or len(found) != 1 or found[0].first != 0:
+        return None
+    rows = np.frombuffer(_cut(data, found[0].offset, found[0].size), np.uint8)
+    return rows if rows.ctypes.data % SCALE_BYTES == 0 else None
 
 
 def _cut(data: memoryview | None, offset: int, size: int) -> memoryview:

@@ -41,7 +41,7 @@ def create_group(
         raise FormatError(f"compressor {compressor!r} is unknown; there are: {known}", path=objects.url)
     layout = Layout.plan(geometry, compressor, shard_blocks)
     root = Root.new(layout, document, copying=copying)
-    data, arrays = root.encode(), layout.arrays_metadata()
+    data = root.encode()
     _refuse_what_is_there(objects, overwrite)
     lock = objects.lock(timeout, break_lock=break_lock)
     try:
@@ -49,8 +49,14 @@ def create_group(
         if overwrite:
             _clear(objects)
         writer = ZarrWriter(objects, root, "", lock, copying=copying, **more)
-        list(writer.pool.map(lambda key: objects.put(key, [arrays[key]]), arrays))
-        objects.settle()
+    except BaseException:
+        lock.release()
+        raise
+    try:
+        writer.describe(layout.arrays_metadata())
+        if copying is None:  # else the root says that it is not whole yet, and rows may go out meanwhile
+            writer.finish_describing()
+            objects.settle()
         try:
             writer.tag = objects.put_if(ROOT_KEY, data, None)
         except ObjectChangedError:
@@ -59,7 +65,7 @@ def create_group(
                 raise _exists(objects) from None
         objects.settle()
     except BaseException:
-        lock.release()
+        writer.abandon()
         raise
     return writer
 
@@ -76,7 +82,10 @@ def open_locked(
     lock = objects.lock(timeout, break_lock=break_lock)
     try:
         root, tag = read_root(objects)
-        return ZarrWriter(objects, root, tag, lock, copying=root.copying if keep_copying else None, **more)
+        writer = ZarrWriter(objects, root, tag, lock, copying=root.copying if keep_copying else None, **more)
+        if root.copying is not None and not root.seq_len:
+            writer.describe(root.layout.arrays_metadata())  # who began may not have come so far
+        return writer
     except BaseException:
         lock.release()
         raise

@@ -191,12 +191,15 @@ class ZarrReader(ReadOnlyStorage):
             early = place in self._under_way
             self._start(layer, shard, start, stop)
             if place in self._under_way:
+                fetch = self._under_way.pop(place)
                 try:
-                    trouble = self._under_way.pop(place).finish()
+                    trouble = fetch.finish()
                 except OSError:
                     if not early:  # else it may have failed long ago, and a new try succeed
                         raise
                     continue
+                if fetch.target is not None:
+                    self._kept[place] = fetch.target
             # It may have been started for other blocks than these.
             if not trouble and not self._missing(layer, shard, start, stop):
                 break
@@ -211,14 +214,21 @@ class ZarrReader(ReadOnlyStorage):
             return
         blocks = self._missing(layer, shard, start, stop)
         if blocks:
-            if (layer, shard) not in self._kept:
+            kept = self._kept.get((layer, shard))
+            if kept is not None:
+                changing = [block.number for block in blocks if kept.borrowed or kept.held[block.number]]
+                if changing:
+                    self._renew(layer, shard, min(changing))
+            elif not self._comes_whole(shard, blocks):
                 self._kept[layer, shard] = self._room(self.geometry.layers[layer])
-            kept = self._kept[layer, shard]
-            grown = [block.number for block in blocks if kept.held[block.number]]
-            if grown:
-                self._renew(layer, shard, min(grown))
-            target = self._kept[layer, shard]
+            target = self._kept.get((layer, shard))
             self._under_way[layer, shard] = self.fetch(layer, shard, target, blocks, self._start_sums(shard))
+
+    def _comes_whole(self, shard: int, blocks: Sequence[Block]) -> bool:
+        """True if a shard's objects can be kept as they come."""
+        stored = -(-self.root.seq_len // self.geometry.block_tokens) - shard * self.layout.shard_blocks
+        plain = self.objects.remote and self.layout.level is None and not self.writable
+        return plain and len(blocks) == min(self.layout.shard_blocks, stored)
 
     def _renew(self, layer: int, shard: int, first: int) -> None:
         """Give a shard other room, with what it holds before a block: somebody may be reading where the rest lies."""
@@ -229,8 +239,8 @@ class ZarrReader(ReadOnlyStorage):
         fresh.held[:first] = kept.held[:first]
         self._kept[layer, shard] = fresh
 
-    def fetch(self, layer: int, shard: int, target: ShardRows, blocks: Sequence[Block], sums: Sums) -> Fetch:
-        """Start reading blocks of a shard, to be compared with these checksums."""
+    def fetch(self, layer: int, shard: int, target: ShardRows | None, blocks: Sequence[Block], sums: Sums) -> Fetch:
+        """Start reading blocks of a shard, to be compared with these checksums; without a target, all of them."""
         return Fetch(
             self.objects,
             self.layout,

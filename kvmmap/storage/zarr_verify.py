@@ -25,7 +25,7 @@ def verify_group(reader: ZarrReader, progress: Progress | None = None) -> Verify
     root, geometry, layout = reader.root, reader.geometry, reader.layout
     report = VerifyReport(path=reader.path, seq_len=seq_len(reader), verified=root.seq_len)
     total = root.seq_len * sum(layer.position_bytes for layer in geometry.layers) + 4 * root.token_len
-    queue: deque[tuple[int, int, Fetch]] = deque()
+    queue: deque[tuple[int, int, ShardRows, Fetch]] = deque()
     waiting = 0
     spare: dict[LayerGeometry, list[ShardRows]] = {layer: [] for layer in geometry.layers}
     for shard in range(-(-root.seq_len // layout.shard_tokens)):
@@ -35,16 +35,17 @@ def verify_group(reader: ZarrReader, progress: Progress | None = None) -> Verify
         sums = reader.pool.submit(reader.read_sums, shard, root)
         for layer, shape in enumerate(geometry.layers):
             target = spare[shape].pop() if spare[shape] else ShardRows(shape, layout)
-            queue.append((layer, shard, reader.fetch(layer, shard, target, blocks, sums)))
+            queue.append((layer, shard, target, reader.fetch(layer, shard, target, blocks, sums)))
             waiting += count * shape.position_bytes
             while queue and (waiting > UNDER_WAY or len(queue) > 64):
-                done = queue.popleft()
-                waiting -= _finish(reader, report, *done)
-                spare[geometry.layers[done[0]]].append(done[2].target)
+                done, number, room, fetch = queue.popleft()
+                waiting -= _finish(reader, report, done, number, fetch)
+                spare[geometry.layers[done]].append(room)
                 if progress:
                     progress(report.bytes, total)
     while queue:
-        _finish(reader, report, *queue.popleft())
+        done, number, _, fetch = queue.popleft()
+        _finish(reader, report, done, number, fetch)
         if progress:
             progress(report.bytes, total)
     _check_tokens(reader, report)

@@ -9,7 +9,8 @@ puts the shorter root before anything is written past it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -74,11 +75,31 @@ class ZarrWriterLayer(ZarrLayer):
         shard, offset = divmod(start, size)
         if shard not in self.open:
             self.open[shard] = OpenShard(ShardRows(self.geometry, self._storage.layout))
+        self.own(shard)
         return self.open[shard].memory.rows.part(offset, min(size, offset + count))
 
+    def own(self, shard: int) -> None:
+        """See that an open shard's memory is ours, to be filled further."""
+        opened = self.open[shard]
+        if opened.memory.borrowed:
+            own = ShardRows(self.geometry, self._storage.layout)
+            rows = opened.memory.rows
+            own.rows.part(0, len(rows.key_codes)).fill(rows)
+            opened.memory = own
+
+    def return_borrowed(self) -> None:
+        """After a commit: keep no rows that are the caller's."""
+        size = self._storage.layout.shard_tokens
+        for shard, opened in list(self.open.items()):
+            if opened.memory.borrowed:
+                if opened.stored == min(size, self.length - shard * size):
+                    del self.open[shard]
+                else:  # this layer is ahead of others
+                    self.own(shard)
+
     def write(self, start: int, rows: Rows) -> None:
-        """Take rows, staged here or the caller's own. Whole shards of the latter are stored from where they lie, and
-        must stay as they are until the next commit."""
+        """Take rows, staged here or the caller's own. The latter are stored from where they lie if a shard begins with
+        them, and must stay as they are until the next commit."""
         self.ahead = True
         size = self._storage.layout.shard_tokens
         done, count = 0, len(rows.key_codes)
@@ -86,7 +107,7 @@ class ZarrWriterLayer(ZarrLayer):
             shard, offset = divmod(start + done, size)
             stop = min(count, done + size - offset)
             part = rows.part(done, stop)
-            if stop - done == size and shard not in self.open:
+            if not offset and shard not in self.open:
                 self.open[shard] = OpenShard(ShardRows.of(part, self._storage.layout))
             else:
                 staged = self.stage(start + done, stop - done)
@@ -129,6 +150,7 @@ class ZarrWriter(ZarrReader):
         self._writer_lock = lock
         self._durability = durability
         self._uploads: dict[tuple[int, int], Upload] = {}
+        self._descriptions: dict[str, tuple[bytes, Future[None]]] = {}
         self._new_document: Document | None = None
         self._doubtful: tuple[Root, bytes] | None = None
         self._overtaken = False
@@ -233,10 +255,7 @@ class ZarrWriter(ZarrReader):
             elif (shard + 1) * size > layer.length:
                 opened = layer.open[shard]
                 opened.stored = 0  # the store may have more of it than it should
-                if opened.memory.borrowed:  # it will be filled further, and that is not ours to do
-                    own = ShardRows(layer.geometry, self.layout)
-                    own.rows.fill(opened.memory.rows)
-                    opened.memory = own
+                layer.own(shard)
         layer.ahead = False
 
     def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
@@ -258,6 +277,19 @@ class ZarrWriter(ZarrReader):
             self.commit()
 
     # Committing
+
+    def describe(self, metadata: Mapping[str, bytes]) -> None:
+        """Start storing the zarr.json of the arrays and groups, by key; the next commit sees that all are there."""
+        self._descriptions = {
+            key: (data, self.pool.submit(self.objects.put, key, [data])) for key, data in metadata.items()
+        }
+
+    def finish_describing(self) -> None:
+        """Wait until what `describe` was given is stored; what failed gets a second chance, and then says why."""
+        for key, (data, putting) in list(self._descriptions.items()):
+            if putting.exception() is not None:
+                self.objects.put(key, [data])
+            del self._descriptions[key]
 
     def set_document(self, document: Document) -> None:
         self.check_writer()
@@ -285,8 +317,11 @@ class ZarrWriter(ZarrReader):
             self._store_rows(length)
             self._store_sums(length)
             self._store_tokens(tokens)
+            self.finish_describing()
             self.objects.settle()
             self._put_root(length, tokens, root.generation, closed=closing)
+            for layer in self.layers:
+                layer.return_borrowed()
 
     def _put_root(self, length: int, tokens: int, generation: int, *, closed: bool) -> None:
         """Make another root count. All that it speaks of is stored."""
@@ -454,6 +489,7 @@ class ZarrWriter(ZarrReader):
                 if os.getpid() == self._pid:
                     for place in list(self._uploads):
                         self._settle(*place)
+                    wait([putting for _, putting in self._descriptions.values()])
                     self._writer_lock.release()
                 else:
                     self._writer_lock.abandon()
