@@ -288,8 +288,7 @@ class QuantizedKvCache:
                 layer.write_rows(start, pair)
             if ids is not None:
                 self._record_tokens(start, ids)
-            for store in storage.layers:
-                store.publish(start + count)
+            storage.publish_step(start + count)
             storage.appended()
 
     def _check_level(self, count: int) -> int:

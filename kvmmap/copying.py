@@ -27,7 +27,7 @@ from .geometry import CacheGeometry, check_range, check_room, index
 from .opening import PathLike, group_at, local_path, not_compressed, open_cache
 from .storage.base import LayerStore, Progress, Rows, Storage, VerifyReport, seq_len
 from .storage.mapped import MappedReader
-from .storage.placing import METADATA_ROOM, already_exists, place_file, remove_file
+from .storage.placing import METADATA_ROOM, place_file, place_of, remove_file
 from .storage.writer import MappedWriter
 from .storage.zarr_objects import Objects
 
@@ -223,9 +223,7 @@ class _Plan:
 
 
 def _to_file(plan: _Plan, path: str, overwrite: bool, verify: bool, progress: Progress | None) -> CopyReport:
-    path = os.path.abspath(path)
-    if os.path.lexists(path) and not overwrite:
-        raise already_exists(path)
+    path = place_of(path, overwrite=overwrite)
     partial = f"{path}.{plan.stamp}.partial"
     meter = _Meter(plan, verify, progress)
     if not os.path.exists(partial):

@@ -16,7 +16,7 @@ from .geometry import CacheGeometry, index
 from .metadata import Document, ModelInfo, document
 from .storage.base import Progress, Storage, Verify
 from .storage.mapped import MappedReader
-from .storage.placing import METADATA_ROOM, already_exists, place_file, remove_file
+from .storage.placing import METADATA_ROOM, place_file, place_of, remove_file
 from .storage.resize import resize_file
 from .storage.writer import Durability, MappedWriter
 from .storage.zarr_objects import Objects
@@ -150,9 +150,7 @@ def making(
         return
     if compressor is not None:
         raise not_compressed(path)
-    place = os.path.abspath(local_path(path))
-    if os.path.lexists(place) and not overwrite:
-        raise already_exists(place)
+    place = place_of(local_path(path), overwrite=overwrite)
     partial = f"{place}.{os.urandom(6).hex()}.partial"
     room = max(METADATA_ROOM, len(notes.encode()))
     storage = MappedWriter.create(partial, CacheGeometry.build(**shape), notes, metadata_room=room)

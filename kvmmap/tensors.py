@@ -91,6 +91,7 @@ def export_tensors(
     path = os.path.abspath(os.fspath(path))
     if os.path.lexists(path) and not overwrite:
         raise CacheExistsError(f"{path}: exists already; overwrite=True replaces it", path=path)
+    path = os.path.realpath(path)  # what a link names is replaced, and not the link
     with opened(source, storage_options) as cache:
         start, stop = check_range(start, cache.seq_len if stop is None else stop, cache.seq_len)
         chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]

@@ -237,6 +237,9 @@ class Storage(Protocol):
     def read_tokens(self, count: int) -> NDArray[np.int32]:
         """Return a copy of the first `count` recorded ids."""
 
+    def publish_step(self, length: int) -> None:
+        """Make everything below `length` part of every layer, or, if that is cut off (Ctrl-C), of none."""
+
     def appended(self) -> None:
         """Called after an append was published; commits if the storage is to commit every one."""
 

@@ -44,12 +44,17 @@ class PosixFile:
 
     @classmethod
     def create_beside(cls, path: str) -> PosixFile:
-        """Make a new, empty file of mode 0600 in the directory of `path`, under a name nobody else uses."""
+        """Make a new, empty file of mode 0600 in the directory of `path`, under a name nobody else uses.
+
+        It is locked, so that others know that its maker lives.
+        """
         folder, name = os.path.split(path)
         temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(6).hex()}.tmp")
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-            return cls(fd, temporary)
+            file = cls(fd, temporary)
+            file.try_lock()
+            return file
         except (KeyboardInterrupt, SystemExit):
             # A signal may come between making the file and knowing it. The name is random, so what has it is ours.
             with contextlib.suppress(OSError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 
 from ..errors import CorruptCacheError
 from ..format import SLAB_SECTIONS, WHOLE_CACHE, Section, Slot
@@ -19,7 +18,7 @@ from ..geometry import check_range, check_room
 from .base import Progress, seq_len
 from .file import PosixFile, closing_on_error
 from .mapped import MappedReader, read_superblock
-from .placing import already_exists, build_file
+from .placing import already_exists, build_file, place_of
 from .verify import check_blocks, check_tokens
 from .writer import Durability, MappedWriter
 
@@ -45,9 +44,7 @@ def fork_file(
         CorruptCacheError: a block that is cut does not match its checksum.
         CacheChangedError: the writer took positions back meanwhile.
     """
-    target = os.path.abspath(target)
-    if os.path.lexists(target):
-        raise already_exists(target)
+    target = place_of(target, overwrite=False)
     with contextlib.closing(MappedReader.open(source)) as old:
         _, length = check_range(0, seq_len(old) if length is None else length, seq_len(old))
         geometry = dataclasses.replace(old.geometry, capacity=old.geometry.capacity if capacity is None else capacity)

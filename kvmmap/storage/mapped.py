@@ -473,8 +473,8 @@ def closed(path: str) -> ClosedError:
 
 
 def open_file(path: str, *, writable: bool) -> PosixFile:
-    """Open a regular file, with errors that say what is wrong."""
-    path = os.path.abspath(path)
+    """Open a regular file, with errors that say what is wrong. It bears its own name then, and not that of a link."""
+    path = os.path.realpath(path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):

@@ -142,6 +142,14 @@ class MemoryStorage:
     def read_tokens(self, count: int) -> NDArray[np.int32]:
         return self._tokens[:count].copy()
 
+    def publish_step(self, length: int) -> None:
+        try:
+            for layer in self.layers:
+                layer.publish(length)
+        except BaseException:
+            self.truncate(seq_len(self))
+            raise
+
     def appended(self) -> None:
         """Memory has nothing to commit to."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from typing import NoReturn
 
@@ -19,8 +20,26 @@ from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
 from .mapped import open_file, read_superblock
 
+YOUNG = 600.0
+"""Seconds for which a half made file stays, whether or not its maker seems to live."""
+
+_HEX = "[0-9a-f]{12}"
+
 METADATA_ROOM = 64 * 1024
 """Bytes reserved for model and metadata, unless asked for otherwise."""
+
+
+def place_of(path: str, *, overwrite: bool) -> str:
+    """Return where a new file is to stand. What a link names is replaced, and not the link.
+
+    Raises:
+        CacheExistsError: there is something, and it is not to be replaced.
+    """
+    if not os.path.lexists(path):
+        return os.path.abspath(path)
+    if not overwrite:
+        raise already_exists(os.path.abspath(path))
+    return os.path.realpath(path)
 
 
 def already_exists(path: str) -> CacheExistsError:
@@ -59,11 +78,33 @@ def refuse_locked(file: PosixFile, superblock: Superblock) -> NoReturn:
     )
 
 
+def remove_left_overs(path: str) -> None:
+    """Remove what makers of the cache at `path` have left half made when they died: nobody holds its lock any more."""
+    folder, name = os.path.split(path)
+    name = re.escape(re.sub(rf"\.{_HEX}\.partial$", "", name)[:200])
+    pattern = re.compile(rf"\.{name}(\.{_HEX}\.partial)?\.{_HEX}\.tmp|{name}\.{_HEX}\.partial")
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name):
+                _remove_left_over(entry.path)
+
+
+def _remove_left_over(path: str) -> None:
+    with contextlib.suppress(OSError):  # somebody else was faster, or it is not ours to remove
+        file = PosixFile.open(path, writable=False)
+        with contextlib.closing(file):
+            # Young ones may be between being made and being locked, or being closed and named.
+            old = time.time() - file.stat().st_mtime > YOUNG
+            if old and file.try_lock() and file.is_at(path):
+                os.unlink(path)
+
+
 def build_file(
     path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
 ) -> PosixFile:
     """Make a complete, empty, durable cache file beside `path`, under a name of its own."""
     data = document.encode()
+    remove_left_overs(path)
     superblock = Superblock.plan(
         geometry,
         file_id=os.urandom(16),
@@ -146,6 +187,7 @@ def remove_file(path: str, timeout: float) -> None:
     """Delete the cache at `path` while holding its lock, so never from under a writer; durable on return."""
     file, _ = lock_file(path, timeout)
     with contextlib.closing(file):
+        file.path = os.path.abspath(path)  # of a link, the link goes
         file.remove()
 
 

@@ -29,6 +29,9 @@ class ReadOnlyStorage:
     def publish_tokens(self, length: int) -> None:
         self.refuse_write()
 
+    def publish_step(self, length: int) -> None:
+        self.refuse_write()
+
     def appended(self) -> None:
         self.refuse_write()
 

@@ -10,7 +10,6 @@ Rows are compared and written from the same bytes, so nothing gets a checksum th
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,7 +22,7 @@ from ..metadata import Document
 from .base import Damage, Progress, Rows
 from .file import closing_on_error
 from .mapped import open_file, read_superblock
-from .placing import already_exists, build_file, refuse_locked
+from .placing import already_exists, build_file, place_of, refuse_locked
 from .wreck import Reach, Wreck
 from .writer import MappedWriter
 
@@ -92,9 +91,7 @@ def repair_file(
         CacheLockedError: a writer holds the damaged file.
         CorruptCacheError: nothing of it can be saved.
     """
-    new_path = os.path.abspath(new_path)
-    if os.path.lexists(new_path):
-        raise already_exists(new_path)
+    new_path = place_of(new_path, overwrite=False)
     with contextlib.closing(open_file(path, writable=False)) as file:
         wreck = Wreck(file)
         if not file.try_lock():

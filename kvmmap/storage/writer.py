@@ -34,7 +34,7 @@ from .file import PosixFile, closing_on_error
 from .forking import close_in_children, refuse_forked
 from .live import LiveRecord
 from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
-from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, replace_file
+from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, place_of, replace_file
 from .proven import WHAT_TO_DO, Proven
 from .sketches import sketch_stored
 
@@ -133,6 +133,7 @@ class MappedWriter(MappedReader):
         self._ready = False  # tail checked, settled, not poisoned: all that an append need look at
         self._generation = 1
         self._taking_back: int | None = None
+        self._stepping = False
         super().__init__(file, superblock, recover=recover, verify=verify)
         self._recover()
         size = self.geometry.block_tokens
@@ -172,9 +173,7 @@ class MappedWriter(MappedReader):
         metadata_room: int = METADATA_ROOM,
     ) -> MappedWriter:
         """Make a new file, put it at `path` whole, and hold it for appending."""
-        path = os.path.abspath(path)
-        if os.path.lexists(path) and not overwrite:
-            raise already_exists(path)
+        path = place_of(path, overwrite=overwrite)
         file = build_file(path, geometry, document, metadata_room=metadata_room)
         try:
             file.try_lock()
@@ -298,6 +297,9 @@ class MappedWriter(MappedReader):
             layer.length = length if length >= 0 else layer.length
         tokens = self.live.get("token_len")
         self.token_len = tokens if tokens >= 0 else self.token_len
+        if self._stepping:  # what reached only some layers is not part of the cache
+            self._taking_back = seq_len(self)
+            self._stepping = False
         if self._taking_back is not None:
             self._take_back(self._taking_back)
         self._settled = True
@@ -305,6 +307,8 @@ class MappedWriter(MappedReader):
     def _check_tail(self) -> None:
         """The incomplete block is about to get new checksums: see first that it has its old ones."""
         slot = self.snapshot.slot
+        self._rows_hasher.rewind(slot.seq_len)  # an earlier look may have been cut off
+        self._tokens_hasher.rewind(slot.token_len)
         found = self._rows_hasher.tails()
         for layer, (actual, expected) in enumerate(zip(found, slot.tail_checksums[:-1], strict=True)):
             if actual != expected:
@@ -344,6 +348,19 @@ class MappedWriter(MappedReader):
             self.token_len = length
         except BaseException:
             self.unsettle()
+            raise
+
+    def publish_step(self, length: int) -> None:
+        # Before anything is published, so that whatever cuts it off finds it noted.
+        self._stepping = True
+        self.unsettle()
+        try:
+            for layer in self.layers:
+                layer.publish(length)
+            self._stepping = False
+            self._settled = self._ready = True
+        except BaseException:
+            self._settle()  # at once: who sees the error looks at the lengths, and builds on them
             raise
 
     def appended(self) -> None:
@@ -464,17 +481,23 @@ class MappedWriter(MappedReader):
                 self._sync_name()
                 tokens = min(self.snapshot.slot.token_len, length)
                 self._note_proven(min(self.snapshot.slot.seq_len, length), tokens)
+                self.unsettle()  # until the hashers, set back now, have done their work: they can't be half set back
                 self._rows_hasher.rewind(length)
                 self._tokens_hasher.rewind(tokens)
                 # Both slots: the older one promises rows that are about to be overwritten.
                 self._commit(length, tokens, self._generation + 2, closed=False, both=True)
-            self._take_back(length)
+                self._settled = self._ready = True
+            try:
+                self._take_back(length)
+            except BaseException:
+                self._settle()  # at once, as in `publish_step`
+                raise
 
     def _take_back(self, length: int) -> None:
         """Lower the lengths. The generation is even meanwhile, so that whoever comes after a death knows that some
         may be lower than readers have seen them."""
-        self._taking_back = length
         try:
+            self._taking_back = length
             self.live.put("generation", self._generation + 1)
             for layer in self.layers:
                 layer.publish(min(layer.length, length))

@@ -272,6 +272,14 @@ class ZarrWriter(ZarrReader):
     def read_tokens(self, count: int) -> NDArray[np.int32]:
         return super().read_tokens(count) if self._ids is None else self._ids[:count].copy()
 
+    def publish_step(self, length: int) -> None:
+        try:
+            for layer in self.layers:
+                layer.publish(length)
+        except BaseException:
+            self.truncate(seq_len(self))
+            raise
+
     def appended(self) -> None:
         if self._durability == "commit":
             self.commit()

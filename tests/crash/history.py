@@ -177,8 +177,7 @@ class History:
             layer.write(start, type(layer.slabs())(*[array[start:] for array in part]))
         if with_ids:
             cache._record_tokens(start, np.arange(start, len(tags), dtype=np.int32) + tags[-1])
-        for layer in self.writer.layers:
-            layer.publish(start + count)
+        self.writer.publish_step(start + count)
         self.now = after
 
     def partial(self) -> None:
@@ -306,8 +305,10 @@ class History:
         allowed = [before, self.now, *[s for s in self.may if s is not None], *self._partly(before)]
         # A handle that was interrupted brings itself in order when it writes next, at the latest.
         try:
+            self.writer.layers[0].begin(0)
             lengths = [layer.length for layer in self.writer.layers]
-            self.writer.truncate(min(lengths))
+            if min(lengths) != max(lengths):
+                raise PromiseError(f"layers are not level after an interruption: {lengths}")
         except kvmmap.KvmmapError as error:
             raise PromiseError(f"after an interruption: {error}") from error
         if self.writer._new_document is not None:

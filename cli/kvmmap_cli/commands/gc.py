@@ -20,8 +20,10 @@ from ..units import parse_age, parse_size
 if TYPE_CHECKING:
     from rich.table import Table
 
-LEFT_OVER = re.compile(r"\..*\.kvm\.[0-9a-f]{12}\.tmp")
-"""What a cache is called while it is being made; it stays if its maker is killed."""
+HEX = "[0-9a-f]{12}"
+LEFT_OVER = re.compile(rf"\..*\.kvm(\.{HEX}\.partial)?\.{HEX}\.tmp|.*\.kvm\.{HEX}\.partial")
+"""What a cache is called while it is being made; it stays if its maker is killed, until there is one of that name
+again."""
 
 SURELY_DEAD = 24 * 3600.0
 """Seconds after which nobody is still making one."""
