@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -61,8 +61,13 @@ class Watch:
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def execute(path: str, *, shell: bool = False) -> str:
+def execute(path: str, *, shell: bool = False, copies: bool = False) -> str:
     """Do everything with a file; return what came of it, in words without numbers: the same for the same way through.
+
+    Args:
+        path: the file.
+        shell: run commands on it too.
+        copies: repair and fork it too.
 
     Raises:
         Exception: anything but a KvmmapError.
@@ -70,6 +75,8 @@ def execute(path: str, *, shell: bool = False) -> str:
     told = [_attempt("r", lambda: _read(path))]
     if shell:
         told.append(_attempt("shell", lambda: _shell(path)))
+    if copies:
+        told += [_attempt(act.__name__, partial(_copy, act, path)) for act in (kvmmap.repair, kvmmap.fork)]
     told.append(_attempt("a", lambda: _write(path)))
     return " | ".join(told)
 
@@ -118,6 +125,8 @@ def _use(cache: kvmmap.QuantizedKvCache, index: int) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # rows may hold NaN
         layer.attend(query, positions=(length - few, length), threads=1)
+        if length == few:
+            layer.attend(query, positions=layer.select_blocks(query[0], 2), threads=1)
     return "used"
 
 
@@ -153,6 +162,19 @@ def _push(cache: kvmmap.QuantizedKvCache) -> str:
     values = [np.ones((layer.num_kv_heads, layer.value_head_dim), np.float32) for layer in layers]
     cache.push_step(keys, values, 1)
     return "pushed"
+
+
+def _copy(act: Callable[[str, str], Any], path: str) -> str:
+    """Make another file of this one, which must be sound as far as this one was, and open."""
+    other = f"{path}.{act.__name__}"
+    try:
+        made = act(path, other)
+        if act is kvmmap.fork:
+            made.close()
+        return _read(other)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(other)
 
 
 def _shell(path: str) -> str:

@@ -44,7 +44,7 @@ ROOM = 1 << 30
 LONGEST = 1 << 28
 """Bytes of a file; all of it is mapped, and a map is address space."""
 
-SHELL_EVERY = 500
+SHELL_EVERY, COPIES_EVERY = 500, 20
 
 
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -123,7 +123,8 @@ class Worker:
         data, size = build(recipe)
         self.write(data, size)
         with self.watch.watching(os.path.dirname(self.path)):
-            outcome = execute(self.path, shell=self.done % SHELL_EVERY == 0)
+            shell, copies = self.done % SHELL_EVERY == 0, self.done % COPIES_EVERY == 0
+            outcome = execute(self.path, shell=shell, copies=copies)
         self.done += 1
         self.seen[outcome] += 1
         if self.seen[outcome] == 1:
