@@ -75,6 +75,7 @@ EXPECTED = {
     "token ids": {TOLD},
     "checksums": {TOLD},
     "committed rows": {TOLD},
+    "sketches": {VERIFY},  # they choose blocks, and say nothing of what is in them
     "uncommitted rows and ids": {"closed": {HARMLESS}, "died": {WRONG}, "down": {HARMLESS}},
     "nothing": {HARMLESS},  # between sections, beyond lengths, and where fields are reserved
 }
@@ -183,6 +184,9 @@ def layout(reader: kvmmap.QuantizedKvCache, specimen: Specimen) -> Iterator[tupl
     blocks = specimen.committed // GEOMETRY.block_tokens
     yield at(Section.CHECKSUMS), at(Section.CHECKSUMS) + 8 * 2 * blocks, "checksums"
     yield at(Section.TOKEN_CHECKSUMS), at(Section.TOKEN_CHECKSUMS) + 8 * blocks, "checksums"
+    for number, shape in enumerate(GEOMETRY.layers):
+        sketches = at(Section.KEY_SKETCHES, number)
+        yield sketches, sketches + shape.sketch_bytes(blocks), "sketches"
 
 
 def look(cache: kvmmap.QuantizedKvCache, length: int | None = None) -> dict[str, Any]:
