@@ -53,6 +53,7 @@ from .storage.base import Damage, VerifyReport
 
 if TYPE_CHECKING:
     from .copying import CopyReport, copy, fetch
+    from .finding import find
     from .storage.repair import RepairReport
     from .tensors import export_tensors, import_tensors
 
@@ -64,6 +65,7 @@ _LATER = {
     "RepairReport": "storage.repair",
     "copy": "copying",
     "fetch": "copying",
+    "find": "finding",
     "export_tensors": "tensors",
     "import_tensors": "tensors",
 }
@@ -130,6 +132,7 @@ __all__ = [
     "dequantize_rows",
     "export_tensors",
     "fetch",
+    "find",
     "fork",
     "import_tensors",
     "kernel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,45 @@ def test_an_object_store(source: Path, tmp_path: Path, s3: Server) -> None:
     assert run("verify", url, **s3.environment()).returncode == 0
     done = run("inspect", url, **s3.environment())
     assert done.returncode == 0, done.stderr
+    assert "600 of 1,000 positions" in done.stdout
+    told = json.loads(run("inspect", "--json", url, **s3.environment()).stdout)
+    with kvmmap.open(source) as cache:
+        local = json.loads(run("inspect", "--json", source).stdout)
+        assert (told["seq_len"], told["layers"]) == (cache.seq_len, local["layers"])
+    assert run("inspect", "--stats", "--tokens", url, **s3.environment()).returncode == 0
     done = run("fetch", "s3://nonesuch/x.zarr", tmp_path / "c.kvm", **s3.environment())
     assert done.returncode == 2
     assert "no such bucket" in done.stderr
+
+
+def test_many_in_an_object_store(source: Path, tmp_path: Path, s3: Server) -> None:
+    base = f"s3://{BUCKET}/many-at-a-shell"
+    names = ["a.zarr", "b.zarr", "old/a.zarr", "old/older/c.zarr"]
+    for number, name in enumerate(names):
+        kvmmap.copy(source, f"{base}/{name}", stop=100 + number)
+
+    def found(*arguments: str) -> list[str]:
+        done = run("inspect", "--json", *arguments, **s3.environment())
+        assert done.returncode == 0, done.stderr
+        return [told["path"].removeprefix(f"{base}/") for told in json.loads(done.stdout)]
+
+    assert found(f"{base}/") == names
+    assert found(f"{base}/old/") == names[2:]
+    assert found(f"{base}/*.zarr") == names[:2]
+    assert found(f"{base}/*/a.zarr") == names[2:3]
+    assert found(f"{base}/**/*.zarr") == names
+    assert found(f"{base}/[bc].zarr", f"{base}/b.zarr", str(source)) == [str(source), "b.zarr"]
+    assert kvmmap.find(base) == [f"{base}/{name}" for name in names]
+    assert f"{base}/a.zarr" in kvmmap.find(f"s3://{BUCKET}")
+    table = run("inspect", f"{base}/", **s3.environment())
+    assert "4 caches, 406 positions" in table.stdout
+    for path, what in (
+        (f"{base}/none/", "no caches"),
+        (f"{base}/*.kvm", "no caches"),
+        ("s3://nonesuch/", "no such bucket"),
+        ("ftp://host/", "no such kind of URL"),
+        (f"{base}/none.zarr", "no such object"),
+    ):
+        done = run("inspect", path, **s3.environment())
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert what in done.stderr

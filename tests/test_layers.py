@@ -57,6 +57,7 @@ TABLE = [
     "layer",
     "cache",
     "opening",
+    "finding",
     "copying",
     "tensors",
     "report",

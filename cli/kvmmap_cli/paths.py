@@ -1,22 +1,17 @@
-"""Which caches a user means: files, globs that the shell left alone, and directories with everything below them."""
+"""Which caches a user means: files, globs that the shell left alone, and directories with everything below them; and
+the like in an object store, where a URL that ends in a slash, or names a bucket alone, is a directory."""
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections.abc import Iterator, Sequence
 
-SUFFIXES = (".kvm", ".zarr")
-
-
-def is_url(path: str) -> bool:
-    """True if it is no local path."""
-    return "://" in path
-
 
 def names_one(paths: Sequence[str]) -> bool:
     """True if they name a single cache, and not a directory or a pattern."""
-    return len(paths) == 1 and (is_url(paths[0]) or not (_is_folder(paths[0]) or _is_pattern(paths[0])))
+    return len(paths) == 1 and not (_is_folder(paths[0]) or _is_pattern(paths[0]))
 
 
 def find(paths: Sequence[str]) -> list[str]:
@@ -25,31 +20,45 @@ def find(paths: Sequence[str]) -> list[str]:
 
 
 def _expand(path: str) -> Iterator[str]:
-    if is_url(path):
-        yield path
-    elif _is_folder(path):
+    if _is_folder(path):
         yield from walk(path)
-    elif _is_pattern(path):
+    elif not _is_pattern(path):
+        yield path
+    elif _is_url(path):
+        yield from _matching(path)
+    else:
         for match in sorted(glob.glob(path, recursive=True)):
             yield from walk(match) if _is_folder(match) else [match]
-    else:
-        yield path
 
 
 def walk(folder: str) -> Iterator[str]:
     """Yield the caches below a directory, in the order of their names."""
-    for here, folders, files in os.walk(folder):
-        folders.sort()
-        inner = [name for name in folders if name.endswith(".zarr")]
-        folders[:] = [name for name in folders if not name.endswith(".zarr")]
-        # What begins with a dot is a cache that is being made, or was when its maker died.
-        names = [name for name in files if name.endswith(".kvm") and not name.startswith(".")]
-        yield from (os.path.join(here, name) for name in sorted([*inner, *names]))
+    import kvmmap
+
+    yield from kvmmap.find(folder)
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Yield the caches of an object store whose URLs a pattern describes; only ** goes past a slash."""
+    fixed = pattern[: min(pattern.index(sign) for sign in "*?[" if sign in pattern)]
+    for found in walk(fixed[: fixed.rindex("/") + 1]):
+        parts, wanted = found.split("/"), pattern.rstrip("/").split("/")
+        alike = len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+        if alike or ("**" in pattern and fnmatch.fnmatchcase(found, pattern.replace("**/", "*"))):
+            yield found
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
 
 
 def _is_folder(path: str) -> bool:
     """True for a directory that is not itself a cache."""
-    return os.path.isdir(path) and not path.rstrip("/").endswith(".zarr")
+    if path.rstrip("/").endswith(".zarr"):
+        return False
+    if _is_url(path):
+        return not glob.has_magic(path) and (path.endswith("/") or "/" not in path.partition("://")[2])
+    return os.path.isdir(path)
 
 
 def _is_pattern(path: str) -> bool:

@@ -46,11 +46,34 @@ def objects_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Ob
     scheme, _, rest = url.partition("://")
     if scheme == "memory":
         return MemoryObjects(url)
+    if scheme in SCHEMES and "/" not in rest.strip("/"):
+        raise NotACacheError(f"{url}: names a bucket and no key in it: add one, as in {url}/prompt.zarr", path=url)
+    return BucketObjects(url, _store(url, storage_options))
+
+
+def groups_below(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Yield the URLs of what is named like a group below a URL, at any depth; one request for every folder.
+
+    Raises:
+        As `objects_at`, and whatever a store says.
+    """
+    url = url.rstrip("/")
+    objects = BucketObjects(url, _store(url, storage_options))
+    folders = [""]
+    while folders:
+        for name in objects.folders(folders.pop()):
+            if name.endswith(".zarr"):
+                yield f"{url}/{name}"
+            else:
+                folders.append(name)
+
+
+def _store(url: str, storage_options: Mapping[str, Any] | None) -> Any:
+    """Return obstore's store for a URL."""
+    scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in ("file", "memory", *SCHEMES))
         raise NotACacheError(f"{url}: no such kind of URL; there are {known}", path=url)
-    if "/" not in rest.strip("/"):
-        raise NotACacheError(f"{url}: names a bucket and no key in it: add one, as in {url}/prompt.zarr", path=url)
     options = dict(storage_options or {})
     client = dict(options.pop("client_options", {}))
     retries = options.pop("retry_config", RETRIES)
@@ -62,10 +85,9 @@ def objects_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Ob
         client.setdefault("allow_http", True)
     library = obstore()
     try:
-        store = library.store.from_url(url, config=options or None, client_options=client or None, retry_config=retries)
+        return library.store.from_url(url, config=options or None, client_options=client or None, retry_config=retries)
     except (library.exceptions.BaseError, ValueError, TypeError) as error:
         raise KvmmapError(f"{url}: {_first_line(error)}") from error
-    return BucketObjects(url, store)
 
 
 def _aws(options: dict[str, Any]) -> dict[str, Any]:
@@ -171,6 +193,12 @@ class BucketObjects:
             for batch in obstore().list(self._store):
                 for found in batch:
                     yield found["path"]
+
+    def folders(self, folder: str) -> Sequence[str]:
+        """Return the keys up to the next slash that lie right below a folder; "" is the whole place."""
+        with self._errors(folder):
+            found: Sequence[str] = obstore().list_with_delimiter(self._store, folder or None)["common_prefixes"]
+            return found
 
     def remove(self) -> None:
         """It is nothing but its objects."""

@@ -51,7 +51,8 @@ def command(paths: tuple[str, ...], **options: Any) -> None:
 
     Dimensions, length and capacity, sizes, layers, model and metadata, and what is committed. A cache that is being
     written shows as it is at the moment. PATH may be a file, a .zarr directory or an s3:// address; several of them,
-    a pattern, or a directory, whose caches are looked for at any depth, give a table with totals.
+    a pattern, or a directory, whose caches are looked for at any depth, give a table with totals. In an object store
+    a directory ends with a slash.
 
     Exit code 1: a cache is damaged. 2: usage, or one is no cache or can't be read.
 
@@ -62,6 +63,7 @@ def command(paths: tuple[str, ...], **options: Any) -> None:
       kvmmap inspect --layer 0-3 --json prompt.kvm | jq .layers
       kvmmap inspect --watch --interval 0.2 prompt.kvm
       kvmmap inspect --sort size caches/ 'old/*.kvm'
+      kvmmap inspect s3://bucket/prompts/ 's3://bucket/old/*.zarr'
     """
     if names_one(paths):
         _one(paths[0], **options)
