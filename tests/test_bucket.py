@@ -42,6 +42,25 @@ def test_append_in_one_process_and_in_a_second_and_read_in_a_third(url: str) -> 
         assert cache.facts()["state"] == "closed"
 
 
+def test_a_model_generates_into_a_bucket_and_from_it(url: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_models import generate, model, prompt
+
+    from kvmmap.integrations.transformers import KvmmapCache, reuse
+
+    for name in s3.environment():
+        monkeypatch.delenv(name, raising=False)
+    net, ids, options = model("gemma3", "kvmmap"), prompt(40), s3.options()
+    expected, _ = generate(net, ids, KvmmapCache(net), 20)
+    with KvmmapCache.create(url, net, storage_options=options) as cache:
+        tokens, _ = generate(net, ids, cache, 10)
+    with KvmmapCache.open(url, net, "a", storage_options=options) as cache:
+        assert reuse(cache, tokens) == 49
+        assert generate(net, tokens, cache, 10)[0].tolist() == expected.tolist()
+    with KvmmapCache.open(url, net, storage_options=options) as cache:
+        assert reuse(cache, ids) == 39
+        assert generate(net, ids, cache, 20)[0].tolist() == expected.tolist()
+
+
 def test_flush_truncate_and_who_reads_meanwhile(url: str) -> None:
     with make_file(url, 600, metadata={"a": 1}) as cache:  # type: ignore[arg-type]
         cache.flush()

@@ -319,6 +319,26 @@ def test_a_continuation_is_saved_as_a_cache_of_its_own(path: Path, tmp_path: Pat
         assert again.tolist() == longer.tolist()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "kvmmap"])
+def test_a_group_is_generated_into_and_from_and_copied(tmp_path: Path, attention: str) -> None:
+    net, ids = model("gemma3", attention), prompt(40)
+    expected, _ = generate(net, ids, KvmmapCache(net), 20)
+    with KvmmapCache.create(tmp_path / "a.zarr", net) as cache:
+        tokens, _ = generate(net, ids, cache, 10)
+        cache.save(tmp_path / "copy.kvm")
+    with KvmmapCache.open(tmp_path / "a.zarr", net, "a") as cache:
+        assert reuse(cache, tokens) == 49
+        assert generate(net, tokens, cache, 10)[0].tolist() == expected.tolist()
+    with KvmmapCache.open(tmp_path / "copy.kvm", net) as cache:
+        assert generate(net, tokens, cache, 10)[0].tolist() == expected.tolist()
+        cache.save(tmp_path / "back.zarr")
+    for group, kept in (("a.zarr", 39), ("back.zarr", 39)):
+        with KvmmapCache.open(tmp_path / group, net) as cache:
+            assert cache.token_ids.tolist() == expected[0, :-1].tolist()
+            assert reuse(cache, ids) == kept
+            assert generate(net, ids, cache, 20)[0].tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("kept", [30, 12, 0])
 @pytest.mark.parametrize("mode", ["r", "a", "memory"])
 def test_copies_hold_what_counts(path: Path, tmp_path: Path, mode: Any, kept: int) -> None:

@@ -20,7 +20,7 @@ from ...cache import QuantizedKvCache
 from ...errors import ModelMismatchError, UnsupportedModelError
 from ...geometry import check_range
 from ...metadata import ModelInfo
-from ...opening import create, fork, open_cache, remove
+from ...opening import create, fork, group_at, open_cache, remove
 from ...storage.writer import Durability
 from .attention import MaskLength
 from .layer import KvmmapLayer, Pattern
@@ -76,20 +76,28 @@ class KvmmapCache(OneSequence):
         durability: Durability = "publish",
         overwrite: bool = False,
         timeout: float = 0,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Make a new file, open for appending.
+        """Make a new file, or Zarr group, open for appending.
 
         Args:
-            path: where.
+            path: where; what ends with ".zarr" is a group in a directory, a URL one in an object store.
             model, capacity, metadata, fingerprint: as in the constructor.
-            durability, overwrite, timeout: as in `kvmmap.create`.
+            durability, overwrite, timeout, storage_options: as in `kvmmap.create`.
 
         Raises:
             UnsupportedModelError, KvmmapError: as in the constructor.
             CacheExistsError, CacheNotFoundError, CacheLockedError, OSError: as in `kvmmap.create`.
         """
         kinds, shapes = settings(model, capacity, metadata, fingerprint)
-        stored = create(path, **shapes, durability=durability, overwrite=overwrite, timeout=timeout)
+        stored = create(
+            path,
+            **shapes,
+            durability=durability,
+            overwrite=overwrite,
+            timeout=timeout,
+            storage_options=storage_options,
+        )
         return cls._of(None, stored, kinds, model)
 
     @classmethod
@@ -103,11 +111,12 @@ class KvmmapCache(OneSequence):
         fingerprint: str | None = None,
         durability: Durability = "publish",
         timeout: float = 0,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Open a saved cache, in constant time.
 
         Args:
-            path: the file.
+            path: the file, Zarr group, or URL.
             model: the model that will use it, or its config. With the model, its weights are checked; with the config,
                 only that; without either the config is checked in the first forward pass with attention "kvmmap", and
                 token ids are not recorded.
@@ -116,12 +125,13 @@ class KvmmapCache(OneSequence):
             room: with "r", positions to reserve in memory; by default what the model is made for, 32,768 at most.
             fingerprint: as in the constructor.
             durability, timeout: with "a", as in `kvmmap.open`.
+            storage_options: as in `kvmmap.open`.
 
         Raises:
             ModelMismatchError: another model, config or weights made it; says what differs.
             CacheNotFoundError, FormatError, CacheLockedError, OSError: as in `kvmmap.open`.
         """
-        stored = open_cache(path, mode, durability=durability, timeout=timeout)
+        stored = open_cache(path, mode, durability=durability, timeout=timeout, storage_options=storage_options)
         try:
             kinds = check_stored(stored, model, fingerprint)
             if mode == "a":
@@ -354,7 +364,7 @@ class KvmmapCache(OneSequence):
     # Life
 
     def save(self, path: str | os.PathLike[str], *, capacity: int | None = None) -> None:
-        """Copy all positions into a new file, bit by bit; durable on return.
+        """Copy all positions into a new file or Zarr group, bit by bit; durable on return.
 
         What comes from a file is shared with it on the disk where the file system can, as by `kvmmap.fork`.
 
@@ -368,7 +378,7 @@ class KvmmapCache(OneSequence):
         """
         source = self._source
         capacity = self.capacity if capacity is None else capacity
-        if source.path is not None and os.path.isfile(source.path):
+        if source.path is not None and os.path.isfile(source.path) and group_at(path) is None:
             length = self._length if self._saved is None else self._kept
             made = fork(source.path, path, length=length, capacity=capacity)
         else:
