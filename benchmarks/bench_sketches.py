@@ -151,9 +151,12 @@ def cost(folder: Path) -> dict[str, float]:
 
 def leave_out(cache: kvmmap.QuantizedKvCache) -> None:
     """Take a file for one that has no sketches."""
-    for number, layer in enumerate(cache._storage.layers):
-        layer._sketches_at = None
-        cache._storage.superblock.sections.pop((Section.KEY_SKETCHES, number))
+    sections = cache._storage.superblock.sections
+    for kind, layer in list(sections):
+        if kind in (Section.KEY_SKETCHES, Section.SKETCH_CHECKSUMS):
+            del sections[kind, layer]
+    for layer in cache._storage.layers:
+        layer._kept_sketches = None
 
 
 def verifying(path: Path, with_sketches: bool) -> float:

@@ -75,7 +75,7 @@ EXPECTED = {
     "token ids": {TOLD},
     "checksums": {TOLD},
     "committed rows": {TOLD},
-    "sketches": {VERIFY},  # they choose blocks, and say nothing of what is in them
+    "sketches": {VERIFY},  # computed anew from the rows where they are needed
     "uncommitted rows and ids": {"closed": {HARMLESS}, "died": {WRONG}, "down": {HARMLESS}},
     "nothing": {HARMLESS},  # between sections, beyond lengths, and where fields are reserved
 }
@@ -184,9 +184,10 @@ def layout(reader: kvmmap.QuantizedKvCache, specimen: Specimen) -> Iterator[tupl
     blocks = specimen.committed // GEOMETRY.block_tokens
     yield at(Section.CHECKSUMS), at(Section.CHECKSUMS) + 8 * 2 * blocks, "checksums"
     yield at(Section.TOKEN_CHECKSUMS), at(Section.TOKEN_CHECKSUMS) + 8 * blocks, "checksums"
+    yield at(Section.SKETCH_CHECKSUMS), at(Section.SKETCH_CHECKSUMS) + 8 * 2 * blocks, "sketches"
     for number, shape in enumerate(GEOMETRY.layers):
-        sketches = at(Section.KEY_SKETCHES, number)
-        yield sketches, sketches + shape.sketch_bytes(blocks), "sketches"
+        offset = at(Section.KEY_SKETCHES, number)
+        yield offset, offset + shape.sketch_bytes(blocks), "sketches"
 
 
 def look(cache: kvmmap.QuantizedKvCache, length: int | None = None) -> dict[str, Any]:
@@ -216,6 +217,7 @@ def look(cache: kvmmap.QuantizedKvCache, length: int | None = None) -> dict[str,
             f"attention {number}",
             lambda layer=layer, queries=queries: layer.attend(queries, positions=(0, stop), threads=1).tobytes(),
         )
+        note(f"blocks {number}", lambda layer=layer, queries=queries: layer.select_blocks(queries[0], 2).tolist())
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from support import MakeCache, fill, make_file, rows, run_python
 
 import kvmmap
 from kvmmap import QuantizedKvLayer, _core
-from kvmmap.format import SLAB_SECTIONS, Section
+from kvmmap.format import SLAB_SECTIONS, Section, Superblock, checksum
 from kvmmap.selection import block_bounds
 from kvmmap.storage.sketches import sketch_rows
 
@@ -237,6 +238,20 @@ def test_verify_recomputes_them(path: Path) -> None:
         (damage,) = cache.verify().damages
         assert (damage.layer, damage.start, damage.stop) == (1, 0, 256)
         assert "sketch" in damage.what
+        assert [len(piece) for piece in pieces(cache, 2)] == [0, 2]  # it, and what follows, is computed
+        np.testing.assert_array_equal(stored(cache, 1), expected(cache.layers[1]))
+        np.testing.assert_array_equal(stored(cache, 0), expected(cache.layers[0]))
+    with kvmmap.open(path, verify="none") as cache:
+        assert [len(piece) for piece in pieces(cache, 2)] == [2]
+    with kvmmap.open(path, "a") as cache:
+        assert [len(piece) for piece in pieces(cache, 2)] == [0, 2]
+    sums = superblock.section(Section.SKETCH_CHECKSUMS).offset
+    with path.open("r+b") as file:
+        file.seek(sums)
+        file.write(b"\0" * 8)
+    with kvmmap.open(path) as cache:
+        assert [damage.layer for damage in cache.verify().damages] == [0, 1]
+        np.testing.assert_array_equal(stored(cache, 0), expected(cache.layers[0]))
     kvmmap.resize(path, 1000)
     with kvmmap.open(path) as cache:
         assert cache.verify().sound
@@ -249,21 +264,34 @@ def test_verify_recomputes_them(path: Path) -> None:
         assert "checksum" in damage.what
 
 
-def test_what_is_written_with_unknown_sections_is_only_read(path: Path) -> None:
-    from kvmmap.format import Superblock, checksum
+def test_a_file_has_all_of_their_sections_or_none(path: Path) -> None:
+    make_file(path, 10).close()
+    data = bytearray(path.read_bytes())
+    with kvmmap.open(path) as cache:
+        superblock = cache._storage.superblock
+    at = superblock.size - 8 - 24
+    assert struct.unpack_from("<H", data, at)[0] == Section.KEY_SKETCHES
+    struct.pack_into("<H", data, at, 99)
+    data[superblock.size - 8 : superblock.size] = checksum(bytes(data[: superblock.size - 8])).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(kvmmap.CorruptCacheError, match="KEY_SKETCHES of layer 1 is missing"):
+        kvmmap.open(path)
 
+
+def test_what_is_written_with_unknown_sections_is_only_read(path: Path) -> None:
     make_file(path, 300).close()
     data = bytearray(path.read_bytes())
     with kvmmap.open(path) as cache:
         superblock = cache._storage.superblock
     size = superblock.size
-    entry = bytes(data[size - 8 - 24 : size - 8])
-    assert int.from_bytes(entry[:2], "little") == Section.KEY_SKETCHES
-    assert int.from_bytes(entry[2:4], "little") == 1
-    data[size - 8 - 24 : size - 8 - 22] = (99).to_bytes(2, "little")
+    for at in range(size - 8 - 24 * len(superblock.sections), size - 8, 24):  # section entries: kind, flags, …
+        kind, flags = struct.unpack_from("<HH", data, at)
+        assert flags == (kind in (Section.KEY_SKETCHES, Section.SKETCH_CHECKSUMS))
+        if flags:
+            struct.pack_into("<H", data, at, 79 + kind)
     data[size - 8 : size] = checksum(bytes(data[: size - 8])).to_bytes(8, "little")
     path.write_bytes(data)
-    assert Superblock.decode(bytes(data[:size]), "f", len(data)).unknown_sections == (99,)
+    assert Superblock.decode(bytes(data[:size]), "f", len(data)).unknown_sections == (87, 99)
     with kvmmap.open(path) as cache:
         assert cache.seq_len == 300
         assert cache.layers[1].select_blocks(rows(2, 8), 1).tolist() == [1]

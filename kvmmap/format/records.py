@@ -136,6 +136,7 @@ class Section(IntEnum):
     TOKEN_IDS = 5
     CHECKSUMS = 6
     TOKEN_CHECKSUMS = 7
+    SKETCH_CHECKSUMS = 8
     KEY_CODES = 16
     KEY_SCALES = 17
     VALUE_CODES = 18
@@ -151,6 +152,7 @@ SECTION_ABOUT = {
     Section.TOKEN_IDS: "int32 [capacity]; -1 where none was given",
     Section.CHECKSUMS: "u64 [block, layer], of complete blocks",
     Section.TOKEN_CHECKSUMS: "u64 [block], of complete blocks of token ids",
+    Section.SKETCH_CHECKSUMS: "optional; u64 [block, layer], of the sketches of complete blocks",
     Section.KEY_CODES: "int8 [capacity, num_kv_heads, head_dim]",
     Section.KEY_SCALES: "f32 [capacity, num_kv_heads]",
     Section.VALUE_CODES: "int8 [capacity, num_kv_heads, value_head_dim]",
@@ -162,8 +164,8 @@ SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
 
 CHECKSUM = struct.Struct("<Q")
 OPTIONAL = 1  # section flag: who does not know the kind may ignore it to read, and must not write
-OPTIONAL_SECTIONS = frozenset({Section.KEY_SKETCHES})
-"""Sections that a file may lack."""
+OPTIONAL_SECTIONS = frozenset({Section.SKETCH_CHECKSUMS, Section.KEY_SKETCHES})
+"""Sections that a file may lack: all of them, or none."""
 
 
 def checksum(data: bytes | memoryview) -> int:

@@ -55,6 +55,11 @@ class Superblock:
         return self.sections[kind, layer]
 
     @property
+    def has_sketches(self) -> bool:
+        """True if the file keeps sketches; then it has all sections that belong to them."""
+        return (Section.SKETCH_CHECKSUMS, WHOLE_CACHE) in self.sections
+
+    @property
     def unknown_sections(self) -> tuple[int, ...]:
         """Kinds of section that this package does not know and so can't keep right: the file is for reading only."""
         return tuple(sorted({kind for kind, _ in self.sections} - KNOWN_SECTIONS))
@@ -215,6 +220,7 @@ def _section_sizes(geometry: CacheGeometry, metadata_bytes: int) -> dict[tuple[i
         (Section.TOKEN_IDS, WHOLE_CACHE): 4 * geometry.capacity,
         (Section.CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_layers * geometry.num_blocks,
         (Section.TOKEN_CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_blocks,
+        (Section.SKETCH_CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_layers * geometry.num_blocks,
     }
     slabs = {layer: layer.slab_bytes(geometry.capacity) for layer in set(geometry.layers)}
     for number, layer in enumerate(geometry.layers):
@@ -272,9 +278,10 @@ def _check_sections(
     metadata = sections.get((Section.METADATA, WHOLE_CACHE))
     if metadata is None or metadata.size % (2 * PAGE):
         raise corrupt("the metadata section is missing or of odd size")
+    some = any(kind in OPTIONAL_SECTIONS for kind, _ in sections)
     for key, size in _section_sizes(geometry, metadata.size // 2).items():
         if key not in sections:
-            if key[0] in OPTIONAL_SECTIONS:
+            if key[0] in OPTIONAL_SECTIONS and not some:
                 continue
             raise corrupt(f"section {Section(key[0]).name} of layer {key[1]} is missing")
         if sections[key].size != size:

@@ -67,7 +67,7 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
     extents: list[tuple[tuple[int, int], int]] = [((Section.TOKEN_IDS, WHOLE_CACHE), 4 * min(old.token_len, length))]
     for number, layer in enumerate(old.geometry.layers):
         extents += [((kind, number), size) for kind, size in zip(SLAB_SECTIONS, layer.slab_bytes(length), strict=True)]
-        if (Section.KEY_SKETCHES, number) in old.superblock.sections:
+        if old.superblock.has_sketches:
             blocks = min(old.snapshot.slot.seq_len, length) // old.geometry.block_tokens
             extents.append(((Section.KEY_SKETCHES, number), layer.sketch_bytes(blocks)))
     total, done = sum(size for _, size in extents), 0
@@ -92,16 +92,19 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
     for kind, count in (
         (Section.CHECKSUMS, rows // size * old.geometry.num_layers),
         (Section.TOKEN_CHECKSUMS, tokens // size),
+        (Section.SKETCH_CHECKSUMS, rows // size * old.geometry.num_layers if old.superblock.has_sketches else 0),
     ):
+        if not count:
+            continue
         data = old.file.read(old.superblock.section(kind).offset, 8 * count)
         file.write((superblock.section(kind).offset,), (data,))
     _promise(file, rows, tokens)
     file.try_lock()
     with closing_on_error(file):
         new = MappedWriter(file, superblock, durability=durability)
-    for number, layer in enumerate(new.layers):
-        if (Section.KEY_SKETCHES, number) not in old.superblock.sections:
-            layer.write_sketches(0, rows // size)
+    if not old.superblock.has_sketches:
+        new.write_sketches(0, rows // size)
+    for layer in new.layers:
         layer.publish(length)
     new.publish_tokens(min(old.token_len, length))
     new.commit()

@@ -39,7 +39,7 @@ from .file import PosixFile, closing_on_error, expect_few_pages
 from .live import LiveRecord
 from .proven import WHAT_TO_DO, Proven, prove_rows, prove_tokens
 from .readonly import ReadOnlyLayer, ReadOnlyStorage
-from .sketches import ComputedSketches
+from .sketches import ComputedSketches, KeptSketches
 from .slots import Slots
 
 
@@ -69,9 +69,8 @@ class MappedLayer(ReadOnlyLayer):
         self.capacity = storage.geometry.capacity
         self.length = 0
         self._offsets = [storage.superblock.sections[kind, index].offset for kind in SLAB_SECTIONS]
-        extent = storage.superblock.sections.get((Section.KEY_SKETCHES, index))
-        self._sketches_at = None if extent is None else extent.offset
         self._block_tokens = storage.geometry.block_tokens
+        self._kept_sketches = KeptSketches(storage.superblock, index) if storage.superblock.has_sketches else None
         self._sketches = ComputedSketches(geometry, self._block_tokens)
         # Not a cycle: a writer that is simply dropped gives its lock back at once, and not when garbage is collected.
         self._storage: MappedReader = weakref.proxy(storage)
@@ -121,11 +120,12 @@ class MappedLayer(ReadOnlyLayer):
         self._storage.check_since(mark)
 
     def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
-        kept, pieces = 0, []
-        if self._sketches_at is not None:
-            kept = min(blocks, self._storage.committed_len // self._block_tokens)  # like checksums, they are committed
-            shape = (kept, self.geometry.num_kv_heads, 2, self.geometry.head_dim)
-            pieces.append(np.ndarray(shape, np.dtype("<u2"), self._storage.memory, self._sketches_at))
+        kept, pieces, storage = 0, [], self._storage
+        if self._kept_sketches is not None:
+            slot, proven = storage.snapshot.slot, storage.snapshot.proven
+            committed = min(blocks, slot.seq_len // self._block_tokens)
+            pieces.append(self._kept_sketches.first(committed, storage.memory, mark, prove=proven is not None))
+            kept = len(pieces[0])
         if kept < blocks:
             pieces.append(self._sketches.between(kept, blocks, self, mark))
         return pieces

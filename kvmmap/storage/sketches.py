@@ -7,6 +7,7 @@ the storage has none, and comparing those in a file with its rows. What does not
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..format import SLAB_SECTIONS, Section, Slot
+from ..format import SLAB_SECTIONS, Section, Slot, Superblock, block_checksum, checksum
 from ..geometry import LayerGeometry
 from .base import Damage, LayerStore, Rows
 
@@ -98,8 +99,42 @@ class ComputedSketches:
         return found[: stop - first]
 
 
+class KeptSketches:
+    """Those of one layer that a file keeps: of complete blocks that are committed, and each with a checksum.
+
+    A sketch is compared with its checksum when it is first asked for. One that is damaged is as good as one that is not
+    kept, since it can be computed anew.
+    """
+
+    def __init__(self, superblock: Superblock, layer: int) -> None:
+        self._superblock = superblock
+        self._layer = layer
+        self._proven = 0, 0  # under which mark, and how many from 0
+
+    def first(self, blocks: int, memory: mmap.mmap, mark: int, *, prove: bool) -> NDArray[np.uint16]:
+        """Return those of the first `blocks` blocks, all committed; fewer if one is damaged."""
+        geometry, layers = self._superblock.geometry.layers[self._layer], self._superblock.geometry.num_layers
+        at = self._superblock.section(Section.KEY_SKETCHES, self._layer).offset
+        shape = (blocks, geometry.num_kv_heads, 2, geometry.head_dim)
+        found = np.ndarray(shape, np.dtype("<u2"), memory, at)
+        if not prove:
+            return found
+        at = self._superblock.section(Section.SKETCH_CHECKSUMS).offset
+        sums = np.ndarray((blocks, layers), np.dtype("<u8"), memory, at)
+        proven = self._proven[1] if self._proven[0] == mark else 0
+        while proven < blocks and sketch_checksum(self._layer, proven, found[proven]) == sums[proven, self._layer]:
+            proven += 1
+        self._proven = mark, proven
+        return found[:proven]
+
+
+def sketch_checksum(layer: int, block: int, sketch: NDArray[np.uint16]) -> int:
+    """Return the checksum of a block's sketch."""
+    return block_checksum(layer, block, 1, [checksum(sketch.data)])
+
+
 def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Container[int | None]) -> Iterator[Damage]:
-    """Yield the layers whose sketch of a committed block is not that of its keys.
+    """Yield the layers whose sketch of a committed block is not that of its keys, or does not match its checksum.
 
     Args:
         reader: the file.
@@ -107,21 +142,23 @@ def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Containe
         slot: the commit.
         spare: layers whose rows are damaged there, so that nothing can be said.
     """
-    size = reader.geometry.block_tokens
+    size, superblock, layers = reader.geometry.block_tokens, reader.superblock, reader.geometry.num_layers
     start, stop = block * size, (block + 1) * size
-    if stop > slot.seq_len:
+    if stop > slot.seq_len or not superblock.has_sketches:
         return
     for number, layer in enumerate(reader.geometry.layers):
-        extent = reader.superblock.sections.get((Section.KEY_SKETCHES, number))
-        if extent is None or number in spare:
+        if number in spare:
             continue
         problem = None
         try:
             keys, scales = (
-                reader.file.read(reader.superblock.sections[kind, number].offset + start * row, size * row)
+                reader.file.read(superblock.sections[kind, number].offset + start * row, size * row)
                 for kind, row in zip(SLAB_SECTIONS[:2], layer.slab_bytes(1), strict=False)
             )
-            found = reader.file.read(extent.offset + layer.sketch_bytes(block), layer.sketch_bytes(1))
+            at = superblock.section(Section.KEY_SKETCHES, number).offset + layer.sketch_bytes(block)
+            found = reader.file.read(at, layer.sketch_bytes(1))
+            at = superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * (block * layers + number)
+            stored = int.from_bytes(reader.file.read(at, 8), "little")
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
         else:
@@ -129,6 +166,13 @@ def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Containe
             codes = np.frombuffer(keys, np.int8).reshape(size, heads, layer.head_dim)
             expected = sketch_rows(codes, np.frombuffer(scales, "<f4").reshape(size, heads), size)
             if expected.astype("<u2", copy=False).tobytes() != found:
-                problem = "is not that of its keys; resize() the cache, to the same capacity if you like, to mend it"
+                problem = "is not that of its keys"
+            elif sketch_checksum(number, block, expected[0]) != stored:
+                problem = "does not match its checksum"
         if problem:
-            yield Damage(f"layer {number}, positions [{start}, {stop}): the sketch {problem}", number, start, stop)
+            what = (
+                f"layer {number}, positions [{start}, {stop}): the sketch {problem}, and is computed where it is needed"
+            )
+            yield Damage(
+                f"{what}; resize() the cache, to the same capacity if you like, to mend it", number, start, stop
+            )

@@ -36,7 +36,7 @@ from .live import LiveRecord
 from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
 from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, place_of, replace_file
 from .proven import WHAT_TO_DO, Proven
-from .sketches import sketch_stored
+from .sketches import sketch_checksum, sketch_stored
 
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
@@ -78,13 +78,16 @@ class WriterLayer(MappedLayer):
         i, j, k, m = self._row_bytes
         self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
 
-    def write_sketches(self, first: int, stop: int) -> None:
-        """Write the sketches of blocks [first, stop), whose rows are written, if the file has room for them."""
-        if self._sketches_at is not None:
-            for part in sketch_stored(self.slabs().part, self.geometry, first, stop, self._block_tokens):
-                at = self._sketches_at + self.geometry.sketch_bytes(first)
-                self._storage.file.write((at,), (part.astype("<u2", copy=False),))
-                first += len(part)
+    def write_sketches(self, first: int, stop: int) -> NDArray[np.uint64]:
+        """Write the sketches of blocks [first, stop), whose rows are written, and return their checksums."""
+        sums = np.zeros(stop - first, np.uint64)
+        at, block = self._storage.superblock.section(Section.KEY_SKETCHES, self.index).offset, first
+        for part in sketch_stored(self.slabs().part, self.geometry, first, stop, self._block_tokens):
+            self._storage.file.write((at + self.geometry.sketch_bytes(block),), (part.astype("<u2", copy=False),))
+            for sketch in part:
+                sums[block - first] = sketch_checksum(self.index, block, sketch)
+                block += 1
+        return sums
 
     def start_sync(self, start: int, stop: int) -> None:
         """Have positions that were written on their way to the disk before the next commit waits for it."""
@@ -410,8 +413,7 @@ class MappedWriter(MappedReader):
         try:
             rows, ids = self._rows_hasher.advance(length), self._tokens_hasher.advance(tokens)
             self._write_checksums(Section.CHECKSUMS, rows.first_block, rows.complete)
-            for layer in self.layers:
-                layer.write_sketches(rows.first_block, rows.first_block + len(rows.complete))
+            self.write_sketches(rows.first_block, rows.first_block + len(rows.complete))
             self._write_checksums(Section.TOKEN_CHECKSUMS, ids.first_block, ids.complete)
             half, size, digest = before.metadata_half, before.metadata_bytes, before.metadata_checksum
             if self._new_document is not None:
@@ -453,6 +455,12 @@ class MappedWriter(MappedReader):
         self.slots.write(self.file, which, slot)
         self._sync()
         self.snapshot = self.snapshot._replace(which=which, slot=slot)
+
+    def write_sketches(self, first: int, stop: int) -> None:
+        """Write the sketches of blocks [first, stop), whose rows are written, if the file has room for them."""
+        if self.superblock.has_sketches and first < stop:
+            sums = np.stack([layer.write_sketches(first, stop) for layer in self.layers], axis=1)
+            self._write_checksums(Section.SKETCH_CHECKSUMS, first, sums)
 
     def _write_checksums(self, section: Section, first_block: int, sums: NDArray[np.uint64]) -> None:
         if len(sums):
