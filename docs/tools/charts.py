@@ -10,25 +10,31 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 460
-LEFT, RIGHT = 4, 118
+LEFT, RIGHT = 10, 118
 """Room beside the bars; at their right stand the values."""
 
-TITLE, GROUP, ROW, GAP = 26, 24, 42, 10
+TITLE, GROUP, ROW, GAP = 32, 24, 42, 10
 BAR = 12
 
-STYLE = """
-.chart{--ink:#1f2328;--dim:#59636e;--own:#3949ab;--other:#8b949e;--mark:#b3361b;--rule:#d1d9e0}
-@media (prefers-color-scheme:dark){.chart{--ink:#e6edf3;--dim:#9aa4af;--own:#8c9eff;--other:#6e7681;--mark:#ff9b71;\
---rule:#3d444d}}
-[data-md-color-scheme=default] .chart{--ink:#1f2328;--dim:#59636e;--own:#3949ab;--other:#8b949e;--mark:#b3361b;\
---rule:#d1d9e0}
-[data-md-color-scheme=slate] .chart{--ink:#e6edf3;--dim:#9aa4af;--own:#8c9eff;--other:#6e7681;--mark:#ff9b71;\
---rule:#3d444d}
-.chart text{font:13px -apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:var(--ink)}
-.chart .title,.chart .group{font-weight:600}.chart .dim{fill:var(--dim)}.chart .value{font-weight:600}
-.chart .own{fill:var(--own)}.chart .other{fill:var(--other)}
-.chart .mark{stroke:var(--mark);stroke-width:2}.chart .missed{fill:var(--mark)}.chart .rule{stroke:var(--rule)}
+LIGHT = "--ink:#1f2328;--dim:#59636e;--own:#3949ab;--other:#8b949e;--mark:#b3361b;--rule:#d1d9e0;--paper:#fff"
+DARK = "--ink:#e6edf3;--dim:#9aa4af;--own:#8c9eff;--other:#6e7681;--mark:#ff9b71;--rule:#3d444d;--paper:#0d1117"
+
+STYLE = f"""
+.chart{{{LIGHT}}}
+@media (prefers-color-scheme:dark){{.chart{{{DARK}}}}}
+[data-md-color-scheme=default] .chart{{{LIGHT};--paper:none}}
+[data-md-color-scheme=slate] .chart{{{DARK};--paper:none}}
+.chart text{{font:13px -apple-system,"Segoe UI",Helvetica,Arial,sans-serif;fill:var(--ink)}}
+.chart .title,.chart .group,.chart .value{{font-weight:600}}
+.chart .dim{{fill:var(--dim)}}
+.chart .missed{{fill:var(--mark)}}
+.chart .own{{fill:var(--own)}}
+.chart .other{{fill:var(--other)}}
+.chart .mark{{stroke:var(--mark);stroke-width:2}}
+.chart .rule{{stroke:var(--rule)}}
+.chart .paper{{fill:var(--paper)}}
 """
+"""An image stands on paper of its own, as it does not know what page it is in; a part of the site's page does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +82,13 @@ def chart(title: str, groups: Sequence[Group]) -> str:
             y += ROW
         y += GAP
     told = "; ".join(f"{g.heading + ', ' if g.heading else ''}{r.label}: {r.text}" for g in groups for r in g.rows)
-    return (
+    head = [
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" '
-        f'role="img" aria-label="{escape(title + ": " + told)}"><style>{STYLE}</style>'
-        f'<text class="title" x="{LEFT}" y="14">{escape(title)}</text>' + "".join(parts) + "</svg>\n"
-    )
+        f'role="img" aria-label="{escape(f"{title}: {told}")}"><style>{STYLE}</style>',
+        f'<rect class="paper" width="{WIDTH}" height="{y}" rx="6"/>',
+        f'<text class="title" x="{LEFT}" y="20">{escape(title)}</text>',
+    ]
+    return "".join([*head, *parts, "</svg>\n"])
 
 
 def _row(row: Row, y: float, scale: float) -> list[str]:
