@@ -99,12 +99,13 @@ class ZarrReader(ReadOnlyStorage):
     @property
     def pool(self) -> Executor:
         """Threads that wait for disks and servers; made when first needed, and anew in a forked child."""
-        if self._pool is None or self._pool_pid != os.getpid():
+        pool = self._pool  # another thread may close the cache between two looks
+        if pool is None or self._pool_pid != os.getpid():
             self.check()
             count = REMOTE_THREADS if self.objects.remote else LOCAL_THREADS
-            self._pool = ThreadPoolExecutor(count, thread_name_prefix="kvmmap")
+            pool = self._pool = ThreadPoolExecutor(count, thread_name_prefix="kvmmap")
             self._pool_pid = os.getpid()
-        return self._pool
+        return pool
 
     def check(self) -> None:
         if self.closed:
