@@ -134,8 +134,10 @@ class Session:
                 env=os.environ | plain | self.environment,
                 start_new_session=True,
             )
-            self._groups.append(process.pid)
             code = process.wait(PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            self._groups.append(process.pid)  # something of it runs on; while it does, the number stays its own
         printed = output.read_text()
         output.unlink()
         assert code == 0, f"{block.where}: exit code {code} of: {command}\n{printed}"
