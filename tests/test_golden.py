@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kvmmap
+from kvmmap.format import LIVE, Section
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -45,5 +46,11 @@ def test_version_1_is_appended_to(name: str, path: Path) -> None:
 
 
 def test_version_1_is_written_byte_for_byte(path: Path) -> None:
+    """All but one word, which stands for the place that the file has its name in."""
     make(path)
-    assert path.read_bytes() == (GOLDEN / "v1-sketches.kvm").read_bytes()
+    with kvmmap.open(path) as cache:
+        live = cache.storage.superblock.section(Section.LIVE).offset  # type: ignore[attr-defined]
+    named = live + next(offset for offset, _, field in LIVE.rows() if field.name == "named")
+    written, golden = path.read_bytes(), (GOLDEN / "v1-sketches.kvm").read_bytes()
+    assert written[:named] == golden[:named]
+    assert written[named + 8 :] == golden[named + 8 :]

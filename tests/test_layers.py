@@ -31,6 +31,8 @@ TABLE = [
     "storage.mapped",
     "storage.extents",
     "storage.placing",
+    "storage.writer_layer",
+    "storage.signing",
     "storage.writer",
     "storage.resize",
     "storage.wreck",

@@ -120,7 +120,7 @@ LIVE = Record(
     Field("writer_pid", "Q", "sealed; process id of the last writer, to name it in messages"),
     Field("superseded", "Q", "sealed; 1 when another file has taken this one's place"),
     Field("token_len", "Q", "sealed; published token ids"),
-    Field("reserved", "Q", "0"),
+    Field("named", "Q", "sealed; stands for the name that was synced, by whatever number its writers agree on; or 0"),
 )
 LIVE_LENGTHS = LIVE.size
 """Offset in the live record of the per-layer published lengths: sealed words, one a layer."""

@@ -204,6 +204,12 @@ class MappedReader(ReadOnlyStorage):
             self.require_open()
             self.file.read_into(offset, target)
 
+    def read_bytes(self, offset: int, size: int) -> bytes:
+        """Read from the file itself, fewer bytes only at its end."""
+        with self.lock:
+            self.require_open()
+            return self.file.read(offset, size)
+
     def status(self) -> os.stat_result:
         """Ask for the file's size, and the like."""
         with self.lock:

@@ -152,13 +152,13 @@ def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Containe
         problem = None
         try:
             keys, scales = (
-                reader.file.read(superblock.sections[kind, number].offset + start * row, size * row)
+                reader.read_bytes(superblock.sections[kind, number].offset + start * row, size * row)
                 for kind, row in zip(SLAB_SECTIONS[:2], layer.slab_bytes(1), strict=False)
             )
             at = superblock.section(Section.KEY_SKETCHES, number).offset + layer.sketch_bytes(block)
-            found = reader.file.read(at, layer.sketch_bytes(1))
+            found = reader.read_bytes(at, layer.sketch_bytes(1))
             at = superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * (block * layers + number)
-            stored = int.from_bytes(reader.file.read(at, 8), "little")
+            stored = int.from_bytes(reader.read_bytes(at, 8), "little")
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
         else:

@@ -7,10 +7,10 @@ then may rows be overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,17 +26,17 @@ from ..errors import (
     VersionMismatchError,
 )
 from ..format import Section, Slot, Superblock, checksum
-from ..geometry import CacheGeometry, LayerGeometry, check_room
+from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
 from .base import Rows, Verify, seq_len
-from .checksums import BlockHasher
 from .file import PosixFile, closing_on_error
 from .forking import close_in_children, refuse_forked
 from .live import LiveRecord
-from .mapped import MappedLayer, MappedReader, Snapshot, read_superblock
+from .mapped import MappedReader, Snapshot, read_superblock
 from .placing import METADATA_ROOM, already_exists, build_file, lock_file, map_live, place_of, replace_file
-from .proven import WHAT_TO_DO, Proven
-from .sketches import sketch_checksum, sketch_stored
+from .proven import Proven
+from .signing import Signer
+from .writer_layer import WriterLayer
 
 Durability = Literal["publish", "commit"]
 """When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
@@ -48,59 +48,6 @@ STRETCH_BYTES = 2 * 1024 * 1024
 """Rows are quantised and written in stretches of at most this size: codes stay in the cache, and pieces are few. In
 positions it is a power of two, so that pieces of a prompt start and end where large pages do. Appending a prompt of
 bf16 is some 12 % faster than in stretches of a quarter of it (medians, on a loaded machine)."""
-
-
-class WriterLayer(MappedLayer):
-    """One layer's slabs, written with `pwrite` and read through the map."""
-
-    _storage: MappedWriter
-
-    def __init__(self, storage: MappedWriter, index: int, geometry: LayerGeometry) -> None:
-        super().__init__(storage, index, geometry)
-        self._row_bytes = geometry.slab_bytes(1)
-        self._scratch, self._one = storage.scratch(geometry)
-
-    def begin(self, count: int) -> int:
-        self._storage.check_writer()
-        length = self.length
-        if length + count > self.capacity:
-            check_room(length, count, self.capacity, layer=self.index)
-        return length
-
-    def stage(self, start: int, count: int) -> Rows:
-        if count == 1:
-            return self._one
-        room = len(self._scratch.key_codes)
-        return self._scratch if count >= room else self._scratch.part(0, count)
-
-    def write(self, start: int, rows: Rows) -> None:
-        a, b, c, d = self._offsets
-        i, j, k, m = self._row_bytes
-        self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
-
-    def write_sketches(self, first: int, stop: int) -> NDArray[np.uint64]:
-        """Write the sketches of blocks [first, stop), whose rows are written, and return their checksums."""
-        sums = np.zeros(stop - first, np.uint64)
-        at, block = self._storage.superblock.section(Section.KEY_SKETCHES, self.index).offset, first
-        for part in sketch_stored(self.slabs().part, self.geometry, first, stop, self._block_tokens):
-            self._storage.file.write((at + self.geometry.sketch_bytes(block),), (part.astype("<u2", copy=False),))
-            for sketch in part:
-                sums[block - first] = sketch_checksum(self.index, block, sketch)
-                block += 1
-        return sums
-
-    def start_sync(self, start: int, stop: int) -> None:
-        """Have positions that were written on their way to the disk before the next commit waits for it."""
-        for low, high in self._byte_ranges(start, stop):
-            self._storage.file.start_sync(low, high - low)
-
-    def publish(self, length: int) -> None:
-        try:
-            self._storage.live.publish(self.index, length)
-            self.length = length
-        except BaseException:  # Ctrl-C between the two
-            self._storage.unsettle()
-            raise
 
 
 class MappedWriter(MappedReader):
@@ -139,11 +86,9 @@ class MappedWriter(MappedReader):
         self._stepping = False
         super().__init__(file, superblock, recover=recover, verify=verify)
         self._recover()
-        size = self.geometry.block_tokens
         slot = self.snapshot.slot
         self.foreign, self.foreign_tokens = slot.seq_len, slot.token_len
-        self._rows_hasher = BlockHasher(_LazyTracks(self, self.geometry.num_layers), 0, size, slot.seq_len)
-        self._tokens_hasher = BlockHasher([[self.map_tokens()]], self.geometry.num_layers, size, slot.token_len)
+        self._signer = Signer(self, slot)
         close_in_children(file)
 
     # Opening
@@ -279,7 +224,10 @@ class MappedWriter(MappedReader):
         if not self._settled:
             self._settle()
         if not self._tail_checked:
-            self._check_tail()
+            slot = self.snapshot.slot
+            self._signer.check_tails(slot)
+            self._note_proven(slot.seq_len, slot.token_len)
+            self._tail_checked = True
         self._ready = True
 
     def unsettle(self) -> None:
@@ -293,8 +241,7 @@ class MappedWriter(MappedReader):
             which, slot = self._assure(which, slot)
             self.live.put("acknowledged", slot.sequence)
             self.snapshot = self.snapshot._replace(which=which, slot=slot)
-        self._rows_hasher.rewind(slot.seq_len)
-        self._tokens_hasher.rewind(slot.token_len)
+        self._signer.rewind(slot.seq_len, slot.token_len)
         self._tail_checked = False
         for layer, length in zip(self.layers, self.live.lengths(), strict=True):
             layer.length = length if length >= 0 else layer.length
@@ -307,29 +254,6 @@ class MappedWriter(MappedReader):
             self._take_back(self._taking_back)
         self._settled = True
 
-    def _check_tail(self) -> None:
-        """The incomplete block is about to get new checksums: see first that it has its old ones."""
-        slot = self.snapshot.slot
-        self._rows_hasher.rewind(slot.seq_len)  # an earlier look may have been cut off
-        self._tokens_hasher.rewind(slot.token_len)
-        found = self._rows_hasher.tails()
-        for layer, (actual, expected) in enumerate(zip(found, slot.tail_checksums[:-1], strict=True)):
-            if actual != expected:
-                start = slot.seq_len - slot.seq_len % self.geometry.block_tokens
-                raise CorruptCacheError(
-                    f"{self.path}: layer {layer} is damaged in positions [{start}, {slot.seq_len}): their checksum "
-                    "does not match; nothing was appended. {WHAT_TO_DO}",
-                    path=self.path,
-                    layer=layer,
-                    position=start,
-                )
-        if self._tokens_hasher.tails()[0] != slot.tail_checksums[-1]:
-            raise CorruptCacheError(
-                f"{self.path}: token ids damaged; nothing was appended. {WHAT_TO_DO}", path=self.path
-            )
-        self._note_proven(slot.seq_len, slot.token_len)
-        self._tail_checked = True
-
     def tell_sums(self, length: int, sums: NDArray[np.uint64]) -> None:
         """Take the checksums of what is appended since the last commit from somebody who knows them, and hash nothing.
 
@@ -339,7 +263,11 @@ class MappedWriter(MappedReader):
             length: what they go to, and the next commit with them.
             sums: u64 [blocks, num_layers], from the block that the last commit ends in.
         """
-        self._rows_hasher.tell(length, sums)
+        self._signer.tell(length, sums)
+
+    def write_sketches(self, first: int, stop: int) -> None:
+        """Write the sketches of blocks [first, stop), whose rows came from elsewhere with their checksums."""
+        self._signer.write_sketches(first, stop)
 
     def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
         offset = self.superblock.section(Section.TOKEN_IDS).offset + 4 * start
@@ -411,10 +339,7 @@ class MappedWriter(MappedReader):
     def _commit(self, length: int, tokens: int, generation: int, *, closed: bool, both: bool) -> None:
         before = self.snapshot.slot
         try:
-            rows, ids = self._rows_hasher.advance(length), self._tokens_hasher.advance(tokens)
-            self._write_checksums(Section.CHECKSUMS, rows.first_block, rows.complete)
-            self.write_sketches(rows.first_block, rows.first_block + len(rows.complete))
-            self._write_checksums(Section.TOKEN_CHECKSUMS, ids.first_block, ids.complete)
+            tails = self._signer.sign(length, tokens)
             half, size, digest = before.metadata_half, before.metadata_bytes, before.metadata_checksum
             if self._new_document is not None:
                 # The half that the last commit does not name: it stays readable until this one counts.
@@ -433,7 +358,7 @@ class MappedWriter(MappedReader):
                 metadata_half=half,
                 metadata_bytes=size,
                 metadata_checksum=digest,
-                tail_checksums=rows.tails + ids.tails,
+                tail_checksums=tails,
             )
             self._write_slot(slot)
             self._new_document = None
@@ -447,25 +372,25 @@ class MappedWriter(MappedReader):
     def _sync_name(self) -> None:
         """Who made this file, or put it in another's place, may have died before its name was durable."""
         if not self._name_synced:
-            self.file.sync_name()
+            name = self._name()
+            if self.live.get("named") != name:
+                self.file.sync_name()
+                self.live.put("named", name)
             self._name_synced = True
+
+    def _name(self) -> int:
+        """Return a number for the file's name and the folder that it stands in."""
+        folder, name = os.path.split(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(folder)
+            return checksum(f"{status.st_dev} {status.st_ino} {name}".encode()) >> 24
+        return 0
 
     def _write_slot(self, slot: Slot) -> None:
         which = 1 - self.snapshot.which
         self.slots.write(self.file, which, slot)
         self._sync()
         self.snapshot = self.snapshot._replace(which=which, slot=slot)
-
-    def write_sketches(self, first: int, stop: int) -> None:
-        """Write the sketches of blocks [first, stop), whose rows are written, if the file has room for them."""
-        if self.superblock.has_sketches and first < stop:
-            sums = np.stack([layer.write_sketches(first, stop) for layer in self.layers], axis=1)
-            self._write_checksums(Section.SKETCH_CHECKSUMS, first, sums)
-
-    def _write_checksums(self, section: Section, first_block: int, sums: NDArray[np.uint64]) -> None:
-        if len(sums):
-            offset = self.superblock.section(section).offset + 8 * first_block * sums.shape[1]
-            self.file.write((offset,), (sums.astype("<u8", copy=False),))
 
     def _sync(self) -> None:
         try:
@@ -489,9 +414,8 @@ class MappedWriter(MappedReader):
                 self._sync_name()
                 tokens = min(self.snapshot.slot.token_len, length)
                 self._note_proven(min(self.snapshot.slot.seq_len, length), tokens)
-                self.unsettle()  # until the hashers, set back now, have done their work: they can't be half set back
-                self._rows_hasher.rewind(length)
-                self._tokens_hasher.rewind(tokens)
+                self.unsettle()  # until the signer, set back now, has done its work: it may be cut off in between
+                self._signer.rewind(length, tokens)
                 # Both slots: the older one promises rows that are about to be overwritten.
                 self._commit(length, tokens, self._generation + 2, closed=False, both=True)
                 self._settled = self._ready = True
@@ -568,7 +492,7 @@ class MappedWriter(MappedReader):
                 if os.getpid() == self._pid and self._poison is None:
                     self._close_commit()
             finally:
-                del self._rows_hasher, self._tokens_hasher  # they hold views of the map
+                del self._signer  # it holds views of the map
                 super().close()
 
     def _close_commit(self) -> None:
@@ -578,20 +502,3 @@ class MappedWriter(MappedReader):
             self.commit(closing=True)
         self._sync_name()
         self.live.distrust()  # from here on only the commit counts
-
-
-class _LazyTracks(Sequence[Rows]):
-    """Each layer's slabs, mapped when they are first hashed: opening a file maps no view it does not need."""
-
-    def __init__(self, storage: MappedWriter, count: int) -> None:
-        self._storage = weakref.proxy(storage)
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, layer: int) -> Rows:  # type: ignore[override]
-        if not 0 <= layer < self._count:
-            raise IndexError(layer)
-        rows: Rows = self._storage.layers[layer].slabs()
-        return rows
