@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from .cache import QuantizedKvCache
-from .errors import CacheNotFoundError, CorruptCacheError, FormatError
+from .errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, FormatError
 from .geometry import CacheGeometry, check_range, check_room, index
 from .opening import PathLike, group_at, local_path, not_compressed, open_cache
 from .storage.base import LayerStore, Progress, Rows, Storage, VerifyReport, seq_len
@@ -108,7 +108,7 @@ def copy(
         progress: called with (bytes done, bytes in all) now and then.
 
     Raises:
-        CacheExistsError: there is something at `target` that is not a part of this copy.
+        CacheExistsError: there is something at `target` that is no part of this copy; or it is the source, a group.
         CorruptCacheError: a block does not match its checksum, in the source or read back.
         PositionOutOfRangeError, LayerOutOfRangeError: there are no such positions or layers.
         CapacityExceededError: `capacity` is too small.
@@ -327,10 +327,15 @@ def _to_group(
     from .storage.zarr_place import create_group, open_locked
     from .storage.zarr_reader import read_root
 
-    try:
-        going_on = read_root(objects)[0].copying == plan.stamp
-    except (CacheNotFoundError, FormatError):
-        going_on = False  # making one finds out what is there
+    going_on = False
+    with contextlib.suppress(CacheNotFoundError, FormatError):  # making one finds out what is there
+        present = read_root(objects)[0]
+        going_on = present.copying == plan.stamp
+        if f"{present.cache_id}/{present.generation}" == plan.source.identity():
+            raise CacheExistsError(
+                f"{objects.url}: is the source itself, and would be lost before it is copied: name another place",
+                path=objects.url,
+            )
     if going_on:
         writer = open_locked(objects, keep_copying=True, break_lock=break_lock)
         if seq_len(writer) > plan.length:

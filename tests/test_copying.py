@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -138,6 +139,17 @@ def test_what_is_there_stays(tmp_path: Path, target: str) -> None:
     with kvmmap.open(second) as cache:
         check_filled(cache, 300)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kvm", second.name]
+
+
+@pytest.mark.parametrize("kind", ["kvm", "zarr", "memory"])
+def test_a_copy_onto_itself_loses_nothing(tmp_path: Path, kind: str) -> None:
+    path = place(tmp_path, kind)
+    make_file(path, 600).close()
+    with contextlib.nullcontext() if kind == "kvm" else pytest.raises(kvmmap.CacheExistsError, match="source itself"):
+        kvmmap.copy(path, path, overwrite=True)
+    with kvmmap.open(path) as cache:
+        check_filled(cache, 600)
+        assert cache.verify().sound
 
 
 # Damage
