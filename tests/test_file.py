@@ -264,6 +264,25 @@ def test_a_forked_child_does_not_write(any_path: Path) -> None:
         check_filled(cache, 6)
 
 
+def test_a_forked_child_is_told_of_what_its_parent_takes_back(path: Path) -> None:
+    """It reads through the map alone: it has let go of the file, and with it of the lock."""
+    code = (
+        "import os, sys, kvmmap; from support import *\n"
+        "cache = make_file(Path(sys.argv[1]), 300); end, begin = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.read(end, 1)\n"
+        "    for read in cache.layers[0].read_keys, lambda: cache.token_ids:\n"
+        "        try: read(); os._exit(1)\n"
+        "        except kvmmap.CacheChangedError: pass\n"
+        "    assert cache.refresh(); check_filled(cache, 110)\n"
+        "    try: cache.verify(); os._exit(2)\n"
+        "    except kvmmap.ClosedError: os._exit(0)\n"
+        "cache.truncate(100); fill(cache, 110); os.write(begin, b'x')\n"
+        "assert os.wait()[1] == 0; cache.close()"
+    )
+    run_python(code, path)
+
+
 def test_truncate_tells_readers(path: Path) -> None:
     with make_file(path, 300) as cache, kvmmap.open(path) as reader:
         layer = reader.layers[0]

@@ -274,3 +274,13 @@ class Storage(Protocol):
 def seq_len(storage: Storage) -> int:
     """Positions complete in every layer."""
     return min([layer.length for layer in storage.layers])
+
+
+def publish_level(storage: Storage, length: int) -> None:
+    """Publish a length in every layer; if that is cut off, take it back where it was published."""
+    try:
+        for layer in storage.layers:
+            layer.publish(length)
+    except BaseException:
+        storage.truncate(seq_len(storage))
+        raise

@@ -201,20 +201,29 @@ class MappedReader(ReadOnlyStorage):
             EOFError: the file ends before.
         """
         with self.lock:  # once closed, the descriptor's number may be another file's
-            self.require_open()
+            self.require_file()
             self.file.read_into(offset, target)
 
     def read_bytes(self, offset: int, size: int) -> bytes:
         """Read from the file itself, fewer bytes only at its end."""
         with self.lock:
-            self.require_open()
+            self.require_file()
             return self.file.read(offset, size)
 
     def status(self) -> os.stat_result:
         """Ask for the file's size, and the like."""
         with self.lock:
-            self.require_open()
+            self.require_file()
             return self.file.stat()
+
+    def require_file(self) -> None:
+        """Raise if the cache is closed, or is a writer's that this process has inherited."""
+        self.require_open()
+        if self.file.closed:
+            raise ClosedError(
+                f"{self.path}: this process was forked from its writer, and may only read from the map; open it here",
+                path=self.path,
+            )
 
     def require_open(self) -> None:
         """Raise if the cache is closed."""
@@ -380,8 +389,9 @@ class MappedReader(ReadOnlyStorage):
         """True if another file stands at the path in this one's place."""
         if self.live.get("superseded") == 1:
             return True
-        # The mark is set right after the replacement; if its setter died in between, the name tells.
-        return self.status().st_nlink == 0 and os.path.exists(self.path)
+        # The mark is set right after the replacement; if its setter died in between, the name tells. (A process that
+        # was forked from a writer has let go of the file, and has the mark alone.)
+        return not self.file.closed and self.status().st_nlink == 0 and os.path.exists(self.path)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every committed block with its checksum."""

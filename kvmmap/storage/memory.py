@@ -13,7 +13,7 @@ from ..errors import CacheChangedError, ClosedError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
-from .base import Progress, Rows, VerifyReport, seq_len
+from .base import Progress, Rows, VerifyReport, publish_level, seq_len
 from .sketches import ComputedSketches
 
 
@@ -143,12 +143,7 @@ class MemoryStorage:
         return self._tokens[:count].copy()
 
     def publish_step(self, length: int) -> None:
-        try:
-            for layer in self.layers:
-                layer.publish(length)
-        except BaseException:
-            self.truncate(seq_len(self))
-            raise
+        publish_level(self, length)
 
     def appended(self) -> None:
         """Memory has nothing to commit to."""

@@ -20,7 +20,7 @@ from ..errors import CacheChangedError
 from ..format import checksum
 from ..geometry import LayerGeometry, check_room
 from ..metadata import Document
-from .base import Rows, seq_len
+from .base import Rows, publish_level, seq_len
 from .checksums import digest
 from .forking import refuse_forked
 from .zarr_fetch import ShardRows
@@ -273,12 +273,7 @@ class ZarrWriter(ZarrReader):
         return super().read_tokens(count) if self._ids is None else self._ids[:count].copy()
 
     def publish_step(self, length: int) -> None:
-        try:
-            for layer in self.layers:
-                layer.publish(length)
-        except BaseException:
-            self.truncate(seq_len(self))
-            raise
+        publish_level(self, length)
 
     def appended(self) -> None:
         if self._durability == "commit":
