@@ -355,7 +355,7 @@ def unsealed(memory: Any, offset: int, count: int, index: int, salt: int) -> lis
 
 MUTATIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "rows not compared with their checksums": (
-        lambda: mock.patch("kvmmap.storage.mapped.prove_rows"),
+        lambda: mock.patch("kvmmap.storage.mapped_layer.prove_rows"),
         "closed",
         "committed rows",
     ),

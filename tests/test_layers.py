@@ -28,6 +28,7 @@ TABLE = [
     "storage.slots",
     "storage.proven",
     "storage.verify",
+    "storage.mapped_layer",
     "storage.mapped",
     "storage.extents",
     "storage.placing",

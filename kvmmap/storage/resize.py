@@ -12,7 +12,8 @@ import os
 from ..errors import CapacityExceededError, CorruptCacheError
 from ..geometry import CacheGeometry
 from .base import Progress, Rows, seq_len
-from .mapped import MappedLayer, read_superblock
+from .mapped import read_superblock
+from .mapped_layer import MappedLayer
 from .placing import build_file
 from .verify import check_blocks
 from .writer import MappedWriter

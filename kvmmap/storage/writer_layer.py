@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..format import Section
 from ..geometry import LayerGeometry, check_room
 from .base import Rows
-from .mapped import MappedLayer
+from .mapped_layer import MappedLayer
 from .sketches import sketch_checksum, sketch_stored
 
 if TYPE_CHECKING:
