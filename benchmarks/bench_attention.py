@@ -5,10 +5,12 @@
 The limit of attention that reads every byte once is reading them: the sum of the same int8 codes and scales as 64-bit
 words, by numpy, in the same rounds. torch's `scaled_dot_product_attention` gets the same keys and values as f32 and as
 bf16, laid out as it likes them best ([head, position, dim], contiguous), with `enable_gqa` where heads are grouped.
+Where requirements-transformers.txt is installed, so are transformers' own quantised caches, at the same shapes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import numpy as np
@@ -39,6 +41,7 @@ def main() -> None:
     decode(report, layer, args.rounds)
     prompt(report, layer, args.rounds)
     small_model(report, args.rounds)
+    quantized_caches(report, layer, args.rounds)
     by_length(report, args.longest)
     report.finish(args.json)
 
@@ -144,6 +147,45 @@ def small_model(report: Report, rounds: int) -> None:
         report.bars.append(
             Bar(f"a step at 7,900 tokens: of llama.cpp's {theirs} ms ({kind})", required, theirs / ours, "x")
         )
+
+
+def quantized_caches(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
+    """A step of one layer over transformers' own quantised caches: all is dequantised, and attended over by torch.
+
+    The step that quantises everything anew, one in 128 with their settings, is left out in their favour.
+    """
+    try:
+        from bench_transformers import LIBRARIES, QUANTIZED, pack_every
+        from transformers import LlamaConfig, QuantizedCache
+    except ImportError as error:
+        report.note("transformers' quantised caches", f"left out: {error} (requirements-transformers.txt)")
+        return
+    keys, values = (torch.from_numpy(x.swapaxes(0, 1).copy())[None] for x in (layer.read_keys(), layer.read_values()))
+    caches = {}
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=DIM)
+    for name, (backend, settings) in QUANTIZED.items():
+        if backend in LIBRARIES and importlib.util.find_spec(LIBRARIES[backend]) is None:
+            report.note(name, f"left out: {LIBRARIES[backend]} is not installed (requirements-transformers.txt)")
+            continue
+        caches[name] = QuantizedCache(backend, config, **settings)
+        caches[name].update(keys, values, 0)
+        pack_every(caches[name], 1 << 20)
+    for group in (1, 4):
+        queries = gaussian(1, HEADS * group, DIM, seed=2)
+        theirs = torch.from_numpy(queries.swapaxes(0, 1).copy())[None]
+        tasks = [Task(name="attend", run=lambda q=queries: layer.attend(q, threads=1))]
+        tasks += [
+            Task(
+                name=name,
+                run=lambda c=cache, q=theirs: torch_attention(q, *c.update(keys[:, :, :1], values[:, :, :1], 0)),
+            )
+            for name, cache in caches.items()
+        ]
+        title = f"transformers' quantised caches, {group} query head{'s' * (group > 1)} a KV head"
+        found = measure(tasks, min(rounds, 3))
+        report.show(title, found, ["attend"])
+        times = ", ".join(f"{name} {found.ratio('attend', name).median:.0f}" for name in caches)
+        report.note("attend is so many times as fast", times)
 
 
 def by_length(report: Report, longest: int) -> None:
