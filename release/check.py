@@ -70,7 +70,8 @@ def contents(dist: Path, folder: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    expect(packed == {name for name in tracked if not name.startswith(".")} | {"PKG-INFO"}, f"{packed ^ tracked}")
+    wanted = {name for name in tracked if not name.startswith(".")} | {"PKG-INFO"}
+    expect(packed == wanted, f"{sdist.name} lacks {wanted - packed}, and should not have {packed - wanted}")
     modules = {name.removeprefix("cli/") for name in tracked if name.startswith(("kvmmap/", "cli/kvmmap_cli/"))}
     modules = {name for name in modules if not name.endswith((".cpp", ".h"))}
     for wheel in dist.glob("*.whl"):
