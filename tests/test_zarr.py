@@ -719,3 +719,13 @@ def test_a_part_reads_a_part(group: Path) -> None:
         assert objects.count == again
         cache.layers[1].get_value(700, 0)
         assert objects.count - again == 8
+
+
+def test_a_shard_is_no_larger_than_readers_accept(group: Path) -> None:
+    wide = kvmmap.CacheGeometry.build(num_layers=1, capacity=100_000, num_kv_heads=1000, head_dim=1000)
+    layout = Layout.plan(wide, None)
+    assert layout.shard_blocks == 8
+    assert layout.shard_bytes <= 2**32
+    with pytest.raises(kvmmap.ShapeMismatchError, match=r"make a \.kvm file"):
+        kvmmap.create(group, num_layers=1, capacity=1, num_kv_heads=65535, head_dim=200)
+    assert not group.exists()

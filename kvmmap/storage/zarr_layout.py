@@ -7,12 +7,16 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ShapeMismatchError
 from ..geometry import CacheGeometry, LayerGeometry
 from .base import Rows
 from .zarr_needs import zarr
 
 SHARD_BLOCKS = 32
 """Blocks in a shard: 8,192 positions, so that a layer of 128k tokens is 64 objects."""
+
+MAX_SHARD_BYTES = 2**32
+"""A layer's rows in one shard, eight times what 128 heads x 256 take. Who reads a shard makes room for all of it."""
 
 ROOT_KEY = "zarr.json"
 NO_TOKEN = -1
@@ -35,14 +39,30 @@ class Layout:
 
     @classmethod
     def plan(cls, geometry: CacheGeometry, compressor: str | None, shard_blocks: int = SHARD_BLOCKS) -> Layout:
-        """Choose for a new cache: shards no longer than the capacity."""
+        """Choose for a new cache: shards no longer than the capacity.
+
+        Raises:
+            ShapeMismatchError: not even one block makes a shard.
+        """
         needed = -(-geometry.capacity // geometry.block_tokens)
-        return cls(geometry, max(1, min(shard_blocks, needed)), compressor)
+        fitting = MAX_SHARD_BYTES // cls(geometry, 1, compressor).shard_bytes
+        if not fitting:
+            raise ShapeMismatchError(
+                f"{geometry.block_tokens} positions of a layer are over {MAX_SHARD_BYTES:,} bytes, and a Zarr group "
+                "has at least so many in one object: make a .kvm file",
+                expected=MAX_SHARD_BYTES,
+            )
+        return cls(geometry, max(1, min(shard_blocks, needed, fitting)), compressor)
 
     @property
     def shard_tokens(self) -> int:
         """Positions in a shard."""
         return self.shard_blocks * self.geometry.block_tokens
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard's rows, of the layer that has the largest."""
+        return self.shard_tokens * max(layer.position_bytes for layer in self.geometry.layers)
 
     @property
     def level(self) -> int | None:

@@ -55,7 +55,7 @@ def read_owner(objects: Objects) -> dict[str, Any] | None:
 
 
 def decode_owner(data: Any) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         owner = json.loads(bytes(data))
         if isinstance(owner, dict):
             return owner

@@ -16,7 +16,7 @@ from ..errors import CorruptCacheError, KvmmapError, NotACacheError, VersionMism
 from ..format import CODECS, TRANSFORMS, checksum
 from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
-from .zarr_layout import COMPRESSORS, Layout
+from .zarr_layout import COMPRESSORS, MAX_SHARD_BYTES, Layout
 
 LAYOUT_VERSION = 1
 
@@ -171,8 +171,12 @@ class Root:
         numbers = (self.created_ns, self.sequence, self.seq_len, self.token_len, self.generation, self.commit_ns)
         if not all(type(number) is int and number >= 0 for number in (*numbers, self.layout.shard_blocks)):
             raise ValueError("a number is not one")
-        if not (self.token_len <= self.seq_len <= geometry.capacity and 1 <= self.layout.shard_blocks <= 2**20):
+        if not self.token_len <= self.seq_len <= geometry.capacity:
             raise ValueError("lengths do not fit the capacity")
+        # Shards get their room whole, so what is small must not say that it needs much.
+        most = max(1, -(-geometry.capacity // geometry.block_tokens))
+        if not 1 <= self.layout.shard_blocks <= most or self.layout.shard_bytes > MAX_SHARD_BYTES:
+            raise ValueError("shards are larger than they can be")
         complete = self.seq_len // geometry.block_tokens
         counts = (len(self.tails), len(self.sums_digests), len(self.token_digests))
         expected = (geometry.num_layers, -(-complete // self.layout.shard_blocks), -(-self.token_len // size))
@@ -200,7 +204,7 @@ def _refuse_unknown(facts: dict[str, Any], url: str) -> None:
             raise VersionMismatchError(
                 f"{url}: its {name} is {facts.get(name)!r}, and this kvmmap reads {value!r}", path=url
             )
-    if facts.get("compressor") not in COMPRESSORS:
+    if facts.get("compressor") not in list(COMPRESSORS):  # what is no key need not be hashable
         raise VersionMismatchError(f"{url}: its compressor {facts.get('compressor')!r} is unknown here", path=url)
 
 
