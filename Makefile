@@ -16,7 +16,7 @@ help:
 	@echo 'make demo        a real model: save its prompt, reopen it in another process, go on from it'
 	@echo 'make test        the tests'
 	@echo 'make soak        200,000 simulated power losses, 1,000 writers killed beside readers, 10,000 opens (IMAGES=, KILLS=)'
-	@echo 'make fuzz        a million hostile files: nothing but errors of its own may come of them (EXECUTIONS=)'
+	@echo 'make fuzz        a million hostile files, and Zarr groups: only errors of its own may come of them (EXECUTIONS=)'
 	@echo 'make sanitize    the compiled core under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make test-model  the transformers integration with the weights of a small model'
 	@echo 'make lint        ruff, formatting, mypy --strict'
@@ -80,6 +80,7 @@ EXECUTIONS ?= 1000000
 
 fuzz: $(INSTALLED)
 	cd tests && ../$(VENV)/bin/python -m fuzz.run --executions $(EXECUTIONS)
+	cd tests && ../$(VENV)/bin/python -m fuzz.run --groups --executions $$(($(EXECUTIONS) / 50))
 
 # The compiled core built anew, and the tests that touch it; GCC's sanitizers come with it.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1

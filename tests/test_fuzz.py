@@ -30,6 +30,11 @@ def test_hostile_files_are_refused_or_read() -> None:
     assert f"{EXECUTIONS:,} files" in done.stdout
 
 
+def test_hostile_groups_are_refused_or_read() -> None:
+    done = fuzz("--groups", "--executions", EXECUTIONS // 10)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("mutation", ["sections-unchecked", "lengths-unchecked", "depth-unchecked"])
 def test_the_fuzzer_sees(mutation: str) -> None:
     done = fuzz("--executions", 20_000, "--seed", 1, "--mutation", mutation)

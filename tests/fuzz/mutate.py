@@ -19,7 +19,7 @@ GEOMETRIES: tuple[tuple[list[Any], int], ...] = (
     ([7, 1, [[3, 64, 64]]], 6),
 )
 _LIVE_NAMES = [field.name for field in LIVE.fields]
-_DOCUMENTS = (
+DOCUMENTS = (
     '{"model":null,"metadata":{}}',
     '{"model":{"name":"/etc/passwd","revision":"../../x"},"metadata":{"tokenizer":"/etc/passwd","path":"file:///etc"}}',
     '{"model":{"name":1,"revision":[],"fingerprint":{},"source_dtype":2.5,"rope":[1,2]},"metadata":{}}',
@@ -160,7 +160,7 @@ def _of_lengths(random: Random) -> list[Any]:
 
 
 def _of_metadata(random: Random) -> list[Any]:
-    text = random.choice(_DOCUMENTS)
+    text = random.choice(DOCUMENTS)
     if random.random() < 0.5:
         at = random.randrange(len(text) + 1)
         text = text[:at] + random.choice(('"', "}", "{", "[", "0", "\\ud800", "\udc80", ",")) + text[at + 1 :]

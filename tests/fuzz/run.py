@@ -25,24 +25,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 from kvmmap.storage.mapped import MappedReader
 
+from . import files, groups
 from .execute import Watch, execute
-from .image import Recipe, build
-from .mutate import key, mutate, seeds
+from .image import Recipe
+from .mutate import key
 
-CORPUS = Path(__file__).parent / "corpus" / "recipes.jsonl"
 SECONDS_EACH = 20
 """No file may keep kvmmap busy for longer, on however loaded a machine."""
 
-ROOM = 1 << 30
-"""Bytes of address space that a worker may take more than it had after the corpus."""
-
-LONGEST = 1 << 28
-"""Bytes of a file; all of it is mapped, and a map is address space."""
+ROOM, GROUPS_ROOM = 1 << 30, 1 << 36
+"""Bytes of address space that a worker may take more than it had after the corpus. Room for the shards of groups is as
+large as the root says, up to a bound, and touched as far as there are rows."""
 
 SHELL_EVERY, COPIES_EVERY = 500, 20
 
@@ -59,7 +58,7 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 class Shared:
     """What the worker is at, for whoever finds it dead: numbers and the recipe."""
 
-    SIZE = 1 << 20
+    SIZE = 1 << 22
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, self.SIZE)
@@ -84,7 +83,7 @@ class Worker:
     """Runs recipes, and finds new ones."""
 
     def __init__(self, folder: str, seed: int, shared: Shared, keep: Path | None, *, bounded: bool = True) -> None:
-        self.path = os.path.join(folder, "hostile.kvm")
+        self.folder = folder
         self.random, self.shared, self.keep = Random(seed), shared, keep
         self.bounded = bounded
         self.watch = Watch()
@@ -98,33 +97,24 @@ class Worker:
         for recipe in recipes:
             self.one(recipe)
         if self.bounded:
-            self.limit()
+            self.limit(GROUPS_ROOM if "group" in recipes[0] else ROOM)
         gc.collect()
         gc.freeze()
         while self.done < executions:
-            self.one(mutate(self.random, self.random.choice(self.known)))
+            recipe = self.random.choice(self.known)
+            self.one(_kind(recipe).mutate(self.random, recipe))
 
-    def limit(self) -> None:
+    def limit(self, room: int) -> None:
         """From here on, what a file makes kvmmap allocate is bounded."""
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + ROOM,) * 2)
-
-    def write(self, data: bytes, size: int) -> None:
-        """Put a file in place; pages that are there already are used again, for speed."""
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        if size > len(data):
-            os.ftruncate(fd, 0)
-        os.pwrite(fd, data[:size], 0)
-        os.ftruncate(fd, min(size, LONGEST))
-        os.close(fd)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + room,) * 2)
 
     def one(self, recipe: Recipe) -> None:
         self.shared.put(self.done, key(recipe))
-        data, size = build(recipe)
-        self.write(data, size)
-        with self.watch.watching(os.path.dirname(self.path)):
+        path = _kind(recipe).place(recipe, self.folder)
+        with self.watch.watching(self.folder):
             shell, copies = self.done % SHELL_EVERY == 0, self.done % COPIES_EVERY == 0
-            outcome = execute(self.path, shell=shell, copies=copies)
+            outcome = execute(path, shell=shell, copies=copies)
         self.done += 1
         self.seen[outcome] += 1
         if self.seen[outcome] == 1:
@@ -134,14 +124,14 @@ class Worker:
                     file.write(key(recipe) + "\n")
 
 
-def corpus() -> list[Recipe]:
-    """The recipes that are kept, the sound files first."""
-    return seeds() + [json.loads(line) for line in CORPUS.read_text().splitlines()]
+def _kind(recipe: Recipe) -> ModuleType:
+    return groups if "group" in recipe else files
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz.run", description=__doc__)
     parser.add_argument("--executions", type=int, default=1_000_000)
+    parser.add_argument("--groups", action="store_true", help="Zarr groups instead of files")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
     parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
@@ -172,7 +162,7 @@ def work(worker: Worker, arguments: argparse.Namespace) -> int:
                 worker.one(json.loads(arguments.recipe))
                 print(next(iter(worker.seen)))
             else:
-                worker.run(corpus(), arguments.executions)
+                worker.run((groups if arguments.groups else files).recipes(), arguments.executions)
         print(f"{worker.done:,} files, {len(worker.seen):,} different outcomes", flush=True)
     except BaseException:
         traceback.print_exc()
