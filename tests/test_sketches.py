@@ -89,7 +89,7 @@ def test_the_bound_is_a_bound(seed: int, dim: int, exponents: tuple[int, int], s
     codes, scales = kvmmap.quantize_rows(keys)
     sketches = sketch_rows(codes, scales, 32)
     exact = oracle.bounds(query, sketches)
-    keys64 = codes.astype(np.float64) * scales[..., None]
+    keys64 = (codes * scales[..., None]).astype(np.float64)  # as they are dequantised: the product rounds, to f32
     wide = oracle.widen(sketches).astype(np.float64)
     blocks = keys64.reshape(2, 32, 2, dim)
     assert (wide[:, :, 0] <= blocks.min(axis=1)).all()
