@@ -10,7 +10,6 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -289,4 +288,3 @@ _CHANGES = {
     "raw": _raw,
     "size": _size,
 }
-CHANGES: Iterable[str] = _CHANGES.keys()

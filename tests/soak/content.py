@@ -14,7 +14,6 @@ import kvmmap
 
 LAYERS, HEADS, DIM = 3, 2, 16
 _DIGIT = 200  # epochs lie in codes 1 to 3 of each row, in this base
-MAX_EPOCH = _DIGIT**3
 
 
 class WrongBytesError(AssertionError):

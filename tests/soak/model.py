@@ -61,9 +61,12 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fd = -1
 
     def start(self) -> None:
         """Begin anew, for a new writer."""
+        if self._fd >= 0:
+            os.close(self._fd)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
 
     def begin(self, operation: Operation) -> None:
