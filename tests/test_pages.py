@@ -43,9 +43,10 @@ def test_a_server(session: Session) -> None:
     session.run(DOCS / "howto/server.md")
 
 
-def test_sharing_through_s3(session: Session, s3: Server) -> None:
-    session.environment |= s3.environment()
-    session.run(DOCS / "howto/share-s3.md")
+def test_sharing_through_s3(session: Session, s3: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Server(tmp_path_factory.mktemp("s3-of-its-own")) as server:  # the page shows all caches that there are
+        session.environment |= s3.environment() | server.environment()
+        session.run(DOCS / "howto/share-s3.md")
 
 
 def test_saving_a_prompt(session: Session) -> None:
