@@ -273,6 +273,15 @@ def test_zeros_for_token_ids(path: Path, new: Path) -> None:
         assert cache.token_ids.tolist() == [*range(256), *[-1] * 256, *range(512, LENGTH)]
 
 
+def test_zeros_for_token_ids_without_commit_records_are_told_as_such(path: Path, new: Path) -> None:
+    make(path)
+    for slot in (Section.SLOT_A, Section.SLOT_B):
+        flip(path, slot, None, 30)
+    flip(path, Section.TOKEN_IDS, None, 300 * 4)
+    report = save(path, new, zero=[(None, 1)])
+    assert [(damage.layer, damage.start, damage.stop) for damage in report.zeroed] == [(None, 256, 512)]
+
+
 def test_other_blocks_than_the_named_ones_still_end_it(path: Path, new: Path) -> None:
     make(path)
     flip(path, Section.KEY_CODES, 1, 300 * 16)

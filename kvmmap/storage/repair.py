@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import CorruptCacheError
 from ..format import NO_TOKEN, PAGE, Section
 from ..metadata import Document
+from ..quantize import MIN_SCALE
 from .base import Damage, Progress, Rows
 from .file import closing_on_error
 from .mapped import open_file, read_superblock
@@ -239,12 +240,12 @@ class _Repair:
             block, stop = done // size, min(done + size, most)
             ids = wreck.tokens(done, stop)
             if not wreck.holds(track, block, [ids]):
+                damage = Damage(f"token ids, positions [{done}, {stop}): checksum does not match", None, done, stop)
                 if wreck.slots:
-                    what = f"token ids, positions [{done}, {stop}): checksum does not match"
-                    self.damages.append(Damage(what, None, done, stop))
+                    self.damages.append(damage)
                 if (None, block) not in self.zero:
                     break
-                self.zeroed.append(self.damages[-1])
+                self.zeroed.append(damage)
                 ids = np.full(stop - done, NO_TOKEN, np.int32)
             new.write_tokens(done, ids)
             done = stop
@@ -264,10 +265,9 @@ class _Repair:
 
 def _zeros(rows: Rows) -> Rows:
     """Rows that the codec makes of zeros, as many."""
-    smallest = np.float32(2.0**-23)
     return Rows(
         np.zeros_like(rows.key_codes),
-        np.full_like(rows.key_scales, smallest),
+        np.full_like(rows.key_scales, MIN_SCALE),
         np.zeros_like(rows.value_codes),
-        np.full_like(rows.value_scales, smallest),
+        np.full_like(rows.value_scales, MIN_SCALE),
     )
