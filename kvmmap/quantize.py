@@ -162,8 +162,7 @@ def quantization_error(original: Any, codes: NDArray[np.int8], scales: NDArray[n
         )
     total = 0.0
     for x, c, s in _blocks(rows, codes, scales):
-        wide = x.view(_bf16()).astype(_F32) if x.dtype == np.uint16 else x.astype(_F32, copy=False)
-        difference = np.subtract(wide, dequantize_rows(c, s, threads=1), dtype=np.float64)
+        difference = np.subtract(widened(x), dequantize_rows(c, s, threads=1), dtype=np.float64)
         total += float(np.abs(difference, out=difference).sum())
     return total / rows.size if rows.size else 0.0
 
@@ -183,6 +182,11 @@ def as_rows(x: Any) -> tuple[NDArray[Any], int]:
     if array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         array = np.ascontiguousarray(array)
     return array, number
+
+
+def widened(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Return an array of `as_rows` as f32; itself if it is."""
+    return rows.view(_bf16()).astype(_F32) if rows.dtype == np.uint16 else rows.astype(_F32, copy=False)
 
 
 def _as_array(x: Any) -> tuple[NDArray[Any], int]:

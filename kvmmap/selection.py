@@ -14,7 +14,7 @@ from . import _core
 from .attention import check_sight
 from .errors import EmptyCacheError, NonFiniteError, ShapeMismatchError
 from .geometry import LayerGeometry, index
-from .quantize import as_rows
+from .quantize import as_rows, widened
 from .storage.base import LayerStore
 
 TEMPERATURE = 2.0
@@ -89,7 +89,7 @@ def _shares(bounds: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.float32]:
-    rows, dtype = as_rows(query)
+    rows, _ = as_rows(query)
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     if rows.ndim != 2 or rows.shape[1] != dim or rows.shape[0] == 0 or rows.shape[0] % heads:
         raise ShapeMismatchError(
@@ -98,12 +98,7 @@ def _check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.
             expected=(f"n * {heads}", dim),
             actual=rows.shape,
         )
-    if dtype == 0:
-        wide = np.ascontiguousarray(rows, np.float32)
-    elif dtype == 1:
-        wide = np.ascontiguousarray(rows).view(np.float16).astype(np.float32)
-    else:
-        wide = (np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    wide = widened(rows)
     finite = np.isfinite(wide).all(axis=1)
     if not finite.all():
         head = int(np.argmin(finite))
