@@ -9,8 +9,7 @@ cache = kvmmap.open("prompt.kvm")              # in constant time, from any proc
 cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim]
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import _core, report
 from .attention import merge_attention
@@ -45,6 +44,7 @@ from .errors import (
 )
 from .geometry import CacheGeometry, LayerGeometry
 from .layer import QuantizedKvLayer
+from .lazy import lazy_names
 from .metadata import ModelInfo
 from .opening import compact, create, fork, remove, repair, resize
 from .opening import open_cache as open
@@ -70,19 +70,8 @@ _LATER = {
     "import_tensors": "tensors",
 }
 
-
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    __getattr__, __dir__ = lazy_names(globals(), _LATER)
 
 
 def kernel() -> str:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TABLE = [
     "_core",
+    "lazy",
     "errors",
     "geometry",
     "metadata",

@@ -6,8 +6,9 @@ formatted here; printing and drawing are the caller's. Modules are loaded when s
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .difference import CacheDifference, LayerDifference, PartDifference, compare
@@ -27,19 +28,8 @@ _HOMES = {
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 
-
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
-
-    def __getattr__(name: str) -> Any:
-        if name not in _WHERE:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    __getattr__, __dir__ = lazy_names(globals(), _WHERE)
 
 
 __all__ = [
