@@ -12,6 +12,7 @@ from seaweed import PROGRAM, Server
 from support import MakeCache
 
 import kvmmap
+from kvmmap import _core
 
 SUFFIXES = {"file": ".kvm", "zarr": ".zarr"}
 
@@ -58,6 +59,15 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(params=_core.available_kernels())
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test with every kernel that this machine has."""
+    before = _core.current_kernel()
+    _core.use_kernel(request.param)
+    yield request.param
+    _core.use_kernel(before)
 
 
 @pytest.fixture

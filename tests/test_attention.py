@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import attention_oracle as oracle
@@ -19,15 +18,6 @@ import kvmmap
 from kvmmap import QuantizedKvLayer, _core, merge_attention
 
 TOLERANCE = 2e-6  # of the largest number of the output
-
-
-@pytest.fixture(params=_core.available_kernels())
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test with every kernel that this machine has."""
-    before = _core.current_kernel()
-    _core.use_kernel(request.param)
-    yield request.param
-    _core.use_kernel(before)
 
 
 def filled(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from shims import build_shim
 
 PRIVACY = Path(__file__).parent / "privacy"
 
@@ -16,11 +16,7 @@ PRIVACY = Path(__file__).parent / "privacy"
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that records what modes files are made with."""
-    if not shutil.which("gcc") or sys.platform != "linux":
-        pytest.skip("needs gcc and LD_PRELOAD")
-    built = tmp_path_factory.mktemp("shim") / "shim.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", built, PRIVACY / "shim.c", "-ldl"], check=True)
-    return built
+    return build_shim(PRIVACY / "shim.c", tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.parametrize("umask", ["0", "022", "077"])

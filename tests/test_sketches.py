@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,12 @@ from ml_dtypes import bfloat16
 from support import MakeCache, fill, make_file, rows, run_python
 
 import kvmmap
-from kvmmap import QuantizedKvLayer, _core
+from kvmmap import QuantizedKvLayer
 from kvmmap.format import SLAB_SECTIONS, Section, Superblock, checksum
 from kvmmap.selection import block_bounds
 from kvmmap.storage.sketches import sketch_rows
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(params=_core.available_kernels())
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test with every kernel that this machine has."""
-    before = _core.current_kernel()
-    _core.use_kernel(request.param)
-    yield request.param
-    _core.use_kernel(before)
 
 
 def stored(cache: kvmmap.QuantizedKvCache, layer: int) -> np.ndarray:

@@ -30,7 +30,7 @@ class Streams {
     }
 
     Streams(const AttendJob& job, const char* prepared, AttendState state)
-        : job_(job), state_(state), heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)),
+        : job_(job), heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)),
           value_parts_(job.value_dim / 64), key_row_(heads_ * job.dim), value_row_(heads_ * job.value_dim),
           softmax_(job.softcap, state, Bytes::width(job.value_dim)), worth_(heads_ * at_once_),
           queries_(heads_ * rows_), sums_(heads_ * rows_) {
@@ -226,7 +226,6 @@ class Streams {
     }
 
     const AttendJob& job_;
-    AttendState state_;
     int64_t heads_, rows_, at_once_, value_parts_, key_row_, value_row_;
     Softmax<Bytes> softmax_;
     std::vector<float> worth_;             // [head][row] of one unit of a weight

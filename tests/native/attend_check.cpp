@@ -9,16 +9,11 @@
 
 #include "../../kvmmap/_core/attend.h"
 #include "../../kvmmap/_core/cpu.h"
+#include "random.h"
 
 using namespace kvmmap;
 
 namespace {
-
-uint32_t state = 1;
-double uniform() {  // in [-1, 1)
-    state = state * 1664525u + 1013904223u;
-    return static_cast<int32_t>(state) / 2147483648.0;
-}
 
 struct Case {
     int64_t rows, n, heads, group, dim, value_dim, query_start, window, sinks;

@@ -8,16 +8,11 @@
 
 #include "../../kvmmap/_core/cpu.h"
 #include "../../kvmmap/_core/sketch.h"
+#include "random.h"
 
 using namespace kvmmap;
 
 namespace {
-
-uint32_t state = 1;
-double uniform() {  // in [-1, 1)
-    state = state * 1664525u + 1013904223u;
-    return static_cast<int32_t>(state) / 2147483648.0;
-}
 
 double widen(uint16_t bf16) {
     const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
