@@ -22,7 +22,7 @@ from .attention import (
     visible_ranges,
 )
 from .errors import KvmmapError
-from .quantize import output_array
+from .quantize import output_array, thread_count
 from .storage.base import LayerStore, Rows
 
 Attended = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -61,11 +61,13 @@ def attend_store(
     )
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
+    most = thread_count(threads, length * geometry.position_bytes)
     if store.in_memory and resident == "keep":
-        seen = visible_ranges(ranges, sight, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
-        store.prove(np.array(seen, np.int64).reshape(-1, 2))
-        whole = store.slabs().part(0, length)
-        lse = attend_rows(rows, dtype, whole, ranges, sight, geometry, result, threads=threads, layer=store.index)
+        if not store.is_proven(length):
+            seen = visible_ranges(ranges, sight, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
+            store.prove(np.array(seen, np.int64).reshape(-1, 2))
+        slabs = store.slabs()
+        lse = attend_rows(rows, dtype, slabs, ranges, sight, geometry, result, threads=most, layer=store.index)
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
         for start, piece in _pieces(store, ranges, sight, len(rows), resident):
@@ -79,7 +81,7 @@ def attend_store(
                 geometry,
                 part,
                 first_position=start,
-                threads=threads,
+                threads=most,
                 layer=store.index,
             )
             merging.add(part, lse)

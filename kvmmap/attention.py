@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import DtypeError, NonFiniteError, PositionOutOfRangeError, ShapeMismatchError
 from .geometry import LayerGeometry, check_range, index
-from .quantize import as_rows, thread_count
+from .quantize import as_rows
 
 _F32 = np.dtype(np.float32)
 
@@ -37,8 +36,7 @@ class AttendOptions(TypedDict, total=False):
     threads: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Sight:
+class Sight(NamedTuple):
     """Which positions a query sees, and how scores become weights."""
 
     scale: float | None = None
@@ -197,7 +195,7 @@ def attend_rows(
     out: NDArray[np.float32],
     *,
     first_position: int = 0,
-    threads: int | None = None,
+    threads: int = 1,
     layer: int | None = None,
 ) -> NDArray[np.float32]:
     """Attend over rows that lie in memory.
@@ -205,13 +203,14 @@ def attend_rows(
     Args:
         queries: as `check_queries` returns them.
         dtype: their dtype's number.
-        rows: key codes, key scales, value codes, value scales of consecutive positions, C-contiguous.
+        rows: key codes, key scales, value codes, value scales of consecutive positions, C-contiguous. What the ranges
+            don't name is not touched.
         ranges: as `check_positions` returns them, counted from the first of the rows.
         sight: what each query sees.
         geometry: the layer's.
         out: f32 [n, num_q_heads, value_head_dim], C-contiguous; the result goes there.
         first_position: the position of the first of the rows.
-        threads: at most so many.
+        threads: at most so many; no more are started than the rows keep busy.
         layer: its index, for messages.
 
     Returns:
@@ -219,8 +218,6 @@ def attend_rows(
     """
     n, q_heads, dim = queries.shape
     lse = np.empty((n, q_heads), _F32)
-    # Any call may be worth all processors: the kernels start no more threads than the rows keep busy.
-    count = thread_count(threads, len(rows[0]) * geometry.position_bytes)
     bad = _core.attend(
         queries,
         dtype,
@@ -237,7 +234,7 @@ def attend_rows(
         sight.sinks,
         out,
         lse,
-        count,
+        threads,
     )
     if bad >= 0:
         query, head = divmod(bad, q_heads)

@@ -160,6 +160,9 @@ class LayerStore(Protocol):
     def stream(self, start: int, stop: int) -> Iterator[Rows]:
         """As `stretches`, and what is behind takes no memory any more: a stretch is to be used before the next."""
 
+    def is_proven(self, stop: int) -> bool:
+        """True if stored positions [0, stop) may be read from `slabs` as they are: `prove` would compare nothing."""
+
     def prove(self, ranges: NDArray[np.int64]) -> None:
         """Stored positions are about to be read from `slabs`, [k, 2] of (start, stop): see that their blocks match
         their checksums, where that was not seen before. `rows`, `stretches` and `stream` do so themselves.

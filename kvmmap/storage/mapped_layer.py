@@ -16,7 +16,7 @@ from ..format import SLAB_SECTIONS
 from ..geometry import LayerGeometry
 from . import residency
 from .base import Rows
-from .proven import prove_rows
+from .proven import is_proven, prove_rows
 from .readonly import ReadOnlyLayer
 from .sketches import ComputedSketches, KeptSketches
 
@@ -50,12 +50,14 @@ class MappedLayer(ReadOnlyLayer):
                 self._slabs = None
         return slabs
 
+    def is_proven(self, stop: int) -> bool:
+        return is_proven(self._storage, self.index, stop)
+
     def prove(self, ranges: NDArray[np.int64]) -> None:
         prove_rows(self._storage, self.index, ranges)
 
     def rows(self, start: int, stop: int) -> Rows:
-        proven = self._storage.snapshot.proven
-        if proven is not None and proven.below[self.index] < stop:
+        if not self.is_proven(stop):
             self.prove(np.array([[start, stop]], np.int64))
         return self.slabs().part(start, stop)
 

@@ -85,6 +85,12 @@ class Proven:
         return self._rows[track]
 
 
+def is_proven(reader: MappedReader, layer: int, stop: int) -> bool:
+    """True if nothing of a layer's positions [0, stop) is left to be compared: the usual case, and soon told."""
+    slot, proven = reader.snapshot.slot, reader.snapshot.proven
+    return proven is None or proven.below[layer] >= min(stop, slot.seq_len, reader.foreign)
+
+
 def prove_rows(reader: MappedReader, layer: int, ranges: Ranges) -> None:
     """Compare the blocks of a layer that ranges of positions touch, as far as that was not done yet.
 
@@ -95,7 +101,7 @@ def prove_rows(reader: MappedReader, layer: int, ranges: Ranges) -> None:
     snapshot = reader.snapshot
     slot, proven = snapshot.slot, snapshot.proven
     covered = min(slot.seq_len, reader.foreign)
-    if proven is None or proven.below[layer] >= covered:
+    if proven is None:
         return
     blocks = proven.missing(layer, ranges, covered)
     if len(blocks):
