@@ -25,6 +25,7 @@ MIN_SCALE = 2.0**-23
 _F32 = np.dtype(np.float32)
 _F16 = np.dtype(np.float16)
 _INT8 = np.dtype(np.int8)
+_UINT16 = np.dtype(np.uint16)
 _USUAL: dict[str, tuple[np.dtype[Any], int]] = {"float32": (_F32, 0), "float16": (_F16, 1)}  # as _core counts
 _NAMES = ("float32", "float16", "bfloat16")
 _CPU = 1  # DLPack's kDLCPU
@@ -171,13 +172,17 @@ def as_rows(x: Any) -> tuple[NDArray[Any], int]:
     """Return (x as an array whose last axis is contiguous, dtype number), as `_core.quantize_rows` wants it.
 
     Numbers: 0 for f32, 1 for f16, 2 for bf16, whose array is the raw bits, uint16. Copies only an array whose
-    last axis has strides. A push of one position calls this twice, so the usual array takes the shortest way.
+    last axis has strides. A push of one position calls this twice, so usual arrays take the shortest way.
 
     Raises:
         DtypeError: another dtype, or not in the CPU's memory.
     """
-    if type(x) is np.ndarray and x.dtype is _F32 and x.flags.c_contiguous:
-        return x, 0
+    if type(x) is np.ndarray and x.flags.c_contiguous:
+        dtype = x.dtype
+        if dtype is _F32:
+            return x, 0
+        if dtype.kind == "V" and dtype is _bf16():
+            return x.view(_UINT16), 2
     array, number = _as_array(x)
     if array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         array = np.ascontiguousarray(array)
@@ -223,7 +228,7 @@ def _as_array(x: Any) -> tuple[NDArray[Any], int]:
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
     """A view that has a buffer: bf16, which is not Python's, as its raw bits."""
-    return array.view(np.uint16) if _number(array.dtype) == 2 else array
+    return array.view(_UINT16) if _number(array.dtype) == 2 else array
 
 
 def _as_grid(rows: NDArray[Any]) -> NDArray[Any]:
