@@ -138,14 +138,10 @@ def _attend_in_place(
     layer: KvmmapLayer, query: torch.Tensor, scale: float, softcap: float | None, s_aux: torch.Tensor | None
 ) -> torch.Tensor:
     """[1, num_q_heads, n, head_dim] -> [1, n, num_q_heads, value_head_dim]."""
-    if query.requires_grad:
-        raise UnsupportedModelError(
-            "attention in place passes no gradients on: run the model under torch.no_grad() or torch.inference_mode()"
-        )
     queries = as_array(query.cpu())[0].swapaxes(0, 1)
     out, lse = layer.attend(queries, scale=scale, softcap=softcap)
     if s_aux is None:
-        return from_array(out, query)[None]
+        return from_array(out[None], query)
     return _with_sink(torch.from_numpy(out), torch.from_numpy(lse), s_aux.float().cpu())[None].to(query)
 
 

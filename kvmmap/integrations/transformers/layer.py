@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
-from ...attention import merge_attention
+from ...attention import AttendOptions, merge_attention
 from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from ...quantize import thread_count
@@ -143,32 +143,29 @@ class KvmmapLayer(CacheLayerMixin):
         """Attend over what is stored, causally and within the layer's window.
 
         Args:
-            queries: [n, num_q_heads, head_dim], of the last n positions there are.
+            queries: [n, num_q_heads, head_dim], of the last n positions there are, all of which were appended.
             scale: factor of the scores.
             softcap: bound of the scores, if they have one.
 
         Returns:
             f32 [n, num_q_heads, value_head_dim], and the logarithm of the softmax's denominator, [n, num_q_heads].
         """
-        first = len(self) - len(queries)
-        oldest = 0 if self.kind.window is None else max(0, first - self.kind.window + 1)
-        work = (len(self) - oldest) * len(queries) * self.own.geometry.position_bytes
-        found = [
-            part.attend(
-                queries,
-                scale=scale,
-                softcap=softcap,
-                window=self.kind.window,
-                query_start=first if part is self.saved else first - self.kept,
-                positions=(start, stop),
-                return_lse=True,
-                threads=1 if work < _ONE_THREAD and thread_count(None, work) < 3 else None,
-            )
-            for part, start, stop in self.parts(oldest, len(self))
-        ]
-        if len(found) == 1:
-            return found[0]
-        return merge_attention([out for out, _ in found], [lse for _, lse in found])
+        length, kept, window = len(self), self.kept, self.kind.window
+        first = length - len(queries)
+        oldest = 0 if window is None else max(0, first - window + 1)
+        work = (length - oldest) * len(queries) * self.own.geometry.position_bytes
+        options: AttendOptions = {
+            "scale": scale,
+            "softcap": softcap,
+            "window": window,
+            "threads": 1 if work < _ONE_THREAD and thread_count(None, work) < 3 else None,
+        }
+        own = self.own.attend(queries, return_lse=True, **options)
+        if self.saved is None or oldest >= kept:
+            return own
+        options |= {"query_start": first, "positions": (oldest, kept)}
+        before = self.saved.attend(queries, return_lse=True, **options)
+        return merge_attention([before[0], own[0]], [before[1], own[1]])
 
     # What masks are made for
 
