@@ -31,7 +31,7 @@ constexpr float nothing = -std::numeric_limits<float>::infinity();
 // A multiple of what kernels work on at a time: 64, and 272.
 constexpr int64_t part_positions = 4352;
 
-// Bytes of rows that are worth a thread: starting one costs some 10 us.
+// Bytes of rows that are worth a thread: some 20 us of work, as much as it takes to wake one.
 constexpr int64_t thread_bytes = 256 * 1024;
 
 struct State {
@@ -87,39 +87,63 @@ std::vector<AttendRange> visible(const AttendJob& job) {
     return kept;
 }
 
-// Cuts ranges into even shares: by KV heads where there are many queries, else by positions.
-std::vector<std::vector<AttendRange>> share(const AttendJob& job, const std::vector<AttendRange>& ranges, int64_t shares) {
-    std::vector<std::vector<AttendRange>> all(shares);
-    if (job.n * job.group() >= 64 && job.kv_heads >= shares) {
-        for (int64_t s = 0; s < shares; ++s) {
-            const int64_t low = job.kv_heads * s / shares, high = job.kv_heads * (s + 1) / shares;
-            for (const AttendRange& r : ranges) {
-                const AttendRange mine{std::max(r.head, low), std::min(r.head_end, high), r.start, r.stop};
-                if (mine.head < mine.head_end) all[s].push_back(mine);
-            }
-        }
-        return all;
-    }
+// Part p of ranges that are cut, between tiles, into parts of even work.
+std::vector<AttendRange> part_of(const std::vector<AttendRange>& ranges, int64_t p, int64_t parts, int64_t tile) {
     int64_t total = 0;
     for (const AttendRange& r : ranges) total += (r.head_end - r.head) * (r.stop - r.start);
-    int64_t done = 0;
+    std::vector<AttendRange> mine;
+    int64_t before = 0;  // work in the ranges before
     for (const AttendRange& r : ranges) {
-        const int64_t heads = r.head_end - r.head;
-        for (int64_t start = r.start; start < r.stop;) {
-            const int64_t s = std::min(shares - 1, done * shares / total);
-            int64_t count = (total * (s + 1) / shares - done + heads - 1) / heads;
-            count = s + 1 == shares ? r.stop - start : std::max<int64_t>(64, (count + 63) / 64 * 64);  // whole tiles
-            const int64_t stop = std::min(r.stop, start + count);
-            all[s].push_back({r.head, r.head_end, start, stop});
-            done += heads * (stop - start);
-            start = stop;
-        }
+        const int64_t heads = r.head_end - r.head, count = r.stop - r.start;
+        // Where part q begins within this range.
+        auto bound = [&](int64_t q) {
+            if (q == parts) return count;
+            const int64_t position = (total * q / parts - before) / heads;
+            return std::max<int64_t>(0, std::min(count, (position + tile / 2) / tile * tile));
+        };
+        if (bound(p) < bound(p + 1)) mine.push_back({r.head, r.head_end, r.start + bound(p), r.start + bound(p + 1)});
+        before += heads * count;
     }
-    return all;
+    return mine;
 }
 
-void run_share(const AttendJob& job, const AttendKernel& kernel, const std::vector<AttendRange>& ranges,
-               const char* prepared, int64_t width, AttendState state) {
+// How a job is cut into pieces: by queries, which have rows of their own in a state, and where those are few by positions,
+// with a state for each part.
+struct Plan {
+    int64_t threads, blocks, parts;
+};
+
+// Query rows of a KV head that are worth a walk over the positions: as many as kernels work on at a time.
+constexpr int64_t block_rows = 16;
+
+Plan plan(const AttendJob& job, const std::vector<AttendRange>& ranges, int64_t threads) {
+    int64_t bytes = 0;
+    for (const AttendRange& r : ranges)
+        bytes += (r.head_end - r.head) * (r.stop - r.start) * (job.dim + job.value_dim + 8);
+    const int64_t rows = job.n * job.group();
+    threads = std::min(threads, bytes * std::max<int64_t>(1, rows / 4) / thread_bytes);
+    if (threads <= 1) return {1, 1, 1};
+    const int64_t pieces = threads * pieces_each;
+    const int64_t blocks = std::max<int64_t>(1, std::min({pieces, job.n, rows / block_rows}));
+    return {threads, blocks, (pieces + blocks - 1) / blocks};
+}
+
+// A job for queries [begin, end) of another's; the numbers of its rows start at begin * q_heads of the other's.
+AttendJob for_queries(const AttendJob& job, int64_t begin, int64_t end) {
+    AttendJob some = job;
+    some.n = end - begin;
+    some.query_start += begin;
+    return some;
+}
+
+AttendState from_row(AttendState state, int64_t row, int64_t width) {
+    return {state.top + row, state.total + row, state.sums + row * width};
+}
+
+// Walks over ranges, with a state that was not used yet.
+void run_part(const AttendJob& job, const AttendKernel& kernel, const std::vector<AttendRange>& ranges,
+              const char* prepared, int64_t width, AttendState state) {
+    for (int64_t row = 0; row < job.rows(); ++row) clear(state, row, width);
     std::unique_ptr<State> part;
     int64_t walked = 0;
     for (const AttendRange& r : ranges) {
@@ -153,13 +177,6 @@ void finish(const AttendJob& job, const AttendKernel& kernel, AttendState state,
 void attend(const AttendJob& job, int threads) {
     const AttendKernel& kernel = attend_kernel();
     const int64_t width = kernel.width(job.value_dim), query_bytes = kernel.query_bytes(job.dim);
-    const std::vector<AttendRange> ranges = visible(job);
-
-    int64_t bytes = 0;
-    for (const AttendRange& r : ranges)
-        bytes += (r.head_end - r.head) * (r.stop - r.start) * (job.dim + job.value_dim + 8);
-    const int64_t worth = std::max<int64_t>(1, bytes * std::max<int64_t>(1, job.n * job.group() / 4) / thread_bytes);
-    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(threads, worth));
 
     constexpr float log2_e = 1.44269504088896341f;
     const float factor = job.softcap > 0 ? job.scale : job.scale * log2_e;
@@ -169,18 +186,23 @@ void attend(const AttendJob& job, int threads) {
     for (int64_t row = 0; row < job.rows(); ++row)
         kernel.prepare(job.queries + row * job.dim, job.dim, factor, prepared + row * query_bytes);
 
-    const auto shared = share(job, ranges, shares);
-    std::vector<std::unique_ptr<State>> states(shares);
-    parallel_ranges(shares, static_cast<int>(shares), [&](int64_t begin, int64_t end, int) {
-        for (int64_t s = begin; s < end; ++s) {
-            states[s] = std::make_unique<State>(job.rows(), width);
-            for (int64_t row = 0; row < job.rows(); ++row) clear(states[s]->view, row, width);
-            run_share(job, kernel, shared[s], prepared, width, states[s]->view);
-        }
+    const std::vector<AttendRange> ranges = visible(job);
+    const Plan cuts = plan(job, ranges, threads);
+    std::vector<State> states;
+    states.reserve(cuts.parts);
+    for (int64_t p = 0; p < cuts.parts; ++p) states.emplace_back(job.rows(), width);
+    parallel_pieces(cuts.blocks * cuts.parts, static_cast<int>(cuts.threads), [&](int64_t piece) {
+        // The last queries, which see most, come first.
+        const int64_t block = cuts.blocks - 1 - piece / cuts.parts, p = piece % cuts.parts;
+        const int64_t begin = job.n * block / cuts.blocks, end = job.n * (block + 1) / cuts.blocks;
+        const AttendJob mine = for_queries(job, begin, end);
+        const std::vector<AttendRange> seen = cuts.blocks == 1 ? ranges : visible(mine);
+        run_part(mine, kernel, part_of(seen, p, cuts.parts, kernel.tile), prepared + begin * job.q_heads * query_bytes,
+                 width, from_row(states[p].view, begin * job.q_heads, width));
     });
-    for (int64_t s = 1; s < shares; ++s)
-        for (int64_t row = 0; row < job.rows(); ++row) merge(states[0]->view, states[s]->view, row, width);
-    finish(job, kernel, states[0]->view, width);
+    for (int64_t p = 1; p < cuts.parts; ++p)
+        for (int64_t row = 0; row < job.rows(); ++row) merge(states[0].view, states[p].view, row, width);
+    finish(job, kernel, states[0].view, width);
 }
 
 }  // namespace kvmmap

@@ -4,8 +4,8 @@
 //   out   = sum_j e^(s_j - lse) * value_scale_j * value_codes_j,   lse = log(sum_j e^s_j)
 //
 // over the positions j that a query sees. Online softmax in one pass (Milakov & Gimelshein, arXiv:1805.02867), in tiles of
-// 64 positions (as FlashAttention, arXiv:2205.14135, cuts them), with the positions shared out over threads and the
-// partial results merged by their lse (split-K; Flash-Decoding).
+// 64 or more positions (as FlashAttention, arXiv:2205.14135, cuts them), with the positions shared out over threads and
+// the partial results merged by their lse (split-K; Flash-Decoding).
 #pragma once
 
 #include <cstdint>
@@ -62,6 +62,8 @@ struct AttendState {
 
 // What an instruction set brings.
 struct AttendKernel {
+    // Positions it works on at a time; work is cut between those.
+    int64_t tile;
     // Floats of a row of sums: value_dim, rounded up to what the kernel works in.
     int64_t (*width)(int64_t value_dim);
     // out[value_dim] = factor * a row of sums, its numbers put in order.

@@ -18,6 +18,7 @@ void walk_streams_and_tiles(const AttendJob& job, const AttendRange& range, int6
 
 }  // namespace
 
-const AttendKernel attend_avx512 = {Bytes::width, Bytes::finish, Bytes::query_bytes, store_query, walk_streams_and_tiles};
+const AttendKernel attend_avx512 = {Streams::span,      Bytes::width, Bytes::finish,
+                                    Bytes::query_bytes, store_query,  walk_streams_and_tiles};
 
 }  // namespace kvmmap

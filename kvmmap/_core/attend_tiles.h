@@ -184,7 +184,7 @@ void walk(const AttendJob& job, const AttendRange& range, int64_t coming, const 
 
 template <class Engine>
 constexpr AttendKernel kernel_of() {
-    return {Engine::width, Engine::finish, Engine::query_bytes, Engine::prepare, walk<Engine>};
+    return {tile, Engine::width, Engine::finish, Engine::query_bytes, Engine::prepare, walk<Engine>};
 }
 
 }  // namespace

@@ -1,40 +1,38 @@
-// Splitting one call's work over threads that live for that call only: an embedded store keeps no pool behind
-// its user's back. Starting a thread costs some 10 us, so callers split only work of milliseconds.
+// Splitting one call's work over threads.
+//
+// Work is cut into more pieces than there are threads, and whoever is free takes the next one: a helper that starts late,
+// or whose processor has something else to do, costs a call nothing but its help.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include <memory>
+#include <type_traits>
 
 namespace kvmmap {
 
-// Calls body(begin, end, worker) over [0, count) in `threads` even stretches; the last runs on the calling thread.
+// Calls body(context, piece) once for every piece in [0, count), on the calling thread and on up to threads - 1 helpers,
+// in any order. An exception ends the work, and is thrown here.
+void run_pieces(int64_t count, int threads, void (*body)(void* context, int64_t piece), void* context);
+
+// The same for anything that is called as body(piece).
+template <class Body>
+void parallel_pieces(int64_t count, int threads, Body&& body) {
+    using Plain = std::remove_reference_t<Body>;
+    run_pieces(
+        count, threads, [](void* context, int64_t piece) { (*static_cast<Plain*>(context))(piece); },
+        const_cast<void*>(static_cast<const void*>(std::addressof(body))));
+}
+
+// Pieces that work is cut into, for each thread that takes part.
+constexpr int64_t pieces_each = 4;
+
+// Calls body(begin, end) for even stretches of [0, count).
 template <class Body>
 void parallel_ranges(int64_t count, int threads, Body&& body) {
-    if (threads > count) threads = static_cast<int>(count);
-    if (threads <= 1) {
-        body(int64_t{0}, count, 0);
-        return;
-    }
-    std::vector<std::thread> workers;
-    workers.reserve(threads - 1);
-    int64_t begin = 0;
-    for (int i = 0; i < threads; ++i) {
-        int64_t end = count / threads * (i + 1) + count % threads * (i + 1) / threads;
-        bool started = false;
-        if (i + 1 < threads) {
-            try {
-                workers.emplace_back([=, &body] { body(begin, end, i); });
-                started = true;
-            } catch (const std::system_error&) {
-                // No thread to be had (a process limit): do this stretch here.
-            }
-        }
-        if (!started) body(begin, end, i);
-        begin = end;
-    }
-    for (auto& worker : workers) worker.join();
+    const int64_t pieces = threads > 1 ? std::min<int64_t>(count, threads * pieces_each) : 1;
+    auto bound = [=](int64_t piece) { return count / pieces * piece + count % pieces * piece / pieces; };
+    parallel_pieces(pieces, threads, [&](int64_t piece) { body(bound(piece), bound(piece + 1)); });
 }
 
 }  // namespace kvmmap

@@ -1,14 +1,16 @@
 #!/bin/sh
-# Builds the race check with ThreadSanitizer, and runs it. Usage: race.sh [build directory]
+# Builds the race checks with ThreadSanitizer, and runs them. Usage: race.sh [build directory]
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 core=$here/../../kvmmap/_core
 build=${1:-$here/../../build/native}
+checks="parallel race"
 mkdir -p "$build"
 
 # Fences are none of what ThreadSanitizer knows; the words' acquire and release are.
 objects=
-for source in "$core/cpu.cpp" "$core/io.cpp" "$core"/rows*.cpp "$core"/attend*.cpp "$here/race_check.cpp"; do
+for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.cpp "$core"/attend*.cpp "$here/parallel_check.cpp" \
+    "$here/race_check.cpp"; do
     unit=$(basename "$source" .cpp)
     case $(uname -m)/$unit in
         x86_64/*neon | aarch64/*avx*) continue ;;
@@ -20,9 +22,11 @@ for source in "$core/cpu.cpp" "$core/io.cpp" "$core"/rows*.cpp "$core"/attend*.c
     # shellcheck disable=SC2086
     "${CXX:-g++}" -std=c++17 -Wall -Wextra -Wno-tsan -ffp-contract=off -O1 -g -fsanitize=thread $isa \
         -c "$source" -o "$build/race-$unit.o" &
-    objects="$objects $build/race-$unit.o"
+    case $unit in *_check) ;; *) objects="$objects $build/race-$unit.o" ;; esac
 done
 wait
-# shellcheck disable=SC2086
-"${CXX:-g++}" -fsanitize=thread $objects -pthread -o "$build/race"
-TSAN_OPTIONS="halt_on_error=1 exitcode=66 ${TSAN_OPTIONS:-}" "$build/race"
+for check in $checks; do
+    # shellcheck disable=SC2086
+    "${CXX:-g++}" -fsanitize=thread $objects "$build/race-${check}_check.o" -pthread -o "$build/$check-race"
+    TSAN_OPTIONS="halt_on_error=1 exitcode=66 ${TSAN_OPTIONS:-}" "$build/$check-race"
+done

@@ -14,7 +14,7 @@ compile() {
     shift 2
     for family in $families; do
         objects=
-        for source in "$core/cpu.cpp" "$core/$family.cpp" "$core/${family}"_*.cpp "$here/${family}_check.cpp"; do
+        for source in "$core/cpu.cpp" "$core/parallel.cpp" "$core/$family.cpp" "$core/${family}"_*.cpp "$here/${family}_check.cpp"; do
             unit=$(basename "$source" .cpp)
             case $name/$unit in
                 aarch64/*avx*|native*/*neon|sanitized/*neon) continue ;;

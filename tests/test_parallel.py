@@ -1,0 +1,99 @@
+"""The kernels' helper threads: they don't outstay their welcome, don't come between a process and its forks, and change
+no result by when they come.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+from support import rows, run_python
+
+from kvmmap import QuantizedKvLayer
+
+ALONE = "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'\n"
+"""numpy's own threads are none of what is counted."""
+
+
+def attend_by_three() -> tuple[QuantizedKvLayer, np.ndarray]:
+    """A layer that is long enough for three threads, and its attention by as many."""
+    layer = QuantizedKvLayer(9000, 3, 64)
+    layer.extend(rows(9000, 3, 64), rows(9000, 3, 64, seed=1))
+    return layer, layer.attend(rows(1, 9, 64, seed=2), threads=3)
+
+
+def threads_of_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_the_same_call_gives_the_same_bits(n: int) -> None:
+    """Whoever takes which piece, and when."""
+    layer, _ = attend_by_three()
+    queries = rows(n, 9, 64, seed=3)
+    first = layer.attend(queries, threads=3)
+    for _ in range(50):
+        np.testing.assert_array_equal(layer.attend(queries, threads=3), first)
+
+
+def wait_for_threads(count: int) -> None:
+    deadline = time.monotonic() + 30
+    while threads_of_process() != count:
+        assert time.monotonic() < deadline, f"{threads_of_process()} threads, not {count}"
+        time.sleep(0.001)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_helpers_end_soon() -> None:
+    run_python(
+        ALONE + "from test_parallel import *\n"
+        "before = threads_of_process()\n"
+        "layer, _ = attend_by_three()\n"
+        "assert threads_of_process() == before + 2\n"
+        "wait_for_threads(before)\n"
+        "layer.attend(rows(1, 9, 64), threads=3)\n"
+        "assert threads_of_process() == before + 2"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_fork_finds_no_helpers_and_gets_its_own() -> None:
+    run_python(
+        ALONE + "import warnings; from test_parallel import *\n"
+        # The system still counts a thread for some microseconds after it was joined.
+        "warnings.filterwarnings('ignore', '.*multi-threaded.*fork', DeprecationWarning)\n"
+        "before = threads_of_process()\n"
+        "for _ in range(20):\n"
+        "    layer, out = attend_by_three()\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        alone = threads_of_process() == 1\n"
+        "        same = (layer.attend(rows(1, 9, 64, seed=2), threads=3) == out).all()\n"
+        "        os._exit(0 if alone and same else 1)\n"
+        "    wait_for_threads(before)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "    assert (layer.attend(rows(1, 9, 64, seed=2), threads=3) == out).all()"
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_beside_a_call_leaves_that_call_alone() -> None:
+    """Another thread is attending at that moment: its helpers are busy, and stay."""
+    run_python(
+        ALONE + "import threading, warnings; from test_parallel import *\n"
+        "warnings.filterwarnings('ignore', '.*multi-threaded.*fork', DeprecationWarning)\n"
+        "layer, out = attend_by_three()\n"
+        "query, ended, wrong = rows(1, 9, 64, seed=2), threading.Event(), []\n"
+        "def attend():\n"
+        "    while not ended.is_set():\n"
+        "        if not (layer.attend(query, threads=3) == out).all(): wrong.append(1)\n"
+        "thread = threading.Thread(target=attend); thread.start()\n"
+        "for _ in range(50):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0: os._exit(0 if (layer.attend(query, threads=3) == out).all() else 1)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "ended.set(); thread.join(); assert not wrong"
+    )
