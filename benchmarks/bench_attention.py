@@ -6,6 +6,7 @@ The limit of attention that reads every byte once is reading them: the sum of th
 words, by numpy, in the same rounds. torch's `scaled_dot_product_attention` gets the same keys and values as f32 and as
 bf16, laid out as it likes them best ([head, position, dim], contiguous), with `enable_gqa` where heads are grouped.
 Where requirements-transformers.txt is installed, so are transformers' own quantised caches, at the same shapes.
+bench_llama_cpp.py has llama.cpp's attention beside.
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ HEADS, DIM = 8, 128
 BARS = {1: (0.75, 10.0), 4: (0.55, 35.0), 8: (0.4, None)}
 """By query heads a KV head: of the read limit, and of torch in f32."""
 
-# llama.cpp's own attention on a machine of this kind: 30 layers, 9 query and 3 KV heads, head_dim 64, 7,900 tokens, two
-# threads, flash attention; milliseconds a token with f16 and with q8_0 keys and values.
-LLAMA_CPP = {"f16": (25.9, 5.0), "q8_0": (37.9, 8.0)}
-
 
 def main() -> None:
     parser = arguments("Benchmark attention.", rounds=15)
@@ -40,7 +37,6 @@ def main() -> None:
     layer = filled(args.length, HEADS, DIM)
     decode(report, layer, args.rounds)
     prompt(report, layer, args.rounds)
-    small_model(report, args.rounds)
     quantized_caches(report, layer, args.rounds)
     by_length(report, args.longest)
     report.finish(args.json)
@@ -128,25 +124,6 @@ def prompt(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
         ),
     ]
     report.show(f"a chunk of {n} queries over {length:,} positions", measure(tasks, min(rounds, 5)), ["torch f32"])
-
-
-def small_model(report: Report, rounds: int) -> None:
-    """SmolLM2-135M's shape at 7,900 tokens, all layers, beside what llama.cpp took."""
-    layers = [filled(7900, 3, 64) for _ in range(30)]
-    queries = gaussian(1, 9, 64, seed=2)
-    found = measure(
-        [
-            Task(name="attend, 30 layers, 2 threads", run=lambda: [x.attend(queries, threads=2) for x in layers]),
-            Task(name="attend, 30 layers", run=lambda: [x.attend(queries, threads=1) for x in layers]),
-        ],
-        rounds,
-    )
-    report.show("SmolLM2-135M at 7,900 tokens, one step", found, [])
-    ours = found.time("attend, 30 layers, 2 threads").median * 1e3
-    for kind, (theirs, required) in LLAMA_CPP.items():
-        report.bars.append(
-            Bar(f"a step at 7,900 tokens: of llama.cpp's {theirs} ms ({kind})", required, theirs / ours, "x")
-        )
 
 
 def quantized_caches(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:

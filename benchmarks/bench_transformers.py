@@ -34,7 +34,8 @@ CONTEXTS = (4000, 8000)
 SCORED = 2000
 PARTS = ("perplexity", "first", "decode", "memory")
 LLAMA_CPP_LOAD_S = 0.6
-"""Seconds that llama.cpp took to load its saved state of 7,900 tokens, f16, measured apart on 2 threads."""
+"""Seconds that llama.cpp took to load its saved state of 7,900 tokens, f16, measured apart on 2 threads; beside
+ours, but without the model's identity, bench_llama_cpp.py measures it."""
 
 PACKED = 128
 PACKING = ", packing"

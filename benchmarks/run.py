@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [NAME...]
 
-NAME is a topic, such as `append` for bench_append.py; all of them by default. Results go to bench-out/: a JSON file a
-topic, and bars.md, the last table as Markdown.
+NAME is a topic, such as `append` for bench_append.py; by default all but `llama_cpp`, which wants an environment of its
+own (`make bench-llama-cpp`). Results go to bench-out/: a JSON file a topic, and bars.md, the last table as Markdown.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ HERE = Path(__file__).resolve().parent
 ARGUMENTS = {"zarr": ["local"]}
 """What a topic is run with besides; the rest of what its program can do is left out here."""
 
+APART = {"llama_cpp"}
+"""Topics that are run when they are named, and else not."""
+
 TOPICS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
 def main() -> int:
-    names = sys.argv[1:] or TOPICS
+    names = sys.argv[1:] or [name for name in TOPICS if name not in APART]
     unknown = [name for name in names if name not in TOPICS]
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(TOPICS)}", file=sys.stderr)

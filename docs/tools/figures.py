@@ -107,10 +107,10 @@ def limit(topics: Topics) -> str:
 
 def llama(topics: Topics) -> str:
     """Attention beside llama.cpp's; nothing where that was not measured."""
-    if not any("llama.cpp" in found["what"] for found in topics["attention"]["bars"]):
+    if "llama_cpp" not in topics:
         return ""
     rows = [
-        demanded(f"kvmmap, to llama.cpp with {kind}", bar(topics["attention"], "llama.cpp", f"({kind})"))
+        demanded(f"kvmmap, to llama.cpp with {kind}", bar(topics["llama_cpp"], "attention", f"({kind})"))
         for kind in ("f16", "q8_0")
     ]
     return chart("Attention of SmolLM2's 30 layers, 7,900 tokens", [Group("", rows)])
@@ -222,10 +222,42 @@ def bars(topics: Topics) -> str:
 
 
 def beside_llama(topics: Topics) -> str:
-    """The chart, if there is one."""
-    return (
-        "![Attention beside llama.cpp](figures/llama.svg)" if llama(topics) else "Not measured since the last change."
-    )
+    """The chart, if there is one, and a table of all that was measured beside."""
+    if not llama(topics):
+        return "Not measured since the last change."
+    topic = topics["llama_cpp"]
+    lines = ["| kvmmap | to llama.cpp's | f16 | q8_0 |", "|---|---|---:|---:|"]
+    for start, name, how, what, beside in BESIDE_LLAMA:
+        ratios = table(topic, start)[name]["faster_than"]
+        found = " | ".join(times(ratios[f"llama.cpp {kind}{how}"]) for kind in ("f16", "q8_0"))
+        lines.append(f"| {what} | {beside} | {found} |")
+    picture = "![Attention beside llama.cpp](figures/llama.svg)"
+    return "\n\n".join([picture, "\n".join(lines), provenance(topic)])
+
+
+BESIDE_LLAMA = (
+    ("attention of a token, 2 threads", "kvmmap", "", "attention of a token, two threads", "the same"),
+    ("attention of a token, 1 thread", "kvmmap", "", "attention of a token, one thread", "the same"),
+    ("saving", "kvmmap, copy to a file", ", synced", "copy all of it to a new file", "save, synced"),
+    ("saving", "kvmmap, append a token and flush", ", synced", "append a token and flush", "save, synced"),
+    ("reopening 7,900 tokens, in the page", "kvmmap, open", "", "open, file in the page cache", "load"),
+    (
+        "reopening 7,900 tokens, in the page",
+        "kvmmap, open and attend in all layers",
+        "",
+        "open it and attend in all layers",
+        "load",
+    ),
+    ("reopening 7,900 tokens, on the disk", "kvmmap, open", "", "open, file on the disk alone", "load"),
+    (
+        "reopening 7,900 tokens, on the disk",
+        "kvmmap, open and attend in all layers",
+        "",
+        "open it and attend in all layers",
+        "load",
+    ),
+)
+"""Table and row of the benchmark, how the name of what is beside ends there; what the page calls both."""
 
 
 def losses(topics: Topics) -> str:
