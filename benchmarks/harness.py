@@ -76,6 +76,10 @@ class Bar:
     """ "x" is a ratio, which must reach `required`; "us" and "ms" are times, and "x at most" a ratio, which must not
     exceed it."""
 
+    ceiling: float | None = None
+    """Of an "x": what was measured, in the same rounds, of something that no way of doing it can beat; None: unknown.
+    A bar above it can't be met."""
+
     @property
     def met(self) -> bool:
         return self.measured >= self.required if self.unit == "x" else self.measured <= self.required
@@ -83,7 +87,9 @@ class Bar:
     def texts(self) -> tuple[str, str, str]:
         """Return what is required, what was measured, and the verdict."""
         sign, unit = (">=", "x") if self.unit == "x" else ("<=", self.unit.removesuffix(" at most"))
-        return f"{sign} {self.required:g} {unit}", f"{self.measured:.2f} {unit}", "met" if self.met else "NOT MET"
+        possible = "" if self.ceiling is None else f" of {self.ceiling:.2f} possible"
+        verdict = "met" if self.met else "NOT MET"
+        return f"{sign} {self.required:g} {unit}", f"{self.measured:.2f} {unit}{possible}", verdict
 
 
 @dataclass(slots=True)

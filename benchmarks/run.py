@@ -57,7 +57,7 @@ def main() -> int:
 
 def bar_of(facts: dict[str, Any]) -> Bar:
     """Make a bar of what a benchmark wrote."""
-    return Bar(facts["what"], facts["required"], facts["measured"], facts["unit"])
+    return Bar(facts["what"], facts["required"], facts["measured"], facts["unit"], facts.get("ceiling"))
 
 
 def markdown(bars: list[Bar]) -> str:

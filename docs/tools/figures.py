@@ -213,9 +213,10 @@ def bars(topics: Topics) -> str:
         for found in topic["bars"]:
             sign, unit = (">=", "x") if found["unit"] == "x" else ("<=", found["unit"].removesuffix(" at most"))
             verdict = "met" if found["met"] else "**not met**"
+            possible = f" of {found['ceiling']:.2f} possible" if found.get("ceiling") else ""
             lines.append(
-                f"| {name}: {found['what']} | {sign} {found['required']:g} {unit} | {found['measured']:.2f} {unit} "
-                f"| {verdict} |"
+                f"| {name}: {found['what']} | {sign} {found['required']:g} {unit} | {found['measured']:.2f} {unit}"
+                f"{possible} | {verdict} |"
             )
     met = sum(found["met"] for topic in topics.values() for found in topic["bars"])
     return f"{met} of {len(lines) - 2} are met.\n\n" + "\n".join(lines)
