@@ -85,8 +85,7 @@ def attend_store(
                 layer=store.index,
             )
             merging.add(part, lse)
-        merged, lse = merging.result()
-        np.copyto(result, merged)
+        lse = merging.end(result)
     store.check_since(mark)  # the rows were still the cache's when they had been read
     return result, lse
 

@@ -285,33 +285,25 @@ def merge_attention(
     merging = Merging(shape)
     for output, lse in zip(outputs, lses, strict=True):
         merging.add(output, lse)
-    return merging.result()
+    result = np.empty(shape, _F32)
+    return result, merging.end(result)
 
 
 class Merging:
     """What `merge_attention` does, part by part: as much memory for any number of parts."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        # In f64: the parts were rounded once already.
-        self._top = np.full(shape[:-1], -np.inf)
-        self._total = np.zeros(shape[:-1])
-        self._out = np.zeros(shape)
+        self._rows = shape[:-1]
+        # What lies where in it, `_core` knows; it begins with the largest lse so far.
+        self._state = np.zeros((*shape[:-1], 2 + shape[-1]))
+        self._state[..., 0] = -np.inf
 
     def add(self, output: NDArray[np.float32], lse: NDArray[np.float32]) -> None:
         """Take a part in."""
-        log = np.asarray(lse, np.float64)
-        top = np.maximum(self._top, log)
-        shift = np.where(np.isneginf(top), 0.0, top)
-        before, weight = np.exp(self._top - shift), np.exp(log - shift)
-        self._top = top
-        self._total = self._total * before + weight
-        self._out *= before[..., None]
-        self._out += weight[..., None] * output
+        _core.merge_part(self._state, np.ascontiguousarray(output, _F32), np.ascontiguousarray(lse, _F32))
 
-    def result(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return (out, lse) over all parts so far."""
-        seen = self._total > 0
-        out = self._out / np.where(seen, self._total, 1.0)[..., None]
-        with np.errstate(divide="ignore"):
-            lse = np.where(seen, self._top + np.log(self._total), -np.inf)
-        return out.astype(_F32), lse.astype(_F32)
+    def end(self, out: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Put what comes of all parts so far into `out`, C-contiguous, and return the lse."""
+        lse = np.empty(self._rows, _F32)
+        _core.merge_end(self._state, out, lse)
+        return lse

@@ -323,6 +323,31 @@ class TestMerge:
         assert (out == 0).all()
         assert np.isneginf(lse).all()
 
+    def test_any_shape_and_strides(self) -> None:
+        outputs, lses = rows(3, 5, 2, 4), rows(3, 5, 2, seed=1)
+        weights = np.exp(lses.astype(np.float64))
+        expected = (weights[..., None] * outputs).sum(0) / weights.sum(0)[..., None]
+        for axes in ((0, 1, 2), (1, 0, 2)):
+            out, lse = merge_attention(
+                [part[:, ::-1].transpose(axes) for part in outputs],
+                [part[:, ::-1].transpose(axes[:2]) for part in lses],
+            )
+            np.testing.assert_allclose(out, expected[:, ::-1].transpose(axes), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(lse, np.log(weights.sum(0))[:, ::-1].transpose(axes[:2]), rtol=1e-6, atol=1e-6)
+        out, lse = merge_attention(list(outputs[:, 0, 0]), list(lses[:, 0, 0]))
+        np.testing.assert_allclose(out, expected[0, 0], rtol=1e-6, atol=1e-6)
+        out, lse = merge_attention([outputs[0, :0]] * 2, [lses[0, :0]] * 2)
+        assert (out.shape, lse.shape) == ((0, 2, 4), (0, 2))
+
+    def test_a_nan_is_not_lost(self) -> None:
+        parts = [rows(1, 2, 4), rows(1, 2, 4, seed=1)]
+        for where in (0, 1):
+            lses = [rows(1, 2), rows(1, 2, seed=1)]
+            lses[where][0, 1] = np.nan
+            out, _ = merge_attention(parts, lses)
+            assert np.isfinite(out[0, 0]).all()
+            assert np.isnan(out[0, 1]).all()
+
     def test_what_does_not_fit(self) -> None:
         out, lse = rows(1, 2, 4), rows(1, 2)
         for outputs, lses in (([], []), ([out], []), ([out, out[..., :3]], [lse, lse]), ([out], [lse[0]])):

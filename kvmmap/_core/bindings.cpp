@@ -13,6 +13,7 @@
 #include "cpu.h"
 #include "half.h"
 #include "io.h"
+#include "merge.h"
 #include "rows_run.h"
 #include "sketch.h"
 
@@ -158,6 +159,34 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     return -1;
 }
 
+// How many rows a part of merged attention has, and how many numbers each, if it fits its state.
+std::pair<int64_t, int64_t> merged_shape(const Buffer& state, const Buffer& out, const Buffer& lse) {
+    const int64_t rows = lse.bytes() / 4, width = rows ? out.bytes() / 4 / rows : 0;
+    if (out.bytes() != rows * width * 4 || state.bytes() < rows * (merge_head + width) * 8)
+        throw nb::value_error("parts: not of the state's shape");
+    return {rows, width};
+}
+
+void merge_part_into(nb::handle state_object, nb::handle out_object, nb::handle lse_object) {
+    Buffer state(state_object, writing), out(out_object, contiguous), lse(lse_object, contiguous);
+    const auto [rows, width] = merged_shape(state, out, lse);
+    auto* s = state.at_least<double>(0, "state: not aligned");
+    auto* o = out.at_least<float>(0, "out: not aligned");
+    auto* l = lse.at_least<float>(0, "lse: not aligned");
+    nb::gil_scoped_release released;
+    merge_part(s, o, l, rows, width);
+}
+
+void merge_end_of(nb::handle state_object, nb::handle out_object, nb::handle lse_object) {
+    Buffer state(state_object, contiguous), out(out_object, writing), lse(lse_object, writing);
+    const auto [rows, width] = merged_shape(state, out, lse);
+    auto* s = state.at_least<double>(0, "state: not aligned");
+    auto* o = out.at_least<float>(0, "out: not aligned");
+    auto* l = lse.at_least<float>(0, "lse: not aligned");
+    nb::gil_scoped_release released;
+    merge_end(s, o, l, rows, width);
+}
+
 // Blocks of `tokens` positions each, as many as `sketches` has room for.
 void sketch_blocks(nb::handle codes_object, nb::handle scales_object, int64_t heads, int64_t dim, int64_t tokens,
                    nb::handle sketches_object) {
@@ -298,6 +327,8 @@ NB_MODULE(_kernels, m) {
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
           "threads"_a);
+    m.def("merge_part", &merge_part_into, "state"_a, "out"_a, "lse"_a);
+    m.def("merge_end", &merge_end_of, "state"_a, "out"_a, "lse"_a);
     m.def("import_dlpack", &import_dlpack, "object"_a);
     m.def("sketch_blocks", &sketch_blocks, "codes"_a, "scales"_a, "heads"_a, "dim"_a, "tokens"_a, "sketches"_a);
     m.def("bound_blocks", &bound_blocks, "parts"_a, "sketches"_a, "heads"_a, "dim"_a, "bounds"_a);
