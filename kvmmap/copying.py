@@ -8,24 +8,18 @@ started again, as long as the source has only grown: its identity and generation
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-import json
 import os
-import secrets
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .cache import QuantizedKvCache
 from .errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, FormatError
-from .geometry import CacheGeometry, check_range, check_room, index
+from .filling import Plan, Putting, Writing, fill, reading_ahead
 from .opening import PathLike, group_at, local_path, not_compressed, open_cache
-from .storage.base import LayerStore, Progress, Rows, Storage, VerifyReport, seq_len
+from .storage.base import Progress, Storage, VerifyReport, seq_len
 from .storage.mapped import MappedReader
 from .storage.placing import METADATA_ROOM, place_file, place_of, remove_file
 from .storage.writer import MappedWriter
@@ -33,18 +27,6 @@ from .storage.zarr_objects import Objects
 
 if TYPE_CHECKING:
     from .storage.zarr_writer import ZarrWriter
-
-STEP_TOKENS = 8192
-"""Positions of a layer that are copied at once."""
-
-AHEAD_BYTES = 128 * 2**20
-"""Rows that are fetched ahead of those being written."""
-
-WRITERS = 2
-"""Threads that write to a file."""
-
-BACKLOG_BYTES = 64 * 2**20
-"""Rows that may wait for these."""
 
 COMMIT_BYTES = 512 * 2**20
 """A group commits after so much: an interrupted copy has at most that to do again."""
@@ -117,7 +99,7 @@ def copy(
         CacheNotFoundError, FormatError, StoreError, OSError: as in `open` and `create`.
     """
     with opened(source, source_options) as cache:
-        plan = _Plan.make(cache, start, stop, layers, capacity)
+        plan = Plan.make(cache, start, stop, layers, capacity)
         group = group_at(target, target_options, durable=durable)
         if group is None:
             if compressor is not None:
@@ -173,65 +155,16 @@ def opened(source: PathLike | QuantizedKvCache, options: Mapping[str, Any] | Non
         yield cache
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is to be copied."""
-
-    source: Storage
-    layers: list[int]
-    start: int
-    length: int
-    """Positions to copy."""
-    tokens: int
-    """Token ids to copy."""
-    geometry: CacheGeometry
-    stamp: str
-    """Names the copy: the same as long as what is copied begins the same."""
-
-    @classmethod
-    def make(
-        cls,
-        cache: QuantizedKvCache,
-        start: int,
-        stop: int | None,
-        layers: Sequence[int] | None,
-        capacity: int | None,
-    ) -> _Plan:
-        source = cache.storage
-        start, stop = check_range(start, cache.seq_len if stop is None else stop, cache.seq_len)
-        chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
-        geometry = replace(
-            cache.geometry,
-            layers=tuple(cache.geometry.layers[layer] for layer in chosen),
-            capacity=cache.capacity if capacity is None else index(capacity, "capacity"),
-        )
-        check_room(0, stop - start, geometry.capacity)
-        identity = source.identity() or secrets.token_hex(8)  # what lies in memory can't be known again
-        facts = [identity, start, chosen, geometry.capacity, source.document.encode().decode()]
-        stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-        tokens = max(0, min(cache.token_len, stop) - start)
-        return cls(source, chosen, start, stop - start, tokens, geometry, stamp)
-
-    @property
-    def position_bytes(self) -> int:
-        return sum(layer.position_bytes for layer in self.geometry.layers)
-
-    @property
-    def keeps_sums(self) -> bool:
-        """True if blocks of the copy have the checksums that they have in the source."""
-        return self.start == 0 and self.layers == list(range(len(self.source.layers)))
-
-
-def _to_file(plan: _Plan, path: str, overwrite: bool, verify: bool, progress: Progress | None) -> CopyReport:
+def _to_file(plan: Plan, path: str, overwrite: bool, verify: bool, progress: Progress | None) -> CopyReport:
     path = place_of(path, overwrite=overwrite)
     partial = f"{path}.{plan.stamp}.partial"
     meter = _Meter(plan, verify, progress)
     if not os.path.exists(partial):
-        next(_reading_ahead(plan, _edges(plan, 0)), None)  # it comes while the file is made
+        next(reading_ahead(plan, plan.edges(0)), None)  # it comes while the file is made
     with contextlib.closing(_open_partial(plan, partial)) as writer:
         resumed = seq_len(writer)
-        with _Writing(writer) as writing:
-            for stop in _fill(plan, writer, writing, check=True):
+        with Writing(writer) as writing:
+            for stop in fill(plan, writer, writing, check=True):
                 meter.reached(stop)
         if plan.keeps_sums and plan.length == plan.source.committed_len:
             size = plan.geometry.block_tokens
@@ -244,62 +177,7 @@ def _to_file(plan: _Plan, path: str, overwrite: bool, verify: bool, progress: Pr
     return _report(plan, path, resumed, verify)
 
 
-class _Putting:
-    """Puts rows where they belong in a group, which has threads of its own."""
-
-    def __init__(self, target: Storage) -> None:
-        self._target = target
-
-    def put(self, layer: int, start: int, rows: Rows) -> None:
-        self._target.layers[layer].write(start, rows)
-
-    def wait(self) -> None:
-        """Their source may forget them: a group has taken them."""
-
-
-class _Writing:
-    """Writes rows to a file by other threads, while this one waits for the next; and the disk begins at once."""
-
-    def __init__(self, target: MappedWriter) -> None:
-        self._layers = target.layers
-        self._pool = ThreadPoolExecutor(WRITERS)
-        self._under_way: deque[tuple[int, Future[None]]] = deque()
-        self._bytes = 0
-
-    def put(self, layer: int, start: int, rows: Rows) -> None:
-        """Start; wait if there is much to write already."""
-        size = sum(array.nbytes for _, array in rows.named())
-        self._under_way.append((size, self._pool.submit(self._write, layer, start, rows)))
-        self._bytes += size
-        while self._bytes > BACKLOG_BYTES and len(self._under_way) > 1:
-            self._wait_for_one()
-
-    def _write(self, layer: int, start: int, rows: Rows) -> None:
-        self._layers[layer].write(start, rows)
-        self._layers[layer].start_sync(start, start + len(rows.key_codes))
-
-    def _wait_for_one(self) -> None:
-        size, writing = self._under_way.popleft()
-        self._bytes -= size
-        writing.result()
-
-    def wait(self) -> None:
-        """Wait until all is written.
-
-        Raises:
-            OSError: something is not.
-        """
-        while self._under_way:
-            self._wait_for_one()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _open_partial(plan: _Plan, partial: str) -> MappedWriter:
+def _open_partial(plan: Plan, partial: str) -> MappedWriter:
     """Go on with what an interrupted copy has left, or begin."""
     try:
         writer = MappedWriter.open_locked(partial, timeout=0)
@@ -316,7 +194,7 @@ def _open_partial(plan: _Plan, partial: str) -> MappedWriter:
 
 
 def _to_group(
-    plan: _Plan,
+    plan: Plan,
     objects: Objects,
     compressor: str | None,
     overwrite: bool,
@@ -353,7 +231,7 @@ def _to_group(
     try:
         resumed = seq_len(writer)
         meter = _Meter(plan, verify, progress)
-        for stop in _fill(plan, writer, _Putting(writer), check=not plan.keeps_sums):
+        for stop in fill(plan, writer, Putting(writer), check=not plan.keeps_sums):
             meter.reached(stop)
             committed = writer.root.seq_len
             if stop == plan.length or (stop - committed) * plan.position_bytes >= COMMIT_BYTES:
@@ -371,66 +249,7 @@ def _to_group(
     return _report(plan, writer.path, resumed, verify)
 
 
-def _fill(plan: _Plan, target: Storage, rows: _Putting | _Writing, *, check: bool) -> Iterator[int]:
-    """Append to the target what it lacks, and yield its length after every step.
-
-    Args:
-        rows: how they are put there.
-        check: compare the source's rows with their checksums first; without, whoever asks does so afterwards.
-    """
-    source, first = plan.source, plan.start
-    edges = _edges(plan, seq_len(target))
-    ids = source.read_tokens(first + plan.tokens)[first:]
-    ahead = _reading_ahead(plan, edges)
-    for start, stop in itertools.pairwise(edges):
-        if check:
-            source.check_rows(first + start, first + stop)
-        for number, layer in enumerate(plan.layers):
-            next(ahead)
-            position = target.layers[number].begin(stop - start)
-            for part in _pieces(source.layers[layer], first + start, first + stop, check=check):
-                rows.put(number, position, part)
-                position += len(part.key_codes)
-        rows.wait()
-        source.check()  # the rows were still the source's when they had been read
-        recorded = target.token_len
-        if recorded < min(stop, plan.tokens):
-            target.write_tokens(recorded, ids[recorded:stop])
-            target.publish_tokens(min(stop, plan.tokens))
-        for store in target.layers:
-            store.publish(stop)
-        yield stop
-
-
-def _pieces(layer: LayerStore, start: int, stop: int, *, check: bool) -> Iterator[Rows]:
-    """Yield positions of a layer; compared with their checksums, unless they lie in a map and that is done later."""
-    if layer.in_memory and not check:
-        yield layer.slabs().part(start, stop)
-    else:
-        yield from layer.stretches(start, stop)
-
-
-def _edges(plan: _Plan, begun: int) -> list[int]:
-    """Return where steps start and end, from a length that the target has."""
-    return [begun, *range(begun // STEP_TOKENS * STEP_TOKENS + STEP_TOKENS, plan.length, STEP_TOKENS), plan.length]
-
-
-def _reading_ahead(plan: _Plan, edges: Sequence[int]) -> Iterator[None]:
-    """Once for every layer of every step: see that what comes next is on its way."""
-    work = [(start, stop, layer) for start, stop in itertools.pairwise(edges) for layer in plan.layers]
-    sizes = [(stop - start) * plan.source.geometry.layers[layer].position_bytes for start, stop, layer in work]
-    asked, room = 0, AHEAD_BYTES
-    for number, size in enumerate(sizes):
-        while asked < len(work) and (room > 0 or asked <= number):
-            start, stop, layer = work[asked]
-            plan.source.layers[layer].expect(plan.start + start, plan.start + stop)
-            room -= sizes[asked]
-            asked += 1
-        room += size
-        yield
-
-
-def _compare(plan: _Plan, writer: ZarrWriter, start: int, stop: int) -> None:
+def _compare(plan: Plan, writer: ZarrWriter, start: int, stop: int) -> None:
     """Compare blocks that were stored with the checksums that the source has of them."""
     size, committed = plan.geometry.block_tokens, plan.source.committed_len
     last = -(-stop // size) if stop == committed else min(stop, committed) // size
@@ -452,7 +271,7 @@ def _compare(plan: _Plan, writer: ZarrWriter, start: int, stop: int) -> None:
 class _Meter:
     """Counts bytes for a progress function: those copied, and those verified again."""
 
-    def __init__(self, plan: _Plan, verify: bool, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, verify: bool, progress: Progress | None) -> None:
         self._progress = progress
         self._position_bytes = plan.position_bytes
         self._copied = plan.length * plan.position_bytes
@@ -477,7 +296,7 @@ def _refuse_unsound(report: VerifyReport) -> None:
         )
 
 
-def _report(plan: _Plan, target: str, resumed: int, verified: bool) -> CopyReport:
+def _report(plan: Plan, target: str, resumed: int, verified: bool) -> CopyReport:
     size = plan.length * plan.position_bytes
     return CopyReport(target=target, seq_len=plan.length, bytes=size, resumed=resumed, verified=verified)
 

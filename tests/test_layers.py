@@ -62,6 +62,7 @@ TABLE = [
     "cache",
     "opening",
     "finding",
+    "filling",
     "copying",
     "tensors",
     "report",
