@@ -17,7 +17,7 @@ import numpy as np
 
 from .cache import QuantizedKvCache
 from .errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, FormatError
-from .filling import Plan, Putting, Writing, fill, reading_ahead
+from .filling import Plan, Putting, Writing, fill
 from .opening import PathLike, group_at, local_path, not_compressed, open_cache
 from .storage.base import Progress, Storage, VerifyReport, seq_len
 from .storage.mapped import MappedReader
@@ -159,8 +159,6 @@ def _to_file(plan: Plan, path: str, overwrite: bool, verify: bool, progress: Pro
     path = place_of(path, overwrite=overwrite)
     partial = f"{path}.{plan.stamp}.partial"
     meter = _Meter(plan, verify, progress)
-    if not os.path.exists(partial):
-        next(reading_ahead(plan, plan.edges(0)), None)  # it comes while the file is made
     with contextlib.closing(_open_partial(plan, partial)) as writer:
         resumed = seq_len(writer)
         with Writing(writer) as writing:

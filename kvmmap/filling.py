@@ -5,6 +5,7 @@ What the copy becomes, and where it stands meanwhile, is not known here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -13,11 +14,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 from .cache import QuantizedKvCache
 from .geometry import CacheGeometry, check_range, check_room, index
-from .storage.base import LayerStore, Rows, Storage, seq_len
+from .storage.base import LayerStore, Pouring, Rows, Storage, seq_len
 from .storage.writer import MappedWriter
 
 STEP_TOKENS = 8192
@@ -76,10 +77,17 @@ class Plan:
     def position_bytes(self) -> int:
         return sum(layer.position_bytes for layer in self.geometry.layers)
 
-    def edges(self, begun: int) -> list[int]:
-        """Return where steps start and end, from a length that the target has."""
+    def steps(self, begun: int) -> list[list[Stretch]]:
+        """Return what comes over together, layer by layer, from a length that the target has."""
         first = begun // STEP_TOKENS * STEP_TOKENS + STEP_TOKENS
-        return [begun, *range(first, self.length, STEP_TOKENS), self.length]
+        edges = [begun, *range(first, self.length, STEP_TOKENS), self.length]
+        return [
+            [
+                Stretch(self.source.layers[layer], self.start + start, self.start + stop, number, start)
+                for number, layer in enumerate(self.layers)
+            ]
+            for start, stop in itertools.pairwise(edges)
+        ]
 
     @property
     def keeps_sums(self) -> bool:
@@ -87,11 +95,36 @@ class Plan:
         return self.start == 0 and self.layers == list(range(len(self.source.layers)))
 
 
+class Stretch(NamedTuple):
+    """Positions of one layer that come over in one step."""
+
+    source: LayerStore
+    start: int
+    """In the source."""
+    stop: int
+    layer: int
+    """In the target."""
+    position: int
+    """Where `start` is in the target."""
+
+    @property
+    def bytes(self) -> int:
+        return (self.stop - self.start) * self.source.geometry.position_bytes
+
+
 class Putting:
     """Puts rows where they belong in a group, which has threads of its own."""
 
     def __init__(self, target: Storage) -> None:
         self._target = target
+
+    def expect(self, stretch: Stretch) -> None:
+        """See that the rows are on their way."""
+        stretch.source.expect(stretch.start, stretch.stop)
+
+    def has(self, stretch: Stretch) -> bool:
+        """True if the rows are where they belong already."""
+        return False
 
     def put(self, layer: int, start: int, rows: Rows) -> None:
         self._target.layers[layer].write(start, rows)
@@ -101,13 +134,32 @@ class Putting:
 
 
 class Writing:
-    """Writes rows to a file by other threads, while this one waits for the next; and the disk begins at once."""
+    """Writes rows to a file by other threads, while this one waits for the next; and the disk begins at once.
+
+    Where they do not lie in memory, whoever receives them writes them: a piece is hashed and written while it is in the
+    processor's cache, and the whole needs no memory.
+    """
 
     def __init__(self, target: MappedWriter) -> None:
         self._layers = target.layers
         self._pool = ThreadPoolExecutor(WRITERS)
+        self._pouring: dict[Stretch, Pouring] = {}
         self._under_way: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
+
+    def expect(self, stretch: Stretch) -> None:
+        take = functools.partial(self._layers[stretch.layer].write_bytes, stretch.position)
+        pouring = stretch.source.pour(stretch.start, stretch.stop, take)
+        if pouring is None:
+            stretch.source.expect(stretch.start, stretch.stop)
+        else:
+            self._pouring[stretch] = pouring
+
+    def has(self, stretch: Stretch) -> bool:
+        pouring = self._pouring.get(stretch)
+        sound = pouring is not None and pouring.finish()
+        self._pouring.pop(stretch, None)  # only now: until then it may have to be abandoned
+        return sound
 
     def put(self, layer: int, start: int, rows: Rows) -> None:
         """Start; wait if there is much to write already."""
@@ -139,32 +191,35 @@ class Writing:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for pouring in self._pouring.values():
+            pouring.abandon()
         self._pool.shutdown(cancel_futures=True)
 
 
-def fill(plan: Plan, target: Storage, rows: Putting | Writing, *, check: bool) -> Iterator[int]:
+def fill(plan: Plan, target: Storage, way: Putting | Writing, *, check: bool) -> Iterator[int]:
     """Append to the target what it lacks, and yield its length after every step.
 
     Args:
-        rows: how they are put there.
+        way: how rows are put there.
         check: compare the source's rows with their checksums first; without, whoever asks does so afterwards.
     """
     source, first = plan.source, plan.start
-    edges = plan.edges(seq_len(target))
+    steps = plan.steps(seq_len(target))
     ids = source.read_tokens(first + plan.tokens)[first:]
-    ahead = reading_ahead(plan, edges)
-    for start, stop in itertools.pairwise(edges):
+    ahead = _reading_ahead([stretch for step in steps for stretch in step], way)
+    for step in steps:
         if check:
-            source.check_rows(first + start, first + stop)
-        for number, layer in enumerate(plan.layers):
+            source.check_rows(step[0].start, step[0].stop)
+        for stretch in step:
             next(ahead)
-            position = target.layers[number].begin(stop - start)
-            for part in _pieces(source.layers[layer], first + start, first + stop, check=check):
-                rows.put(number, position, part)
-                position += len(part.key_codes)
-        rows.wait()
+            position = target.layers[stretch.layer].begin(stretch.stop - stretch.start)
+            if not way.has(stretch):
+                for part in _pieces(stretch, check=check):
+                    way.put(stretch.layer, position, part)
+                    position += len(part.key_codes)
+        way.wait()
         source.check()  # the rows were still the source's when they had been read
-        recorded = target.token_len
+        stop, recorded = step[0].stop - first, target.token_len
         if recorded < min(stop, plan.tokens):
             target.write_tokens(recorded, ids[recorded:stop])
             target.publish_tokens(min(stop, plan.tokens))
@@ -173,24 +228,21 @@ def fill(plan: Plan, target: Storage, rows: Putting | Writing, *, check: bool) -
         yield stop
 
 
-def _pieces(layer: LayerStore, start: int, stop: int, *, check: bool) -> Iterator[Rows]:
-    """Yield positions of a layer; compared with their checksums, unless they lie in a map and that is done later."""
-    if layer.in_memory and not check:
-        yield layer.slabs().part(start, stop)
+def _pieces(stretch: Stretch, *, check: bool) -> Iterator[Rows]:
+    """Yield rows; compared with their checksums, unless they lie in a map and that is done later."""
+    if stretch.source.in_memory and not check:
+        yield stretch.source.slabs().part(stretch.start, stretch.stop)
     else:
-        yield from layer.stretches(start, stop)
+        yield from stretch.source.stretches(stretch.start, stretch.stop)
 
 
-def reading_ahead(plan: Plan, edges: Sequence[int]) -> Iterator[None]:
-    """Once for every layer of every step: see that what comes next is on its way."""
-    work = [(start, stop, layer) for start, stop in itertools.pairwise(edges) for layer in plan.layers]
-    sizes = [(stop - start) * plan.source.geometry.layers[layer].position_bytes for start, stop, layer in work]
+def _reading_ahead(work: Sequence[Stretch], way: Putting | Writing) -> Iterator[None]:
+    """Once for every stretch: see that what comes next is on its way."""
     asked, room = 0, AHEAD_BYTES
-    for number, size in enumerate(sizes):
+    for number, stretch in enumerate(work):
         while asked < len(work) and (room > 0 or asked <= number):
-            start, stop, layer = work[asked]
-            plan.source.layers[layer].expect(plan.start + start, plan.start + stop)
-            room -= sizes[asked]
+            way.expect(work[asked])
+            room -= work[asked].bytes
             asked += 1
-        room += size
+        room += stretch.bytes
         yield

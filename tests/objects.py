@@ -26,7 +26,7 @@ def new_place(*, far: bool = False) -> MemoryObjects:
 class CountingObjects:
     """A place whose operations are counted, and may fail: before they are done, or after (a lost answer)."""
 
-    OPERATIONS = ("get", "get_tagged", "get_suffix", "read_into", "put", "put_if", "delete", "settle")
+    OPERATIONS = ("get", "get_tagged", "get_suffix", "read_into", "pieces", "put", "put_if", "delete", "settle")
 
     def __init__(self, inner: Objects, fails: Callable[[int], bool] = lambda count: False, late: bool = False) -> None:
         self.inner = inner

@@ -49,6 +49,7 @@ TABLE = [
     "storage.zarr_layout",
     "storage.zarr_root",
     "storage.zarr_fetch",
+    "storage.zarr_pour",
     "storage.zarr_upload",
     "storage.zarr_verify",
     "storage.zarr_layer",

@@ -29,6 +29,10 @@ all when a file is opened that was not closed before the machine went down; or n
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
+Take = Callable[[int, int, Any], None]
+"""Takes bytes of rows: in which array of `Rows` they lie, where in its bytes they start, and the bytes, valid until it
+returns. Called by several threads."""
+
 
 class Rows(NamedTuple):
     """A stretch of positions of one layer: codes int8 [n, num_kv_heads, dim], scales f32 [n, num_kv_heads]."""
@@ -115,6 +119,17 @@ class VerifyReport:
         return not self.damages
 
 
+class Pouring(Protocol):
+    """Rows on their way through, from a storage that does not have them in memory to whoever takes them."""
+
+    def finish(self) -> bool:
+        """Wait until all went by; False if they were not sound, or could not be had so. Then what was taken counts for
+        nothing, and `stretches` has them, or says what is wrong."""
+
+    def abandon(self) -> None:
+        """Let it be; nothing is handed on any more when this returns."""
+
+
 class LayerStore(Protocol):
     """One layer's slabs."""
 
@@ -173,6 +188,10 @@ class LayerStore(Protocol):
 
     def expect(self, start: int, stop: int) -> None:
         """Stored positions [start, stop) will be read soon: start fetching them, where that takes its time."""
+
+    def pour(self, start: int, stop: int, take: Take) -> Pouring | None:
+        """Start handing stored positions [start, stop) on as they come, before it is known that they are sound; None
+        where rows lie in memory, or have to pass through it."""
 
     def release(self, start: int, stop: int) -> None:
         """Stored positions [start, stop) won't be read soon: give their memory back, where they can be read again."""

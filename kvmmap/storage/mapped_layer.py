@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..format import SLAB_SECTIONS
 from ..geometry import LayerGeometry
 from . import residency
-from .base import Rows
+from .base import Rows, Take
 from .proven import is_proven, prove_rows
 from .readonly import ReadOnlyLayer
 from .sketches import ComputedSketches, KeptSketches
@@ -72,6 +72,9 @@ class MappedLayer(ReadOnlyLayer):
     def expect(self, start: int, stop: int) -> None:
         for low, high in self._byte_ranges(start, stop):
             self._storage.file.read_ahead(low, high - low)
+
+    def pour(self, start: int, stop: int, take: Take) -> None:
+        """They lie in the map."""
 
     def release(self, start: int, stop: int) -> None:
         residency.drop_pages(self._storage.memory, self._byte_ranges(start, stop))

@@ -13,7 +13,7 @@ from ..errors import CacheChangedError, ClosedError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
-from .base import Progress, Rows, VerifyReport, publish_level, seq_len
+from .base import Progress, Rows, Take, VerifyReport, publish_level, seq_len
 from .sketches import ComputedSketches
 
 
@@ -76,6 +76,9 @@ class MemoryLayer:
 
     def expect(self, start: int, stop: int) -> None:
         """They are here."""
+
+    def pour(self, start: int, stop: int, take: Take) -> None:
+        """They lie in memory."""
 
     def release(self, start: int, stop: int) -> None:
         """They are nowhere else."""

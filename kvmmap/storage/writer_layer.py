@@ -5,7 +5,7 @@ What may be written when, and what makes it durable, is the writer's business.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,13 @@ class WriterLayer(MappedLayer):
         a, b, c, d = self._offsets
         i, j, k, m = self._row_bytes
         self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
+
+    def write_bytes(self, start: int, array: int, offset: int, data: Any) -> None:
+        """Write bytes of one of the four arrays, from `offset` on in what it has of positions from `start` on; and have
+        them on their way to the disk. As with `write`, they are not part of the layer yet."""
+        file, at = self._storage.file, self._offsets[array] + start * self._row_bytes[array] + offset
+        file.write((at,), (data,))
+        file.start_sync(at, len(data))
 
     def write_sketches(self, first: int, stop: int) -> NDArray[np.uint64]:
         """Write the sketches of blocks [first, stop), whose rows are written, and return their checksums."""

@@ -173,6 +173,10 @@ class BucketObjects:
                 raise EOFError(f"{self.url}/{key}: is too short")
             target[:] = memoryview(data)
 
+    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
+        with self._errors(key):
+            yield from obstore().get(self._store, key).stream(min_chunk_size=size)
+
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         views = [memoryview(part).cast("B") for part in parts]
         with self._errors(key):

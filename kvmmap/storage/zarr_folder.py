@@ -56,6 +56,15 @@ class FolderObjects:
             for offset, target in pieces:
                 file.read_into(offset, target)
 
+    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
+        with self._open(key) as file:
+            end = file.stat().st_size
+            room = memoryview(bytearray(min(size, end)))
+            for start in range(0, end, size):
+                piece = room[: min(size, end - start)]
+                file.read_into(start, piece)
+                yield piece
+
     @contextlib.contextmanager
     def _open(self, key: str) -> Iterator[PosixFile]:
         path = os.path.join(self.path, key)

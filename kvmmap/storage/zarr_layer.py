@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..geometry import LayerGeometry
-from .base import Rows
+from .base import Pouring, Rows, Take
 from .readonly import ReadOnlyLayer
 from .sketches import ComputedSketches
 
@@ -71,6 +71,9 @@ class ZarrLayer(ReadOnlyLayer):
 
     def expect(self, start: int, stop: int) -> None:
         self._storage.expect(self.index, start, stop)
+
+    def pour(self, start: int, stop: int, take: Take) -> Pouring | None:
+        return self._storage.pour(self.index, start, stop, take)
 
     def release(self, start: int, stop: int) -> None:
         """What is kept of shards is bounded as it is."""

@@ -59,6 +59,9 @@ class Objects(Protocol):
     def read_into(self, key: str, pieces: Pieces) -> None:
         """Fill buffers from places in an object. Raises EOFError where it is too short."""
 
+    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
+        """Yield an object in pieces of about so many bytes; each is to be used before the next."""
+
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Store the parts, one after the other, as an object."""
 
@@ -123,6 +126,11 @@ class MemoryObjects:
             if offset + len(target) > len(data):
                 raise EOFError(f"{self.url}/{key}: ends at {len(data)}")
             target[:] = data[offset : offset + len(target)]
+
+    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
+        data = memoryview(self.get(key))
+        for start in range(0, len(data), size):
+            yield data[start : start + size]
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ after `truncate`, which the next root tells by its generation. What a writer doe
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -28,13 +29,14 @@ from ..errors import (
 from ..format import checksum
 from ..geometry import LayerGeometry
 from ..metadata import Document
-from .base import Progress, Rows, VerifyReport
+from .base import Progress, Rows, Take, VerifyReport
 from .readonly import ReadOnlyStorage
 from .zarr_fetch import Block, Fetch, ShardRows
 from .zarr_layer import ZarrLayer
 from .zarr_layout import ROOT_KEY
 from .zarr_lock import is_local
 from .zarr_objects import MissingObjectError, Objects
+from .zarr_pour import Pour, ShardPour
 from .zarr_root import LAYOUT_VERSION, Root
 
 CACHE_BYTES = 256 * 2**20
@@ -180,6 +182,22 @@ class ZarrReader(ReadOnlyStorage):
             self.check()
             for shard in range(start // size, -(-stop // size)):
                 self._start(layer, shard, max(0, start - shard * size), min(size, stop - shard * size))
+
+    def pour(self, layer: int, start: int, stop: int, take: Take) -> Pour | None:
+        """Start handing positions [start, stop) on, if they are all that some shards have, not compressed."""
+        size, tokens = self.layout.shard_tokens, self.geometry.block_tokens
+        partial = start % size or (stop % size and stop != self.root.seq_len)
+        if partial or self.writable or self.layout.level is not None:
+            return None
+        with self._fetch_lock:
+            self.check()
+            shards = []
+            for shard in range(start // size, -(-stop // size)):
+                first, count = shard * self.layout.shard_blocks, min(size, stop - shard * size)
+                blocks = [Block(n, self.block_rows(layer, first + n)) for n in range(-(-count // tokens))]
+                expected = functools.partial(self._expected, layer, blocks, self._start_sums(shard))
+                shards.append(ShardPour(self.objects, self.layout, self.pool, (layer, shard), blocks, expected, take))
+            return Pour(shards, self._watching_closing)
 
     def _shard_bytes(self, layer: int) -> int:
         return self.layout.shard_tokens * self.geometry.layers[layer].position_bytes
