@@ -112,6 +112,9 @@ def test_many_in_an_object_store(source: Path, tmp_path: Path, s3: Server) -> No
     assert found(f"{base}/[bc].zarr", f"{base}/b.zarr", str(source)) == [str(source), "b.zarr"]
     assert kvmmap.find(base) == [f"{base}/{name}" for name in names]
     assert f"{base}/a.zarr" in kvmmap.find(f"s3://{BUCKET}")
+    kvmmap.copy(source, f"{base}/old/gone.zarr")
+    kvmmap.remove(f"{base}/old/gone.zarr")  # this server keeps its folders
+    assert kvmmap.find(base) == [f"{base}/{name}" for name in names]
     table = run("inspect", f"{base}/", **s3.environment())
     assert "4 caches, 406 positions" in table.stdout
     for path, what in (

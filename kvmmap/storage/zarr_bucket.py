@@ -52,7 +52,7 @@ def objects_at(url: str, storage_options: Mapping[str, Any] | None = None) -> Ob
 
 
 def groups_below(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """Yield the URLs of what is named like a group below a URL, at any depth; one request for every folder.
+    """Yield the URLs of what is named like a group below a URL, at any depth; one request for every folder and group.
 
     Raises:
         As `objects_at`, and whatever a store says.
@@ -63,7 +63,8 @@ def groups_below(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     while folders:
         for name in objects.folders(folders.pop()):
             if name.endswith(".zarr"):
-                yield f"{url}/{name}"
+                if objects.any_below(name):  # SeaweedFS keeps the folders of what was removed
+                    yield f"{url}/{name}"
             else:
                 folders.append(name)
 
@@ -197,6 +198,11 @@ class BucketObjects:
             for batch in obstore().list(self._store):
                 for found in batch:
                     yield found["path"]
+
+    def any_below(self, folder: str) -> bool:
+        """True if there are objects below a folder."""
+        with self._errors(folder):
+            return any(len(batch) for batch in obstore().list(self._store, folder, chunk_size=1))
 
     def folders(self, folder: str) -> Sequence[str]:
         """Return the keys up to the next slash that lie right below a folder; "" is the whole place."""
