@@ -141,6 +141,7 @@ class Writing:
     """
 
     def __init__(self, target: MappedWriter) -> None:
+        self._target = target
         self._layers = target.layers
         self._pool = ThreadPoolExecutor(WRITERS)
         self._pouring: dict[Stretch, Pouring] = {}
@@ -159,6 +160,9 @@ class Writing:
         pouring = self._pouring.get(stretch)
         sound = pouring is not None and pouring.finish()
         self._pouring.pop(stretch, None)  # only now: until then it may have to be abandoned
+        if sound:  # others are still under way
+            stop = stretch.position + stretch.stop - stretch.start
+            self._target.sketch_ahead(stretch.layer, stop // self._target.geometry.block_tokens)
         return sound
 
     def put(self, layer: int, start: int, rows: Rows) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .writer import MappedWriter
 
 
+_NONE = np.zeros(0, np.uint64)
+
+
 class Signer:
     """Hashes what was written since the last commit, rows and token ids, and writes checksums of complete blocks.
 
@@ -34,11 +37,18 @@ class Signer:
         layers, size = storage.geometry.num_layers, storage.geometry.block_tokens
         self._rows = BlockHasher(_Slabs(storage, layers), 0, size, slot.seq_len)
         self._tokens = BlockHasher([[storage.map_tokens()]], layers, size, slot.token_len)
+        self._block_tokens = size
+        self._forget_sketches(slot.seq_len)
 
     def rewind(self, length: int, token_len: int) -> None:
         """Go on from a shorter commit, or from the last one again."""
         self._rows.rewind(length)
         self._tokens.rewind(token_len)
+        self._forget_sketches(length)
+
+    def _forget_sketches(self, length: int) -> None:
+        self._first_block = length // self._block_tokens
+        self._sketched: dict[int, NDArray[np.uint64]] = {}  # by layer, from the first block on
 
     def check_tails(self, slot: Slot) -> None:
         """Compare the incomplete blocks of the last commit with their checksums.
@@ -71,13 +81,24 @@ class Signer:
         self._write(Section.CHECKSUMS, rows.first_block, rows.complete)
         self.write_sketches(rows.first_block, rows.first_block + len(rows.complete))
         self._write(Section.TOKEN_CHECKSUMS, ids.first_block, ids.complete)
+        self._forget_sketches(length)
         return rows.tails + ids.tails
 
     def write_sketches(self, first: int, stop: int) -> None:
         """Write the sketches of blocks [first, stop), whose rows are written, if the file has room for them."""
         if self._storage.superblock.has_sketches and first < stop:
-            sums = np.stack([layer.write_sketches(first, stop) for layer in self._storage.layers], axis=1)
+            sums = np.stack([self._sketch(layer, first, stop) for layer in range(len(self._storage.layers))], axis=1)
             self._write(Section.SKETCH_CHECKSUMS, first, sums)
+
+    def _sketch(self, layer: int, first: int, stop: int) -> NDArray[np.uint64]:
+        known = self._sketched.get(layer, _NONE)[: stop - first] if first == self._first_block else _NONE
+        return np.concatenate([known, self._storage.layers[layer].write_sketches(first + len(known), stop)])
+
+    def sketch_ahead(self, layer: int, stop: int) -> None:
+        """Write the sketches of a layer's blocks below `stop` before the commit that counts them: their rows are
+        written, and stay as they are."""
+        if self._storage.superblock.has_sketches and stop > self._first_block:
+            self._sketched[layer] = self._sketch(layer, self._first_block, stop)
 
     def _write(self, section: Section, first_block: int, sums: NDArray[np.uint64]) -> None:
         if len(sums):

@@ -269,6 +269,10 @@ class MappedWriter(MappedReader):
         """Write the sketches of blocks [first, stop), whose rows came from elsewhere with their checksums."""
         self._signer.write_sketches(first, stop)
 
+    def sketch_ahead(self, layer: int, stop: int) -> None:
+        """Write the sketches of a layer's blocks below `stop` before they are committed: see `Signer`."""
+        self._signer.sketch_ahead(layer, stop)
+
     def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
         offset = self.superblock.section(Section.TOKEN_IDS).offset + 4 * start
         self.file.write((offset,), (np.ascontiguousarray(ids, "<i4"),))
