@@ -172,8 +172,8 @@ def work(worker: Worker, arguments: argparse.Namespace) -> int:
 
 def watch(pid: int, shared: Shared, seed: int) -> str | None:
     """Wait for the worker; say what went wrong with it."""
-    last, since, told = -1, time.monotonic(), time.monotonic()
-    start = told
+    last, stuck = -1, 0.0
+    start = before = told = time.monotonic()
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -181,9 +181,11 @@ def watch(pid: int, shared: Shared, seed: int) -> str | None:
                 return f"killed by {signal.Signals(os.WTERMSIG(status)).name} after {shared.done:,} files"
             return f"failed after {shared.done:,} files" if status else None
         now = time.monotonic()
+        # While this process was stopped itself, as by a suspended machine, nobody was stuck.
+        stuck, before = stuck + min(now - before, 1.0), now
         if shared.done != last:
-            last, since = shared.done, now
-        elif now - since > SECONDS_EACH:
+            last, stuck = shared.done, 0.0
+        elif stuck > SECONDS_EACH:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return f"hung after {shared.done:,} files"
