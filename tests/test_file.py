@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,17 @@ def test_commit_at_every_append(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with kvmmap.open(path, "a", durability="commit") as cache:
         cache.push_step(rows(2, 2, 8), rows(2, 2, 8))
         assert cache.facts()["committed_len"] == 302
+
+
+def test_opening_needs_no_memory_for_positions_that_a_file_declares(path: Path) -> None:
+    """A position may take gigabytes, and then a file says so in a few bytes."""
+    kvmmap.create(path, num_layers=1, capacity=1, num_kv_heads=4071, head_dim=8, value_head_dim=65535).close()
+    tracemalloc.start()
+    try:
+        kvmmap.open(path, "a").close()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_opening_to_append_changes_nothing(path: Path) -> None:

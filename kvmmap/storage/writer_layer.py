@@ -5,6 +5,7 @@ What may be written when, and what makes it durable, is the writer's business.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,11 @@ class WriterLayer(MappedLayer):
     def __init__(self, storage: MappedWriter, index: int, geometry: LayerGeometry) -> None:
         super().__init__(storage, index, geometry)
         self._row_bytes = geometry.slab_bytes(1)
-        self._scratch, self._one = storage.scratch(geometry)
+
+    @cached_property
+    def _scratch(self) -> tuple[Rows, Rows]:
+        # Made when the first rows come: a file may declare positions of gigabytes, and opening it must not need them.
+        return self._storage.scratch(self.geometry)
 
     def begin(self, count: int) -> int:
         self._storage.check_writer()
@@ -38,10 +43,10 @@ class WriterLayer(MappedLayer):
         return length
 
     def stage(self, start: int, count: int) -> Rows:
+        scratch, one = self._scratch
         if count == 1:
-            return self._one
-        room = len(self._scratch.key_codes)
-        return self._scratch if count >= room else self._scratch.part(0, count)
+            return one
+        return scratch if count >= len(scratch.key_codes) else scratch.part(0, count)
 
     def write(self, start: int, rows: Rows) -> None:
         a, b, c, d = self._offsets
