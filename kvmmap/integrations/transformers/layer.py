@@ -17,14 +17,8 @@ from transformers.cache_utils import CacheLayerMixin
 from ...attention import AttendOptions, merge_attention
 from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
-from ...quantize import thread_count
 from .models import LayerKind
 from .tensors import as_array, to_host
-
-# torch's threads spin for milliseconds after each operation, so that on two processors a second thread here gets half
-# of one, and is waited for: attention of a token then took up to three times as long as on one thread. More work than
-# this outlasts the spinning.
-_ONE_THREAD = 32 * 2**20  # bytes of rows
 
 
 @dataclass(slots=True)
@@ -153,13 +147,7 @@ class KvmmapLayer(CacheLayerMixin):
         length, kept, window = len(self), self.kept, self.kind.window
         first = length - len(queries)
         oldest = 0 if window is None else max(0, first - window + 1)
-        work = (length - oldest) * len(queries) * self.own.geometry.position_bytes
-        options: AttendOptions = {
-            "scale": scale,
-            "softcap": softcap,
-            "window": window,
-            "threads": 1 if work < _ONE_THREAD and thread_count(None, work) < 3 else None,
-        }
+        options: AttendOptions = {"scale": scale, "softcap": softcap, "window": window}
         own = self.own.attend(queries, return_lse=True, **options)
         if self.saved is None or oldest >= kept:
             return own
