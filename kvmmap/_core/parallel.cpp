@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 namespace kvmmap {
@@ -22,7 +23,7 @@ using Clock = std::chrono::steady_clock;
 
 // How long a helper looks out for the next call before it sleeps (waking it takes 5 to 20 us), and how long it sleeps
 // before it ends.
-constexpr auto lookout = std::chrono::microseconds(40);
+constexpr auto lookout = std::chrono::microseconds(100);
 constexpr auto linger = std::chrono::milliseconds(50);
 
 // What one call wants done; lives as long as that.
@@ -53,6 +54,14 @@ void relax() {
 #endif
 }
 
+int current_processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;  // not to be known
+#endif
+}
+
 // Waits for a moment, leaving the processor to whoever else wants it. Returns whether `done`.
 template <class Done>
 bool look_out(Done&& done) {
@@ -76,6 +85,19 @@ public:
     void ask(Call& call) {
         call_ = &call;
         tell(State::asked);
+    }
+
+    // Has it run elsewhere than on a processor, the caller's own. The system may well wake a thread where its waker runs,
+    // and take milliseconds to find it a better place: a guest of KVM takes idle processors for busy ones.
+    void keep_off([[maybe_unused]] int processor) {
+#if defined(__linux__)
+        if (processor < 0 || processor == kept_off_) return;
+        cpu_set_t others;
+        if (sched_getaffinity(0, sizeof others, &others)) return;
+        CPU_CLR(processor, &others);
+        if (CPU_COUNT(&others) && !pthread_setaffinity_np(thread_.native_handle(), sizeof others, &others))
+            kept_off_ = processor;
+#endif
     }
 
     // Returns once this helper has nothing to do with the call any more.
@@ -117,6 +139,7 @@ private:
 
     std::atomic<State> state_{State::asked};
     Call* call_;
+    int kept_off_ = -1;
     std::mutex mutex_;
     std::condition_variable changed_;
     std::thread thread_;  // the last member: it uses the others
@@ -201,9 +224,11 @@ void run_pieces(int64_t count, int threads, void (*body)(void* context, int64_t 
     std::vector<Helper*> helpers;
     const int64_t wanted = std::min<int64_t>(threads, count) - 1;
     if (wanted > 0) helpers.reserve(wanted);
+    const int processor = wanted > 0 ? current_processor() : -1;
     for (int64_t i = 0; i < wanted; ++i) {
         Helper* helper = bench().take();
         if (helper) {
+            helper->keep_off(processor);
             helper->ask(call);
         } else {
             try {
@@ -211,6 +236,7 @@ void run_pieces(int64_t count, int threads, void (*body)(void* context, int64_t 
             } catch (const std::system_error&) {
                 break;  // fewer helpers, then
             }
+            helper->keep_off(processor);
         }
         helpers.push_back(helper);
     }
