@@ -159,32 +159,37 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     return -1;
 }
 
-// How many rows a part of merged attention has, and how many numbers each, if it fits its state.
-std::pair<int64_t, int64_t> merged_shape(const Buffer& state, const Buffer& out, const Buffer& lse) {
-    const int64_t rows = lse.bytes() / 4, width = rows ? out.bytes() / 4 / rows : 0;
-    if (out.bytes() != rows * width * 4 || state.bytes() < rows * (merge_head + width) * 8)
-        throw nb::value_error("parts: not of the state's shape");
-    return {rows, width};
-}
+// The arrays of merged attention: its state, and a part, or what comes of all parts.
+class Merged {
+  public:
+    Merged(nb::handle state_object, int state_flags, nb::handle out_object, nb::handle lse_object, int part_flags)
+        : state_(state_object, state_flags), out_(out_object, part_flags), lse_(lse_object, part_flags),
+          rows(lse_.bytes() / 4), width(rows ? out_.bytes() / 4 / rows : 0),
+          state(state_.at_least<double>(rows * (merge_head + width) * 8, "state: too small or not aligned")),
+          out(out_.at_least<float>(0, "out: not aligned")), lse(lse_.at_least<float>(0, "lse: not aligned")) {
+        if (out_.bytes() != rows * width * 4) throw nb::value_error("out: not of the lse's shape");
+    }
+
+  private:
+    Buffer state_, out_, lse_;
+
+  public:
+    const int64_t rows, width;
+    double* const state;
+    float* const out;
+    float* const lse;
+};
 
 void merge_part_into(nb::handle state_object, nb::handle out_object, nb::handle lse_object) {
-    Buffer state(state_object, writing), out(out_object, contiguous), lse(lse_object, contiguous);
-    const auto [rows, width] = merged_shape(state, out, lse);
-    auto* s = state.at_least<double>(0, "state: not aligned");
-    auto* o = out.at_least<float>(0, "out: not aligned");
-    auto* l = lse.at_least<float>(0, "lse: not aligned");
+    const Merged merged(state_object, writing, out_object, lse_object, contiguous);
     nb::gil_scoped_release released;
-    merge_part(s, o, l, rows, width);
+    merge_part(merged.state, merged.out, merged.lse, merged.rows, merged.width);
 }
 
 void merge_end_of(nb::handle state_object, nb::handle out_object, nb::handle lse_object) {
-    Buffer state(state_object, contiguous), out(out_object, writing), lse(lse_object, writing);
-    const auto [rows, width] = merged_shape(state, out, lse);
-    auto* s = state.at_least<double>(0, "state: not aligned");
-    auto* o = out.at_least<float>(0, "out: not aligned");
-    auto* l = lse.at_least<float>(0, "lse: not aligned");
+    const Merged merged(state_object, contiguous, out_object, lse_object, writing);
     nb::gil_scoped_release released;
-    merge_end(s, o, l, rows, width);
+    merge_end(merged.state, merged.out, merged.lse, merged.rows, merged.width);
 }
 
 // Blocks of `tokens` positions each, as many as `sketches` has room for.
