@@ -8,7 +8,6 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -21,7 +20,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a helper looks out for the next call before it sleeps (waking it takes 5 to 20 us), and how long it sleeps
+// How long a helper looks out for the next call before it sleeps (waking it takes some 20 us), and how long it sleeps
 // before it ends.
 constexpr auto lookout = std::chrono::microseconds(100);
 constexpr auto linger = std::chrono::milliseconds(50);
@@ -233,8 +232,8 @@ void run_pieces(int64_t count, int threads, void (*body)(void* context, int64_t 
         } else {
             try {
                 helper = new Helper(call);
-            } catch (const std::system_error&) {
-                break;  // fewer helpers, then
+            } catch (const std::exception&) {
+                break;  // no thread, or no memory, to be had: fewer helpers, then
             }
             helper->keep_off(processor);
         }
