@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 
 import kvmmap
+from kvmmap.attention.topk import block_bounds, select_blocks
 from kvmmap.format import Section
-from kvmmap.selection import block_bounds, select_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 BLOCK, LAST, KS = 256, 64, (2, 4, 8, 16)

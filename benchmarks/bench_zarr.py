@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 import kvmmap
-from kvmmap.storage.zarr_folder import FolderObjects
-from kvmmap.storage.zarr_reader import LOCAL_THREADS, REMOTE_THREADS
+from kvmmap.storage.objects.local import FolderObjects
+from kvmmap.storage.zarr.reader import LOCAL_THREADS, REMOTE_THREADS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

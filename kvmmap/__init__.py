@@ -12,7 +12,7 @@ cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim
 from typing import TYPE_CHECKING
 
 from . import _core, report
-from .attention import merge_attention
+from .attention.kernel import merge_attention
 from .cache import QuantizedKvCache
 from .errors import (
     AccessDeniedError,
@@ -49,13 +49,13 @@ from .metadata import ModelInfo
 from .opening import compact, create, fork, remove, repair, resize
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
-from .storage.base import Damage, VerifyReport
+from .storage.protocols import Damage, VerifyReport
 
 if TYPE_CHECKING:
-    from .copying import CopyReport, copy, fetch
     from .finding import find
-    from .storage.repair import RepairReport
-    from .tensors import export_tensors, import_tensors
+    from .formats.safetensors import export_tensors, import_tensors
+    from .storage.file.repair import RepairReport
+    from .transfer.copying import CopyReport, copy, fetch
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ from .geometry import CacheGeometry, check_range, check_room, compression_ratio,
 from .inputs import check_token_ids, one_step, per_layer
 from .layer import QuantizedKvLayer
 from .metadata import ModelInfo, document
-from .storage.base import Progress, Storage, VerifyReport, seq_len
 from .storage.memory import MemoryStorage
+from .storage.protocols import Progress, Storage, VerifyReport, seq_len
 
 
 class Layers(Sequence[QuantizedKvLayer]):

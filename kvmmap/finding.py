@@ -27,7 +27,7 @@ def find(place: PathLike, *, storage_options: Mapping[str, Any] | None = None) -
     path = os.fspath(place).removeprefix("file://")
     if "://" not in path:
         return list(_walk(path))
-    from .storage.zarr_bucket import groups_below
+    from .storage.objects.remote import groups_below
 
     return sorted(groups_below(path, storage_options))
 

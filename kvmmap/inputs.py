@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .errors import DtypeError, NonFiniteError, ShapeMismatchError
 from .geometry import LayerGeometry
 from .quantize import MIN_SCALE, as_rows
-from .storage.base import Rows
+from .storage.protocols import Rows
 
 
 class RowPair(NamedTuple):

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
-from .attend import attend_store
-from .attention import AttendOptions
+from .attention.kernel import AttendOptions
+from .attention.run import attend_store
+from .attention.topk import select_blocks
 from .errors import EmptyCacheError, HeadOutOfRangeError, KvmmapError, NonFiniteError, PositionOutOfRangeError
 from .geometry import CacheGeometry, LayerGeometry, check_range, compression_ratio, index
 from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
 from .quantize import as_rows, dequantize_rows, output_array
-from .selection import select_blocks
-from .storage.base import LayerStore, Rows, Storage
 from .storage.memory import MemoryStorage
+from .storage.protocols import LayerStore, Rows, Storage
 
 
 class QuantizedKvLayer:

@@ -14,15 +14,15 @@ from .cache import QuantizedKvCache
 from .errors import FormatError, KvmmapError, NotACacheError
 from .geometry import CacheGeometry, index
 from .metadata import Document, ModelInfo, document
-from .storage.base import Progress, Storage, Verify
-from .storage.mapped import MappedReader
-from .storage.placing import METADATA_ROOM, place_file, place_of, remove_file
-from .storage.resize import resize_file
-from .storage.writer import Durability, MappedWriter
-from .storage.zarr_objects import Objects
+from .storage.file.placement import METADATA_ROOM, place_file, place_of, remove_file
+from .storage.file.reader import MappedReader
+from .storage.file.resize import resize_file
+from .storage.file.writer import Durability, MappedWriter
+from .storage.objects.protocol import Objects
+from .storage.protocols import Progress, Storage, Verify
 
 if TYPE_CHECKING:
-    from .storage.repair import RepairReport
+    from .storage.file.repair import RepairReport
 
 PathLike = str | os.PathLike[str]
 
@@ -88,7 +88,7 @@ def create(
     storage: Storage
     notes, durability = document(metadata, model), _check_durability(durability)
     if group := group_at(path, storage_options):
-        from .storage.zarr_place import create_group
+        from .storage.zarr.placement import create_group
 
         storage = create_group(
             group,
@@ -134,7 +134,7 @@ def making(
         As `create`.
     """
     if group := group_at(path, storage_options):
-        from .storage.zarr_place import create_group, remove_group
+        from .storage.zarr.placement import create_group, remove_group
 
         writer = create_group(
             group, CacheGeometry.build(**shape), notes, compressor=compressor, overwrite=overwrite, copying="new"
@@ -207,8 +207,8 @@ def open_cache(
         raise KvmmapError(f'verify must be "read", "open" or "none", not {verify!r}')
     storage: Storage
     if group := group_at(path_or_url, storage_options):
-        from .storage.zarr_place import open_locked
-        from .storage.zarr_reader import CACHE_BYTES, ZarrReader
+        from .storage.zarr.placement import open_locked
+        from .storage.zarr.reader import CACHE_BYTES, ZarrReader
 
         room = CACHE_BYTES if cache_bytes is None else index(cache_bytes, "cache_bytes")
         if mode == "r":
@@ -290,7 +290,7 @@ def fork(
         CacheChangedError: the source's writer took positions back meanwhile; nothing was made.
         OSError: the disk is full or failing; nothing was made.
     """
-    from .storage.fork import fork_file
+    from .storage.file.clone import fork_file
 
     storage = fork_file(
         local_path(source),
@@ -336,7 +336,7 @@ def repair(
         CacheLockedError: a writer has the damaged file open.
         OSError: the disk is full or failing; nothing was made.
     """
-    from .storage.repair import repair_file
+    from .storage.file.repair import repair_file
 
     return repair_file(local_path(path), local_path(new_path), zero=zero, progress=progress)
 
@@ -361,7 +361,7 @@ def remove(
         CacheLockedError: a writer holds it; it stays.
     """
     if group := group_at(path, storage_options):
-        from .storage.zarr_place import remove_group
+        from .storage.zarr.placement import remove_group
 
         remove_group(group, timeout=timeout, break_lock=break_lock)
         return
@@ -380,14 +380,14 @@ def group_at(
                 "(kvmmap.copy() makes one of a file, kvmmap.fetch() the other way round)",
                 path=text,
             )
-        from .storage.zarr_bucket import objects_at
+        from .storage.objects.remote import objects_at
 
         return objects_at(text, storage_options)
     text = text.removeprefix("file://")
     if os.path.isfile(os.path.join(text, "zarr.json")) or (
         text.rstrip("/").endswith(".zarr") and not os.path.isfile(text)
     ):
-        from .storage.zarr_folder import FolderObjects
+        from .storage.objects.local import FolderObjects
 
         return FolderObjects(text, durable=durable)
     return None

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kvmmap.storage.zarr_objects import MemoryObjects, Objects
+from kvmmap.storage.objects.protocol import MemoryObjects, Objects
 
 _numbers = itertools.count()
 

@@ -16,9 +16,9 @@ from support import check_filled, make_file, rows, run_python
 from zarr.storage import ObjectStore
 
 import kvmmap
-from kvmmap.storage.zarr_bucket import objects_at
-from kvmmap.storage.zarr_objects import ObjectChangedError
-from kvmmap.storage.zarr_reader import ZarrReader
+from kvmmap.storage.objects.protocol import ObjectChangedError
+from kvmmap.storage.objects.remote import objects_at
+from kvmmap.storage.zarr.reader import ZarrReader
 
 _numbers = itertools.count()
 

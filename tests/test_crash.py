@@ -22,8 +22,8 @@ from support import check_filled, make_file
 
 import kvmmap
 from kvmmap.format import Section, Slot
-from kvmmap.storage.live import LiveRecord
-from kvmmap.storage.writer import MappedWriter
+from kvmmap.storage.file.live_record import LiveRecord
+from kvmmap.storage.file.writer import MappedWriter
 
 HISTORIES = int(os.environ.get("KVMMAP_HISTORIES", "450"))
 BATCH = 50
@@ -109,7 +109,7 @@ DECODE = Slot.decode
 COMMIT = MappedWriter._commit
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "one slot instead of two": lambda: mock.patch.object(MappedWriter, "_write_slot", one_slot),
-    "no checksum of the slot": lambda: mock.patch("kvmmap.storage.slots.Slot.decode", any_slot),
+    "no checksum of the slot": lambda: mock.patch("kvmmap.storage.file.commit_slots.Slot.decode", any_slot),
     "published lengths believed after a restart": lambda: mock.patch.object(LiveRecord, "trusted", LiveRecord.in_use),
     "truncation without a new generation": lambda: mock.patch.object(MappedWriter, "_take_back", lower_without_telling),
     "interruptions not settled": lambda: mock.patch.object(MappedWriter, "_settle", forget_to_settle),
@@ -188,7 +188,10 @@ def served_after_a_truncation(path: Path) -> int:
     image[live.offset : live.offset + live.size] = before
     image[superblock.section((Section.SLOT_A, Section.SLOT_B)[which]).offset + 30] ^= 4
     path.write_bytes(image)
-    with mock.patch("kvmmap.storage.live.boot_id", return_value=1), kvmmap.open(path, verify="none") as found:
+    with (
+        mock.patch("kvmmap.storage.file.live_record.boot_id", return_value=1),
+        kvmmap.open(path, verify="none") as found,
+    ):
         check_filled(found, found.seq_len)
         return found.seq_len
 

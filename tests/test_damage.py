@@ -31,8 +31,8 @@ from kvmmap import _core
 from kvmmap.format import LIVE, SLAB_SECTIONS, WHOLE_CACHE, Section
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document
-from kvmmap.storage.mapped import MappedReader
-from kvmmap.storage.writer import MappedWriter
+from kvmmap.storage.file.reader import MappedReader
+from kvmmap.storage.file.writer import MappedWriter
 
 GEOMETRY = CacheGeometry(100, (LayerGeometry(2, 8, 4), LayerGeometry(1, 16, 16)), block_tokens=16)
 COMMITTED, PUBLISHED = 40, 72
@@ -105,7 +105,7 @@ class Specimen:
         if self.boot is None:
             yield
         else:
-            with mock.patch("kvmmap.storage.live.boot_id", return_value=self.boot):
+            with mock.patch("kvmmap.storage.file.live_record.boot_id", return_value=self.boot):
                 yield
 
     def what(self, offset: int) -> str:
@@ -248,7 +248,7 @@ def shorter(specimen: Specimen) -> dict[str, Any]:
     """What the last commit holds."""
     with specimen.path.with_suffix(".copy").open("wb") as file:
         file.write(specimen.data)
-    with mock.patch("kvmmap.storage.live.boot_id", return_value=777), kvmmap.open(file.name) as cache:
+    with mock.patch("kvmmap.storage.file.live_record.boot_id", return_value=777), kvmmap.open(file.name) as cache:
         return look(cache)
 
 
@@ -355,18 +355,18 @@ def unsealed(memory: Any, offset: int, count: int, index: int, salt: int) -> lis
 
 MUTATIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "rows not compared with their checksums": (
-        lambda: mock.patch("kvmmap.storage.mapped_layer.prove_rows"),
+        lambda: mock.patch("kvmmap.storage.file.reader_layer.prove_rows"),
         "closed",
         "committed rows",
     ),
     "token ids not compared with theirs": (
-        lambda: mock.patch("kvmmap.storage.mapped.prove_tokens"),
+        lambda: mock.patch("kvmmap.storage.file.reader.prove_tokens"),
         "closed",
         "token ids",
     ),
     "seals not checked": (
         lambda: mock.patch(
-            "kvmmap.storage.live._core",
+            "kvmmap.storage.file.live_record._core",
             SimpleNamespace(load_word=_core.load_word, load_sealed=unsealed),
         ),
         "died",

@@ -135,7 +135,7 @@ def test_what_was_only_published_does_not_survive_the_machine(path: Path, monkey
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 20); cache.flush(); fill(cache, 270); os._exit(0)"
     )
     run_python(code, path)
-    monkeypatch.setattr("kvmmap.storage.live.boot_id", lambda: 12345)
+    monkeypatch.setattr("kvmmap.storage.file.live_record.boot_id", lambda: 12345)
     with kvmmap.open(path) as reader:
         check_filled(reader, 20)
         assert reader.facts()["state"] == "interrupted"
@@ -153,7 +153,7 @@ def test_commit_at_every_append(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         fill(cache, length)
         assert cache.facts()["committed_len"] == length
         with monkeypatch.context() as patch, kvmmap.open(path) as reader:
-            patch.setattr("kvmmap.storage.live.boot_id", lambda: 1)
+            patch.setattr("kvmmap.storage.file.live_record.boot_id", lambda: 1)
             reader.refresh()
             check_filled(reader, length)
     cache.layers[0].push(rows(2, 8), rows(2, 8))
@@ -325,7 +325,7 @@ def test_truncate_is_durable_before_anything_is_overwritten(path: Path, monkeypa
     cache.truncate(100)
     cache.push_step(rows(2, 2, 8, seed=77), rows(2, 2, 8))
     with monkeypatch.context() as patch:
-        patch.setattr("kvmmap.storage.live.boot_id", lambda: 1)
+        patch.setattr("kvmmap.storage.file.live_record.boot_id", lambda: 1)
         with kvmmap.open(path) as reader:
             check_filled(reader, 100)
             assert reader.verify().sound

@@ -11,7 +11,7 @@ import pytest
 from support import check_filled, make_file
 
 import kvmmap
-from kvmmap.storage.file import PosixFile
+from kvmmap.storage.posix import PosixFile
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from support import rows
 
 import kvmmap
 from kvmmap.format import checksum
-from kvmmap.storage.file import PosixFile
-from kvmmap.storage.zarr_needs import crc32c
-from kvmmap.storage.zarr_objects import MemoryObjects
-from kvmmap.storage.zarr_place import create_group
-from kvmmap.storage.zarr_pour import PIECE_BYTES, _Digests
-from kvmmap.storage.zarr_reader import ZarrReader
+from kvmmap.storage.libraries import crc32c
+from kvmmap.storage.objects.protocol import MemoryObjects
+from kvmmap.storage.posix import PosixFile
+from kvmmap.storage.zarr.placement import create_group
+from kvmmap.storage.zarr.reader import ZarrReader
+from kvmmap.storage.zarr.streaming import PIECE_BYTES, _Digests
 
 LENGTH = 17_000  # two shards, and a third whose last block is incomplete
 BLOCK = 256

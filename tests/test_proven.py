@@ -12,7 +12,7 @@ from support import check_filled, fill, make_file, rows
 
 import kvmmap
 from kvmmap.format import SLAB_SECTIONS, Section
-from kvmmap.storage.proven import Proven
+from kvmmap.storage.file.verified_blocks import Proven
 
 LENGTH = 600
 """Two blocks of 256, and a tail of 88."""
@@ -225,7 +225,7 @@ def test_all_is_compared_on_opening_what_went_down(path: Path, monkeypatch: pyte
     flip(path, Section.KEY_CODES, 1, 300 * 16)
     with kvmmap.open(path, verify="open"):
         pass  # its writer died, and the machine did not
-    monkeypatch.setattr("kvmmap.storage.live.boot_id", lambda: 1)
+    monkeypatch.setattr("kvmmap.storage.file.live_record.boot_id", lambda: 1)
     with pytest.raises(kvmmap.CorruptCacheError, match=r"was not closed.*layer 1, positions \[256, 512\).*repair"):
         kvmmap.open(path, mode, verify="open")
     with kvmmap.open(path, mode) as cache:

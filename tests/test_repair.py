@@ -14,7 +14,7 @@ from support import check_filled, fill, make_file, run_python
 
 import kvmmap
 from kvmmap.format import Section
-from kvmmap.storage.mapped import open_file, read_superblock
+from kvmmap.storage.file.reader import open_file, read_superblock
 
 LENGTH = 600
 """Two blocks, and a tail of 88 positions."""
@@ -154,7 +154,7 @@ def test_what_was_published_stays_behind_when_the_machine_went_down(
     path: Path, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die_uncommitted(path, 100, 300, 700)
-    monkeypatch.setattr("kvmmap.storage.live.boot_id", lambda: 1)
+    monkeypatch.setattr("kvmmap.storage.file.live_record.boot_id", lambda: 1)
     report = save(path, new)
     assert (report.stored, report.seq_len, report.unverified) == (300, 300, 0)
     check_new(new, 300)

@@ -17,8 +17,8 @@ from support import MakeCache, fill, make_file, rows, run_python
 
 import kvmmap
 from kvmmap import QuantizedKvLayer
+from kvmmap.attention.topk import block_bounds
 from kvmmap.format import SLAB_SECTIONS, Section, Superblock, checksum
-from kvmmap.selection import block_bounds
 from kvmmap.storage.sketches import sketch_rows
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import kvmmap
 from kvmmap.metadata import Document
-from kvmmap.storage.zarr_folder import FolderObjects
-from kvmmap.storage.zarr_place import create_group
+from kvmmap.storage.objects.local import FolderObjects
+from kvmmap.storage.zarr.placement import create_group
 
 LAYERS, HEADS, DIM, CAPACITY = 2, 2, 3, 600
 

@@ -21,13 +21,13 @@ from support import check_filled, fill, make_file, rows, run_python
 
 import kvmmap
 from kvmmap.metadata import Document
-from kvmmap.storage.base import Rows
-from kvmmap.storage.zarr_folder import FolderObjects
-from kvmmap.storage.zarr_layout import Layout
-from kvmmap.storage.zarr_lock import LOCK_KEY
-from kvmmap.storage.zarr_objects import Objects
-from kvmmap.storage.zarr_place import create_group, open_locked
-from kvmmap.storage.zarr_reader import ZarrReader
+from kvmmap.storage.objects.local import FolderObjects
+from kvmmap.storage.objects.lock import LOCK_KEY
+from kvmmap.storage.objects.protocol import Objects
+from kvmmap.storage.protocols import Rows
+from kvmmap.storage.zarr.layout import Layout
+from kvmmap.storage.zarr.placement import create_group, open_locked
+from kvmmap.storage.zarr.reader import ZarrReader
 
 ARRAYS = ("key_codes", "key_scales", "value_codes", "value_scales")
 GEOMETRY = kvmmap.CacheGeometry.build(num_layers=2, capacity=1200, num_kv_heads=2, head_dim=8)
@@ -511,7 +511,7 @@ def test_every_byte_of_the_root_counts(group: Path) -> None:
     ],
 )
 def test_a_hostile_root_is_refused(group: Path, name: str, value: Any) -> None:
-    from kvmmap.storage.zarr_root import _digest
+    from kvmmap.storage.zarr.root import _digest
 
     make_file(group, 300).close()
     root = group / "zarr.json"
@@ -529,7 +529,7 @@ def test_a_hostile_root_is_refused(group: Path, name: str, value: Any) -> None:
     ("name", "value"), [("version", 2), ("codec", "int4"), ("transform", "hadamard"), ("compressor", "lz4")]
 )
 def test_what_a_later_version_makes_is_refused_by_name(group: Path, name: str, value: Any) -> None:
-    from kvmmap.storage.zarr_root import _digest
+    from kvmmap.storage.zarr.root import _digest
 
     make_file(group, 300).close()
     root = group / "zarr.json"
@@ -589,7 +589,7 @@ def test_object_locks() -> None:
     fill(cache, 5)
     cache.close()
     dead = run_python(
-        "from kvmmap.storage.zarr_lock import new_owner; import json; print(json.dumps(new_owner()))"
+        "from kvmmap.storage.objects.lock import new_owner; import json; print(json.dumps(new_owner()))"
     ).stdout
     place.put(LOCK_KEY, [dead.encode()])
     with reopen(place, "a") as cache:  # its owner ran here, and is gone
@@ -627,7 +627,7 @@ def test_a_server_without_conditions_is_told_from_one_that_has_them() -> None:
             return "tag"
 
         def lock(self, timeout: float, *, break_lock: bool) -> Any:
-            from kvmmap.storage.zarr_lock import ObjectLock
+            from kvmmap.storage.objects.lock import ObjectLock
 
             return ObjectLock.take(self, timeout, break_lock=break_lock)  # type: ignore[arg-type]
 

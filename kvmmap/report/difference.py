@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..cache import QuantizedKvCache
 from ..errors import ShapeMismatchError
 from ..quantize import dequantize_rows
-from ..storage.base import Progress
+from ..storage.protocols import Progress
 from .gathering import stretches
 
 

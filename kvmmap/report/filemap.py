@@ -7,7 +7,7 @@ from typing import Any
 
 from ..cache import QuantizedKvCache
 from ..format import SECTION_ABOUT, Section
-from ..storage.extents import SectionExtent, read_extents
+from ..storage.file.section_map import SectionExtent, read_extents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

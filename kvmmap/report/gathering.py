@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..cache import QuantizedKvCache
 from ..layer import QuantizedKvLayer
 from ..quantize import MIN_SCALE
-from ..storage.base import Progress, Rows
+from ..storage.protocols import Progress, Rows
 from .tally import ChannelOutlier, PositionOutlier, RowStatistics, Tally
 
 Part = Literal["keys", "values"]

@@ -13,7 +13,7 @@ from ..errors import CacheChangedError, ClosedError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
-from .base import Progress, Rows, Take, VerifyReport, publish_level, seq_len
+from .protocols import Progress, Rows, Take, VerifyReport, publish_level, seq_len
 from .sketches import ComputedSketches
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..metadata import Document
-from .base import Rows
+from .protocols import Rows
 
 
 class ReadOnlyStorage:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from .. import _core
 from ..format import SLAB_SECTIONS, Section, Slot, Superblock, block_checksum, checksum
 from ..geometry import LayerGeometry
-from .base import Damage, LayerStore, Rows
+from .protocols import Damage, LayerStore, Rows
 
 if TYPE_CHECKING:
-    from .mapped import MappedReader
+    from .file.reader import MappedReader
 
 STEP_BYTES = 8 << 20
 """Rows are gone through in steps of about this size."""

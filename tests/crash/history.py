@@ -25,8 +25,8 @@ import kvmmap
 from crash.machine import Killed, Machine, Mutation
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document
-from kvmmap.storage.mapped import MappedReader
-from kvmmap.storage.writer import MappedWriter
+from kvmmap.storage.file.reader import MappedReader
+from kvmmap.storage.file.writer import MappedWriter
 
 NAME = "cache.kvm"
 GEOMETRIES = (
@@ -235,7 +235,7 @@ class History:
         self.past += noted
 
     def resize(self) -> None:
-        from kvmmap.storage.resize import resize_file
+        from kvmmap.storage.file.resize import resize_file
 
         capacity = self.random.choice([400, 700, 1000, None])
         if capacity is not None and capacity < self.now.length:

@@ -17,7 +17,7 @@ from unittest import mock
 
 from crash.disk import Disk
 from kvmmap import _core
-from kvmmap.storage.file import PosixFile
+from kvmmap.storage.posix import PosixFile
 
 Mutation = Callable[[str, str], bool]
 
@@ -89,8 +89,8 @@ class Machine:
         with contextlib.ExitStack() as stack:
             for module in ("mapped", "placing"):
                 stack.enter_context(mock.patch(f"kvmmap.storage.{module}.PosixFile", file))
-            stack.enter_context(mock.patch("kvmmap.storage.live._core", core))
-            stack.enter_context(mock.patch("kvmmap.storage.live.boot_id", boot_id))
+            stack.enter_context(mock.patch("kvmmap.storage.file.live_record._core", core))
+            stack.enter_context(mock.patch("kvmmap.storage.file.live_record.boot_id", boot_id))
             yield
 
     def mapped(self, memory: Any, inode: int, start: int) -> None:

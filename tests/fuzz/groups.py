@@ -19,9 +19,9 @@ import numpy as np
 import kvmmap
 from kvmmap.geometry import CacheGeometry
 from kvmmap.metadata import Document, ModelInfo
-from kvmmap.storage.zarr_folder import FolderObjects
-from kvmmap.storage.zarr_place import create_group
-from kvmmap.storage.zarr_root import _digest
+from kvmmap.storage.objects.local import FolderObjects
+from kvmmap.storage.zarr.placement import create_group
+from kvmmap.storage.zarr.root import _digest
 
 from .image import Recipe
 from .mutate import DOCUMENTS, number

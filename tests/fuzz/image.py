@@ -20,7 +20,7 @@ from kvmmap.format import LIVE, LIVE_LENGTHS, Section, Superblock, checksum
 from kvmmap.format.records import CHECKSUM, HEADER, LAYER_ENTRY, SECTION_ENTRY, SLOT, Record
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document, ModelInfo
-from kvmmap.storage.writer import MappedWriter
+from kvmmap.storage.file.writer import MappedWriter
 
 Recipe = dict[str, Any]
 """`geometry`, [capacity, block_tokens, [[heads, dim, value_dim], ...]]; `length`, positions stored; `open`, whether its

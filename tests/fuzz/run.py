@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from kvmmap.storage.mapped import MappedReader
+from kvmmap.storage.file.reader import MappedReader
 
 from . import files, groups
 from .execute import Watch, execute

@@ -146,7 +146,7 @@ class Soak:
             report = cache.verify()
             if not report.sound:
                 raise SoakError(f"verify after {current}: {report.damages}")
-        with mock.patch("kvmmap.storage.live.boot_id", return_value=1), kvmmap.open(self.path) as cache:
+        with mock.patch("kvmmap.storage.file.live_record.boot_id", return_value=1), kvmmap.open(self.path) as cache:
             committed = self.find("what was committed", cache, (model.committed, after.committed))
             note = cache.metadata["note"]
             if note not in (model.committed_note, after.committed_note):

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 
 import kvmmap
-from kvmmap.storage.writer import MappedWriter, WriterLayer
+from kvmmap.storage.file.writer import MappedWriter, WriterLayer
 
 from .board import Board
 from .content import LAYERS, check_rows, rows_of

@@ -21,7 +21,7 @@ from ...errors import ModelMismatchError, UnsupportedModelError
 from ...geometry import check_range
 from ...metadata import ModelInfo
 from ...opening import create, fork, group_at, open_cache, remove
-from ...storage.writer import Durability
+from ...storage.file.writer import Durability
 from .attention import MaskLength
 from .layer import KvmmapLayer, Pattern
 from .models import LayerKind

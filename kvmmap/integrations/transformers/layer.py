@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
-from ...attention import AttendOptions, merge_attention
+from ...attention.kernel import AttendOptions, merge_attention
 from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from .models import LayerKind

@@ -1,0 +1,1 @@
+"""Attention over coded rows, and the merging of partial results."""

@@ -1,0 +1,106 @@
+"""Which blocks a query needs most: bounds from sketches, and how the heads' wishes are put together.
+
+What lives here: `select_blocks`. What does not: how sketches are made and kept (`storage.sketches`), and attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from ..errors import EmptyCacheError, NonFiniteError, ShapeMismatchError
+from ..geometry import LayerGeometry, index
+from ..quantize import as_rows, widened
+from ..storage.protocols import LayerStore
+from .kernel import check_sight
+
+TEMPERATURE = 2.0
+"""Bounds are divided by this: they exceed the scores they bound, the more the higher they are."""
+
+
+def select_blocks(
+    store: LayerStore, block_tokens: int, query: Any, k: int, *, scale: float | None, per_head: bool
+) -> NDArray[np.int64]:
+    """Choose blocks of a store; arguments and errors are those of `QuantizedKvLayer.select_blocks`."""
+    store.check()
+    mark = store.mark()  # before the length: see `LayerStore`
+    geometry, length = store.geometry, store.length
+    rows = _check_query(query, geometry, store.index)
+    sight = check_sight(scale=scale, causal=True, query_start=0, window=None, sinks=0, softcap=None)
+    k = index(k, "k")
+    if k < 1:
+        raise ShapeMismatchError(f"k must be at least 1 block, not {k}", expected=1, actual=k)
+    if not length:
+        raise EmptyCacheError("nothing is stored: push or extend before selecting blocks")
+    blocks = -(-length // block_tokens)
+    heads = geometry.num_kv_heads
+    if k >= blocks:
+        everything = np.arange(blocks)
+        return np.tile(everything, (heads, 1)) if per_head else everything
+    with np.errstate(over="ignore"):
+        rows = rows * np.float32(geometry.head_dim**-0.5 if sight.scale is None else sight.scale)
+    bounds = np.concatenate([block_bounds(piece, rows, geometry) for piece in store.sketches(blocks - 1, mark)], axis=1)
+    store.check_since(mark)
+    wanted = _shares(bounds).reshape(heads, -1, blocks - 1).sum(axis=1)
+    if not per_head:
+        wanted = wanted.sum(axis=0, keepdims=True)
+    # The last block, complete or not, is part of every choice: k - 1 more are to be found.
+    best = np.argsort(-wanted, axis=1, kind="stable")[:, : k - 1]
+    chosen = np.concatenate([np.sort(best, axis=1), np.full((len(best), 1), blocks - 1)], axis=1)
+    return chosen if per_head else chosen[0]
+
+
+def block_bounds(
+    sketches: NDArray[np.uint16], query: NDArray[np.float32], geometry: LayerGeometry
+) -> NDArray[np.float32]:
+    """Return what q . k is at most, for any key k of each block: sum_d max(q_d * min_d, q_d * max_d), but for the
+    rounding of a sum in f32.
+
+    Args:
+        sketches: [blocks, num_kv_heads, 2, head_dim], bf16 as uint16.
+        query: f32 [num_q_heads, head_dim].
+        geometry: the layer's.
+
+    Returns:
+        f32 [num_q_heads, blocks].
+    """
+    bounds = np.empty((len(query), len(sketches)), np.float32)
+    parts = np.stack([np.minimum(query, 0), np.maximum(query, 0)], axis=1)
+    _core.bound_blocks(parts, sketches, geometry.num_kv_heads, geometry.head_dim, bounds)
+    return bounds
+
+
+def _shares(bounds: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Each query head's softmax over blocks: what part of its attention a block may get.
+
+    Every head has one vote to spread, so that none counts for more because its scores are larger, and one to which all
+    blocks are alike counts for little.
+    """
+    with np.errstate(invalid="ignore"):
+        height = bounds.astype(np.float64) / TEMPERATURE
+        top = height.max(axis=1, keepdims=True)
+        height = np.where(height == top, 0.0, height - top)  # infinity less infinity would be nothing
+    weights = np.exp(height)
+    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.float32]:
+    rows, _ = as_rows(query)
+    heads, dim = geometry.num_kv_heads, geometry.head_dim
+    if rows.ndim != 2 or rows.shape[1] != dim or rows.shape[0] == 0 or rows.shape[0] % heads:
+        raise ShapeMismatchError(
+            f"query must be [num_q_heads, {dim}] with num_q_heads a multiple of the {heads} KV heads, not "
+            f"{list(rows.shape)}",
+            expected=(f"n * {heads}", dim),
+            actual=rows.shape,
+        )
+    wide = widened(rows)
+    finite = np.isfinite(wide).all(axis=1)
+    if not finite.all():
+        head = int(np.argmin(finite))
+        raise NonFiniteError(f"the query holds a NaN or an infinity at head {head}", head=head, layer=layer)
+    return wide

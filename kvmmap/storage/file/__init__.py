@@ -1,0 +1,1 @@
+"""The storage that is one memory-mapped `.kvm` file."""

@@ -1,0 +1,144 @@
+"""A private continuation of a cache: a new `.kvm` file that begins with another's rows.
+
+Rows are shared with the old file where the file system can (btrfs, XFS, bcachefs: a fork then costs no disk and next
+to no time), and copied within the kernel elsewhere. The old file is only read, beside any writer.
+
+Checksums of complete blocks go over as they are, so that damage in the old file stays damage in the new one. Only
+blocks that the fork cuts get new ones, and those are checked first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+from ...errors import CorruptCacheError
+from ...format import SLAB_SECTIONS, WHOLE_CACHE, Section, Slot
+from ...geometry import check_range, check_room
+from ..posix import PosixFile, closing_on_error
+from ..protocols import Progress, seq_len
+from .placement import already_exists, build_file, place_of
+from .reader import MappedReader, read_superblock
+from .verify import check_blocks, check_tokens
+from .writer import Durability, MappedWriter
+
+STEP_BYTES = 64 << 20
+"""Bytes that are copied between two looks at the progress."""
+
+
+def fork_file(
+    source: str,
+    target: str,
+    *,
+    length: int | None = None,
+    capacity: int | None = None,
+    durability: Durability = "publish",
+    progress: Progress | None = None,
+) -> MappedWriter:
+    """Make a new file at `target` with the first `length` positions of `source`, and hold it for appending.
+
+    Raises:
+        CacheExistsError: there is something at `target`.
+        PositionOutOfRangeError: fewer positions are stored.
+        CapacityExceededError: `capacity` is less than `length`.
+        CorruptCacheError: a block that is cut does not match its checksum.
+        CacheChangedError: the writer took positions back meanwhile.
+    """
+    target = place_of(target, overwrite=False)
+    with contextlib.closing(MappedReader.open(source)) as old:
+        _, length = check_range(0, seq_len(old) if length is None else length, seq_len(old))
+        geometry = dataclasses.replace(old.geometry, capacity=old.geometry.capacity if capacity is None else capacity)
+        check_room(0, length, geometry.capacity)
+        file = build_file(
+            target, geometry, old.document, metadata_room=old.superblock.section(Section.METADATA).size // 2
+        )
+        try:
+            _share(old, file, length, progress)
+            old.check()  # were rows taken back meanwhile, what was copied may be others
+            return _finish(old, file, target, length, durability)
+        except BaseException:
+            file.discard() if file.path != target else file.close()
+            raise
+
+
+def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress | None) -> None:
+    """Bring the rows and token ids of the first `length` positions over."""
+    new = read_superblock(file)
+    extents: list[tuple[tuple[int, int], int]] = [((Section.TOKEN_IDS, WHOLE_CACHE), 4 * min(old.token_len, length))]
+    for number, layer in enumerate(old.geometry.layers):
+        extents += [((kind, number), size) for kind, size in zip(SLAB_SECTIONS, layer.slab_bytes(length), strict=True)]
+        if old.superblock.has_sketches:
+            blocks = min(old.snapshot.slot.seq_len, length) // old.geometry.block_tokens
+            extents.append(((Section.KEY_SKETCHES, number), layer.sketch_bytes(blocks)))
+    total, done = sum(size for _, size in extents), 0
+    for key, size in extents:
+        source, target = old.superblock.sections[key], new.sections[key]
+        for start in range(0, size, STEP_BYTES):
+            step = min(STEP_BYTES, size - start)
+            file.copy_from(old.file, source.offset + start, target.offset + start, step)
+            done += step
+            if progress:
+                progress(done, total)
+
+
+def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durability: Durability) -> MappedWriter:
+    """Commit what was copied, and put the file in its place."""
+    slot, size = old.snapshot.slot, old.geometry.block_tokens
+    # These blocks have checksums, and sketches, that come along; the rest get theirs from their rows.
+    rows = min(slot.seq_len, length) // size * size
+    tokens = min(slot.token_len, length) // size * size
+    _check_cut(old, rows, min(slot.seq_len, length), tokens, min(slot.token_len, length))
+    superblock = read_superblock(file)
+    for kind, count in (
+        (Section.CHECKSUMS, rows // size * old.geometry.num_layers),
+        (Section.TOKEN_CHECKSUMS, tokens // size),
+        (Section.SKETCH_CHECKSUMS, rows // size * old.geometry.num_layers if old.superblock.has_sketches else 0),
+    ):
+        if not count:
+            continue
+        data = old.file.read(old.superblock.section(kind).offset, 8 * count)
+        file.write((superblock.section(kind).offset,), (data,))
+    _promise(file, rows, tokens)
+    file.try_lock()
+    with closing_on_error(file):
+        new = MappedWriter(file, superblock, durability=durability)
+    if not old.superblock.has_sketches:
+        new.write_sketches(0, rows // size)
+    for layer in new.layers:
+        layer.publish(length)
+    new.publish_tokens(min(old.token_len, length))
+    new.commit()
+    file.sync()  # a commit of whole blocks that were committed in the source had nothing to do
+    try:
+        file.link_to(target)
+    except FileExistsError:
+        raise already_exists(target) from None
+    new.path = target
+    return new
+
+
+def _check_cut(old: MappedReader, rows: int, length: int, tokens: int, token_len: int) -> None:
+    """What is committed from `rows` and `tokens` on gets new checksums: see first that its old ones hold."""
+    size = old.geometry.block_tokens
+    damages = list(check_blocks(old, rows // size, rows // size + 1)) if length > rows else []
+    if token_len > tokens:
+        damages += [damage for damage in check_tokens(old, old.snapshot.slot) if damage.start == tokens]
+    for damage in damages:
+        raise CorruptCacheError(
+            f"{old.path}: {damage.what}; nothing was made: a fork of {damage.start} positions leaves the damage out",
+            path=old.path,
+            layer=damage.layer,
+            position=damage.start,
+        )
+
+
+def _promise(file: PosixFile, rows: int, tokens: int) -> None:
+    """Make the new file's commit one of `rows` positions; both numbers are whole blocks."""
+    superblock = read_superblock(file)
+    for section in (Section.SLOT_A, Section.SLOT_B):
+        extent = superblock.section(section)
+        slot = Slot.decode(file.read(extent.offset, extent.size), superblock)
+        assert slot is not None
+        file.write(
+            (extent.offset,), (dataclasses.replace(slot, seq_len=rows, token_len=tokens).encode(superblock.file_id),)
+        )

@@ -1,0 +1,199 @@
+"""Making a `.kvm` file, putting it in its place, removing it, and taking the writer's lock on one.
+
+A file appears at its path whole and durable, or not at all; and it takes another's place only while it holds that
+one's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from typing import NoReturn
+
+from ...errors import CacheExistsError, CacheLockedError, CacheNotFoundError, NotACacheError
+from ...format import PAGE, Section, Slot, Superblock, checksum
+from ...geometry import CacheGeometry
+from ...metadata import Document
+from ..posix import PosixFile, closing_on_error, expect_few_pages
+from .live_record import LiveRecord
+from .reader import open_file, read_superblock
+
+YOUNG = 600.0
+"""Seconds for which a half made file stays, whether or not its maker seems to live."""
+
+_HEX = "[0-9a-f]{12}"
+
+METADATA_ROOM = 64 * 1024
+"""Bytes reserved for model and metadata, unless asked for otherwise."""
+
+
+def place_of(path: str, *, overwrite: bool) -> str:
+    """Return where a new file is to stand. What a link names is replaced, and not the link.
+
+    Raises:
+        CacheExistsError: there is something, and it is not to be replaced.
+    """
+    if not os.path.lexists(path):
+        return os.path.abspath(path)
+    if not overwrite:
+        raise already_exists(os.path.abspath(path))
+    return os.path.realpath(path)
+
+
+def already_exists(path: str) -> CacheExistsError:
+    return CacheExistsError(
+        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) replaces it',
+        path=path,
+    )
+
+
+def lock_file(path: str, timeout: float) -> tuple[PosixFile, Superblock]:
+    """Open a cache file and take the writer's lock on it."""
+    deadline = time.monotonic() + timeout
+    while True:
+        file = open_file(path, writable=True)
+        with closing_on_error(file):
+            superblock = read_superblock(file)  # first: what is no cache is not locked
+            if not file.lock(max(0.0, deadline - time.monotonic())):
+                refuse_locked(file, superblock)
+            if file.is_at(file.path):
+                return file, superblock
+        # While we waited, the file was replaced (resized) or removed: the lock is on one that nobody will open.
+        file.close()
+
+
+def refuse_locked(file: PosixFile, superblock: Superblock) -> NoReturn:
+    """Raise for a file whose lock another writer holds."""
+    pid = map_live(file, superblock, writable=False).get("writer_pid")
+    who = f"process {pid}" if pid > 0 else "another process"
+    if pid == os.getpid():
+        who = "this process"
+    raise CacheLockedError(
+        f"{file.path}: {who} has it open for writing; close it there, or wait for it with timeout=SECONDS "
+        '(reading needs no lock: mode="r")',
+        path=file.path,
+        actual=pid if pid > 0 else None,
+    )
+
+
+def remove_left_overs(path: str) -> None:
+    """Remove what makers of the cache at `path` have left half made when they died: nobody holds its lock any more."""
+    folder, name = os.path.split(path)
+    name = re.escape(re.sub(rf"\.{_HEX}\.partial$", "", name)[:200])
+    pattern = re.compile(rf"\.{name}(\.{_HEX}\.partial)?\.{_HEX}\.tmp|{name}\.{_HEX}\.partial")
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name):
+                _remove_left_over(entry.path)
+
+
+def _remove_left_over(path: str) -> None:
+    with contextlib.suppress(OSError):  # somebody else was faster, or it is not ours to remove
+        file = PosixFile.open(path, writable=False)
+        with contextlib.closing(file):
+            # Young ones may be between being made and being locked, or being closed and named.
+            old = time.time() - file.stat().st_mtime > YOUNG
+            if old and file.try_lock() and file.is_at(path):
+                os.unlink(path)
+
+
+def build_file(
+    path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
+) -> PosixFile:
+    """Make a complete, empty, durable cache file beside `path`, under a name of its own."""
+    data = document.encode()
+    remove_left_overs(path)
+    superblock = Superblock.plan(
+        geometry,
+        file_id=os.urandom(16),
+        created_ns=time.time_ns(),
+        metadata_bytes=max(metadata_room, len(data)),
+    )
+    try:
+        file = PosixFile.create_beside(path)
+    except FileNotFoundError:
+        raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
+    try:
+        file.resize(superblock.file_bytes)
+        live, metadata = superblock.section(Section.LIVE), superblock.section(Section.METADATA)
+        # Everything up to the live record is written in place or through a map later on: it has its room from now.
+        file.allocate(0, -(-(live.offset + live.size) // PAGE) * PAGE)
+        file.write((0, metadata.offset), (superblock.encode(), data))
+        slot = Slot(
+            sequence=1,
+            seq_len=0,
+            token_len=0,
+            generation=1,
+            commit_ns=superblock.created_ns,
+            closed=True,
+            metadata_half=0,
+            metadata_bytes=len(data),
+            metadata_checksum=checksum(data),
+            tail_checksums=(0,) * (geometry.num_layers + 1),
+        )
+        for section, commit in ((Section.SLOT_A, slot), (Section.SLOT_B, slot.successor())):
+            file.write((superblock.section(section).offset,), (commit.encode(superblock.file_id),))
+        record = map_live(file, superblock, writable=True)
+        for name in ("superseded", "writer_pid", "token_len"):
+            record.put(name, 0)
+        record.put("generation", 1)
+        record.put("acknowledged", 1)
+        for layer in range(geometry.num_layers):
+            record.publish(layer, 0)
+        file.sync()
+    except BaseException:
+        file.discard()
+        raise
+    return file
+
+
+def place_file(partial: str, path: str, *, overwrite: bool = False, timeout: float = 0) -> None:
+    """Give a closed, whole file the name `path`.
+
+    Raises:
+        CacheExistsError: there is something at `path`, and it is not to be replaced or is no cache.
+        CacheLockedError: a writer holds what is to be replaced.
+    """
+    with contextlib.closing(open_file(partial, writable=True)) as file:
+        if overwrite and os.path.lexists(path):
+            replace_file(file, path, timeout)
+            return
+        try:
+            file.link_to(path)
+        except FileExistsError:
+            raise already_exists(path) from None
+
+
+def replace_file(new: PosixFile, path: str, timeout: float) -> None:
+    """Put `new` at `path` in place of a cache that nobody writes to, and tell who holds the old one.
+
+    Raises:
+        CacheExistsError: what is at `path` is no cache.
+        CacheLockedError: a writer holds it.
+    """
+    try:
+        old, superblock = lock_file(path, timeout)
+    except NotACacheError as error:
+        raise CacheExistsError(f"{error}, so it is not replaced: remove it yourself", path=path) from None
+    with contextlib.closing(old):
+        live = map_live(old, superblock, writable=True)
+        new.replace(path)
+        live.put("superseded", 1)
+
+
+def remove_file(path: str, timeout: float) -> None:
+    """Delete the cache at `path` while holding its lock, so never from under a writer; durable on return."""
+    file, _ = lock_file(path, timeout)
+    with contextlib.closing(file):
+        file.path = os.path.abspath(path)  # of a link, the link goes
+        file.remove()
+
+
+def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
+    """Map the pages of the live record alone."""
+    extent = superblock.section(Section.LIVE)
+    memory, offset = file.map(extent.offset, extent.size, writable=writable)
+    expect_few_pages(memory, len(memory))
+    return LiveRecord(memory, offset, superblock.salt, superblock.geometry.num_layers)

@@ -1,0 +1,431 @@
+"""A `.kvm` file mapped for reading: open, look, refresh. What a writer does besides is in `writer`.
+
+A reader takes no lock and never waits. It sees a snapshot, the positions that were complete in every layer when it
+last looked; `refresh` looks again. Data below a published length does not change, but for `truncate`, which changes
+the generation: so every read is followed by a look at that one word.
+
+Several threads may share a handle. A map is let go of by forgetting it, and goes when the last array over it does, so
+that closing never takes memory from under a read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import (
+    CacheChangedError,
+    CacheNotFoundError,
+    ClosedError,
+    CorruptCacheError,
+    NotACacheError,
+    ReadOnlyError,
+)
+from ...format import FORMAT_VERSION, HEADER, PAGE, SLAB_SECTIONS, Section, Slot, Superblock, checksum
+from ...metadata import Document
+from ..posix import PosixFile, closing_on_error, expect_few_pages
+from ..protocols import Progress, Rows, Verify, VerifyReport
+from ..readonly import ReadOnlyStorage
+from .commit_slots import Slots
+from .live_record import LiveRecord
+from .reader_layer import MappedLayer
+from .verified_blocks import WHAT_TO_DO, Proven, prove_tokens
+
+
+class Snapshot(NamedTuple):
+    """What a look at the file found."""
+
+    which: int
+    """The slot that counts, 0 or 1."""
+    slot: Slot
+    live: bool
+    """True if the lengths are the published ones, False if they are the commit's."""
+    lengths: list[int]
+    token_len: int
+    generation_word: int
+    proven: Proven | None
+    """Blocks that were compared with their checksums; None if they are not to be."""
+
+
+class MappedReader(ReadOnlyStorage):
+    """An open `.kvm` file."""
+
+    writable = False
+
+    def __init__(
+        self, file: PosixFile, superblock: Superblock, *, recover: bool = False, verify: Verify = "read"
+    ) -> None:
+        self.path: str = file.path
+        self.geometry = superblock.geometry
+        self.lock = threading.RLock()
+        self.superblock = superblock
+        self.file = file
+        self.recover = recover
+        self._verify = verify
+        self.foreign = self.foreign_tokens = self.geometry.capacity
+        """Positions, from 0, that others may have written, and token ids."""
+        memory, _ = file.map(0, superblock.file_bytes)
+        expect_few_pages(memory, superblock.section(Section.TOKEN_IDS).offset)
+        self._memory: mmap.mmap | None = memory
+        self.slots = Slots(memory, superblock, self.path)
+        self.live = self._live_record(memory)
+        self.layers: Sequence[MappedLayer] = self._make_layers()
+        self.token_len = 0
+        self._document: tuple[Slot, Document] | None = None
+        self.snapshot = self.look()
+        self._take(self.snapshot)
+        if verify == "open" and not self._went_down_well():
+            self._refuse_damage()
+
+    @classmethod
+    def open(cls, path: str, *, recover: bool = False, verify: Verify = "read") -> MappedReader:
+        """Open a file for reading."""
+        with closing_on_error(open_file(path, writable=False)) as file:
+            return cls(file, read_superblock(file), recover=recover, verify=verify)
+
+    def _went_down_well(self) -> bool:
+        """False if the machine went down, or a sync failed, while a writer had the file open."""
+        return self.snapshot.live or (self.snapshot.slot.closed and not self.live.in_use())
+
+    def _refuse_damage(self) -> None:
+        report = self.verify()
+        for damage in report.damages:
+            more = f" (and {len(report.damages) - 1} more)" if len(report.damages) > 1 else ""
+            raise CorruptCacheError(
+                f"{self.path}: was not closed, and is damaged: {damage.what}{more}. {WHAT_TO_DO}",
+                path=self.path,
+                layer=damage.layer,
+                position=damage.start,
+            )
+
+    def _live_record(self, memory: mmap.mmap) -> LiveRecord:
+        offset = self.superblock.section(Section.LIVE).offset
+        return LiveRecord(memory, offset, self.superblock.salt, self.geometry.num_layers)
+
+    def _make_layers(self) -> Sequence[MappedLayer]:
+        return [MappedLayer(self, number, layer) for number, layer in enumerate(self.geometry.layers)]
+
+    # What is there
+
+    def read_file(self, offset: int, target: memoryview) -> None:
+        """Fill a buffer from the file itself, not through the map: what the disk can't give is an error then.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        with self.lock:  # once closed, the descriptor's number may be another file's
+            self.require_file()
+            self.file.read_into(offset, target)
+
+    def read_bytes(self, offset: int, size: int) -> bytes:
+        """Read from the file itself, fewer bytes only at its end."""
+        with self.lock:
+            self.require_file()
+            return self.file.read(offset, size)
+
+    def status(self) -> os.stat_result:
+        """Ask for the file's size, and the like."""
+        with self.lock:
+            self.require_file()
+            return self.file.stat()
+
+    def require_file(self) -> None:
+        """Raise if the cache is closed, or is a writer's that this process has inherited."""
+        self.require_open()
+        if self.file.closed:
+            raise ClosedError(
+                f"{self.path}: this process was forked from its writer, and may only read from the map; open it here",
+                path=self.path,
+            )
+
+    def require_open(self) -> None:
+        """Raise if the cache is closed."""
+        if self._memory is None:
+            raise closed(self.path)
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """The map of the whole file."""
+        memory = self._memory
+        if memory is None:
+            raise closed(self.path)
+        return memory
+
+    @property
+    def closed(self) -> bool:
+        return self._memory is None
+
+    def check(self) -> None:
+        """Raise if the cache is closed, or rows that this handle counts on were taken back."""
+        self.check_since(self.mark())
+
+    def mark(self) -> int:
+        return self.snapshot.generation_word
+
+    def check_since(self, mark: int) -> None:
+        if self.live.generation_word() != mark:
+            if self.snapshot.generation_word != mark:
+                raise CacheChangedError(
+                    f"{self.path}: positions were taken back while they were being read: read again", path=self.path
+                )
+            raise CacheChangedError(
+                f"{self.path}: was truncated by its writer since this handle last looked; call refresh()",
+                path=self.path,
+            )
+
+    def refuse_write(self) -> NoReturn:
+        self.check()
+        raise ReadOnlyError(f'{self.path}: is open for reading; kvmmap.open(path, mode="a") appends', path=self.path)
+
+    def map_slabs(self, layer: int) -> Rows:
+        """Views of a layer's four slabs, as long as the capacity."""
+        geometry, capacity = self.geometry.layers[layer], self.geometry.capacity
+        codes, scales = np.dtype(np.int8), np.dtype("<f4")
+        kc, ks, vc, vs = (self.superblock.sections[kind, layer].offset for kind in SLAB_SECTIONS)
+        heads, dim, value_dim = geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim
+        memory = self.memory
+        return Rows(
+            np.ndarray((capacity, heads, dim), codes, memory, kc),
+            np.ndarray((capacity, heads), scales, memory, ks),
+            np.ndarray((capacity, heads, value_dim), codes, memory, vc),
+            np.ndarray((capacity, heads), scales, memory, vs),
+        )
+
+    def map_tokens(self) -> NDArray[np.int32]:
+        """A view of the token ids, as long as the capacity."""
+        offset = self.superblock.section(Section.TOKEN_IDS).offset
+        return np.ndarray((self.geometry.capacity,), np.dtype("<i4"), self.memory, offset)
+
+    def read_tokens(self, count: int) -> NDArray[np.int32]:
+        prove_tokens(self, count)
+        return self.map_tokens()[:count].copy()
+
+    @property
+    def document(self) -> Document:
+        slot, known = self.snapshot.slot, self._document
+        if known is None or known[0] is not slot:
+            known = self._document = slot, self.read_document(slot)
+        return known[1]
+
+    def read_document(self, slot: Slot) -> Document:
+        """Read the metadata that a commit names.
+
+        Raises:
+            CacheChangedError: commits since have written over it.
+            CorruptCacheError: it is damaged.
+        """
+        section = self.superblock.section(Section.METADATA)
+        start = section.offset + slot.metadata_half * (section.size // 2)
+        data = self.memory[start : start + slot.metadata_bytes]
+        if checksum(data) != slot.metadata_checksum:
+            if self.slots.newest()[1].sequence > slot.sequence:
+                raise CacheChangedError(
+                    f"{self.path}: metadata was replaced since this handle last looked; call refresh()", path=self.path
+                )
+            raise CorruptCacheError(f"{self.path}: metadata damaged: its checksum does not match", path=self.path)
+        return Document.decode(data, self.path)
+
+    # Looking
+
+    def look(self, before: Snapshot | None = None) -> Snapshot:
+        """Find the lengths that may be believed.
+
+        Args:
+            before: what was found the last time.
+
+        Raises:
+            CorruptCacheError: there are none, or published or acknowledged positions are missing.
+        """
+        for attempt in range(20):
+            word = self.live.generation_word()
+            which, slot = self.slots.newest()
+            live = self.live.trusted() and not self.recover
+            lengths = self.live.lengths() if live else [slot.seq_len] * self.geometry.num_layers
+            tokens = self.live.get("token_len") if live else slot.token_len
+            wrong = self._contradiction(slot, lengths if live else None, tokens)
+            # A truncation lowers the lengths first and changes the generation then: under an unchanged word they
+            # belong to it, or are lower, and so sound.
+            if wrong is None and self.live.generation_word() == word:
+                proven = before.proven if before and before.generation_word == word else self._nothing_proven()
+                return Snapshot(which, slot, live, lengths, tokens, word, proven)
+            time.sleep(0.0001 * attempt)  # a writer may be between two of its steps
+        raise CorruptCacheError(
+            f"{self.path}: {wrong or 'its generation is'} damaged; {slot.seq_len} positions of an earlier commit are "
+            "intact: kvmmap.open(path, recover=True) goes back to them, `kvmmap repair PATH NEW_PATH` saves what is "
+            "sound",
+            path=self.path,
+            position=slot.seq_len,
+        )
+
+    def _nothing_proven(self) -> Proven | None:
+        geometry = self.geometry
+        return Proven(geometry.num_layers, geometry.capacity, geometry.block_tokens) if self._verify == "read" else None
+
+    def _contradiction(self, slot: Slot, lengths: list[int] | None, tokens: int) -> str | None:
+        """Name what can't be true: of the commit, and of published lengths if they are believed."""
+        # Also where lengths are believed: metadata, and what checksums cover, are the commit's.
+        if self.live.get("acknowledged") > slot.sequence and not self.recover:
+            return "the last commit record is"
+        if lengths is None:
+            return None
+        capacity = self.geometry.capacity
+        # Lengths are lowered only after a shorter commit.
+        sound = slot.seq_len <= min(lengths) and max(lengths) <= capacity and slot.token_len <= tokens <= capacity
+        return None if sound else "the published lengths are"
+
+    def _take(self, snapshot: Snapshot) -> None:
+        """Make a snapshot this handle's view: positions complete in every layer."""
+        length = min(snapshot.lengths)
+        for layer in self.layers:
+            layer.length = length
+        self.token_len = min(snapshot.token_len, length)
+        # Last: who reads meanwhile in another thread has the mark of the lengths before, or lengths of this one.
+        self.snapshot = snapshot
+
+    def refresh(self) -> bool:
+        """Look again; True if there is more or less than before, or another commit.
+
+        Raises:
+            CacheChangedError: another file has taken this one's place.
+        """
+        with self.lock:
+            if self.superseded():
+                raise CacheChangedError(
+                    f"{self.path}: was replaced by a new file (resized or compacted); open it again",
+                    path=self.path,
+                )
+            before = self.snapshot
+            self._take(self.look(before))
+            return self.snapshot != before
+
+    def superseded(self) -> bool:
+        """True if another file stands at the path in this one's place."""
+        if self.live.get("superseded") == 1:
+            return True
+        # The mark is set right after the replacement; if its setter died in between, the name tells. (A process that
+        # was forked from a writer has let go of the file, and has the mark alone.)
+        return not self.file.closed and self.status().st_nlink == 0 and os.path.exists(self.path)
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Compare every committed block with its checksum."""
+        from .verify import verify_file  # here, and not above, because verify uses this module's names
+
+        self.check()
+        return verify_file(self, progress)
+
+    @property
+    def committed_len(self) -> int:
+        return self.snapshot.slot.seq_len
+
+    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+        return self.stored_sums(self.snapshot.slot, first, stop)
+
+    def stored_sums(self, slot: Slot, first: int, stop: int) -> NDArray[np.uint64]:
+        """As `committed_sums`, of the commit that is given."""
+        layers = self.geometry.num_layers
+        complete = min(stop, slot.seq_len // self.geometry.block_tokens)
+        offset = self.superblock.section(Section.CHECKSUMS).offset + 8 * first * layers
+        sums = np.ndarray((max(0, complete - first), layers), np.dtype("<u8"), self.memory, offset).copy()
+        if stop > complete:
+            sums = np.concatenate([sums, np.array([slot.tail_checksums[:-1]], np.uint64)])
+        return sums
+
+    def stored_token_sums(self, slot: Slot) -> NDArray[np.uint64]:
+        """Return the checksums of all blocks of token ids of a commit."""
+        complete, rest = divmod(slot.token_len, self.geometry.block_tokens)
+        offset = self.superblock.section(Section.TOKEN_CHECKSUMS).offset
+        sums = np.ndarray((complete,), np.dtype("<u8"), self.memory, offset)
+        return np.append(sums, np.array(slot.tail_checksums[-1:] if rest else (), np.uint64))
+
+    def check_rows(self, start: int, stop: int) -> None:
+        if self._verify == "read":
+            return
+        from .verify import check_blocks
+
+        size = self.geometry.block_tokens
+        for damage in check_blocks(self, start // size, -(-min(stop, self.committed_len) // size)):
+            raise CorruptCacheError(
+                f"{self.path}: {damage.what}", path=self.path, layer=damage.layer, position=damage.start
+            )
+
+    def identity(self) -> str | None:
+        return f"{self.superblock.file_id.hex()}/{self.live.get('generation')}"
+
+    def facts(self) -> dict[str, Any]:
+        """What `inspect` shows of the file."""
+        with self.lock:
+            slot, live = self.snapshot.slot, self.live
+            status = self.status()
+            return {
+                "kind": "kvm",
+                "format_version": FORMAT_VERSION,
+                "file_bytes": status.st_size,
+                "disk_bytes": status.st_blocks * 512,
+                "created_ns": self.superblock.created_ns,
+                "commit_sequence": slot.sequence,
+                "committed_len": slot.seq_len,
+                "commit_ns": slot.commit_ns,
+                "generation": live.get("generation"),
+                "state": self._state(),
+                "writer_pid": max(live.get("writer_pid"), 0) if live.in_use() else 0,
+            }
+
+    def _state(self) -> str:
+        if not self.live.in_use():
+            return "closed" if self.snapshot.slot.closed else "interrupted"
+        return "open for writing" if self.live.trusted() else "interrupted"
+
+    def close(self) -> None:
+        """Let go of the file. Views that were handed out keep their pages mapped until they are gone themselves."""
+        with self.lock:
+            if self._memory is not None:
+                self._memory = None
+                self.slots = cast(Slots, _LetGo(self.path))  # they hold the map too
+                self.live = cast(LiveRecord, _LetGo(self.path))
+                for layer in self.layers:
+                    layer._slabs = None
+                self.file.close()
+
+
+class _LetGo:
+    """Stands where something was that `close` let go of, and tells who still reaches for it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise closed(self._path)
+
+
+def closed(path: str) -> ClosedError:
+    return ClosedError(f"{path}: the cache is closed", path=path)
+
+
+def open_file(path: str, *, writable: bool) -> PosixFile:
+    """Open a regular file, with errors that say what is wrong. It bears its own name then, and not that of a link."""
+    path = os.path.realpath(path)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise NotACacheError(f"{path}: not a kvmmap cache ({kind})", path=path)
+        return PosixFile.open(path, writable=writable)
+    except FileNotFoundError:
+        raise CacheNotFoundError(f"{path}: there is no such file; kvmmap.create() makes one", path=path) from None
+
+
+def read_superblock(file: PosixFile) -> Superblock:
+    """Read and check a file's superblock."""
+    start = file.read(0, PAGE)
+    size = Superblock.peek(start[: HEADER.size], file.path)
+    if size > len(start):
+        start += file.read(len(start), size - len(start))
+    return Superblock.decode(start[:size], file.path, file.stat().st_size)

@@ -1,0 +1,160 @@
+"""A damaged `.kvm` file, read without believing anything of it but its superblock.
+
+All is read with `pread`, so that a file that ends early or a disk that can't read costs what lies there and nothing
+else. What is to be kept of it is decided in `repair`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import CorruptCacheError
+from ...format import HEADER, PAGE, SLAB_SECTIONS, WHOLE_CACHE, Section, Slot, Superblock, checksum
+from ...metadata import Document
+from ..checksums import digest
+from ..posix import PosixFile
+from ..protocols import Rows
+from .live_record import LiveRecord
+
+
+class Reach(NamedTuple):
+    """How far a wreck goes, as far as it is known."""
+
+    committed: int
+    """Positions that the last commit that holds promises."""
+    tokens: int
+    """Token ids that it promises."""
+    complete: int
+    """Positions, from 0, whose complete blocks may have checksums: more than `committed` if later commits are lost."""
+    published: int
+    """Positions that other processes of this machine would be shown; those from `committed` on have no checksum."""
+    stored: int
+    """Positions that there seem to have been."""
+
+
+class Wreck:
+    """An open file whose superblock holds."""
+
+    def __init__(self, file: PosixFile) -> None:
+        self.file = file
+        self.path = file.path
+        self.superblock = self._read_superblock()
+        self.geometry = self.superblock.geometry
+        slots = [self._read_slot(kind) for kind in (Section.SLOT_A, Section.SLOT_B)]
+        self.slots = sorted((slot for slot in slots if slot), key=lambda slot: -slot.sequence)
+        """Commit records that hold, the last one first."""
+        live = self.superblock.section(Section.LIVE)
+        words = np.frombuffer(self.read(live.offset, live.size), np.uint64)
+        self.live = LiveRecord(cast(Any, words), 0, self.superblock.salt, self.geometry.num_layers)
+
+    def _read_superblock(self) -> Superblock:
+        start = self.file.read(0, PAGE)
+        size = Superblock.peek(start[: HEADER.size], self.path)
+        data = start[:size] if size <= len(start) else start + self.file.read(len(start), size - len(start))
+        try:
+            # Where the file ends early, what lies beyond is lost, and no reason to give up the rest.
+            return Superblock.decode(data, self.path, HEADER.unpack(start)["file_bytes"])
+        except CorruptCacheError as error:
+            raise CorruptCacheError(
+                f"{error}. Without it nobody knows where rows lie, so nothing of this file can be saved: restore it "
+                "from a copy",
+                path=self.path,
+            ) from None
+
+    def _read_slot(self, kind: Section) -> Slot | None:
+        extent = self.superblock.section(kind)
+        return Slot.decode(self.read(extent.offset, extent.size), self.superblock)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the file; zeros where there are none to be had."""
+        data = b""
+        with contextlib.suppress(OSError):
+            data = self.file.read(offset, size)
+        return data.ljust(size, b"\0")
+
+    # What it says of itself
+
+    def reach(self) -> Reach:
+        """Find out how far it goes."""
+        last = self.slots[0] if self.slots else None
+        committed, tokens = (last.seq_len, last.token_len) if last else (0, 0)
+        lengths, capacity = self.live.lengths(), self.geometry.capacity
+        known = 0 <= min(lengths) <= max(lengths) <= capacity
+        if last and self.live.get("acknowledged") <= last.sequence:
+            believed = known and self.live.trusted() and min(lengths) >= committed
+            published = min(lengths) if believed else committed
+            return Reach(committed, tokens, committed, published, published)
+        # A later commit is lost, or all are. Its blocks still have checksums; how many, the lengths tell best.
+        most = min(lengths) if known else committed if last else capacity
+        return Reach(committed, tokens, max(committed, most), committed, max(committed, min(lengths) if known else 0))
+
+    def troubles(self) -> list[str]:
+        """What is wrong with the records that lead to the rows."""
+        found = []
+        size = self.file.stat().st_size
+        if size < self.superblock.file_bytes:
+            found.append(f"the file is cut off: {size:,} of {self.superblock.file_bytes:,} bytes are there")
+        last = self.slots[0] if self.slots else None
+        if last is None:
+            found.append("both commit records are damaged: how many positions there were is not known for certain")
+        elif self.live.get("acknowledged") > last.sequence:
+            found.append(
+                "the last commit record is damaged; the one before counts, and complete blocks beyond it that hold"
+            )
+        elif len(self.slots) < 2 and last.closed and not self.live.in_use():
+            found.append("one commit record is damaged; the other one says the same")
+        broken = self.live.broken_seals()
+        if broken:
+            found.append(f"live record: {', '.join(broken)} damaged")
+        return found
+
+    def document(self) -> tuple[Document | None, bool]:
+        """Return the metadata, and True if it is what the last commit says; None if there is none that holds."""
+        section = self.superblock.section(Section.METADATA)
+        for number, slot in enumerate(self.slots):
+            data = self.read(section.offset + slot.metadata_half * (section.size // 2), slot.metadata_bytes)
+            if checksum(data) == slot.metadata_checksum:
+                with contextlib.suppress(CorruptCacheError):
+                    return Document.decode(data, self.path), number == 0
+        return None, False
+
+    # Rows
+
+    def rows(self, layer: int, start: int, stop: int) -> Rows:
+        """Read positions [start, stop) of a layer."""
+        geometry = self.geometry.layers[layer]
+        heads, count = geometry.num_kv_heads, stop - start
+        parts = []
+        for kind, row in zip(SLAB_SECTIONS, geometry.slab_bytes(1), strict=True):
+            offset = self.superblock.section(Section(kind), layer).offset
+            parts.append(self.read(offset + start * row, count * row))
+        return Rows(
+            np.frombuffer(parts[0], np.int8).reshape(count, heads, geometry.head_dim),
+            np.frombuffer(parts[1], "<f4").reshape(count, heads),
+            np.frombuffer(parts[2], np.int8).reshape(count, heads, geometry.value_head_dim),
+            np.frombuffer(parts[3], "<f4").reshape(count, heads),
+        )
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Read the token ids of positions [start, stop)."""
+        offset = self.superblock.section(Section.TOKEN_IDS).offset
+        return np.frombuffer(self.read(offset + 4 * start, 4 * (stop - start)), "<i4")
+
+    def expected(self, track: int, block: int, rows: int) -> int:
+        """Return the checksum that a block of a track should have: a layer's, or of token ids at index num_layers."""
+        if rows < self.geometry.block_tokens:
+            return self.slots[0].tail_checksums[track]
+        layers = self.geometry.num_layers
+        kind, index = (Section.CHECKSUMS, block * layers + track)
+        if track == layers:
+            kind, index = Section.TOKEN_CHECKSUMS, block
+        return int.from_bytes(self.read(self.superblock.section(kind, WHOLE_CACHE).offset + 8 * index, 8), "little")
+
+    def holds(self, track: int, block: int, arrays: Rows | list[NDArray[np.int32]]) -> bool:
+        """True if what was read of a block matches its checksum."""
+        rows = len(arrays[0])
+        return digest(arrays, track, block, 0, rows) == self.expected(track, block, rows)

@@ -1,0 +1,273 @@
+"""Saving what is sound of a damaged `.kvm` file into a new one. The damaged file is only read.
+
+Positions are kept from 0 up to the first block that does not match its checksum in some layer: what lies beyond would
+otherwise move, or leave a gap, and a position is what keys were rotated by and what queries count from. Who would
+rather have a block of zeros than lose what is behind it must name the block; the new file says so of itself.
+
+Rows are compared and written from the same bytes, so nothing gets a checksum that was not seen to hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ...errors import CorruptCacheError
+from ...format import NO_TOKEN, PAGE, Section
+from ...metadata import Document
+from ...quantize import MIN_SCALE
+from ..posix import closing_on_error
+from ..protocols import Damage, Progress, Rows
+from .placement import already_exists, build_file, place_of, refuse_locked
+from .reader import open_file, read_superblock
+from .recovery import Reach, Wreck
+from .writer import MappedWriter
+
+MARK = "kvmmap.repair"
+"""The key in the new file's metadata that lists blocks of zeros."""
+
+Place = tuple[int | None, int]
+"""A layer, or None for token ids, and a block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """What `repair` kept."""
+
+    path: str
+    """The damaged file."""
+
+    new_path: str
+    """What was made of it."""
+
+    stored: int
+    """Positions that the damaged file seems to have had."""
+
+    seq_len: int
+    """Positions kept, from 0."""
+
+    unverified: int
+    """Those of them, the last ones, that no commit covered, and so no checksum."""
+
+    stored_token_len: int
+    """Positions whose token ids it seems to have had."""
+
+    token_len: int
+    """Positions, from 0, whose token ids were kept."""
+
+    metadata: Literal["kept", "earlier", "lost"]
+    """What became of model and metadata: kept, of the commit before the last, or lost."""
+
+    damages: list[Damage] = field(default_factory=list)
+    """What was found wrong, up to where positions end: see `VerifyReport`; `verify` lists all there is."""
+
+    zeroed: list[Damage] = field(default_factory=list)
+    """Blocks that hold zeros now, as was asked for."""
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing was lost."""
+        return (self.seq_len, self.token_len, self.metadata) == (
+            self.stored,
+            self.stored_token_len,
+            "kept",
+        ) and not self.zeroed
+
+
+def repair_file(
+    path: str,
+    new_path: str,
+    *,
+    zero: Collection[Place] = (),
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Save what is sound of the file at `path` into a new one at `new_path`.
+
+    Raises:
+        CacheExistsError: there is something at `new_path`.
+        CacheLockedError: a writer holds the damaged file.
+        CorruptCacheError: nothing of it can be saved.
+    """
+    new_path = place_of(new_path, overwrite=False)
+    with contextlib.closing(open_file(path, writable=False)) as file:
+        wreck = Wreck(file)
+        if not file.try_lock():
+            refuse_locked(file, wreck.superblock)
+        return _Repair(wreck, frozenset(zero)).run(new_path, progress)
+
+
+class _Repair:
+    """One repair under way."""
+
+    def __init__(self, wreck: Wreck, zero: frozenset[Place]) -> None:
+        self.wreck = wreck
+        self.zero = zero
+        self.reach: Reach = wreck.reach()
+        self.damages = [Damage(trouble) for trouble in wreck.troubles()]
+        self.zeroed: list[Damage] = []
+
+    def run(self, new_path: str, progress: Progress | None) -> RepairReport:
+        """Build the new file, whole, and give it its name."""
+        wreck, reach = self.wreck, self.reach
+        document, newest = wreck.document()
+        if document is None or not newest:
+            self.damages.append(
+                Damage("metadata damaged" + (": that of the commit before is kept" if document else ""))
+            )
+        room = wreck.superblock.section(Section.METADATA).size // 2 + (PAGE if self.zero else 0)
+        file = build_file(new_path, wreck.geometry, document or Document(None, {}), metadata_room=room)
+        try:
+            file.try_lock()
+            with closing_on_error(file):
+                new = MappedWriter(file, read_superblock(file), durability="publish")
+            with contextlib.closing(new):
+                kept = self._copy_rows(new, progress)
+                unverified = self._copy_published(new) if kept == reach.committed else 0
+                if reach.stored and not kept + unverified:
+                    troubles = "; ".join(damage.what for damage in self.damages)
+                    raise CorruptCacheError(
+                        f"{wreck.path}: {troubles}: not even the first block holds in every layer, so nothing was made",
+                        path=wreck.path,
+                        position=0,
+                    )
+                tokens = self._copy_tokens(new, kept)
+                self._mark(new)
+                new.commit(closing=True)
+                file.link_to(new_path)
+                new.path = new_path
+        except BaseException as error:
+            file.discard() if file.path != new_path else file.close()
+            if type(error) is FileExistsError:
+                raise already_exists(new_path) from None
+            raise
+        return RepairReport(
+            path=wreck.path,
+            new_path=new_path,
+            stored=max(reach.stored, kept),
+            seq_len=kept + unverified,
+            unverified=unverified,
+            stored_token_len=max(reach.tokens, tokens),
+            token_len=tokens,
+            metadata="lost" if document is None else "kept" if newest else "earlier",
+            damages=self.damages,
+            zeroed=self.zeroed,
+        )
+
+    # Rows
+
+    def _copy_rows(self, new: MappedWriter, progress: Progress | None) -> int:
+        """Copy blocks until one does not hold; return the positions copied."""
+        size, reach = self.wreck.geometry.block_tokens, self.reach
+        kept, most = 0, max(reach.complete, reach.committed)
+        while kept < most:
+            block = kept // size
+            rows = self._copy_block(new, block)
+            if not rows:
+                break
+            kept += rows
+            for layer in new.layers:
+                layer.publish(kept)
+            if progress:
+                progress(kept, most)
+            if rows < size:
+                break
+        return kept
+
+    def _copy_block(self, new: MappedWriter, block: int) -> int:
+        """Copy a block of all layers, unpublished; return its positions, 0 if it does not hold."""
+        size, reach = self.wreck.geometry.block_tokens, self.reach
+        start = block * size
+        tail = min(reach.committed - start, size)
+        if start + size <= reach.complete and self._copy_layers(new, block, size, counts=tail == size):
+            return size
+        if 0 < tail < size and self._copy_layers(new, block, tail, counts=True):
+            return tail
+        return 0
+
+    def _copy_layers(self, new: MappedWriter, block: int, count: int, *, counts: bool) -> bool:
+        """Copy the first `count` positions of a block; False if some layer's don't hold.
+
+        Args:
+            counts: the last commit that holds promises them, so that it is damage if they don't.
+        """
+        start = block * self.wreck.geometry.block_tokens
+        damages: list[Damage] = []
+        zeroed: list[Damage] = []
+        for layer, store in enumerate(new.layers):
+            rows = self.wreck.rows(layer, start, start + count)
+            if not self.wreck.holds(layer, block, rows):
+                what = f"layer {layer}, positions [{start}, {start + count}): checksum does not match"
+                damage = Damage(what, layer, start, start + count)
+                damages.append(damage)
+                if not counts or (layer, block) not in self.zero:
+                    continue
+                zeroed.append(damage)
+                rows = _zeros(rows)
+            if len(damages) == len(zeroed):
+                store.write(start, rows)
+        if counts:
+            self.damages += damages
+        if len(damages) > len(zeroed):
+            return False
+        self.zeroed += zeroed
+        return True
+
+    def _copy_published(self, new: MappedWriter) -> int:
+        """Copy what was published and never committed; return how many positions."""
+        start, stop = self.reach.committed, self.reach.published
+        for first in range(start, stop, self.wreck.geometry.block_tokens):
+            last = min(first + self.wreck.geometry.block_tokens, stop)
+            for layer, store in enumerate(new.layers):
+                store.write(first, self.wreck.rows(layer, first, last))
+            for store in new.layers:
+                store.publish(last)
+        return stop - start
+
+    # Token ids
+
+    def _copy_tokens(self, new: MappedWriter, kept: int) -> int:
+        """Copy token ids up to the first block of them that does not hold; return how many."""
+        wreck, size = self.wreck, self.wreck.geometry.block_tokens
+        track, most = wreck.geometry.num_layers, self.reach.tokens
+        if not wreck.slots:  # how many were recorded is not known: take complete blocks that hold
+            most = kept - kept % size
+        done = 0
+        while done < most:
+            block, stop = done // size, min(done + size, most)
+            ids = wreck.tokens(done, stop)
+            if not wreck.holds(track, block, [ids]):
+                damage = Damage(f"token ids, positions [{done}, {stop}): checksum does not match", None, done, stop)
+                if wreck.slots:
+                    self.damages.append(damage)
+                if (None, block) not in self.zero:
+                    break
+                self.zeroed.append(damage)
+                ids = np.full(stop - done, NO_TOKEN, np.int32)
+            new.write_tokens(done, ids)
+            done = stop
+        for damage in self.zeroed:  # nobody is to take rows of zeros for those of their tokens
+            if damage.start is not None and damage.stop is not None and damage.start < done:
+                new.write_tokens(damage.start, np.full(min(damage.stop, done) - damage.start, NO_TOKEN, np.int32))
+        new.publish_tokens(min(done, kept))
+        return min(done, kept)
+
+    def _mark(self, new: MappedWriter) -> None:
+        """Write into the new file's metadata which blocks hold zeros."""
+        if self.zeroed:
+            before = new.document
+            zeroed = [{"layer": one.layer, "start": one.start, "stop": one.stop} for one in self.zeroed]
+            new.set_document(Document(before.model, {**before.metadata, MARK: {"zeroed": zeroed}}))
+
+
+def _zeros(rows: Rows) -> Rows:
+    """Rows that the codec makes of zeros, as many."""
+    return Rows(
+        np.zeros_like(rows.key_codes),
+        np.full_like(rows.key_scales, MIN_SCALE),
+        np.zeros_like(rows.value_codes),
+        np.full_like(rows.value_scales, MIN_SCALE),
+    )

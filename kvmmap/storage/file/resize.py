@@ -1,0 +1,89 @@
+"""Another capacity for a `.kvm` file: a new file is built beside it and takes its place.
+
+The old file is never changed, so whoever has it mapped goes on reading it, and finds out at `refresh`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+
+from ...errors import CapacityExceededError, CorruptCacheError
+from ...geometry import CacheGeometry
+from ..protocols import Progress, Rows, seq_len
+from .placement import build_file
+from .reader import read_superblock
+from .reader_layer import MappedLayer
+from .verify import check_blocks
+from .writer import MappedWriter
+
+
+def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress: Progress | None = None) -> None:
+    """Rebuild the file at `path` with room for `capacity` positions; None for just as many as are stored.
+
+    Raises:
+        CapacityExceededError: more positions are stored.
+        CacheLockedError: a writer holds the file.
+        CorruptCacheError: a block does not match its checksum; nothing was changed.
+    """
+    with contextlib.closing(MappedWriter.open_locked(path, timeout=timeout)) as old:
+        # So that checksums cover all there is; and closed, because nothing can be saved in it once it is replaced.
+        old.commit(closing=True)
+        length = seq_len(old)
+        wanted = length if capacity is None else capacity
+        geometry = dataclasses.replace(old.geometry, capacity=wanted)
+        _refuse_loss(geometry, length)
+        file = build_file(old.path, geometry, old.document)
+        try:
+            new = MappedWriter(file, read_superblock(file), durability="publish")
+            with contextlib.closing(new):
+                _copy(old, new, length, progress)
+                new.commit(closing=True)
+                file.replace(old.path)
+                new.path = old.path
+            old.live.put("superseded", 1)
+        except BaseException:
+            if file.path != old.path:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.path)
+            file.close()
+            raise
+
+
+def _refuse_loss(geometry: CacheGeometry, length: int) -> None:
+    if geometry.capacity < length:
+        raise CapacityExceededError(
+            f"{length} positions are stored, and a capacity of {geometry.capacity} would lose some; truncate() first",
+            capacity=geometry.capacity,
+            expected=length,
+            actual=geometry.capacity,
+        )
+
+
+def _copy(old: MappedWriter, new: MappedWriter, length: int, progress: Progress | None) -> None:
+    size = old.geometry.block_tokens
+    total = length * sum(layer.position_bytes for layer in old.geometry.layers)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        # A damaged block must not get a new, good checksum.
+        for damage in check_blocks(old, start // size, start // size + 1):
+            raise CorruptCacheError(
+                f"{old.path}: {damage.what}; nothing was changed",
+                path=old.path,
+                layer=damage.layer,
+                position=start,
+            )
+        for source, target in zip(old.layers, new.layers, strict=True):
+            copy_rows(source, target, start, stop)
+        if progress:
+            progress(total * stop // length, total)
+    new.write_tokens(0, old.read_tokens(min(old.token_len, length)))
+    new.publish_tokens(min(old.token_len, length))
+
+
+def copy_rows(source: MappedLayer, target: MappedLayer, start: int, stop: int) -> None:
+    """Append positions [start, stop) of one layer to another, byte by byte."""
+    rows: Rows = source.slabs().part(start, stop)
+    target.write(target.begin(stop - start), rows)
+    target.publish(stop)

@@ -1,0 +1,1 @@
+"""Stores of named objects: a directory, an object store, memory; with their locks."""

@@ -1,0 +1,172 @@
+"""Places where objects lie by key: what a folder, a bucket and memory can all do; and the one in memory.
+
+Everything of a Zarr-backed cache that reaches a disk or a server goes through an `Objects`, so that a test can put one
+in its place that fails. Nothing is known here of Zarr or of caches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol
+
+from ...errors import KvmmapError
+
+Buffer = Any
+"""Anything with the buffer protocol."""
+
+Pieces = Sequence[tuple[int, memoryview]]
+"""Where in an object to read, and what to fill from there."""
+
+
+class MissingObjectError(KvmmapError, FileNotFoundError):
+    """There is no such object. Has `path`."""
+
+
+class ObjectChangedError(KvmmapError):
+    """A conditional put found another version of the object than it was to replace. Has `path`."""
+
+
+class Lock(Protocol):
+    """The writer's lock on a place, held."""
+
+    def release(self) -> None: ...
+
+    def abandon(self) -> None:
+        """Forget it without giving it back: what a forked child does with its parent's."""
+
+
+class Objects(Protocol):
+    """Objects by key, "a/b/c". Every put is atomic: a reader gets the old object, or the whole new one."""
+
+    @property
+    def url(self) -> str:
+        """What errors and users call the place."""
+
+    @property
+    def remote(self) -> bool:
+        """True if a request costs a round trip, so that many should be under way at once."""
+
+    def get(self, key: str) -> Buffer:
+        """Return an object. Raises MissingObjectError, as all that read do."""
+
+    def get_tagged(self, key: str) -> tuple[Buffer, str]:
+        """Return an object and the tag of its version, for `put_if`."""
+
+    def get_suffix(self, key: str, size: int) -> Buffer:
+        """Return an object's last `size` bytes, all of it if it has fewer."""
+
+    def read_into(self, key: str, pieces: Pieces) -> None:
+        """Fill buffers from places in an object. Raises EOFError where it is too short."""
+
+    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
+        """Yield an object in pieces of about so many bytes; each is to be used before the next."""
+
+    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+        """Store the parts, one after the other, as an object."""
+
+    def put_if(self, key: str, data: bytes, tag: str | None) -> str:
+        """Store a small object in place of the version `tag`, or where there is none; return the new one's tag.
+
+        Raises:
+            ObjectChangedError: another version is there.
+        """
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+
+    def list(self) -> Iterator[str]:
+        """Yield the keys of all objects."""
+
+    def remove(self) -> None:
+        """Remove what there is of the place itself, once it is empty."""
+
+    def settle(self) -> None:
+        """Wait until everything put so far survives power loss."""
+
+    def lock(self, timeout: float, *, break_lock: bool) -> Lock:
+        """Take the writer's lock. Raises CacheLockedError."""
+
+    def owner(self) -> dict[str, Any] | None:
+        """Who holds the writer's lock: "host", "pid", "time"; None if nobody does."""
+
+
+class MemoryObjects:
+    """Objects in this process's memory, shared by all who open the same `memory://` URL."""
+
+    remote = False
+    _places: ClassVar[dict[str, dict[str, tuple[bytes, int]]]] = {}
+    _lock = threading.Lock()
+    _versions = 0
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        with self._lock:
+            self._objects = self._places.setdefault(url, {})
+
+    def get(self, key: str) -> Buffer:
+        return self._find(key)[0]
+
+    def get_tagged(self, key: str) -> tuple[Buffer, str]:
+        data, version = self._find(key)
+        return data, str(version)
+
+    def _find(self, key: str) -> tuple[bytes, int]:
+        try:
+            return self._objects[key]
+        except KeyError:
+            raise MissingObjectError(f"{self.url}/{key}: there is no such object", path=self.url) from None
+
+    def get_suffix(self, key: str, size: int) -> Buffer:
+        return self.get(key)[-size:]
+
+    def read_into(self, key: str, pieces: Pieces) -> None:
+        data = memoryview(self.get(key))
+        for offset, target in pieces:
+            if offset + len(target) > len(data):
+                raise EOFError(f"{self.url}/{key}: ends at {len(data)}")
+            target[:] = data[offset : offset + len(target)]
+
+    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
+        data = memoryview(self.get(key))
+        for start in range(0, len(data), size):
+            yield data[start : start + size]
+
+    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+        with self._lock:
+            self._store(key, b"".join(memoryview(part).cast("B") for part in parts))
+
+    def put_if(self, key: str, data: bytes, tag: str | None) -> str:
+        with self._lock:
+            present = self._objects.get(key)
+            if (None if present is None else str(present[1])) != tag:
+                raise ObjectChangedError(f"{self.url}/{key}: was changed by another", path=self.url)
+            return self._store(key, data)
+
+    def _store(self, key: str, data: bytes) -> str:
+        MemoryObjects._versions += 1
+        self._objects[key] = data, self._versions
+        return str(self._versions)
+
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self._objects.pop(key, None)
+
+    def list(self) -> Iterator[str]:
+        yield from tuple(self._objects)
+
+    def remove(self) -> None:
+        """It is nothing but its objects."""
+
+    def settle(self) -> None:
+        """Memory survives nothing, and promises nothing."""
+
+    def lock(self, timeout: float, *, break_lock: bool) -> Lock:
+        from .lock import ObjectLock
+
+        return ObjectLock.take(self, timeout, break_lock=break_lock)
+
+    def owner(self) -> dict[str, Any] | None:
+        from .lock import read_owner
+
+        return read_owner(self)

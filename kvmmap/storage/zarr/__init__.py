@@ -1,0 +1,1 @@
+"""The storage that is a Zarr group, over any store of objects."""

@@ -1,0 +1,221 @@
+"""The root of a Zarr-backed cache: its group's zarr.json, which holds the geometry, the last commit and the metadata.
+
+It is what a commit replaces, in one put, after everything that it counts is in place. Whatever it does not carry
+itself it carries digests of, so that nothing older, newer or damaged passes for a part of this commit. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import CorruptCacheError, KvmmapError, NotACacheError, VersionMismatchError
+from ...format import CODECS, TRANSFORMS, checksum
+from ...geometry import CacheGeometry, LayerGeometry
+from ...metadata import Document
+from .layout import COMPRESSORS, MAX_SHARD_BYTES, Layout
+
+LAYOUT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """A commit, and all that is fixed with the cache."""
+
+    layout: Layout
+
+    cache_id: str
+    """Random, made with the cache."""
+
+    created_ns: int
+    sequence: int
+    """Grows with every commit."""
+
+    seq_len: int
+    token_len: int
+    generation: int
+    """Grows whenever committed positions are taken back."""
+
+    commit_ns: int
+    closed: bool
+    document: Document
+
+    tails: tuple[int, ...]
+    """Checksum of each layer's incomplete block, 0 where there is none."""
+
+    sums_digests: tuple[int, ...]
+    """Of each chunk of block checksums, as far as its blocks are complete."""
+
+    token_digests: tuple[int, ...]
+    """Of each chunk of token ids, as far as they are recorded."""
+
+    copying: str | None = None
+    """While a copy fills the cache: what of, so that the same copy, started again, goes on with it."""
+
+    @classmethod
+    def new(cls, layout: Layout, document: Document, *, copying: str | None = None) -> Root:
+        """The root of an empty cache."""
+        now = time.time_ns()
+        return cls(
+            layout=layout,
+            cache_id=secrets.token_hex(16),
+            created_ns=now,
+            sequence=1,
+            seq_len=0,
+            token_len=0,
+            generation=1,
+            commit_ns=now,
+            closed=True,
+            document=document,
+            tails=(0,) * layout.geometry.num_layers,
+            sums_digests=(),
+            token_digests=(),
+            copying=copying,
+        )
+
+    def successor(self, **changes: Any) -> Root:
+        """The next commit."""
+        return replace(self, sequence=self.sequence + 1, commit_ns=time.time_ns(), **changes)
+
+    def encode(self) -> bytes:
+        """Return the group's zarr.json.
+
+        Raises:
+            MetadataError: the document is not plain JSON.
+        """
+        geometry = self.layout.geometry
+        facts = {
+            "version": LAYOUT_VERSION,
+            "cache_id": self.cache_id,
+            "created_ns": self.created_ns,
+            "capacity": geometry.capacity,
+            "block_tokens": geometry.block_tokens,
+            "shard_blocks": self.layout.shard_blocks,
+            "compressor": self.layout.compressor,
+            "codec": CODECS[1],
+            "transform": TRANSFORMS[0],
+            "layers": [[layer.num_kv_heads, layer.head_dim, layer.value_head_dim] for layer in geometry.layers],
+            "sequence": self.sequence,
+            "seq_len": self.seq_len,
+            "token_len": self.token_len,
+            "generation": self.generation,
+            "commit_ns": self.commit_ns,
+            "closed": self.closed,
+            "tails": _hex(self.tails),
+            "sums_digests": _hex(self.sums_digests),
+            "token_digests": _hex(self.token_digests),
+            "copying": self.copying,
+            "document": json.loads(self.document.encode()),
+        }
+        facts["checksum"] = _digest(facts)
+        attributes = {"kvmmap": facts}
+        return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
+
+    @classmethod
+    def decode(cls, data: Any, url: str) -> Root:
+        """Read what `encode` made, or another program has stored again.
+
+        Raises:
+            NotACacheError: it is some other group.
+            VersionMismatchError: it needs a newer kvmmap.
+            CorruptCacheError: it is damaged.
+        """
+        try:
+            facts = json.loads(bytes(data))["attributes"]["kvmmap"]
+            version = facts["version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise NotACacheError(f"{url}: not a kvmmap cache (its zarr.json does not say so)", path=url) from None
+        if version != LAYOUT_VERSION:
+            raise VersionMismatchError(
+                f"{url}: its layout is version {version!r}, and this kvmmap reads {LAYOUT_VERSION}",
+                path=url,
+                expected=LAYOUT_VERSION,
+                actual=version,
+            )
+        stated = facts.pop("checksum", None)
+        if stated != _digest(facts):
+            raise CorruptCacheError(f"{url}: the root's zarr.json is damaged: its checksum does not match", path=url)
+        _refuse_unknown(facts, url)
+        try:
+            return cls._of_facts(facts, url)
+        except CorruptCacheError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, KvmmapError) as error:
+            raise CorruptCacheError(f"{url}: the root's zarr.json makes no sense: {error!r}", path=url) from None
+
+    @classmethod
+    def _of_facts(cls, facts: dict[str, Any], url: str) -> Root:
+        geometry = CacheGeometry(
+            capacity=facts["capacity"],
+            layers=tuple(LayerGeometry(*numbers) for numbers in facts["layers"]),
+            block_tokens=facts["block_tokens"],
+        )
+        layout = Layout(geometry, facts["shard_blocks"], facts["compressor"])
+        root = cls(
+            layout=layout,
+            document=Document.decode(json.dumps(facts["document"]).encode(), url),
+            tails=_numbers(facts["tails"]),
+            sums_digests=_numbers(facts["sums_digests"]),
+            token_digests=_numbers(facts["token_digests"]),
+            **{name: facts[name] for name in _PLAIN},
+        )
+        root._check()
+        return root
+
+    def _check(self) -> None:
+        """Refuse what can't be."""
+        geometry, size = self.layout.geometry, self.layout.shard_tokens
+        numbers = (self.created_ns, self.sequence, self.seq_len, self.token_len, self.generation, self.commit_ns)
+        if not all(type(number) is int and number >= 0 for number in (*numbers, self.layout.shard_blocks)):
+            raise ValueError("a number is not one")
+        if not self.token_len <= self.seq_len <= geometry.capacity:
+            raise ValueError("lengths do not fit the capacity")
+        # Shards get their room whole, so what is small must not say that it needs much.
+        most = max(1, -(-geometry.capacity // geometry.block_tokens))
+        if not 1 <= self.layout.shard_blocks <= most or self.layout.shard_bytes > MAX_SHARD_BYTES:
+            raise ValueError("shards are larger than they can be")
+        complete = self.seq_len // geometry.block_tokens
+        counts = (len(self.tails), len(self.sums_digests), len(self.token_digests))
+        expected = (geometry.num_layers, -(-complete // self.layout.shard_blocks), -(-self.token_len // size))
+        if counts != expected:
+            raise ValueError(f"there are {counts} digests for {expected}")
+
+
+_PLAIN = (
+    "cache_id",
+    "created_ns",
+    "sequence",
+    "seq_len",
+    "token_len",
+    "generation",
+    "commit_ns",
+    "closed",
+    "copying",
+)
+
+
+def _refuse_unknown(facts: dict[str, Any], url: str) -> None:
+    known = {"codec": CODECS[1], "transform": TRANSFORMS[0]}
+    for name, value in known.items():
+        if facts.get(name) != value:
+            raise VersionMismatchError(
+                f"{url}: its {name} is {facts.get(name)!r}, and this kvmmap reads {value!r}", path=url
+            )
+    if facts.get("compressor") not in list(COMPRESSORS):  # what is no key need not be hashable
+        raise VersionMismatchError(f"{url}: its compressor {facts.get('compressor')!r} is unknown here", path=url)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """Of the values, whatever the order, blanks and escapes that they are stored with."""
+    return f"{checksum(json.dumps(facts, sort_keys=True, separators=(',', ':')).encode()):016x}"
+
+
+def _hex(numbers: tuple[int, ...]) -> list[str]:
+    return [f"{number:016x}" for number in numbers]
+
+
+def _numbers(texts: list[str]) -> tuple[int, ...]:
+    return tuple(int(text, 16) for text in texts)
