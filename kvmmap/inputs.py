@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import as_numpy, in_plain_memory
 from .errors import DtypeError, NonFiniteError, ShapeMismatchError
 from .geometry import LayerGeometry
 from .quantize import MIN_SCALE, as_rows
@@ -73,6 +74,7 @@ def check_quantized(rows: Rows, geometry: LayerGeometry, layer: int | None) -> R
     heads = geometry.num_kv_heads
     wanted = ((heads, geometry.head_dim), (heads,), (heads, geometry.value_head_dim), (heads,))
     count = len(rows.key_codes) if isinstance(rows.key_codes, np.ndarray) and rows.key_codes.ndim else 0
+    rows = Rows(*(in_plain_memory(array, name) for name, array in zip(Rows._fields, rows, strict=True)))
     for name, array, shape in zip(Rows._fields, rows, wanted, strict=True):
         dtype = np.dtype(np.int8 if name.endswith("codes") else np.float32)
         if not isinstance(array, np.ndarray) or array.dtype != dtype:
@@ -122,7 +124,7 @@ def per_layer(x: Any) -> Sequence[Any]:
 def one_step(x: Any) -> Sequence[Any]:
     """Split [num_layers, num_kv_heads, head_dim] into one [1, num_kv_heads, head_dim] a layer."""
     if isinstance(x, list | tuple):
-        return [array[None] for array in x]
+        return [_with_position_axis(array) for array in x]
     rows, _ = as_rows(x)
     if rows.ndim != 3:
         raise ShapeMismatchError(
@@ -133,8 +135,22 @@ def one_step(x: Any) -> Sequence[Any]:
     return [x[number : number + 1] for number in range(len(rows))]
 
 
+def _with_position_axis(array: Any) -> Any:
+    if type(array) is np.ndarray:
+        return array[None]
+    array = in_plain_memory(array)
+    try:
+        return array[None]
+    except Exception as error:  # a list, a number, an exporter that can't be indexed
+        raise DtypeError(
+            f"each layer's rows must be a numpy array or a CPU tensor, not {type(array).__name__}",
+            expected="array",
+            actual=type(array).__name__,
+        ) from error
+
+
 def check_token_ids(token_ids: Any, count: int | None) -> NDArray[np.int32]:
-    ids = np.asarray(token_ids)
+    ids = as_numpy(token_ids, "token ids")
     if ids.size == 0:
         ids = ids.astype(np.int32)
     if ids.dtype.kind not in "iu":

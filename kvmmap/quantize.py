@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
+from .arrays import in_plain_memory
 from .errors import DtypeError, NonFiniteError, ReadOnlyError, ShapeMismatchError
 
 MIN_SCALE = 2.0**-23
@@ -195,7 +196,8 @@ def widened(rows: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _as_array(x: Any) -> tuple[NDArray[Any], int]:
-    """As `as_rows`, whatever the strides; never a copy."""
+    """As `as_rows`, whatever the strides; a copy only of what `in_plain_memory` resolves."""
+    x = in_plain_memory(x)
     if isinstance(x, np.ndarray):
         number = _number(x.dtype)
         if number is None:
@@ -209,7 +211,7 @@ def _as_array(x: Any) -> tuple[NDArray[Any], int]:
             actual=type(x).__name__,
         )
     device = getattr(x, "device", None)
-    if getattr(device, "type", "cpu") != "cpu" or x.__dlpack_device__()[0] != _CPU:
+    if getattr(device, "type", "cpu") != "cpu" or _dlpack_device(x) != _CPU:
         where = device if device is not None else "another device"
         raise DtypeError(
             f"rows must be in the CPU's memory, and this tensor is on {where}: pass x.cpu()",
@@ -220,10 +222,30 @@ def _as_array(x: Any) -> tuple[NDArray[Any], int]:
         x = x.detach()
     try:
         array, number = _core.import_dlpack(x)
-    except (TypeError, RuntimeError, BufferError):
+    except Exception as error:  # an exporter may raise anything
         dtype = getattr(x, "dtype", type(x).__name__)
+        if str(dtype).rpartition(".")[2] in _NAMES:
+            raise DtypeError(
+                f"rows can't be read from this {type(x).__name__} ({type(error).__name__}: {error}): pass a plain "
+                "numpy array or CPU tensor",
+                expected="array",
+                actual=type(x).__name__,
+            ) from error
         raise _wrong_dtype(dtype, "x.float()" if hasattr(x, "float") else "x.astype(np.float32)") from None
     return array.view(_F32) if number == 0 else array.view(_F16) if number == 1 else array, number
+
+
+def _dlpack_device(x: Any) -> int:
+    """Return DLPack's number of the device that an exporter is on."""
+    try:
+        return int(x.__dlpack_device__()[0])
+    except Exception as error:  # an exporter may raise anything
+        raise DtypeError(
+            f"rows can't be read from this {type(x).__name__}: its __dlpack_device__ raised "
+            f"{type(error).__name__}: {error}",
+            expected="cpu",
+            actual=type(x).__name__,
+        ) from error
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
@@ -309,6 +331,7 @@ def _quantized(array: Any, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         raise DtypeError(
             f"{name} must be a numpy array of {dtype}, not {actual}", expected=str(dtype), actual=str(actual)
         )
+    array = in_plain_memory(array, name)
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
@@ -327,6 +350,12 @@ def _check_out(out: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
             f"{name} must be C-contiguous: pass np.empty({shape}, dtype) or a slice of its leading axis",
             expected="C-contiguous",
             actual=out.strides,
+        )
+    if isinstance(out, np.ma.MaskedArray):
+        raise DtypeError(
+            f"{name} is a masked array, whose mask would hide what is written: pass {name}.data",
+            expected="ndarray",
+            actual=type(out).__name__,
         )
     if not out.flags.writeable:
         raise ReadOnlyError(f"{name} is read-only: pass an array that may be written")

@@ -12,6 +12,7 @@ TABLE = [
     "_core",
     "lazy",
     "errors",
+    "arrays",
     "geometry",
     "metadata",
     "quantize",

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
+from ..arrays import as_numpy
 from ..errors import DtypeError, NonFiniteError, PositionOutOfRangeError, ShapeMismatchError
 from ..geometry import LayerGeometry, check_range, index
 from ..quantize import as_rows
@@ -134,7 +135,7 @@ def check_positions(positions: Any, length: int, block_tokens: int, num_kv_heads
 
 
 def _block_ranges(blocks: Any, length: int, block_tokens: int, num_kv_heads: int) -> NDArray[np.int64]:
-    array = np.asarray(blocks)
+    array = as_numpy(blocks, "blocks")
     if array.size == 0:
         return np.empty((0, 4), np.int64)
     if array.dtype.kind not in "iu":
@@ -266,6 +267,7 @@ def merge_attention(
 
     Raises:
         ShapeMismatchError: there are no parts, or their shapes differ.
+        DtypeError: a part is no array whose values lie in plain memory (a masked array, a functional tensor).
     """
     if not outputs or len(outputs) != len(lses):
         raise ShapeMismatchError(
@@ -273,14 +275,16 @@ def merge_attention(
             expected=len(outputs),
             actual=len(lses),
         )
-    shape = np.shape(outputs[0])
+    outputs = [as_numpy(output, "outputs") for output in outputs]
+    lses = [as_numpy(lse, "lses") for lse in lses]
+    shape = outputs[0].shape
     for output, lse in zip(outputs, lses, strict=True):
-        if np.shape(output) != shape or np.shape(lse) != shape[:-1]:
+        if output.shape != shape or lse.shape != shape[:-1]:
             raise ShapeMismatchError(
                 f"all outputs must be {list(shape)} and all lses {list(shape[:-1])}; one pair is "
-                f"{list(np.shape(output))} and {list(np.shape(lse))}",
+                f"{list(output.shape)} and {list(lse.shape)}",
                 expected=shape,
-                actual=np.shape(output),
+                actual=output.shape,
             )
     merging = Merging(shape)
     for output, lse in zip(outputs, lses, strict=True):
