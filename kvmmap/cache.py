@@ -127,6 +127,25 @@ class QuantizedKvCache:
         return len(self._layers)
 
     @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads of every layer.
+
+        Raises:
+            ShapeMismatchError: layers differ; names them. `layers[i].num_kv_heads` is one layer's.
+        """
+        return self._storage.geometry.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a key row of every layer. Raises as `num_kv_heads`."""
+        return self._storage.geometry.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers in a value row of every layer. Raises as `num_kv_heads`."""
+        return self._storage.geometry.value_head_dim
+
+    @property
     def seq_len(self) -> int:
         """Positions complete in every layer, as of the last `refresh` where another process writes."""
         return seq_len(self._storage)

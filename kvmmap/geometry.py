@@ -154,6 +154,38 @@ class CacheGeometry:
         return len(self.layers)
 
     @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads of every layer.
+
+        Raises:
+            ShapeMismatchError: layers differ; names them.
+        """
+        return self._of_every_layer("num_kv_heads")
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a key row of every layer. Raises as `num_kv_heads`."""
+        return self._of_every_layer("head_dim")
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers in a value row of every layer. Raises as `num_kv_heads`."""
+        return self._of_every_layer("value_head_dim")
+
+    def _of_every_layer(self, name: str) -> int:
+        by_number: dict[int, list[int]] = {}
+        for number, layer in enumerate(self.layers):
+            by_number.setdefault(getattr(layer, name), []).append(number)
+        if len(by_number) == 1:
+            return next(iter(by_number))
+        each = "; ".join(f"{value} in {_layer_list(layers)}" for value, layers in by_number.items())
+        raise ShapeMismatchError(
+            f"layers differ in {name}: {each}; ask each layer, cache.layers[i].{name}",
+            expected="one number for all layers",
+            actual={value: tuple(layers) for value, layers in by_number.items()},
+        )
+
+    @property
     def num_blocks(self) -> int:
         """Complete blocks that fit into the capacity; what is left over is always a tail."""
         return self.capacity // self.block_tokens
@@ -167,6 +199,21 @@ class CacheGeometry:
     def fp32_memory_bytes(self) -> int:
         """Bytes of the same keys and values as f32."""
         return self.capacity * sum(layer.fp32_position_bytes for layer in self.layers)
+
+
+def _layer_list(numbers: list[int]) -> str:
+    """Return "layers 0, 4-7 and 9", at most eight of its parts, for ascending layer numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    if len(parts) > 8:
+        parts = [*parts[:7], f"{sum(last - first + 1 for first, last in runs[7:])} more"]
+    text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return f"layer{'s' if len(numbers) > 1 else ''} {text}"
 
 
 def compression_ratio(fp32_bytes: int, quantized_bytes: int) -> float:

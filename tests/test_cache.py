@@ -255,3 +255,25 @@ def test_sizes_do_not_depend_on_length(make_cache: MakeCache) -> None:
     fill(cache, 100)
     assert cache.memory_bytes == before
     assert "100/600" in repr(cache)
+
+
+def test_dimensions_of_every_layer(tmp_path):
+    same = kvmmap.QuantizedKvCache(num_layers=3, capacity=4, num_kv_heads=2, head_dim=8, value_head_dim=6)
+    assert (same.num_kv_heads, same.head_dim, same.value_head_dim) == (2, 8, 6)
+    with kvmmap.create(
+        tmp_path / "c.kvm", num_layers=6, capacity=4, num_kv_heads=[4, 4, 2, 4, 2, 2], head_dim=8
+    ) as cache:
+        assert (cache.head_dim, cache.value_head_dim) == (8, 8)
+        with pytest.raises(
+            kvmmap.ShapeMismatchError,
+            match=r"num_kv_heads: 4 in layers 0-1 and 3; 2 in layers 2 and 4-5; ask .*layers\[i\]\.num_kv_heads",
+        ) as caught:
+            _ = cache.num_kv_heads
+        assert caught.value.actual == {4: (0, 1, 3), 2: (2, 4, 5)}
+    many = kvmmap.QuantizedKvCache(num_layers=100, capacity=1, num_kv_heads=1, head_dim=[8, 4] * 50)
+    with pytest.raises(kvmmap.ShapeMismatchError, match=r"layers 0, 2, 4, 6, 8, 10, 12 and 43 more"):
+        _ = many.head_dim
+    with pytest.raises(kvmmap.ShapeMismatchError, match="differ in value_head_dim: 8 in layer 0; 4 in layer 1;"):
+        _ = kvmmap.QuantizedKvCache(
+            num_layers=2, capacity=1, num_kv_heads=1, head_dim=8, value_head_dim=[8, 4]
+        ).value_head_dim
