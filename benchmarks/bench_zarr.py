@@ -6,7 +6,7 @@
 Everything of a round is done right after its baseline, in one process; ratios are medians of the rounds' own. "local"
 compares with the memcpy of the same bytes, into memory that was touched before, and shows what writing and reading
 the same files costs by itself, without a checksum, in whatever the disk and its cache are here. "s3" starts SeaweedFS
-on loopback (`tests/seaweed.py`) and compares with obstore putting and getting the same objects, by as many threads.
+on loopback (`tests/helpers/seaweed.py`) and compares with obstore putting and getting the same objects, by as many threads.
 What obstore gets is thrown away in one baseline; in another it is written to a file, and that synced: the least that a
 program with the job of `fetch` would do.
 """
@@ -145,7 +145,7 @@ def check(cache: kvmmap.QuantizedKvCache) -> None:
 
 def s3(folder: Path, mib: int | None, rounds: int) -> dict:
     import obstore
-    from seaweed import BUCKET, Server
+    from helpers.seaweed import BUCKET, Server
 
     size = make_source(folder / "a.kvm", mib or 256)
     kvmmap.copy(folder / "a.kvm", folder / "whole.zarr")

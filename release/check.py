@@ -127,7 +127,7 @@ def extras(dist: Path, folder: Path) -> None:
 def server(folder: Path) -> Iterator[dict[str, str]]:
     """Give what points S3's clients to a server of ours."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from seaweed import Server  # type: ignore[import-not-found]
+    from helpers.seaweed import Server  # type: ignore[import-not-found]
 
     (folder / "server").mkdir()
     with Server(folder / "server") as running:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seaweed import PROGRAM, Server
-from support import MakeCache
+from helpers.seaweed import PROGRAM, Server
+from helpers.support import MakeCache
 
 import kvmmap
 from kvmmap import _core

@@ -6,13 +6,13 @@ import itertools
 import threading
 from typing import Any
 
-import attention_oracle as oracle
 import numpy as np
 import pytest
+from helpers import attention_oracle as oracle
+from helpers.support import MakeCache, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
-from support import MakeCache, rows
 
 import kvmmap
 from kvmmap import QuantizedKvLayer, _core, merge_attention

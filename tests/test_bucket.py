@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from seaweed import BUCKET, READER_KEYS, Server
-from support import check_filled, make_file, rows, run_python
+from helpers.seaweed import BUCKET, READER_KEYS, Server
+from helpers.support import check_filled, make_file, rows, run_python
 from zarr.storage import ObjectStore
 
 import kvmmap
@@ -43,7 +43,7 @@ def test_append_in_one_process_and_in_a_second_and_read_in_a_third(url: str) -> 
 
 
 def test_a_model_generates_into_a_bucket_and_from_it(url: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiny_models import generate, model, prompt
+    from helpers.tiny_models import generate, model, prompt
 
     from kvmmap.integrations.transformers import KvmmapCache, reuse
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_support import (
+from helpers.cli_support import (
     DIM,
     HEADS,
     LAYERS,

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from seaweed import BUCKET, Server
-from support import check_filled, make_file
+from helpers.seaweed import BUCKET, Server
+from helpers.support import check_filled, make_file
 from test_cli import in_terminal, run
 
 import kvmmap

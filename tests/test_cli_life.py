@@ -15,7 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_support import DIM, HEADS, LAYERS, LENGTH, PLAIN, PROGRAM, click_run, expect_line, fill, in_terminal, run
+from helpers.cli_support import (
+    DIM,
+    HEADS,
+    LAYERS,
+    LENGTH,
+    PLAIN,
+    PROGRAM,
+    click_run,
+    expect_line,
+    fill,
+    in_terminal,
+    run,
+)
 
 import kvmmap
 

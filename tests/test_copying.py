@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from objects import CountingObjects, new_place
-from seaweed import BUCKET, Server
-from support import check_filled, fill, make_file, rows
+from helpers.objects import CountingObjects, new_place
+from helpers.seaweed import BUCKET, Server
+from helpers.support import check_filled, fill, make_file, rows
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 

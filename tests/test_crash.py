@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from crash.history import History
 from crash.machine import Mutation
-from support import check_filled, make_file
+from helpers.support import check_filled, make_file
 
 import kvmmap
 from kvmmap.format import Section, Slot

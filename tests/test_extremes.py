@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import rows, run_python
+from helpers.support import rows, run_python
 
 import kvmmap
 
@@ -16,7 +16,7 @@ AT_THE_END = """
 import os, sys
 import numpy as np
 import kvmmap
-from support import rows
+from helpers.support import rows
 cache = kvmmap.open(sys.argv[1], "a")
 start = cache.capacity - 5
 for store in cache.storage.layers:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shims import build_shim
+from helpers.shims import build_shim
 
 FAULTS = Path(__file__).parent / "faults"
 CALLS = {"fallocate", "fdatasync", "fsync", "ftruncate", "link", "mmap", "open", "pread", "pwrite", "rename", "unlink"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import check_filled, fill, make_file, rows, run_python
+from helpers.support import check_filled, fill, make_file, rows, run_python
 
 import kvmmap
 

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 import pytest
 from crash.machine import Machine
-from support import check_filled, fill, make_file, run_python
+from helpers.support import check_filled, fill, make_file, run_python
 
 import kvmmap
 

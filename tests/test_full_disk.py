@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "full_disk.py"
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def namespace() -> list[str]:
 @pytest.mark.parametrize("scenario", ["push", "extend", "step", "flush", "create"])
 def test_a_full_disk(namespace: list[str], tmp_path: Path, scenario: str) -> None:
     done = subprocess.run(
-        [*namespace, sys.executable, "-W", "error", SCRIPT, tmp_path, scenario],
+        [*namespace, sys.executable, "-W", "error", "-m", "helpers.full_disk", tmp_path, scenario],
+        cwd=TESTS,
         capture_output=True,
         text=True,
         timeout=60,

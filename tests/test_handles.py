@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import check_filled, fill, make_file, run_python
+from helpers.support import check_filled, fill, make_file, run_python
 
 import kvmmap
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import MakeCache, check_filled, fill, rows
+from helpers.support import MakeCache, check_filled, fill, rows
 
 import kvmmap
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.support import MakeCache, rows
 from ml_dtypes import bfloat16
-from support import MakeCache, rows
 
 import kvmmap
 from kvmmap import QuantizedKvLayer

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pages import Session, blocks
-from seaweed import Server
-from tiny_models import model, prompt, save_llama
+from helpers.pages import Session, blocks
+from helpers.seaweed import Server
+from helpers.tiny_models import model, prompt, save_llama
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support import rows, run_python
+from helpers.support import rows, run_python
 
 from kvmmap import QuantizedKvLayer
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import check_filled, make_file
+from helpers.support import check_filled, make_file
 
 import kvmmap
 from kvmmap.storage.posix import PosixFile

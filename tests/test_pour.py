@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.objects import new_place
+from helpers.support import rows
 from hypothesis import given
 from hypothesis import strategies as st
-from objects import new_place
-from support import rows
 
 import kvmmap
 from kvmmap.format import checksum

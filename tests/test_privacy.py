@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shims import build_shim
+from helpers.shims import build_shim
 
 PRIVACY = Path(__file__).parent / "privacy"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import check_filled, fill, make_file, rows
+from helpers.support import check_filled, fill, make_file, rows
 
 import kvmmap
 from kvmmap.format import SLAB_SECTIONS, Section

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_support import run as run_cli
-from support import check_filled, fill, make_file, run_python
+from helpers.cli_support import run as run_cli
+from helpers.support import check_filled, fill, make_file, run_python
 
 import kvmmap
 from kvmmap.format import Section

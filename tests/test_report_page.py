@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser
-from cli_support import click_run, expect_line, flip, offset_of
+from helpers.browser import CHROMIUM, Browser
+from helpers.cli_support import click_run, expect_line, flip, offset_of
 
 import kvmmap
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import MakeCache, make_file, rows, run_python
+from helpers.support import MakeCache, make_file, rows, run_python
 
 import kvmmap
 from kvmmap.storage.file import page_cache

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from helpers.browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).parents[1]
 MKDOCS = ROOT / ".venv-docs" / "bin" / "mkdocs"

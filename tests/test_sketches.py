@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sketch_oracle as oracle
+from helpers import sketch_oracle as oracle
+from helpers.support import MakeCache, fill, make_file, rows, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
-from support import MakeCache, fill, make_file, rows, run_python
 
 import kvmmap
 from kvmmap import QuantizedKvLayer

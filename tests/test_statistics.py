@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import make_file, rows
+from helpers.support import make_file, rows
 
 import kvmmap
 from kvmmap import report

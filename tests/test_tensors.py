@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.support import fill, make_file, rows
 from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support import fill, make_file, rows
 
 import kvmmap
 

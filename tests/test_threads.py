@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import MakeCache, fill, rows
+from helpers.support import MakeCache, fill, rows
 
 import kvmmap
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from support import run_python
-from tiny_models import CONFIGS, IN_PLACE, RoundedCache, generate, model, prompt
+from helpers.support import run_python
+from helpers.tiny_models import CONFIGS, IN_PLACE, RoundedCache, generate, model, prompt
 from transformers import DynamicCache
 
 import kvmmap

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny_models import config, generate, model, prompt
+from helpers.tiny_models import config, generate, model, prompt
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, reuse
@@ -378,7 +378,7 @@ ASK = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from tiny_models import generate, model, prompt
+from helpers.tiny_models import generate, model, prompt
 from kvmmap.integrations.transformers import KvmmapCache, reuse
 torch.set_num_threads(1)
 path, seed = sys.argv[1], int(sys.argv[2])

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from objects import CountingObjects, new_place
-from support import check_filled, fill, make_file, rows, run_python
+from helpers.objects import CountingObjects, new_place
+from helpers.support import check_filled, fill, make_file, rows, run_python
 
 import kvmmap
 from kvmmap.metadata import Document

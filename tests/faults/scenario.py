@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from support import make_file
+from helpers.support import make_file
 
 import kvmmap
 

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from support import fill, make_file
+from helpers.support import fill, make_file
 
 import kvmmap
 

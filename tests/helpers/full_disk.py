@@ -1,4 +1,4 @@
-"""What test_full_disk runs in its namespace: python full_disk.py FOLDER SCENARIO mounts a tmpfs and fills it."""
+"""Fill a tmpfs to the last page: `python -m helpers.full_disk FOLDER SCENARIO`, run by test_full_disk in its namespace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import check_filled, fill, rows
 
 import kvmmap
+from helpers.support import check_filled, fill, rows
 
 LAYERS, HEADS, DIM = 2, 2, 8
 """As `support.make_file` has them."""

@@ -13,6 +13,7 @@ import numpy as np
 import kvmmap
 
 MakeCache = Callable[..., kvmmap.QuantizedKvCache]
+TESTS = Path(__file__).parents[1]
 
 
 def rows(*shape: int, seed: int = 0) -> np.ndarray:
@@ -61,7 +62,7 @@ def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.
         text=True,
         timeout=60,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=TESTS,
     )
     if check:
         assert done.returncode == 0, done.stderr
