@@ -6,9 +6,9 @@
 Everything of a round is done right after its baseline, in one process; ratios are medians of the rounds' own. "local"
 compares with the memcpy of the same bytes, into memory that was touched before, and shows what writing and reading
 the same files costs by itself, without a checksum, in whatever the disk and its cache are here. "s3" starts SeaweedFS
-on loopback (`tests/helpers/seaweed.py`) and compares with obstore putting and getting the same objects, by as many threads.
-What obstore gets is thrown away in one baseline; in another it is written to a file, and that synced: the least that a
-program with the job of `fetch` would do.
+on loopback (`tests/helpers/seaweed.py`) and compares with obstore putting and getting the same objects, by as many
+threads. What obstore gets is thrown away in one baseline; in another it is written to a file, and that synced: the
+least that a program with the job of `fetch` would do.
 """
 
 from __future__ import annotations

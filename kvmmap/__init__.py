@@ -61,13 +61,13 @@ __version__ = "0.1.0"
 
 # What few programs use, and takes long to load (hashlib and the like), is loaded when it is first used.
 _LATER = {
-    "CopyReport": "copying",
-    "RepairReport": "storage.repair",
-    "copy": "copying",
-    "fetch": "copying",
+    "CopyReport": "transfer.copying",
+    "RepairReport": "storage.file.repair",
+    "copy": "transfer.copying",
+    "fetch": "transfer.copying",
     "find": "finding",
-    "export_tensors": "tensors",
-    "import_tensors": "tensors",
+    "export_tensors": "formats.safetensors",
+    "import_tensors": "formats.safetensors",
 }
 
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these

@@ -1,4 +1,4 @@
-"""Fill a tmpfs to the last page: `python -m helpers.full_disk FOLDER SCENARIO`, run by test_full_disk in its namespace."""
+"""Fill a tmpfs to the last page: `python -m helpers.full_disk FOLDER SCENARIO`, which test_full_disk runs."""
 
 from __future__ import annotations
 
