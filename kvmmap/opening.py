@@ -175,6 +175,7 @@ def open_cache(
     storage_options: Mapping[str, Any] | None = None,
     break_lock: bool = False,
     cache_bytes: int | None = None,
+    record_use: bool = True,
 ) -> QuantizedKvCache:
     """Open a cache, in constant time.
 
@@ -192,6 +193,9 @@ def open_cache(
             that it fetches, whatever is asked for.
         storage_options, break_lock: as in `create`.
         cache_bytes: of a Zarr group: fetched rows to keep in memory; 256 MiB by default.
+        record_use: reading or appending through this handle is a use of the cache: it sets the file's access time, by
+            which `kvmmap gc` decides what goes. False only looks, as `kvmmap inspect` and `kvmmap verify` do. A Zarr
+            group keeps no such time.
 
     Raises:
         CacheNotFoundError: there is nothing at the path, or no such bucket.
@@ -223,10 +227,15 @@ def open_cache(
         return QuantizedKvCache.of_storage(storage)
     path = local_path(path_or_url)
     if mode == "r":
-        storage = MappedReader.open(path, recover=recover, verify=verify)
+        storage = MappedReader.open(path, recover=recover, verify=verify, record_use=record_use)
     else:
         storage = MappedWriter.open_locked(
-            path, timeout=timeout, durability=_check_durability(durability), recover=recover, verify=verify
+            path,
+            timeout=timeout,
+            durability=_check_durability(durability),
+            recover=recover,
+            verify=verify,
+            record_use=record_use,
         )
     return QuantizedKvCache.of_storage(storage)
 

@@ -27,6 +27,7 @@ TABLE = [
     "storage.after_fork",
     "storage.file.page_cache",
     "storage.file.live_record",
+    "storage.file.last_use",
     "storage.file.commit_slots",
     "storage.file.verified_blocks",
     "storage.file.verify",

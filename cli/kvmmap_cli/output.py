@@ -48,7 +48,7 @@ def read(path: str, look: Callable[[QuantizedKvCache], T], verify: Literal["read
     while True:
         tries -= 1
         try:
-            with kvmmap.open(path, verify=verify) as cache:
+            with kvmmap.open(path, verify=verify, record_use=False) as cache:
                 return look(cache)
         except kvmmap.CacheChangedError:
             if not tries:

@@ -7,6 +7,7 @@ fails, or forgets. What the bytes mean is not known here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -26,6 +27,8 @@ _PAGE = 4096
 _COPY_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 128 << 10
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+_NO_ACCESS_TIME = getattr(os, "O_NOATIME", 0)
+_OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
 _CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
 
@@ -37,10 +40,17 @@ class PosixFile:
         self._fd = fd
 
     @classmethod
-    def open(cls, path: str, *, writable: bool) -> PosixFile:
-        """Open an existing file."""
+    def open(cls, path: str, *, writable: bool, used: bool = False) -> PosixFile:
+        """Open an existing file.
+
+        Args:
+            path: which one.
+            writable: for writing, too.
+            used: let the system note when it is read. Otherwise its access time stays, where the system has a way to
+                ask for that (Linux) and the file is this user's.
+        """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not hang us
-        return cls(os.open(path, flags), path)
+        return cls(_open(path, flags if used else flags | _NO_ACCESS_TIME), path)
 
     @classmethod
     def create_beside(cls, path: str) -> PosixFile:
@@ -67,6 +77,19 @@ class PosixFile:
 
     def stat(self) -> os.stat_result:
         return os.fstat(self._fd)
+
+    def set_access_time(self, nanoseconds: int) -> None:
+        """Store when the file was last read, in nanoseconds since 1970."""
+        os.utime(self._fd, ns=(nanoseconds, self.stat().st_mtime_ns))
+
+    def on_overlay(self) -> bool:
+        """True if the file lies on overlayfs, which gives a file another inode below when it is first changed."""
+        if sys.platform != "linux":
+            return False
+        status = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first
+        if ctypes.CDLL(None).fstatfs(self._fd, status):
+            return False
+        return ctypes.c_uint.from_buffer(status).value == _OVERLAY_MAGIC
 
     def is_at(self, path: str) -> bool:
         """True if `path` still names this very file."""
@@ -198,7 +221,8 @@ class PosixFile:
     def _reopen(self, flags: int) -> int:
         """Open the very same file anew, under whatever name it has by now."""
         by_number = f"/proc/self/fd/{self._fd}"
-        fd = os.open(by_number if os.path.exists(by_number) else self.path, flags | os.O_CLOEXEC)
+        flags |= os.O_CLOEXEC | (fcntl.fcntl(self._fd, fcntl.F_GETFL) & _NO_ACCESS_TIME)
+        fd = os.open(by_number if os.path.exists(by_number) else self.path, flags)
         if os.path.samestat(os.fstat(fd), self.stat()):
             return fd
         os.close(fd)
@@ -301,6 +325,15 @@ class PosixFile:
         if self._fd >= 0:
             warnings.warn(f"cache not closed: {self.path}", ResourceWarning, stacklevel=2, source=self)
             self.close()
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except PermissionError:
+        if not flags & _NO_ACCESS_TIME:
+            raise
+        return os.open(path, flags & ~_NO_ACCESS_TIME)  # another user's file
 
 
 def expect_few_pages(memory: mmap.mmap, size: int) -> None:

@@ -151,7 +151,7 @@ def opened(source: PathLike | QuantizedKvCache, options: Mapping[str, Any] | Non
     if isinstance(source, QuantizedKvCache):
         yield source
         return
-    with open_cache(source, storage_options=options) as cache:
+    with open_cache(source, storage_options=options, record_use=False) as cache:
         yield cache
 
 

@@ -35,7 +35,7 @@ class Found:
 
     path: str
     used: float
-    """When it was last read or written, in seconds since 1970."""
+    """When it was last used, in seconds since 1970: its access time, or that of its last write."""
     bytes: int
     """On the disk."""
 
@@ -49,9 +49,9 @@ class Found:
 def command(folder: str, max_bytes: int | None, older_than: float | None, dry_run: bool, yes: bool) -> None:
     """Remove .kvm caches in DIR and below: the longest unused first.
 
-    A cache was used when its file was last read or written (where the file system is mounted noatime: written). One
-    that a writer holds is never touched, and neither is a file that is no cache. What a killed process left half made
-    goes too, once it is a day old. Asks first.
+    A cache was last used when a program read or attended over its rows, or appended; looking at it (inspect, verify,
+    report, copy, gc) is no use. One that a writer holds is never removed, and neither is a file that is no cache.
+    Temporary files of killed processes are removed once they are a day old. Asks first.
 
     \b
     Examples:
@@ -81,7 +81,7 @@ def _caches(folder: str) -> tuple[list[Found], list[Found]]:
     for path in walk(folder):
         if not path.endswith(".kvm") or os.path.islink(path):
             continue
-        found = _file(path)  # first, since looking at it uses it
+        found = _file(path)
         entry = look(path)
         if entry.report is None or entry.report.commit is None:
             click.echo(f"kvmmap: {plain(path)}: left alone: {entry.error}", err=True)

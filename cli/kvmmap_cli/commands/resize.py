@@ -31,13 +31,13 @@ def resize(path: str, capacity: int | None, timeout: float, no_progress: bool) -
     """Resize, or compact if capacity is None, and say what came of it."""
     import kvmmap
 
-    before = kvmmap.open(path)
+    before = kvmmap.open(path, record_use=False)
     with before, progress("resizing" if capacity is not None else "compacting", no_progress) as advance:
         if capacity is None:
             kvmmap.compact(path, timeout=timeout, progress=advance)
         else:
             kvmmap.resize(path, capacity, timeout=timeout, progress=advance)
-    with kvmmap.open(path) as after:
+    with kvmmap.open(path, record_use=False) as after:
         click.echo(
             f"{plain(path)}: capacity {before.capacity:,} -> {after.capacity:,} positions, "
             f"{size(before.memory_bytes)} -> {size(after.memory_bytes)} reserved"

@@ -25,7 +25,7 @@ def command(path: str, length: int, timeout: float, yes: bool) -> None:
     """
     import kvmmap
 
-    with kvmmap.open(path) as cache:
+    with kvmmap.open(path, record_use=False) as cache:
         stored = cache.seq_len
     if length < stored:
         confirm(f"Drop {stored - length:,} of {count(stored, 'position')} from {plain(path)}?", yes)

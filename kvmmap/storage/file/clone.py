@@ -45,7 +45,7 @@ def fork_file(
         CacheChangedError: the writer took positions back meanwhile.
     """
     target = place_of(target, overwrite=False)
-    with contextlib.closing(MappedReader.open(source)) as old:
+    with contextlib.closing(MappedReader.open(source, record_use=True)) as old:
         _, length = check_range(0, seq_len(old) if length is None else length, seq_len(old))
         geometry = dataclasses.replace(old.geometry, capacity=old.geometry.capacity if capacity is None else capacity)
         check_room(0, length, geometry.capacity)

@@ -35,6 +35,7 @@ from ..posix import PosixFile, closing_on_error, expect_few_pages
 from ..protocols import Progress, Rows, Verify, VerifyReport
 from ..readonly import ReadOnlyStorage
 from .commit_slots import Slots
+from .last_use import UseRecorder, last_use_ns
 from .live_record import LiveRecord
 from .reader_layer import MappedLayer
 from .verified_blocks import WHAT_TO_DO, Proven, prove_tokens
@@ -61,7 +62,13 @@ class MappedReader(ReadOnlyStorage):
     writable = False
 
     def __init__(
-        self, file: PosixFile, superblock: Superblock, *, recover: bool = False, verify: Verify = "read"
+        self,
+        file: PosixFile,
+        superblock: Superblock,
+        *,
+        recover: bool = False,
+        verify: Verify = "read",
+        record_use: bool = False,
     ) -> None:
         self.path: str = file.path
         self.geometry = superblock.geometry
@@ -70,6 +77,7 @@ class MappedReader(ReadOnlyStorage):
         self.file = file
         self.recover = recover
         self._verify = verify
+        self._use = UseRecorder(file) if record_use else None
         self.foreign = self.foreign_tokens = self.geometry.capacity
         """Positions, from 0, that others may have written, and token ids."""
         memory, _ = file.map(0, superblock.file_bytes)
@@ -84,12 +92,30 @@ class MappedReader(ReadOnlyStorage):
         self._take(self.snapshot)
         if verify == "open" and not self._went_down_well():
             self._refuse_damage()
+        self.note_use()
 
     @classmethod
-    def open(cls, path: str, *, recover: bool = False, verify: Verify = "read") -> MappedReader:
-        """Open a file for reading."""
-        with closing_on_error(open_file(path, writable=False)) as file:
-            return cls(file, read_superblock(file), recover=recover, verify=verify)
+    def open(
+        cls, path: str, *, recover: bool = False, verify: Verify = "read", record_use: bool = False
+    ) -> MappedReader:
+        """Open a file for reading.
+
+        Args:
+            path: of the file.
+            recover: believe only commits.
+            verify: as in `kvmmap.open`.
+            record_use: reading through this handle is a use of the cache, and moves the time of its last one.
+        """
+        with closing_on_error(open_file(path, writable=False, used=record_use)) as file:
+            return cls(file, read_superblock(file), recover=recover, verify=verify, record_use=record_use)
+
+    def note_use(self) -> None:
+        """Record that the cache is being used, if this handle is one to do so and has not done it lately."""
+        if self._use is not None and self._use.due() and self.lock.acquire(blocking=False):
+            try:
+                self._use.record()
+            finally:
+                self.lock.release()
 
     def _went_down_well(self) -> bool:
         """False if the machine went down, or a sync failed, while a writer had the file open."""
@@ -171,6 +197,7 @@ class MappedReader(ReadOnlyStorage):
         return self.snapshot.generation_word
 
     def check_since(self, mark: int) -> None:
+        self.note_use()  # every read comes by here
         if self.live.generation_word() != mark:
             if self.snapshot.generation_word != mark:
                 raise CacheChangedError(
@@ -376,6 +403,7 @@ class MappedReader(ReadOnlyStorage):
                 "generation": live.get("generation"),
                 "state": self._state(),
                 "writer_pid": max(live.get("writer_pid"), 0) if live.in_use() else 0,
+                "last_use_ns": last_use_ns(self.file),
             }
 
     def _state(self) -> str:
@@ -409,15 +437,20 @@ def closed(path: str) -> ClosedError:
     return ClosedError(f"{path}: the cache is closed", path=path)
 
 
-def open_file(path: str, *, writable: bool) -> PosixFile:
-    """Open a regular file, with errors that say what is wrong. It bears its own name then, and not that of a link."""
+def open_file(path: str, *, writable: bool, used: bool = False) -> PosixFile:
+    """Open a regular file, with errors that say what is wrong. It bears its own name then, and not that of a link.
+
+    Args:
+        path: of the file.
+        writable, used: as in `PosixFile.open`.
+    """
     path = os.path.realpath(path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
             raise NotACacheError(f"{path}: not a kvmmap cache ({kind})", path=path)
-        return PosixFile.open(path, writable=writable)
+        return PosixFile.open(path, writable=writable, used=used)
     except FileNotFoundError:
         raise CacheNotFoundError(f"{path}: there is no such file; kvmmap.create() makes one", path=path) from None
 

@@ -64,6 +64,7 @@ class MappedWriter(MappedReader):
         durability: Durability,
         recover: bool = False,
         verify: Verify = "read",
+        record_use: bool = False,
     ) -> None:
         if superblock.unknown_sections:
             raise VersionMismatchError(
@@ -84,7 +85,7 @@ class MappedWriter(MappedReader):
         self._generation = 1
         self._taking_back: int | None = None
         self._stepping = False
-        super().__init__(file, superblock, recover=recover, verify=verify)
+        super().__init__(file, superblock, recover=recover, verify=verify, record_use=record_use)
         self._recover()
         slot = self.snapshot.slot
         self.foreign, self.foreign_tokens = slot.seq_len, slot.token_len
@@ -102,11 +103,12 @@ class MappedWriter(MappedReader):
         durability: Durability = "publish",
         recover: bool = False,
         verify: Verify = "read",
+        record_use: bool = False,
     ) -> MappedWriter:
         """Open for appending, waiting up to `timeout` seconds for another writer to finish."""
         file, superblock = lock_file(path, timeout)
         with closing_on_error(file):
-            return cls(file, superblock, durability=durability, recover=recover, verify=verify)
+            return cls(file, superblock, durability=durability, recover=recover, verify=verify, record_use=record_use)
 
     @classmethod
     def create(
