@@ -31,6 +31,7 @@ import numpy as np
 import kvmmap
 from kvmmap.attention.topk import block_bounds, select_blocks
 from kvmmap.format import Section
+from kvmmap.storage.sketches import layer_sketches
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 BLOCK, LAST, KS = 256, 64, (2, 4, 8, 16)
@@ -97,7 +98,7 @@ def recall(path: Path, queries: np.ndarray, keys: np.ndarray) -> dict[str, dict[
                 bounds = np.concatenate(
                     [
                         block_bounds(part, query, layer._store.geometry)
-                        for part in layer._store.sketches(blocks - 1, layer._store.mark())
+                        for part in layer_sketches(layer._store, blocks - 1, BLOCK, layer._store.version())
                     ],
                     axis=1,
                 ).reshape(heads, group, -1)
@@ -178,16 +179,16 @@ def choosing(heads: int, dim: int) -> float:
         kept.sort(axis=2)
         bits = (kept.view(np.uint32) >> 16).astype(np.uint16)
 
-        def sketches(self, blocks: int, mark: int) -> list[np.ndarray]:
+        def sketches(self, blocks: int, version: int) -> list[np.ndarray]:
             return [self.bits[:blocks]]
 
         def check(self) -> None:
             pass
 
-        def mark(self) -> int:
+        def version(self) -> int:
             return 0
 
-        def check_since(self, mark: int) -> None:
+        def validate(self, version: int) -> None:
             pass
 
     query = np.random.default_rng(1).standard_normal((4 * heads, dim), np.float32)

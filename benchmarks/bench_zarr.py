@@ -131,7 +131,7 @@ def read_all(path: Path, cache_bytes: int | None) -> None:
     """Have every row in memory once, each block compared with its checksum."""
     with kvmmap.open(path, cache_bytes=cache_bytes) as cache:
         for layer in cache.storage.layers:
-            for rows in layer.stretches(0, layer.length):
+            for rows in layer.iter_rows(0, layer.length):
                 assert len(rows.key_codes)
 
 
@@ -185,7 +185,7 @@ def s3(folder: Path, mib: int | None, rounds: int) -> dict:
         def read() -> None:
             with kvmmap.open(url, storage_options=options) as cache:
                 for layer in cache.storage.layers:
-                    for rows in layer.stretches(0, layer.length):
+                    for rows in layer.iter_rows(0, layer.length):
                         assert len(rows.key_codes)
 
         def fresh() -> None:

@@ -231,11 +231,11 @@ class QuantizedKvCache:
         """Token ids, int32 [seq_len], a copy; -1 where none was given."""
         storage = self._storage
         storage.check()
-        mark = storage.mark()
+        version = storage.version()
         length = self.seq_len
         recorded = min(storage.token_len, length)
         found = storage.read_tokens(recorded)
-        storage.check_since(mark)
+        storage.validate(version)
         ids = np.full(length, NO_TOKEN, np.int32)
         ids[:recorded] = found
         return ids

@@ -242,15 +242,15 @@ class QuantizedKvLayer:
         Raises:
             PositionOutOfRangeError, HeadOutOfRangeError: there is none (negative numbers don't wrap).
         """
-        mark, position, head = self._store.mark(), self._check_position(position), self._check_head(head)
+        version, position, head = self._store.version(), self._check_position(position), self._check_head(head)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.key_codes[0, head], rows.key_scales[0, head : head + 1], mark)
+        return self._dequantize(rows.key_codes[0, head], rows.key_scales[0, head : head + 1], version)
 
     def get_value(self, position: int, head: int) -> NDArray[np.float32]:
         """Return one dequantised value row, f32 [value_head_dim]; raises as `get_key`."""
-        mark, position, head = self._store.mark(), self._check_position(position), self._check_head(head)
+        version, position, head = self._store.version(), self._check_position(position), self._check_head(head)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.value_codes[0, head], rows.value_scales[0, head : head + 1], mark)
+        return self._dequantize(rows.value_codes[0, head], rows.value_scales[0, head : head + 1], version)
 
     def get_keys_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised keys, f32 [num_kv_heads, head_dim].
@@ -258,15 +258,15 @@ class QuantizedKvLayer:
         Raises:
             PositionOutOfRangeError: it is not stored.
         """
-        mark, position = self._store.mark(), self._check_position(position)
+        version, position = self._store.version(), self._check_position(position)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.key_codes[0], rows.key_scales[0], mark)
+        return self._dequantize(rows.key_codes[0], rows.key_scales[0], version)
 
     def get_values_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's dequantised values, f32 [num_kv_heads, value_head_dim]; raises as `get_keys_at`."""
-        mark, position = self._store.mark(), self._check_position(position)
+        version, position = self._store.version(), self._check_position(position)
         rows = self._store.rows(position, position + 1)
-        return self._dequantize(rows.value_codes[0], rows.value_scales[0], mark)
+        return self._dequantize(rows.value_codes[0], rows.value_scales[0], version)
 
     def read_keys(
         self,
@@ -321,17 +321,17 @@ class QuantizedKvLayer:
         out: NDArray[Any] | None,
         threads: int | None,
     ) -> NDArray[Any]:
-        mark = self._store.mark()  # before the length: see `LayerStore`
+        version = self._store.version()  # before the length: see `LayerStore`
         start, stop = self._check_range(start, stop)
         dim = self.head_dim if which == "key" else self.value_head_dim
         result = output_array((stop - start, self.num_kv_heads, dim), dtype, out)
         done = 0
-        for rows in self._store.stretches(start, stop):
+        for rows in self._store.iter_rows(start, stop):
             codes = rows.key_codes if which == "key" else rows.value_codes
             scales = rows.key_scales if which == "key" else rows.value_scales
             dequantize_rows(codes, scales, dtype, result[done : done + len(codes)], threads=threads)
             done += len(codes)
-        self._store.check_since(mark)  # the rows were still the cache's when they had been read
+        self._store.validate(version)  # the rows were still the cache's when they had been read
         return result
 
     def read_quantized(self, start: int = 0, stop: int | None = None) -> Rows:
@@ -347,9 +347,9 @@ class QuantizedKvLayer:
             CacheChangedError: the writer took positions back since the last `refresh`.
             CorruptCacheError: as in `read_keys`.
         """
-        mark = self._store.mark()
+        version = self._store.version()
         rows = self._store.rows(*self._check_range(start, stop))
-        self._store.check_since(mark)
+        self._store.validate(version)
         return rows
 
     # Attending
@@ -474,7 +474,7 @@ class QuantizedKvLayer:
             PositionOutOfRangeError: not all of them are stored.
         """
         self._store.check()
-        self._store.expect(*self._check_range(start, stop))
+        self._store.prefetch(*self._check_range(start, stop))
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Give back the memory that the rows of positions [start, stop) of a file take in this process.
@@ -488,13 +488,13 @@ class QuantizedKvLayer:
         self._store.check()
         self._store.release(*self._check_range(start, stop))
 
-    def _dequantize(self, codes: NDArray[np.int8], scales: NDArray[np.float32], mark: int) -> NDArray[np.float32]:
-        """Dequantise the row or the rows of one position, read since a mark."""
+    def _dequantize(self, codes: NDArray[np.int8], scales: NDArray[np.float32], version: int) -> NDArray[np.float32]:
+        """Dequantise the row or the rows of one position, read since a version."""
         if codes.ndim == 1:
-            row: NDArray[np.float32] = self._dequantize(codes[None], scales, mark)[0]
+            row: NDArray[np.float32] = self._dequantize(codes[None], scales, version)[0]
             return row
         result = dequantize_rows(codes, scales, threads=1)
-        self._store.check_since(mark)
+        self._store.validate(version)
         return result
 
     # Checking

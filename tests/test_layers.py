@@ -20,6 +20,7 @@ TABLE = [
     "format",
     "storage.protocols",
     "storage.readonly",
+    "storage.streaming",
     "storage.checksums",
     "storage.sketches",
     "storage.memory",

@@ -199,7 +199,7 @@ def test_a_reader_sees_a_truncation_while_it_streams(path: Path) -> None:
     writer = make_file(path, 500)
     with kvmmap.open(path) as reader:
         layer = reader.layers[0]
-        pieces = layer._store.stream(0, 500)
+        pieces = layer._store.scan(0, 500)
         next(pieces)
         writer.truncate(100)
         with pytest.raises(kvmmap.CacheChangedError):

@@ -19,7 +19,7 @@ import kvmmap
 from kvmmap import QuantizedKvLayer
 from kvmmap.attention.topk import block_bounds
 from kvmmap.format import SLAB_SECTIONS, Section, Superblock, checksum
-from kvmmap.storage.sketches import sketch_rows
+from kvmmap.storage.sketches import layer_sketches, sketch_rows
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -27,13 +27,13 @@ GOLDEN = Path(__file__).parent / "golden"
 def stored(cache: kvmmap.QuantizedKvCache, layer: int) -> np.ndarray:
     """The sketches of all complete blocks, as the store gives them."""
     store = cache.layers[layer]._store
-    return np.concatenate(store.sketches(store.length // 256, store.mark()))
+    return np.concatenate(layer_sketches(store, store.length // 256, 256, store.version()))
 
 
 def pieces(cache: kvmmap.QuantizedKvCache, blocks: int) -> list[np.ndarray]:
     """Those of layer 1 as its store gives them: of a file, what it keeps, and what had to be computed."""
     store = cache.layers[1]._store
-    return store.sketches(blocks, store.mark())
+    return list(layer_sketches(store, blocks, 256, store.version()))
 
 
 def expected(layer: QuantizedKvLayer) -> np.ndarray:

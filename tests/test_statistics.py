@@ -37,7 +37,7 @@ def plain_statistics(codes: np.ndarray, scales: np.ndarray) -> dict[str, float]:
     }
 
 
-def check_rows(found: RowStatistics, codes: np.ndarray, scales: np.ndarray) -> None:
+def verify_rows(found: RowStatistics, codes: np.ndarray, scales: np.ndarray) -> None:
     for name, value in plain_statistics(codes, scales).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-5, abs=1e-12), name
     assert found.code_counts == tuple(int((codes == code).sum()) for code in range(-127, 128))
@@ -74,9 +74,9 @@ def test_statistics_are_those_of_the_whole_arrays(monkeypatch: pytest.MonkeyPatc
     stored = 300 * sum(layer.position_bytes for layer in cache.geometry.layers)
     assert seen[-1] == (stored, stored)
     for told, layer in zip(found.layers, cache.layers, strict=True):
-        check_rows(told.keys, layer.key_codes, layer.key_scales)
-        check_rows(told.values, layer.value_codes, layer.value_scales)
-    check_rows(
+        verify_rows(told.keys, layer.key_codes, layer.key_scales)
+        verify_rows(told.values, layer.value_codes, layer.value_scales)
+    verify_rows(
         found.keys,
         np.concatenate([layer.key_codes for layer in cache.layers]),
         np.concatenate([layer.key_scales for layer in cache.layers]),

@@ -126,11 +126,11 @@ def test_a_read_under_way_is_told_of_a_truncation(make_cache: MakeCache) -> None
     cache = make_cache(LAYERS, LONG, HEADS, DIM)
     put_epoch(cache, 0)
     layer = cache.storage.layers[1]
-    mark, length = layer.mark(), layer.length
+    mark, length = layer.version(), layer.length
     assert_one(layer.rows(0, length).key_scales, "rows")
     put_epoch(cache, 2)
     with pytest.raises(kvmmap.CacheChangedError, match="read again"):
-        layer.check_since(mark)
+        layer.validate(mark)
     read_epochs(cache)
 
 
@@ -140,13 +140,13 @@ def test_a_read_under_way_is_told_of_a_truncation_that_another_thread_has_seen_a
         writer.flush()
         with kvmmap.open(any_path) as reader:
             layer = reader.storage.layers[1]
-            mark, length = layer.mark(), layer.length
+            mark, length = layer.version(), layer.length
             assert_one(layer.rows(0, length).key_scales, "rows")
             put_epoch(writer, 2)
             writer.flush()
             reader.refresh()
             with pytest.raises(kvmmap.CacheChangedError, match="read again"):
-                layer.check_since(mark)
+                layer.validate(mark)
             read_epochs(reader)
 
 

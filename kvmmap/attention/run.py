@@ -48,7 +48,7 @@ def attend_store(
     """Attend over what a store holds; arguments and errors are those of `QuantizedKvLayer.attend`."""
     if resident not in ("keep", "stream"):
         raise KvmmapError(f'resident must be "keep" or "stream", not {resident!r}')
-    mark = store.mark()  # before the length: see `LayerStore`
+    version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)
     sight = check_sight(
@@ -63,9 +63,9 @@ def attend_store(
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
     most = thread_count(threads, length * geometry.position_bytes)
     if store.in_memory and resident == "keep":
-        if not store.is_proven(length):
+        if not store.is_verified(length):
             seen = visible_ranges(ranges, sight, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
-            store.prove(np.array(seen, np.int64).reshape(-1, 2))
+            store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2))
         slabs = store.slabs()
         lse = attend_rows(rows, dtype, slabs, ranges, sight, geometry, result, threads=most, layer=store.index)
     else:
@@ -86,7 +86,7 @@ def attend_store(
             )
             merging.add(part, lse)
         lse = merging.end(result)
-    store.check_since(mark)  # the rows were still the cache's when they had been read
+    store.validate(version)  # the rows were still the cache's when they had been read
     return result, lse
 
 
@@ -96,7 +96,7 @@ def _pieces(
     """Yield (first position, rows) of what the queries need; at least one piece, if an empty one."""
     found = False
     for start, stop in visible_ranges(ranges, sight, n):
-        for piece in store.stream(start, stop) if resident == "stream" else store.stretches(start, stop):
+        for piece in store.scan(start, stop) if resident == "stream" else store.iter_rows(start, stop):
             yield start, piece
             start += len(piece.key_codes)
             found = True

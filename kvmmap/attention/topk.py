@@ -15,6 +15,7 @@ from ..errors import EmptyCacheError, NonFiniteError, ShapeMismatchError
 from ..geometry import LayerGeometry, index
 from ..quantize import as_rows, widened
 from ..storage.protocols import LayerStore
+from ..storage.sketches import layer_sketches
 from .kernel import check_sight
 
 TEMPERATURE = 2.0
@@ -26,7 +27,7 @@ def select_blocks(
 ) -> NDArray[np.int64]:
     """Choose blocks of a store; arguments and errors are those of `QuantizedKvLayer.select_blocks`."""
     store.check()
-    mark = store.mark()  # before the length: see `LayerStore`
+    version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows = _check_query(query, geometry, store.index)
     sight = check_sight(scale=scale, causal=True, query_start=0, window=None, sinks=0, softcap=None)
@@ -42,8 +43,9 @@ def select_blocks(
         return np.tile(everything, (heads, 1)) if per_head else everything
     with np.errstate(over="ignore"):
         rows = rows * np.float32(geometry.head_dim**-0.5 if sight.scale is None else sight.scale)
-    bounds = np.concatenate([block_bounds(piece, rows, geometry) for piece in store.sketches(blocks - 1, mark)], axis=1)
-    store.check_since(mark)
+    pieces = layer_sketches(store, blocks - 1, block_tokens, version)
+    bounds = np.concatenate([block_bounds(piece, rows, geometry) for piece in pieces], axis=1)
+    store.validate(version)
     wanted = _shares(bounds).reshape(heads, -1, blocks - 1).sum(axis=1)
     if not per_head:
         wanted = wanted.sum(axis=0, keepdims=True)

@@ -97,7 +97,7 @@ def export_tensors(
         chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
         tensors = _plan(cache, chosen, stop - start, dtype)
         facts = {"version": 1, "capacity": cache.capacity, "document": json.loads(cache.storage.document.encode())}
-        cache.storage.check_rows(start, stop)
+        cache.storage.verify_rows(start, stop)
         try:
             file = PosixFile.create_beside(path)
         except FileNotFoundError:

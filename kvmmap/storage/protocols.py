@@ -1,37 +1,45 @@
-"""What a storage is: the protocols that layers and caches are written against.
+"""The storage contract: what layers and caches are written against, and what a storage implements.
 
-An append goes: `begin` (may I, and is there room), then `stage` and `write` as often as it takes, then `publish`.
-Nothing is visible, to anyone, before `publish`.
+A storage implements `LayerStore.rows` and `LayerStore.write`, and `Storage.commit`. One that outlives the process also
+implements `Storage.truncate`, `write_tokens`, `read_tokens`, `set_document` and `close`, and opens what it has stored.
+Everything else has a default, to be overridden where a storage can do better.
 
-A read goes: `mark`, then the length, then rows, then `check_since(mark)`, in this order. Other threads may push,
-truncate, refresh and close through the same handle meanwhile; who lowers lengths changes the mark afterwards, and
-writes over rows only then. So a length that belongs to another mark than the rows, or rows that were written over,
-are found out.
+An append calls `begin` (check permission and room), then `stage` and `write` any number of times, then `publish`.
+Nothing is visible to anyone before `publish`.
+
+A read takes the `version` first, then the length, then the rows, and then calls `validate(version)`. Other threads may
+append, truncate, refresh and close through the same handle meanwhile. A truncating thread lowers the lengths, then
+changes the version, and only then may overwrite rows (a seqlock), so a read of a length and rows that do not belong
+together fails validation.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..geometry import CacheGeometry, LayerGeometry
+from ..errors import CacheChangedError, ClosedError
+from ..format import NO_TOKEN
+from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 
 Verify = Literal["read", "open", "none"]
-"""When rows are compared with their checksums without being asked: each block when it is first read through a handle;
-all when a file is opened that was not closed before the machine went down; or not."""
+"""When rows are compared with their checksums automatically: each block when a handle first reads it; all of them on
+opening, if the machine crashed while a writer had the file open; or never."""
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+"""Called with (bytes done, bytes in total)."""
 
-Take = Callable[[int, int, Any], None]
-"""Takes bytes of rows: in which array of `Rows` they lie, where in its bytes they start, and the bytes, valid until it
-returns. Called by several threads."""
+STAGE_BYTES = 2 * 1024 * 1024
+"""Rows that `LayerStore.stage` allocates at most, by default."""
 
 
 class Rows(NamedTuple):
@@ -119,190 +127,292 @@ class VerifyReport:
         return not self.damages
 
 
-class Pouring(Protocol):
-    """Rows on their way through, from a storage that does not have them in memory to whoever takes them."""
+class LayerStore(ABC):
+    """The rows of one layer in a storage.
 
-    def finish(self) -> bool:
-        """Wait until all went by; False if they were not sound, or could not be had so. Then what was taken counts for
-        nothing, and `stretches` has them, or says what is wrong."""
+    Args:
+        storage: the storage that the layer belongs to. The layer does not keep it alive.
+        index: the layer's number.
+    """
 
-    def abandon(self) -> None:
-        """Let it be; nothing is handed on any more when this returns."""
+    in_memory: ClassVar[bool] = False
+    """True if any rows can be returned as views at no cost. Otherwise callers use `iter_rows`."""
 
+    index: int
+    geometry: LayerGeometry
+    capacity: int
+    length: int
+    """Positions stored, as this handle sees them."""
 
-class LayerStore(Protocol):
-    """One layer's slabs."""
+    _storage: Storage
 
-    @property
-    def index(self) -> int: ...
+    def __init__(self, storage: Storage, index: int) -> None:
+        self.index = index
+        self.geometry = storage.geometry.layers[index]
+        self.capacity = storage.geometry.capacity
+        self.length = 0
+        # No reference cycle: a writer that is dropped without `close` releases its lock at once.
+        self._storage = weakref.proxy(storage)
 
-    @property
-    def geometry(self) -> LayerGeometry: ...
+    # A storage implements these two
 
-    @property
-    def capacity(self) -> int: ...
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Rows:
+        """Return stored positions [start, stop), read-only: views where they are contiguous in memory, else a copy."""
 
-    @property
-    def length(self) -> int:
-        """Positions stored, as this handle sees them."""
+    @abstractmethod
+    def write(self, start: int, rows: Rows) -> None:
+        """Write rows from position `start` on. They become part of the layer with `publish`.
 
-    @property
-    def in_memory(self) -> bool:
-        """True where any rows can be had as views at no cost; else they come, and are best taken, in stretches."""
+        Rows that `stage` did not return are borrowed: the caller does not modify them before the next commit.
+        """
+
+    # Appending
 
     def begin(self, count: int) -> int:
-        """Check that `count` positions may be appended, and return the position of the first."""
+        """Check that `count` positions may be appended, and return the position of the first.
+
+        Raises:
+            CapacityExceededError, ReadOnlyError, ClosedError: they may not.
+        """
+        self._storage.check_writable()
+        check_room(self.length, count, self.capacity, layer=self.index)
+        return self.length
 
     def stage(self, start: int, count: int) -> Rows:
-        """Give room to quantise at most `count` positions from `start` on into; it may hold fewer, never none."""
-
-    def write(self, start: int, rows: Rows) -> None:
-        """Put rows, staged ones or others of the right shapes, where they belong. They are not part of the layer
-        before `publish`; others than staged ones must stay as they are until the next commit."""
+        """Return a buffer for at most `count` positions from `start` on, at least one, to quantise into."""
+        most = max(1, STAGE_BYTES // self.geometry.position_bytes)
+        return Rows.allocate(self.geometry, min(count, most))
 
     def publish(self, length: int) -> None:
         """Make everything below `length` part of the layer."""
+        self.length = length
+
+    # Reading
 
     def slabs(self) -> Rows:
-        """Read-only views of the whole capacity (of what there is of it); a copy where rows do not lie in memory."""
+        """Return read-only views of all rows, over the whole capacity where the storage has it; a copy where rows are
+        not in memory."""
+        return self.rows(0, self.length)
 
-    def rows(self, start: int, stop: int) -> Rows:
-        """Return stored positions [start, stop), read-only: views where they lie in one piece, else a copy."""
+    def iter_rows(self, start: int, stop: int) -> Iterator[Rows]:
+        """Yield stored positions [start, stop) in parts, as they are stored. Later parts may be fetched meanwhile."""
+        yield self.rows(start, stop)
 
-    def stretches(self, start: int, stop: int) -> Iterator[Rows]:
-        """Yield stored positions [start, stop) piece by piece, as they lie; later ones may be fetched meanwhile."""
+    def scan(self, start: int, stop: int) -> Iterator[Rows]:
+        """As `iter_rows`, and release the memory of each part when the next is asked for."""
+        return self.iter_rows(start, stop)
 
-    def stream(self, start: int, stop: int) -> Iterator[Rows]:
-        """As `stretches`, and what is behind takes no memory any more: a stretch is to be used before the next."""
+    def is_verified(self, stop: int) -> bool:
+        """True if `ensure_verified` would have nothing to do for stored positions [0, stop)."""
+        return True
 
-    def is_proven(self, stop: int) -> bool:
-        """True if stored positions [0, stop) may be read from `slabs` as they are: `prove` would compare nothing."""
+    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
+        """Compare the blocks of positions that the caller will read through `slabs` with their checksums, where this
+        handle has not done so before. `rows`, `iter_rows` and `scan` do it themselves.
 
-    def prove(self, ranges: NDArray[np.int64]) -> None:
-        """Stored positions are about to be read from `slabs`, [k, 2] of (start, stop): see that their blocks match
-        their checksums, where that was not seen before. `rows`, `stretches` and `stream` do so themselves.
+        Args:
+            ranges: [k, 2], each (start, stop).
 
         Raises:
-            CorruptCacheError: one does not.
+            CorruptCacheError: a block does not match.
         """
 
-    def expect(self, start: int, stop: int) -> None:
-        """Stored positions [start, stop) will be read soon: start fetching them, where that takes its time."""
-
-    def pour(self, start: int, stop: int, take: Take) -> Pouring | None:
-        """Start handing stored positions [start, stop) on as they come, before it is known that they are sound; None
-        where rows lie in memory, or have to pass through it."""
+    def prefetch(self, start: int, stop: int) -> None:
+        """Start fetching stored positions [start, stop), where that takes time."""
 
     def release(self, start: int, stop: int) -> None:
-        """Stored positions [start, stop) won't be read soon: give their memory back, where they can be read again."""
+        """Free the memory of stored positions [start, stop), where they can be read again."""
 
-    def mark(self) -> int:
-        """What `check_since` is to compare with; taken before the length is looked at."""
+    # Validation
 
-    def check_since(self, mark: int) -> None:
-        """Raise if what was read since a mark can't be trusted: the storage was closed, or rows were taken back."""
+    def version(self) -> int:
+        """Return the version of what is stored. Take it before the length."""
+        return self._storage.version()
 
-    def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
-        """Return the sketches of the first `blocks` blocks, all complete under a mark, as `storage.sketches` says: in
-        pieces that follow one another; not to be written to."""
+    def validate(self, version: int) -> None:
+        """Raise if what was read since `version` can't be used: the storage was closed, or positions were truncated."""
+        self._storage.validate(version)
 
     def check(self) -> None:
-        """Raise if the storage was closed, or rows that this handle counts on were taken back."""
+        """Raise if the storage was closed, or positions that this handle counts on were truncated."""
+        self._storage.check()
 
 
-class Storage(Protocol):
-    """All layers' slabs, with what belongs to the cache as a whole."""
+class Storage(ABC):
+    """All layers of a cache, with its token ids, metadata and commits.
+
+    By default token ids and metadata are kept in memory, and nothing has checksums.
+
+    Args:
+        geometry: the shapes of all layers.
+        document: model and metadata.
+        path: path or URL; None in memory.
+    """
+
+    kind: ClassVar[str] = "storage"
+    """Name of the kind of storage, for `inspect`."""
+
+    writable: bool = True
+
+    geometry: CacheGeometry
+    path: str | None
+    lock: AbstractContextManager[Any, Any]
+    """Held during every append, so that appends of several threads follow one another."""
+    layers: Sequence[LayerStore]
+    token_len: int
+    """Positions, from 0, whose token ids are recorded."""
+
+    def __init__(self, geometry: CacheGeometry, document: Document | None = None, path: str | None = None) -> None:
+        self.geometry = geometry
+        self.path = path
+        self.lock = threading.RLock()
+        self.token_len = 0
+        self._notes = document or Document(None, {})
+        self._token_ids = np.full(geometry.capacity, NO_TOKEN, np.int32)
+        self._truncations = 0
+        self._closed = False
+
+    # A storage implements this, and sets `layers`
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Make all positions that are complete in every layer survive power loss, as far as the storage can."""
+
+    # State
 
     @property
-    def geometry(self) -> CacheGeometry: ...
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._closed
 
-    @property
-    def path(self) -> str | None: ...
+    def check(self) -> None:
+        """Raise if the storage was closed, or positions that this handle counts on were truncated."""
+        if self.closed:
+            raise closed_error(self.path)
 
-    @property
-    def writable(self) -> bool: ...
+    def check_writable(self) -> None:
+        """Raise unless this handle may append."""
+        self.check()
 
-    @property
-    def closed(self) -> bool: ...
+    def version(self) -> int:
+        """As `LayerStore.version`."""
+        return self._truncations
 
-    @property
-    def lock(self) -> AbstractContextManager[Any, Any]:
-        """Held around every append; an append by another thread waits for it."""
+    def validate(self, version: int) -> None:
+        """As `LayerStore.validate`."""
+        self.check()
+        if self._truncations != version:
+            refuse_truncated(self.path)
 
-    @property
-    def layers(self) -> Sequence[LayerStore]: ...
+    def refresh(self) -> bool:
+        """Look for what other processes have published; True if there is anything new."""
+        self.check()
+        return False
 
-    @property
-    def token_len(self) -> int:
-        """Positions, from 0, whose token ids are recorded."""
+    # Metadata and token ids
 
     @property
     def document(self) -> Document:
-        """Metadata as it stands."""
-
-    def mark(self) -> int:
-        """As a layer's."""
-
-    def check_since(self, mark: int) -> None:
-        """As a layer's."""
-
-    def check(self) -> None:
-        """As a layer's."""
+        """Model and metadata, with changes that are not committed yet."""
+        return self._notes
 
     def set_document(self, document: Document) -> None:
-        """Replace the metadata; part of the next commit."""
+        """Replace model and metadata, as part of the next commit.
 
-    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None: ...
+        Raises:
+            MetadataError: not plain JSON, or too large for the storage.
+        """
+        self.check_writable()
+        document.encode()
+        self._notes = document
 
-    def publish_tokens(self, length: int) -> None: ...
+    def write_tokens(self, start: int, ids: NDArray[np.int32]) -> None:
+        """Write token ids from position `start` on. `publish_tokens` records them."""
+        self._token_ids[start : start + len(ids)] = ids
+
+    def publish_tokens(self, length: int) -> None:
+        """Record the token ids of all positions below `length`."""
+        self.token_len = length
 
     def read_tokens(self, count: int) -> NDArray[np.int32]:
-        """Return a copy of the first `count` recorded ids."""
+        """Return a copy of the first `count` recorded token ids."""
+        return self._token_ids[:count].copy()
+
+    # Appending
 
     def publish_step(self, length: int) -> None:
-        """Make everything below `length` part of every layer, or, if that is cut off (Ctrl-C), of none."""
+        """Make everything below `length` part of every layer or, if interrupted (Ctrl-C), of none."""
+        try:
+            for layer in self.layers:
+                layer.publish(length)
+        except BaseException:
+            self.truncate(seq_len(self))
+            raise
 
     def appended(self) -> None:
-        """Called after an append was published; commits if the storage is to commit every one."""
+        """Called after each published append. Commits, if the storage is to commit every append."""
 
-    def commit(self) -> None: ...
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` positions, durably as far as they were committed."""
+        with self.lock:
+            self.check_writable()
+            for layer in self.layers:
+                layer.length = min(layer.length, length)
+            self.token_len = min(self.token_len, length)
+            self._truncations += 1
 
-    def truncate(self, length: int) -> None: ...
+    def close(self) -> None:
+        """Release everything. Views that were returned stay valid. Closing twice is allowed."""
+        with self.lock:
+            self._closed = True
 
-    def refresh(self) -> bool: ...
-
-    def close(self) -> None: ...
-
-    def verify(self, progress: Progress | None = None) -> VerifyReport: ...
+    # Checksums
 
     @property
     def committed_len(self) -> int:
         """Positions that checksums cover."""
+        return 0
 
-    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
-        """Return the checksums of blocks [first, stop), u64 [stop - first, num_layers]; the last may be incomplete."""
+    def committed_checksums(self, first: int, stop: int) -> NDArray[np.uint64]:
+        """Return the checksums of blocks [first, stop), u64 [stop - first, num_layers]. The last may be incomplete."""
+        return np.zeros((0, self.geometry.num_layers), np.uint64)
 
-    def check_rows(self, start: int, stop: int) -> None:
-        """Raise CorruptCacheError if a committed block of [start, stop) does not match its checksum, unless reading
-        rows does so anyway."""
+    def verify_rows(self, start: int, stop: int) -> None:
+        """Compare the committed blocks of positions [start, stop) with their checksums, unless every read does.
+
+        Raises:
+            CorruptCacheError: a block does not match.
+        """
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Compare every committed block with its checksum."""
+        self.check()
+        return VerifyReport(path=self.path, seq_len=seq_len(self), verified=0)
+
+    # Description
 
     def identity(self) -> str | None:
-        """Name the cache in its present generation: while it stays, what is committed does. None in memory."""
+        """Return a name of the cache and its generation: while it stays the same, committed positions do. None if
+        there is no such name."""
+        return None
 
     def facts(self) -> dict[str, Any]:
-        """What `inspect` shows of the storage itself."""
+        """Return what `inspect` shows of the storage itself."""
+        return {"kind": self.kind}
 
 
 def seq_len(storage: Storage) -> int:
-    """Positions complete in every layer."""
+    """Return the number of positions that are complete in every layer."""
     return min([layer.length for layer in storage.layers])
 
 
-def publish_level(storage: Storage, length: int) -> None:
-    """Publish a length in every layer; if that is cut off, take it back where it was published."""
-    try:
-        for layer in storage.layers:
-            layer.publish(length)
-    except BaseException:
-        storage.truncate(seq_len(storage))
-        raise
+def closed_error(path: str | None) -> ClosedError:
+    """Return the error for a use after `close`."""
+    return ClosedError("the cache is closed" if path is None else f"{path}: the cache is closed", path=path)
+
+
+def refuse_truncated(path: str | None) -> NoReturn:
+    """Raise for rows that were truncated while they were being read."""
+    where = "" if path is None else f"{path}: "
+    raise CacheChangedError(f"{where}positions were truncated during the read: read again", path=path)

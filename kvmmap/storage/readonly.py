@@ -1,24 +1,31 @@
-"""What a reader's storage and layers answer to everything that writes: that they were opened for reading.
+"""The writing half of the storage contract, refused: for handles that were opened for reading.
 
-A reader brings `refuse_write`, which says so in its own words; a writer overrides what it can do.
+A reader implements `refuse_write`, which raises in its own words. Its writer overrides what it can do.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..metadata import Document
-from .protocols import Rows
+from .protocols import LayerStore, Rows, Storage
 
 
-class ReadOnlyStorage:
-    """The writing half of `Storage`, refused."""
+class ReadOnlyStorage(Storage):
+    """A storage whose writing methods raise ReadOnlyError."""
 
+    writable = False
+
+    @abstractmethod
     def refuse_write(self) -> NoReturn:
-        raise NotImplementedError
+        """Raise ReadOnlyError, or ClosedError if the cache is closed."""
+
+    def check_writable(self) -> None:
+        self.refuse_write()
 
     def set_document(self, document: Document) -> None:
         self.refuse_write()
@@ -42,8 +49,8 @@ class ReadOnlyStorage:
         self.refuse_write()
 
 
-class ReadOnlyLayer:
-    """The writing half of `LayerStore`, refused."""
+class ReadOnlyLayer(LayerStore):
+    """A layer whose writing methods raise ReadOnlyError."""
 
     _storage: ReadOnlyStorage
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,19 +72,19 @@ class ComputedSketches:
     def __init__(self, geometry: LayerGeometry, block_tokens: int) -> None:
         self._block_tokens = block_tokens
         self._none = np.empty((0, geometry.num_kv_heads, 2, geometry.head_dim), np.uint16)
-        self._mark = 0
+        self._version = 0
         self._first, self._found = 0, self._none
         self._lock = threading.Lock()
 
-    def between(self, first: int, stop: int, store: LayerStore, mark: int) -> NDArray[np.uint16]:
-        """Return those of blocks [first, stop), all complete under a mark of the store's; those before are forgotten.
+    def between(self, first: int, stop: int, store: LayerStore, version: int) -> NDArray[np.uint16]:
+        """Return those of blocks [first, stop), all complete under a version; drop those before.
 
         Raises:
-            CacheChangedError: rows were taken back since the mark.
+            CacheChangedError: rows were taken back since the version.
         """
         known = self._none
         with self._lock:
-            if self._mark == mark and self._first <= first:
+            if self._version == version and self._first <= first:
                 known = self._found[first - self._first :]
         parts, done = [known], first + len(known)
         # Not under the lock: it may take a while.
@@ -92,11 +93,46 @@ class ComputedSketches:
             # Gone through once: their memory is given back.
             store.release(done * self._block_tokens, (done + len(part)) * self._block_tokens)
             done += len(part)
-        store.check_since(mark)
+        store.validate(version)
         found = np.concatenate(parts) if len(parts) > 1 else known
         with self._lock:
-            self._mark, self._first, self._found = mark, first, found
+            self._version, self._first, self._found = version, first, found
         return found[: stop - first]
+
+
+class KeepsSketches(Protocol):
+    """A layer store that keeps sketches itself: a specialisation, and no part of the storage contract."""
+
+    def sketches(self, blocks: int, version: int) -> list[NDArray[np.uint16]]: ...
+
+
+_computed: weakref.WeakKeyDictionary[LayerStore, ComputedSketches] = weakref.WeakKeyDictionary()
+_computed_lock = threading.Lock()
+
+
+def layer_sketches(store: LayerStore, blocks: int, block_tokens: int, version: int) -> Sequence[NDArray[np.uint16]]:
+    """Return the sketches of a layer's first `blocks` blocks, kept by its storage or computed.
+
+    Args:
+        store: the layer.
+        blocks: how many; all of them complete under `version`.
+        block_tokens: positions in a block.
+        version: of the store, taken before its length.
+
+    Returns:
+        Arrays that follow one another, as `sketch_rows` returns them; not to be written to.
+
+    Raises:
+        CacheChangedError: positions were truncated since `version`.
+    """
+    keeping = cast(KeepsSketches | None, store if hasattr(store, "sketches") else None)
+    if keeping is not None:
+        return keeping.sketches(blocks, version)
+    with _computed_lock:
+        computed = _computed.get(store)
+        if computed is None:
+            computed = _computed[store] = ComputedSketches(store.geometry, block_tokens)
+    return [computed.between(0, blocks, store, version)]
 
 
 class KeptSketches:
@@ -109,9 +145,9 @@ class KeptSketches:
     def __init__(self, superblock: Superblock, layer: int) -> None:
         self._superblock = superblock
         self._layer = layer
-        self._proven = 0, 0  # under which mark, and how many from 0
+        self._proven = 0, 0  # under which version, and how many from 0
 
-    def first(self, blocks: int, memory: mmap.mmap, mark: int, *, prove: bool) -> NDArray[np.uint16]:
+    def first(self, blocks: int, memory: mmap.mmap, version: int, *, prove: bool) -> NDArray[np.uint16]:
         """Return those of the first `blocks` blocks, all committed; fewer if one is damaged."""
         geometry, layers = self._superblock.geometry.layers[self._layer], self._superblock.geometry.num_layers
         at = self._superblock.section(Section.KEY_SKETCHES, self._layer).offset
@@ -121,10 +157,10 @@ class KeptSketches:
             return found
         at = self._superblock.section(Section.SKETCH_CHECKSUMS).offset
         sums = np.ndarray((blocks, layers), np.dtype("<u8"), memory, at)
-        proven = self._proven[1] if self._proven[0] == mark else 0
+        proven = self._proven[1] if self._proven[0] == version else 0
         while proven < blocks and sketch_checksum(self._layer, proven, found[proven]) == sums[proven, self._layer]:
             proven += 1
-        self._proven = mark, proven
+        self._proven = version, proven
         return found[:proven]
 
 

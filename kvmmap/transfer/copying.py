@@ -166,7 +166,7 @@ def _to_file(plan: Plan, path: str, overwrite: bool, verify: bool, progress: Pro
                 meter.reached(stop)
         if plan.keeps_sums and plan.length == plan.source.committed_len:
             size = plan.geometry.block_tokens
-            sums = plan.source.committed_sums(writer.committed_len // size, -(-plan.length // size))
+            sums = plan.source.committed_checksums(writer.committed_len // size, -(-plan.length // size))
             writer.tell_sums(plan.length, sums)
     if verify:
         with contextlib.closing(MappedReader.open(partial)) as reader:
@@ -253,7 +253,7 @@ def _compare(plan: Plan, writer: ZarrWriter, start: int, stop: int) -> None:
     last = -(-stop // size) if stop == committed else min(stop, committed) // size
     if last <= start // size:
         return
-    expected = plan.source.committed_sums(start // size, last)
+    expected = plan.source.committed_checksums(start // size, last)
     found = writer.sums_below(stop)[start // size : last]
     for block, layer in zip(*np.nonzero(expected != found), strict=True):
         position = (start // size + int(block)) * size
@@ -308,6 +308,6 @@ def _same(one: Storage, other: Storage) -> bool:
     if shapes[0] != shapes[1] or one.document.encode() != other.document.encode():
         return False
     blocks = -(-length // one.geometry.block_tokens)
-    return np.array_equal(one.committed_sums(0, blocks), other.committed_sums(0, blocks)) and np.array_equal(
+    return np.array_equal(one.committed_checksums(0, blocks), other.committed_checksums(0, blocks)) and np.array_equal(
         one.read_tokens(one.token_len), other.read_tokens(other.token_len)
     )

@@ -5,7 +5,6 @@ What the copy becomes, and where it stands meanwhile, is not known here.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +18,8 @@ from typing import NamedTuple, Self
 from ..cache import QuantizedKvCache
 from ..geometry import CacheGeometry, check_range, check_room, index
 from ..storage.file.writer import MappedWriter
-from ..storage.protocols import LayerStore, Pouring, Rows, Storage, seq_len
+from ..storage.protocols import LayerStore, Rows, Storage, seq_len
+from ..storage.streaming import RowStream, open_stream
 
 STEP_TOKENS = 8192
 """Positions of a layer that are copied at once."""
@@ -120,7 +120,7 @@ class Putting:
 
     def expect(self, stretch: Stretch) -> None:
         """See that the rows are on their way."""
-        stretch.source.expect(stretch.start, stretch.stop)
+        stretch.source.prefetch(stretch.start, stretch.stop)
 
     def has(self, stretch: Stretch) -> bool:
         """True if the rows are where they belong already."""
@@ -144,22 +144,22 @@ class Writing:
         self._target = target
         self._layers = target.layers
         self._pool = ThreadPoolExecutor(WRITERS)
-        self._pouring: dict[Stretch, Pouring] = {}
+        self._streams: dict[Stretch, RowStream] = {}
         self._under_way: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
 
     def expect(self, stretch: Stretch) -> None:
-        take = functools.partial(self._layers[stretch.layer].write_bytes, stretch.position)
-        pouring = stretch.source.pour(stretch.start, stretch.stop, take)
-        if pouring is None:
-            stretch.source.expect(stretch.start, stretch.stop)
+        target = self._layers[stretch.layer]
+        stream = open_stream(stretch.source, stretch.start, stretch.stop, target, stretch.position)
+        if stream is None:
+            stretch.source.prefetch(stretch.start, stretch.stop)
         else:
-            self._pouring[stretch] = pouring
+            self._streams[stretch] = stream
 
     def has(self, stretch: Stretch) -> bool:
-        pouring = self._pouring.get(stretch)
-        sound = pouring is not None and pouring.finish()
-        self._pouring.pop(stretch, None)  # only now: until then it may have to be abandoned
+        stream = self._streams.get(stretch)
+        sound = stream is not None and stream.finish()
+        self._streams.pop(stretch, None)  # only now: until then it may have to be abandoned
         if sound:  # others are still under way
             stop = stretch.position + stretch.stop - stretch.start
             self._target.sketch_ahead(stretch.layer, stop // self._target.geometry.block_tokens)
@@ -195,8 +195,8 @@ class Writing:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for pouring in self._pouring.values():
-            pouring.abandon()
+        for stream in self._streams.values():
+            stream.cancel()
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -213,7 +213,7 @@ def fill(plan: Plan, target: Storage, way: Putting | Writing, *, check: bool) ->
     ahead = _reading_ahead([stretch for step in steps for stretch in step], way)
     for step in steps:
         if check:
-            source.check_rows(step[0].start, step[0].stop)
+            source.verify_rows(step[0].start, step[0].stop)
         for stretch in step:
             next(ahead)
             position = target.layers[stretch.layer].begin(stretch.stop - stretch.start)
@@ -237,7 +237,7 @@ def _pieces(stretch: Stretch, *, check: bool) -> Iterator[Rows]:
     if stretch.source.in_memory and not check:
         yield stretch.source.slabs().part(stretch.start, stretch.stop)
     else:
-        yield from stretch.source.stretches(stretch.start, stretch.stop)
+        yield from stretch.source.iter_rows(stretch.start, stretch.stop)
 
 
 def _reading_ahead(work: Sequence[Stretch], way: Putting | Writing) -> Iterator[None]:

@@ -54,7 +54,7 @@ def epochs_in(key_codes: NDArray[np.int8]) -> NDArray[np.int64]:
     return result
 
 
-def check_rows(cache: kvmmap.QuantizedKvCache, start: int, stop: int) -> NDArray[np.int64]:
+def verify_rows(cache: kvmmap.QuantizedKvCache, start: int, stop: int) -> NDArray[np.int64]:
     """Compare every code and scale of positions [start, stop) and return their epochs.
 
     Raises:
@@ -88,7 +88,7 @@ def check_attention(cache: kvmmap.QuantizedKvCache, layer: int, start: int, epoc
     """Attend over positions from `start` on and compare with what was stored there.
 
     Raises:
-        WrongBytesError, CacheChangedError: as `check_rows`.
+        WrongBytesError, CacheChangedError: as `verify_rows`.
     """
     positions = np.arange(start, start + len(epochs))
     query = np.random.default_rng(start).standard_normal((1, HEADS, DIM), dtype=np.float32) / 32

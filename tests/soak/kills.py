@@ -27,7 +27,7 @@ import numpy as np
 import kvmmap
 
 from .board import COUNTS, Board
-from .content import DIM, HEADS, LAYERS, check_rows
+from .content import DIM, HEADS, LAYERS, verify_rows
 from .model import Epochs, Log, Model, Operation
 from .reader import Reader
 from .writer import CAPACITIES, MUTATIONS, Writer
@@ -159,7 +159,7 @@ class Soak:
 
     def find(self, what: str, cache: kvmmap.QuantizedKvCache, candidates: Sequence[Epochs]) -> Epochs:
         """Return the candidate that a cache holds."""
-        found = check_rows(cache, 0, cache.seq_len)
+        found = verify_rows(cache, 0, cache.seq_len)
         for epochs in candidates:
             if np.array_equal(found, epochs):
                 return epochs

@@ -10,7 +10,7 @@ import numpy as np
 import kvmmap
 
 from .board import Board
-from .content import DIM, HEADS, LAYERS, check_attention, check_rows, codes_of, rows_of
+from .content import DIM, HEADS, LAYERS, check_attention, codes_of, rows_of, verify_rows
 
 LONGEST = 400  # positions read in one go
 
@@ -62,7 +62,7 @@ class Reader:
         stop = min(length, start + self.random.randint(1, LONGEST))
         if self.random.random() < 0.3:
             start, stop = max(0, length - 20), length  # the end is where things happen
-        epochs = check_rows(self.cache, start, stop)
+        epochs = verify_rows(self.cache, start, stop)
         self.board.count(self.number, "rows", (stop - start) * LAYERS * HEADS * 2)
         if told:
             taken_back = np.arange(start, stop)[epochs <= epoch]

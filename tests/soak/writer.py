@@ -15,7 +15,7 @@ import kvmmap
 from kvmmap.storage.file.writer import MappedWriter, WriterLayer
 
 from .board import Board
-from .content import LAYERS, check_rows, rows_of
+from .content import LAYERS, rows_of, verify_rows
 from .model import Log, Model, Operation
 
 CAPACITIES = (2500, 3000)
@@ -32,7 +32,7 @@ class Writer:
     def run(self) -> None:
         """Do things until the process is killed."""
         self.open(timeout=0)  # whoever held the lock is dead
-        check_rows(self.cache, 0, self.cache.seq_len)
+        verify_rows(self.cache, 0, self.cache.seq_len)
         while True:
             self.step()
 

@@ -191,15 +191,15 @@ class MappedReader(ReadOnlyStorage):
 
     def check(self) -> None:
         """Raise if the cache is closed, or rows that this handle counts on were taken back."""
-        self.check_since(self.mark())
+        self.validate(self.version())
 
-    def mark(self) -> int:
+    def version(self) -> int:
         return self.snapshot.generation_word
 
-    def check_since(self, mark: int) -> None:
+    def validate(self, version: int) -> None:
         self.note_use()  # every read comes by here
-        if self.live.generation_word() != mark:
-            if self.snapshot.generation_word != mark:
+        if self.live.generation_word() != version:
+            if self.snapshot.generation_word != version:
                 raise CacheChangedError(
                     f"{self.path}: positions were taken back while they were being read: read again", path=self.path
                 )
@@ -314,7 +314,7 @@ class MappedReader(ReadOnlyStorage):
         for layer in self.layers:
             layer.length = length
         self.token_len = min(snapshot.token_len, length)
-        # Last: who reads meanwhile in another thread has the mark of the lengths before, or lengths of this one.
+        # Last: who reads meanwhile in another thread has the version of the lengths before, or lengths of this one.
         self.snapshot = snapshot
 
     def refresh(self) -> bool:
@@ -352,11 +352,11 @@ class MappedReader(ReadOnlyStorage):
     def committed_len(self) -> int:
         return self.snapshot.slot.seq_len
 
-    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+    def committed_checksums(self, first: int, stop: int) -> NDArray[np.uint64]:
         return self.stored_sums(self.snapshot.slot, first, stop)
 
     def stored_sums(self, slot: Slot, first: int, stop: int) -> NDArray[np.uint64]:
-        """As `committed_sums`, of the commit that is given."""
+        """As `committed_checksums`, of the commit that is given."""
         layers = self.geometry.num_layers
         complete = min(stop, slot.seq_len // self.geometry.block_tokens)
         offset = self.superblock.section(Section.CHECKSUMS).offset + 8 * first * layers
@@ -372,7 +372,7 @@ class MappedReader(ReadOnlyStorage):
         sums = np.ndarray((complete,), np.dtype("<u8"), self.memory, offset)
         return np.append(sums, np.array(slot.tail_checksums[-1:] if rest else (), np.uint64))
 
-    def check_rows(self, start: int, stop: int) -> None:
+    def verify_rows(self, start: int, stop: int) -> None:
         if self._verify == "read":
             return
         from .verify import check_blocks

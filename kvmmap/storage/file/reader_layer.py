@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...format import SLAB_SECTIONS
 from ...geometry import LayerGeometry
-from ..protocols import Rows, Take
+from ..protocols import Rows
 from ..readonly import ReadOnlyLayer
 from ..sketches import ComputedSketches, KeptSketches
 from . import page_cache
@@ -50,31 +50,28 @@ class MappedLayer(ReadOnlyLayer):
                 self._slabs = None
         return slabs
 
-    def is_proven(self, stop: int) -> bool:
+    def is_verified(self, stop: int) -> bool:
         return is_proven(self._storage, self.index, stop)
 
-    def prove(self, ranges: NDArray[np.int64]) -> None:
+    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
         prove_rows(self._storage, self.index, ranges)
 
     def rows(self, start: int, stop: int) -> Rows:
-        if not self.is_proven(stop):
-            self.prove(np.array([[start, stop]], np.int64))
+        if not self.is_verified(stop):
+            self.ensure_verified(np.array([[start, stop]], np.int64))
         return self.slabs().part(start, stop)
 
-    def stretches(self, start: int, stop: int) -> Iterator[Rows]:
+    def iter_rows(self, start: int, stop: int) -> Iterator[Rows]:
         yield self.rows(start, stop)
 
-    def stream(self, start: int, stop: int) -> Iterator[Rows]:
+    def scan(self, start: int, stop: int) -> Iterator[Rows]:
         memory, row_bytes = self._storage.memory, self.geometry.slab_bytes(1)
         for part in page_cache.stretches(memory, self._offsets, row_bytes, start, stop):
             yield self.rows(part.start, part.stop)
 
-    def expect(self, start: int, stop: int) -> None:
+    def prefetch(self, start: int, stop: int) -> None:
         for low, high in self._byte_ranges(start, stop):
             self._storage.file.read_ahead(low, high - low)
-
-    def pour(self, start: int, stop: int, take: Take) -> None:
-        """They lie in the map."""
 
     def release(self, start: int, stop: int) -> None:
         page_cache.drop_pages(self._storage.memory, self._byte_ranges(start, stop))
@@ -84,21 +81,21 @@ class MappedLayer(ReadOnlyLayer):
         row_bytes = self.geometry.slab_bytes(1)
         return [(at + start * row, at + stop * row) for at, row in zip(self._offsets, row_bytes, strict=True)]
 
-    def mark(self) -> int:
+    def version(self) -> int:
         return self._storage.snapshot.generation_word
 
-    def check_since(self, mark: int) -> None:
-        self._storage.check_since(mark)
+    def validate(self, version: int) -> None:
+        self._storage.validate(version)
 
-    def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
+    def sketches(self, blocks: int, version: int) -> list[NDArray[np.uint16]]:
         kept, pieces, storage = 0, [], self._storage
         if self._kept_sketches is not None:
             slot, proven = storage.snapshot.slot, storage.snapshot.proven
             committed = min(blocks, slot.seq_len // self._block_tokens)
-            pieces.append(self._kept_sketches.first(committed, storage.memory, mark, prove=proven is not None))
+            pieces.append(self._kept_sketches.first(committed, storage.memory, version, prove=proven is not None))
             kept = len(pieces[0])
         if kept < blocks:
-            pieces.append(self._sketches.between(kept, blocks, self, mark))
+            pieces.append(self._sketches.between(kept, blocks, self, version))
         return pieces
 
     def check(self) -> None:

@@ -135,7 +135,7 @@ def _prove(
         assert snapshot.proven is not None
         snapshot.proven.note(track, block, stop - start)
         return
-    reader.check_since(snapshot.generation_word)  # others may have been written there
+    reader.validate(snapshot.generation_word)  # others may have been written there
     layer = track if track < reader.geometry.num_layers else None
     place = "token ids are" if layer is None else f"layer {layer} is"
     raise CorruptCacheError(

@@ -47,9 +47,7 @@ def verify_file(reader: MappedReader, progress: Progress | None = None) -> Verif
     report.bytes = total
     if progress:
         progress(total, total)
-    reader.check_since(
-        snapshot.generation_word
-    )  # were rows taken back meanwhile, the comparison was with the wrong ones
+    reader.validate(snapshot.generation_word)  # were rows taken back meanwhile, the comparison was with the wrong ones
     return report
 
 

@@ -207,7 +207,7 @@ class MappedWriter(MappedReader):
     def check(self) -> None:
         self.require_open()
 
-    def check_writer(self) -> None:
+    def check_writable(self) -> None:
         """Raise unless this process may write, and what it would build on is sound."""
         if self._memory is None:
             self.check()
@@ -307,7 +307,7 @@ class MappedWriter(MappedReader):
     # Committing
 
     def set_document(self, document: Document) -> None:
-        self.check_writer()
+        self.check_writable()
         data = document.encode()
         room = self.superblock.section(Section.METADATA).size // 2
         if len(data) > room:
@@ -327,7 +327,7 @@ class MappedWriter(MappedReader):
     def commit(self, *, closing: bool = False) -> None:
         """Make the positions complete in every layer survive power loss; nothing is done if they do already."""
         with self.lock:
-            self.check_writer()
+            self.check_writable()
             slot, length = self.snapshot.slot, seq_len(self)
             tokens = min(self.token_len, length)
             same = (slot.seq_len, slot.token_len) == (length, tokens) and self._new_document is None
@@ -414,7 +414,7 @@ class MappedWriter(MappedReader):
     def truncate(self, length: int) -> None:
         """Keep the first `length` positions; durable on return as far as they were committed."""
         with self.lock:
-            self.check_writer()
+            self.check_writable()
             if length < self.snapshot.slot.seq_len or length < self.snapshot.slot.token_len:
                 self._check_block(length)
                 self._sync_name()

@@ -36,7 +36,7 @@ class WriterLayer(MappedLayer):
         return self._storage.scratch(self.geometry)
 
     def begin(self, count: int) -> int:
-        self._storage.check_writer()
+        self._storage.check_writable()
         length = self.length
         if length + count > self.capacity:
             check_room(length, count, self.capacity, layer=self.index)

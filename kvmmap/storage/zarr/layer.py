@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...geometry import LayerGeometry
-from ..protocols import Pouring, Rows, Take
+from ..protocols import Rows
 from ..readonly import ReadOnlyLayer
-from ..sketches import ComputedSketches
+from ..streaming import RowStream, WriteBytes
 
 if TYPE_CHECKING:
     from .reader import ZarrReader
@@ -28,7 +28,6 @@ class ZarrLayer(ReadOnlyLayer):
         self.geometry = geometry
         self.capacity = storage.geometry.capacity
         self.length = storage.root.seq_len
-        self._sketches = ComputedSketches(geometry, storage.geometry.block_tokens)
         # Not a cycle: a writer that is simply dropped gives its lock back at once.
         self._storage: ZarrReader = weakref.proxy(storage)
 
@@ -40,7 +39,7 @@ class ZarrLayer(ReadOnlyLayer):
         self.check()
         size = self._storage.layout.shard_tokens
         if start < stop <= start - start % size + size:
-            return next(self.stretches(start, stop))
+            return next(self.iter_rows(start, stop))
         whole = Rows.allocate(self.geometry, stop - start)
         for position, rows in self._placed(start, stop):
             whole.part(position - start, position - start + len(rows.key_codes)).fill(rows)
@@ -48,7 +47,7 @@ class ZarrLayer(ReadOnlyLayer):
             array.flags.writeable = False
         return whole
 
-    def stretches(self, start: int, stop: int) -> Iterator[Rows]:
+    def iter_rows(self, start: int, stop: int) -> Iterator[Rows]:
         """Yield positions [start, stop) piece by piece, while the next ones are fetched."""
         for _, rows in self._placed(start, stop):
             yield rows
@@ -60,32 +59,29 @@ class ZarrLayer(ReadOnlyLayer):
             first, last = max(start, shard * size), min(stop, (shard + 1) * size)
             yield first, self._storage.shard_part(self.index, shard, first, last, streamed=stop - start > size)
 
-    def stream(self, start: int, stop: int) -> Iterator[Rows]:
-        return self.stretches(start, stop)
+    def scan(self, start: int, stop: int) -> Iterator[Rows]:
+        return self.iter_rows(start, stop)
 
-    def is_proven(self, stop: int) -> bool:
+    def is_verified(self, stop: int) -> bool:
         return True
 
-    def prove(self, ranges: NDArray[np.int64]) -> None:
+    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
         """Fetching did."""
 
-    def expect(self, start: int, stop: int) -> None:
-        self._storage.expect(self.index, start, stop)
+    def prefetch(self, start: int, stop: int) -> None:
+        self._storage.prefetch(self.index, start, stop)
 
-    def pour(self, start: int, stop: int, take: Take) -> Pouring | None:
-        return self._storage.pour(self.index, start, stop, take)
+    def stream_bytes(self, start: int, stop: int, write: WriteBytes) -> RowStream | None:
+        return self._storage.stream_bytes(self.index, start, stop, write)
 
     def release(self, start: int, stop: int) -> None:
         """What is kept of shards is bounded as it is."""
 
-    def mark(self) -> int:
-        return self._storage.mark()
+    def version(self) -> int:
+        return self._storage.version()
 
-    def check_since(self, mark: int) -> None:
-        self._storage.check_since(mark)
-
-    def sketches(self, blocks: int, mark: int) -> list[NDArray[np.uint16]]:
-        return [self._sketches.between(0, blocks, self, mark)]
+    def validate(self, version: int) -> None:
+        self._storage.validate(version)
 
     def check(self) -> None:
         self._storage.check()

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from ...errors import (
     CacheChangedError,
     CacheNotFoundError,
-    ClosedError,
     CorruptCacheError,
     ReadOnlyError,
 )
@@ -31,13 +30,14 @@ from ...geometry import LayerGeometry
 from ...metadata import Document
 from ..objects.lock import is_local
 from ..objects.protocol import MissingObjectError, Objects
-from ..protocols import Progress, Rows, Take, VerifyReport
+from ..protocols import Progress, Rows, VerifyReport, closed_error, refuse_truncated
 from ..readonly import ReadOnlyStorage
+from ..streaming import WriteBytes
 from .download import Block, Fetch, ShardRows
 from .layer import ZarrLayer
 from .layout import ROOT_KEY
 from .root import LAYOUT_VERSION, Root
-from .streaming import Pour, ShardPour
+from .streaming import ShardStream, ShardStreams
 
 CACHE_BYTES = 256 * 2**20
 """Fetched rows that are kept in memory, unless asked for otherwise."""
@@ -76,9 +76,9 @@ class ZarrReader(ReadOnlyStorage):
         self.geometry = root.layout.geometry
         self.lock = threading.RLock()
         self.token_len = root.token_len
-        self.closed = False
-        self.taken_back = 0
-        """Counts how often positions that were here were taken back."""
+        self.truncations = 0
+        """How often positions that this handle had were truncated."""
+        self._closed = False
         self._cache_bytes = cache_bytes
         self._fetch_lock = threading.RLock()
         self._kept: OrderedDict[tuple[int, int], ShardRows] = OrderedDict()
@@ -110,21 +110,16 @@ class ZarrReader(ReadOnlyStorage):
         return pool
 
     def check(self) -> None:
-        if self.closed:
-            raise ClosedError(f"{self.path}: the cache is closed", path=self.path)
+        if self._closed:
+            raise closed_error(self.path)
 
-    def mark(self) -> int:
-        return self.taken_back
+    def version(self) -> int:
+        return self.truncations
 
-    def check_since(self, mark: int) -> None:
+    def validate(self, version: int) -> None:
         self.check()
-        if self.taken_back != mark:
-            self._refuse_taken_back()
-
-    def _refuse_taken_back(self) -> NoReturn:
-        raise CacheChangedError(
-            f"{self.path}: positions were taken back while they were being read: read again", path=self.path
-        )
+        if self.truncations != version:
+            refuse_truncated(self.path)
 
     @contextlib.contextmanager
     def _watching_closing(self) -> Iterator[None]:
@@ -147,7 +142,7 @@ class ZarrReader(ReadOnlyStorage):
         with self._fetch_lock:
             self.check()
             if stop > self.layers[layer].length:  # since its length was looked at
-                self._refuse_taken_back()
+                refuse_truncated(self.path)
             kept = self._require(layer, shard, start - base, stop - base, streamed=streamed)
             # Still locked: room that nobody has views of is used again.
             return kept.views.part(start - base, stop - base)
@@ -175,7 +170,7 @@ class ZarrReader(ReadOnlyStorage):
                 first, end = max(0, start - place[1] * size), min(size, stop - place[1] * size)
                 self._start(*place, first, end)
 
-    def expect(self, layer: int, start: int, stop: int) -> None:
+    def prefetch(self, layer: int, start: int, stop: int) -> None:
         """Start fetching positions [start, stop)."""
         size = self.layout.shard_tokens
         with self._fetch_lock:
@@ -183,8 +178,8 @@ class ZarrReader(ReadOnlyStorage):
             for shard in range(start // size, -(-stop // size)):
                 self._start(layer, shard, max(0, start - shard * size), min(size, stop - shard * size))
 
-    def pour(self, layer: int, start: int, stop: int, take: Take) -> Pour | None:
-        """Start handing positions [start, stop) on, if they are all that some shards have, not compressed."""
+    def stream_bytes(self, layer: int, start: int, stop: int, write: WriteBytes) -> ShardStreams | None:
+        """Start streaming positions [start, stop), if they are all that some shards have, not compressed."""
         size, tokens = self.layout.shard_tokens, self.geometry.block_tokens
         partial = start % size or (stop % size and stop != self.root.seq_len)
         if partial or self.writable or self.layout.level is not None:
@@ -196,8 +191,10 @@ class ZarrReader(ReadOnlyStorage):
                 first, count = shard * self.layout.shard_blocks, min(size, stop - shard * size)
                 blocks = [Block(n, self.block_rows(layer, first + n)) for n in range(-(-count // tokens))]
                 expected = functools.partial(self._expected, layer, blocks, self._start_sums(shard))
-                shards.append(ShardPour(self.objects, self.layout, self.pool, (layer, shard), blocks, expected, take))
-            return Pour(shards, self._watching_closing)
+                shards.append(
+                    ShardStream(self.objects, self.layout, self.pool, (layer, shard), blocks, expected, write)
+                )
+            return ShardStreams(shards, self._watching_closing)
 
     def _shard_bytes(self, layer: int) -> int:
         return self.layout.shard_tokens * self.geometry.layers[layer].position_bytes
@@ -392,7 +389,7 @@ class ZarrReader(ReadOnlyStorage):
     def committed_len(self) -> int:
         return self.root.seq_len
 
-    def committed_sums(self, first: int, stop: int) -> NDArray[np.uint64]:
+    def committed_checksums(self, first: int, stop: int) -> NDArray[np.uint64]:
         with self._watching_closing():
             return self._committed_sums(first, stop)
 
@@ -412,7 +409,7 @@ class ZarrReader(ReadOnlyStorage):
             parts.append(np.array([self.root.tails], np.uint64))
         return np.concatenate(parts)
 
-    def check_rows(self, start: int, stop: int) -> None:
+    def verify_rows(self, start: int, stop: int) -> None:
         """Reading them does."""
 
     # Token ids and metadata
@@ -477,7 +474,7 @@ class ZarrReader(ReadOnlyStorage):
             for layer in self.layers:
                 layer.length = root.seq_len
             if root.generation != before.generation:
-                self.taken_back += 1
+                self.truncations += 1
         return True
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
@@ -510,11 +507,11 @@ class ZarrReader(ReadOnlyStorage):
     def close(self) -> None:
         """Let go of everything; views that were handed out stay valid."""
         with self.lock:
-            if not self.closed:
+            if not self._closed:
                 self._let_go()
 
     def _let_go(self) -> None:
-        self.closed = True
+        self._closed = True
         with self._fetch_lock:
             self._drop_kept()
             self._spare.clear()

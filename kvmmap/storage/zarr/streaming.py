@@ -1,8 +1,6 @@
-"""Rows of whole shards on their way through: handed on piece by piece, and compared when they have gone by.
+"""Streams whole shards piece by piece, without buffering them. Verification completes at the end.
 
-They are never in memory as a whole. So whoever takes them gets them before it is known that they are sound: it is for
-places where nothing counts until that is told. What went wrong is not told here: rows that are not sound, or that do
-not lie as they do in memory, are to be had from the reader block by block, and that names what is wrong with them.
+On failure the caller falls back to reading blocks, which names the damaged one.
 """
 
 from __future__ import annotations
@@ -16,17 +14,18 @@ import xxhash
 
 from ...format import block_checksum
 from ..objects.protocol import Buffer, Objects
-from ..protocols import Rows, Take
+from ..protocols import Rows
+from ..streaming import WriteBytes
 from .download import Block
 from .layout import Layout
 from .shard import Run, ShardError, decode_index, index_size, runs
 
 PIECE_BYTES = 1 << 19
-"""What is handed on at once: hashed and taken while it is in the processor's cache, and its room used again."""
+"""Bytes read at a time: hashed and written while they are in the processor's cache, in a buffer that is reused."""
 
 
-class ShardPour:
-    """Leading blocks of one shard, handed on. It starts at once; `finish` waits, and says whether they were sound."""
+class ShardStream:
+    """The first blocks of one shard, streamed. The stream starts at once."""
 
     def __init__(
         self,
@@ -36,46 +35,46 @@ class ShardPour:
         place: tuple[int, int],
         blocks: Sequence[Block],
         expected: Callable[[], Sequence[int] | str],
-        take: Take,
+        write: WriteBytes,
     ) -> None:
         """Start.
 
         Args:
             place: layer and shard.
             blocks: from the first on.
-            expected: gives their checksums, or what is wrong with those; asked after the rows went by.
-            take: gets bytes of the shard's rows, from several threads.
+            expected: returns their checksums, or says what is wrong with those; called after the rows have arrived.
+            write: gets bytes of the shard's rows, from several threads.
         """
         self._layer, self._shard = place
         self._layout = layout
         self._blocks = blocks
         self._expected = expected
-        self._abandoned = False
+        self._cancelled = False
         chunks = layout.geometry.layers[self._layer].slab_bytes(layout.geometry.block_tokens)
         self._parts: list[Future[list[int]]] = [
             pool.submit(
-                self._pour,
+                self._stream,
                 objects,
                 layout.data_key(self._layer, name, self._shard),
                 chunk,
-                functools.partial(take, number),
+                functools.partial(write, number),
             )
             for number, (name, chunk) in enumerate(zip(Rows._fields, chunks, strict=True))
         ]
 
-    def _pour(self, objects: Objects, key: str, chunk_bytes: int, take: Callable[[int, Buffer], None]) -> list[int]:
-        """Hand one array on, and return the digests of its blocks."""
+    def _stream(self, objects: Objects, key: str, chunk_bytes: int, write: Callable[[int, Buffer], None]) -> list[int]:
+        """Stream one array, and return the digests of its blocks."""
         tokens, chunks = self._layout.geometry.block_tokens, self._layout.shard_blocks
         count = sum(block.rows for block in self._blocks) * (chunk_bytes // tokens)
         digests, tail, done = _Digests(chunk_bytes), b"", 0
         for piece in objects.pieces(key, PIECE_BYTES):
-            if self._abandoned:
-                raise ShardError("is not wanted any more")
+            if self._cancelled:
+                raise ShardError("was cancelled")
             data = memoryview(piece).cast("B")
             rows = data[: max(0, count - done)]
             if rows:
                 digests.feed(rows)
-                take(done, rows)
+                write(done, rows)
             done += len(data)
             tail = (tail + bytes(data[-index_size(chunks) :]))[-index_size(chunks) :]
         whole = Run(0, len(self._blocks) * chunk_bytes, 0)
@@ -85,12 +84,12 @@ class ShardPour:
         return digests.finish()
 
     def finish(self) -> bool:
-        """Wait; return False if not all blocks went by sound. What was handed on counts for nothing then."""
+        """Wait; return True if all blocks arrived and match their checksums."""
         try:
             digests = [part.result() for part in self._parts]
             expected = self._expected()
         except (OSError, ShardError):
-            self.abandon()
+            self.cancel()
             return False
         first = self._shard * self._layout.shard_blocks
         found = [
@@ -99,9 +98,9 @@ class ShardPour:
         ]
         return found == expected
 
-    def abandon(self) -> None:
-        """Hand nothing on any more; nothing is under way afterwards."""
-        self._abandoned = True
+    def cancel(self) -> None:
+        """Cancel. Nothing is written after this returns."""
+        self._cancelled = True
         for part in self._parts:
             if not part.cancel():
                 part.exception()
@@ -142,11 +141,15 @@ def _cut(data: memoryview, first: int, size: int) -> Iterator[memoryview]:
         yield data[start : start + size]
 
 
-class Pour:
-    """Shards that follow one another, handed on: a `Pouring`."""
+class ShardStreams:
+    """Consecutive shards, streamed: a `RowStream`.
 
-    def __init__(self, shards: Sequence[ShardPour], watching: Callable[[], AbstractContextManager[None]]) -> None:
-        """Args: watching: brings what fails because another thread has closed the cache into the words for that."""
+    Args:
+        shards: their streams.
+        watching: a context that turns failures caused by a concurrent `close` into ClosedError.
+    """
+
+    def __init__(self, shards: Sequence[ShardStream], watching: Callable[[], AbstractContextManager[None]]) -> None:
         self._shards = shards
         self._watching = watching
 
@@ -154,6 +157,6 @@ class Pour:
         with self._watching():
             return [shard.finish() for shard in self._shards].count(False) == 0
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         for shard in self._shards:
-            shard.abandon()
+            shard.cancel()

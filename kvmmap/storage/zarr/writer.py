@@ -23,7 +23,7 @@ from ...metadata import Document
 from ..after_fork import refuse_forked
 from ..checksums import digest
 from ..objects.protocol import Lock, ObjectChangedError, Objects
-from ..protocols import Rows, publish_level, seq_len
+from ..protocols import Rows, Storage, seq_len
 from .download import ShardRows
 from .layer import ZarrLayer
 from .layout import NO_TOKEN, ROOT_KEY
@@ -59,7 +59,7 @@ class ZarrWriterLayer(ZarrLayer):
         """True from the first write of an append to its publication."""
 
     def begin(self, count: int) -> int:
-        self._storage.check_writer()
+        self._storage.check_writable()
         check_room(self.length, count, self.capacity, layer=self.index)
         if self.ahead:
             self._storage.roll_back(self)
@@ -184,7 +184,7 @@ class ZarrWriter(ZarrReader):
 
     # Appending
 
-    def check_writer(self) -> None:
+    def check_writable(self) -> None:
         """Raise unless this handle may write."""
         self.check()
         if os.getpid() != self._pid:
@@ -273,7 +273,7 @@ class ZarrWriter(ZarrReader):
         return super().read_tokens(count) if self._ids is None else self._ids[:count].copy()
 
     def publish_step(self, length: int) -> None:
-        publish_level(self, length)
+        Storage.publish_step(self, length)
 
     def appended(self) -> None:
         if self._durability == "commit":
@@ -295,7 +295,7 @@ class ZarrWriter(ZarrReader):
             del self._descriptions[key]
 
     def set_document(self, document: Document) -> None:
-        self.check_writer()
+        self.check_writable()
         document.encode()
         self._new_document = document
 
@@ -306,7 +306,7 @@ class ZarrWriter(ZarrReader):
     def commit(self, *, closing: bool = False) -> None:
         """Store what is not, and then the root that counts it; nothing is done if there is nothing new."""
         with self.lock:
-            self.check_writer()
+            self.check_writable()
             self._resolve_doubt()
             for layer in self.layers:
                 if layer.ahead:
@@ -388,7 +388,7 @@ class ZarrWriter(ZarrReader):
     def store_rows(self, length: int) -> None:
         """Store the positions below `length`, without counting them yet; `commit` does."""
         with self.lock:
-            self.check_writer()
+            self.check_writable()
             self._store_rows(length)
 
     def sums_below(self, length: int) -> NDArray[np.uint64]:
@@ -447,7 +447,7 @@ class ZarrWriter(ZarrReader):
     def truncate(self, length: int) -> None:
         """Keep the first `length` positions; durable on return as far as they were committed."""
         with self.lock:
-            self.check_writer()
+            self.check_writable()
             self._resolve_doubt()
             shard, rest = divmod(length, self.layout.shard_tokens)
             for layer in self.layers:
@@ -463,7 +463,7 @@ class ZarrWriter(ZarrReader):
             for layer in self.layers:
                 layer.length = min(layer.length, length)
                 self.roll_back(layer)
-            self.taken_back += 1
+            self.truncations += 1
             self._drop_kept(length // self.geometry.block_tokens)
             self.publish_tokens(min(self.token_len, length))
 
@@ -478,7 +478,7 @@ class ZarrWriter(ZarrReader):
         """Commit, and give the lock back. An error of the commit is raised, and the cache is closed all the same."""
         with self.lock:
             try:
-                if not self.closed and os.getpid() == self._pid and not self._overtaken:
+                if not self._closed and os.getpid() == self._pid and not self._overtaken:
                     self.commit(closing=True)
             finally:
                 self.abandon()
@@ -486,7 +486,7 @@ class ZarrWriter(ZarrReader):
     def abandon(self) -> None:
         """Give the lock back without a commit: the cache is as of the last one."""
         with self.lock:
-            if self.closed:
+            if self._closed:
                 return
             try:
                 if os.getpid() == self._pid:
