@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.browser import CHROMIUM, Browser
 from helpers.seaweed import PROGRAM, Server
 from helpers.support import MakeCache
 
@@ -15,6 +16,17 @@ import kvmmap
 from kvmmap import _core
 
 SUFFIXES = {"file": ".kvm", "zarr": ".zarr"}
+MARKS = {"s3_server": "s3", "browser": "browser"}
+"""What a test is marked with because of a fixture. Such tests run in one process, which starts a server once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need an S3 server or a browser."""
+    for item in items:
+        for fixture, mark in MARKS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
+                item.add_marker(pytest.mark.xdist_group(mark))
 
 
 @pytest.fixture(params=["memory", "file", "zarr"])
@@ -59,6 +71,15 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium, for all tests of a session."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture(params=_core.available_kernels())

@@ -13,6 +13,7 @@ from helpers.tiny_models import save_llama
 
 import kvmmap
 
+pytestmark = pytest.mark.torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

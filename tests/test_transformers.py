@@ -17,6 +17,7 @@ import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, KvmmapLayer
 from kvmmap.integrations.transformers.blocks import attend_in_blocks
 
+pytestmark = pytest.mark.torch
 ATTENTIONS = ["sdpa", "kvmmap"]
 
 torch.set_num_threads(1)  # models as small as these only wait for each other's threads

@@ -18,6 +18,7 @@ import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, reuse
 from kvmmap.integrations.transformers.identity import weights_fingerprint
 
+pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
 
 
