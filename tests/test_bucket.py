@@ -30,7 +30,7 @@ def url(s3: Server) -> str:
 
 def test_append_in_one_process_and_in_a_second_and_read_in_a_third(url: str) -> None:
     code = (
-        "import sys, kvmmap; from support import fill\n"
+        "import sys, kvmmap; from helpers.support import fill\n"
         "with kvmmap.open(sys.argv[1], 'a') as cache: fill(cache, int(sys.argv[2]))"
     )
     make_file(url, 10).close()  # type: ignore[arg-type]

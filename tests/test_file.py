@@ -53,14 +53,14 @@ def resident_pages(path: Path) -> int:
 
 def test_append_in_one_process_and_in_a_second_and_read_in_a_third(any_path: Path) -> None:
     code = (
-        "import sys, kvmmap; from support import fill\n"
+        "import sys, kvmmap; from helpers.support import fill\n"
         "with kvmmap.open(sys.argv[1], 'a') as cache: fill(cache, int(sys.argv[2]))"
     )
     make_file(any_path, 10).close()
     run_python(code, any_path, 300)
     run_python(code, any_path, 517)
     done = run_python(
-        "import sys, kvmmap; from support import check_filled\n"
+        "import sys, kvmmap; from helpers.support import check_filled\n"
         "with kvmmap.open(sys.argv[1]) as cache: check_filled(cache, 517); print(cache.seq_len)",
         any_path,
     )
@@ -70,7 +70,7 @@ def test_append_in_one_process_and_in_a_second_and_read_in_a_third(any_path: Pat
 def test_a_reader_follows_a_writer_in_another_process(path: Path) -> None:
     make_file(path, 1).close()
     code = (
-        "import sys, time, kvmmap; from support import fill\n"
+        "import sys, time, kvmmap; from helpers.support import fill\n"
         "cache = kvmmap.open(sys.argv[1], 'a')\n"
         "for length in range(2, 400): fill(cache, length)\n"
         "print('done', flush=True); sys.stdin.readline(); cache.close()"
@@ -89,6 +89,7 @@ def test_a_reader_follows_a_writer_in_another_process(path: Path) -> None:
         assert writer.stdin
         lengths = [reader.seq_len]
         while lengths[-1] < 399:
+            assert writer.poll() is None
             reader.refresh()
             lengths.append(reader.seq_len)
             if lengths[-1] != lengths[-2]:
@@ -111,7 +112,7 @@ def test_a_reader_follows_a_writer_in_another_process(path: Path) -> None:
 def test_what_is_published_survives_the_process(path: Path) -> None:
     make_file(path, 10).close()
     code = (
-        "import os, sys, kvmmap; from support import fill, rows\n"
+        "import os, sys, kvmmap; from helpers.support import fill, rows\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 270)\n"
         "cache.layers[0].push(rows(2, 8), rows(2, 8)); os._exit(9)"
     )
@@ -131,7 +132,7 @@ def test_what_is_published_survives_the_process(path: Path) -> None:
 def test_what_was_only_published_does_not_survive_the_machine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_file(path, 10).close()
     code = (
-        "import os, sys, kvmmap; from support import fill\n"
+        "import os, sys, kvmmap; from helpers.support import fill\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 20); cache.flush(); fill(cache, 270); os._exit(0)"
     )
     run_python(code, path)
@@ -255,7 +256,7 @@ def test_the_lock_goes_with_close_even_while_views_live(any_path: Path) -> None:
 
 def test_a_forked_child_does_not_write(any_path: Path) -> None:
     code = (
-        "import os, sys, kvmmap; from support import fill, rows\n"
+        "import os, sys, kvmmap; from helpers.support import fill, rows\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 5)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
@@ -279,7 +280,7 @@ def test_a_forked_child_does_not_write(any_path: Path) -> None:
 def test_a_forked_child_is_told_of_what_its_parent_takes_back(path: Path) -> None:
     """It reads through the map alone: it has let go of the file, and with it of the lock."""
     code = (
-        "import os, sys, kvmmap; from support import *\n"
+        "import os, sys, kvmmap; from helpers.support import *\n"
         "cache = make_file(Path(sys.argv[1]), 300); end, begin = os.pipe()\n"
         "if os.fork() == 0:\n"
         "    os.read(end, 1)\n"

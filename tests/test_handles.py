@@ -139,7 +139,7 @@ def test_opening_leaves_nothing_behind(path: Path, cycles: int) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_of_a_reader_reads_on(any_path: Path) -> None:
     code = (
-        "import os, sys, kvmmap; from support import check_filled, fill\n"
+        "import os, sys, kvmmap; from helpers.support import check_filled, fill\n"
         "reader = kvmmap.open(sys.argv[1]); check_filled(reader, 300)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
@@ -157,7 +157,7 @@ def test_a_child_of_a_reader_reads_on(any_path: Path) -> None:
 def test_a_child_that_lives_on_does_not_keep_the_lock(any_path: Path) -> None:
     """The writer is killed, and what it had forked goes on living with what it inherited."""
     code = (
-        "import os, sys, time, kvmmap; from support import fill\n"
+        "import os, sys, time, kvmmap; from helpers.support import fill\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 5); cache.flush()\n"
         "if os.fork() == 0: print('forked', flush=True)\n"
         "time.sleep(60)"

@@ -129,7 +129,7 @@ def die_uncommitted(path: Path, committed: int, flushed: int, published: int) ->
     """Leave a file whose writer has died: committed, committed again, and appended to."""
     run_python(
         "import os, sys\n"
-        "from support import *\n"
+        "from helpers.support import *\n"
         "cache = make_file(Path(sys.argv[1]), int(sys.argv[2]))\n"
         "for argument in sys.argv[2:4]: fill(cache, int(argument)); cache.flush()\n"
         "fill(cache, int(sys.argv[4])); os._exit(0)",

@@ -153,7 +153,7 @@ def test_a_dead_writer_leaves_none_that_are_wrong(path: Path) -> None:
     """Nor does the next one, which commits what was published."""
     make_file(path, 10).close()
     code = (
-        "import os, sys, kvmmap; from support import fill\n"
+        "import os, sys, kvmmap; from helpers.support import fill\n"
         "cache = kvmmap.open(sys.argv[1], 'a')\n"
         "for length in (255, 256, 300, 511, 512, 700): fill(cache, length)\n"
         "os._exit(0)"

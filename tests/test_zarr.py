@@ -107,7 +107,7 @@ def test_what_plain_zarr_stores_again_is_the_same_cache(group: Path, tmp_path: P
 
 def test_zarr_is_loaded_when_it_is_needed(path: Path) -> None:
     run_python(
-        "import sys, kvmmap; from support import make_file\n"
+        "import sys, kvmmap; from helpers.support import make_file\n"
         "make_file(sys.argv[1], 3).close(); kvmmap.open(sys.argv[1]).close()\n"
         "assert not {'zarr', 'obstore', 'numcodecs', 'safetensors'} & set(sys.modules)",
         path,
@@ -549,7 +549,7 @@ def test_what_a_later_version_makes_is_refused_by_name(group: Path, name: str, v
 def test_a_writer_that_was_killed_is_no_obstacle(group: Path) -> None:
     make_file(group, 10).close()
     code = (
-        "import os, sys, kvmmap; from support import fill\n"
+        "import os, sys, kvmmap; from helpers.support import fill\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 270); cache.flush(); fill(cache, 300)\n"
         "print('ready', flush=True); sys.stdin.readline()"
     )
