@@ -52,7 +52,7 @@ from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.protocols import Damage, VerifyReport
 
 if TYPE_CHECKING:
-    from .finding import find
+    from .finding import find, find_temporary, remove_temporary
     from .formats.safetensors import export_tensors, import_tensors
     from .storage.file.repair import RepairReport
     from .transfer.copying import CopyReport, copy, fetch
@@ -66,6 +66,8 @@ _LATER = {
     "copy": "transfer.copying",
     "fetch": "transfer.copying",
     "find": "finding",
+    "find_temporary": "finding",
+    "remove_temporary": "finding",
     "export_tensors": "formats.safetensors",
     "import_tensors": "formats.safetensors",
 }
@@ -122,6 +124,7 @@ __all__ = [
     "export_tensors",
     "fetch",
     "find",
+    "find_temporary",
     "fork",
     "import_tensors",
     "kernel",
@@ -130,6 +133,7 @@ __all__ = [
     "quantization_error",
     "quantize_rows",
     "remove",
+    "remove_temporary",
     "repair",
     "report",
     "resize",

@@ -14,17 +14,17 @@ from .cache import QuantizedKvCache
 from .errors import FormatError, KvmmapError, NotACacheError
 from .geometry import CacheGeometry, index
 from .metadata import Document, ModelInfo, document
+from .paths import PathLike, is_url, place_text
 from .storage.file.placement import METADATA_ROOM, place_file, place_of, remove_file
 from .storage.file.reader import MappedReader
 from .storage.file.resize import resize_file
 from .storage.file.writer import Durability, MappedWriter
 from .storage.objects.protocol import Objects
 from .storage.protocols import Progress, Storage, Verify
+from .storage.temporary import partial_path
 
 if TYPE_CHECKING:
     from .storage.file.repair import RepairReport
-
-PathLike = str | os.PathLike[str]
 
 
 def create(
@@ -151,7 +151,7 @@ def making(
     if compressor is not None:
         raise not_compressed(path)
     place = place_of(local_path(path), overwrite=overwrite)
-    partial = f"{place}.{os.urandom(6).hex()}.partial"
+    partial = partial_path(place)
     room = max(METADATA_ROOM, len(notes.encode()))
     storage = MappedWriter.create(partial, CacheGeometry.build(**shape), notes, metadata_room=room)
     try:
@@ -381,8 +381,8 @@ def group_at(
     path: PathLike, storage_options: Mapping[str, Any] | None = None, *, durable: bool = True
 ) -> Objects | None:
     """Return the place of a Zarr group if that is what a path or URL means, None if it means a file."""
-    text = _text(path)
-    if "://" in text and not text.startswith("file://"):
+    text = place_text(path)
+    if is_url(text):
         if text.rstrip("/").endswith(".kvm"):
             raise NotACacheError(
                 f"{text}: a .kvm file is mapped, and so must be local; in object stores caches are .zarr groups "
@@ -392,7 +392,6 @@ def group_at(
         from .storage.objects.remote import objects_at
 
         return objects_at(text, storage_options)
-    text = text.removeprefix("file://")
     if os.path.isfile(os.path.join(text, "zarr.json")) or (
         text.rstrip("/").endswith(".zarr") and not os.path.isfile(text)
     ):
@@ -404,20 +403,15 @@ def group_at(
 
 def local_path(path: PathLike) -> str:
     """Return the path of what must be a `.kvm` file."""
-    text = _text(path)
+    text = place_text(path)
     if group_at(text) is not None:
         raise NotACacheError(f"{text}: this works on .kvm files alone, and that is a Zarr group", path=text)
-    return text.removeprefix("file://")
+    return text
 
 
 def not_compressed(path: PathLike) -> FormatError:
-    text = _text(path)
+    text = place_text(path)
     return FormatError(f"{text}: a .kvm file is mapped, and so can't be compressed; a .zarr group can", path=text)
-
-
-def _text(path: PathLike) -> str:
-    text = os.fspath(path)
-    return text if isinstance(text, str) else os.fsdecode(text)
 
 
 def _check_durability(durability: str) -> Durability:

@@ -23,7 +23,8 @@ from ..cache import QuantizedKvCache
 from ..errors import CacheExistsError, CacheNotFoundError, FormatError, MissingLibraryError, NotACacheError
 from ..geometry import check_range
 from ..metadata import Document, ModelInfo, document
-from ..opening import PathLike, making
+from ..opening import making
+from ..paths import PathLike, place_text
 from ..quantize import output_array
 from ..storage.posix import PosixFile
 from ..storage.protocols import Progress, Rows
@@ -88,7 +89,7 @@ def export_tensors(
         CorruptCacheError: a block does not match its checksum; nothing was written.
         CacheNotFoundError, FormatError, OSError: as in `open`.
     """
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(place_text(path))
     if os.path.lexists(path) and not overwrite:
         raise CacheExistsError(f"{path}: exists already; overwrite=True replaces it", path=path)
     path = os.path.realpath(path)  # what a link names is replaced, and not the link
@@ -247,7 +248,7 @@ def import_tensors(
         MissingLibraryError: safetensors is not installed.
         CacheNotFoundError, OSError: the file can't be read.
     """
-    path = os.fspath(path)
+    path = place_text(path)
     with _reading(path) as file:
         layers = _layers(file, path)
         count = layers[0].shape[0]

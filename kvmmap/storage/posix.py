@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import _core
+from .temporary import temporary_path
 
 FILE_MODE = 0o600  # a KV cache gives its prompt away
 
@@ -58,8 +59,7 @@ class PosixFile:
 
         It is locked, so that others know that its maker lives.
         """
-        folder, name = os.path.split(path)
-        temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(6).hex()}.tmp")
+        temporary = temporary_path(path)
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
             file = cls(fd, temporary)

@@ -17,12 +17,14 @@ import numpy as np
 
 from ..cache import QuantizedKvCache
 from ..errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, FormatError
-from ..opening import PathLike, group_at, local_path, not_compressed, open_cache
+from ..opening import group_at, local_path, not_compressed, open_cache
+from ..paths import PathLike
 from ..storage.file.placement import METADATA_ROOM, place_file, place_of, remove_file
 from ..storage.file.reader import MappedReader
 from ..storage.file.writer import MappedWriter
 from ..storage.objects.protocol import Objects
 from ..storage.protocols import Progress, Storage, VerifyReport, seq_len
+from ..storage.temporary import partial_path
 from .filling import Plan, Putting, Writing, fill
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def opened(source: PathLike | QuantizedKvCache, options: Mapping[str, Any] | Non
 
 def _to_file(plan: Plan, path: str, overwrite: bool, verify: bool, progress: Progress | None) -> CopyReport:
     path = place_of(path, overwrite=overwrite)
-    partial = f"{path}.{plan.stamp}.partial"
+    partial = partial_path(path, plan.stamp)
     meter = _Meter(plan, verify, progress)
     with contextlib.closing(_open_partial(plan, partial)) as writer:
         resumed = seq_len(writer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,8 @@ from ..units import parse_age, parse_size
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEX = "[0-9a-f]{12}"
-LEFT_OVER = re.compile(rf"\..*\.kvm(\.{HEX}\.partial)?\.{HEX}\.tmp|.*\.kvm\.{HEX}\.partial")
-"""What a cache is called while it is being made; it stays if its maker is killed, until there is one of that name
-again."""
-
 SURELY_DEAD = 24 * 3600.0
-"""Seconds after which nobody is still making one."""
+"""Seconds after which a temporary file goes: its creator is dead, or whoever would continue the copy won't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +105,13 @@ def _choose(caches: Sequence[Found], max_bytes: int | None, older_than: float | 
 
 
 def _left_over(folder: str) -> Iterator[Found]:
-    for here, _, names in os.walk(folder):
-        for name in names:
-            if LEFT_OVER.fullmatch(name):
-                found = _file(os.path.join(here, name))
-                if time.time() - found.used > SURELY_DEAD:
-                    yield found
+    import kvmmap
+
+    for path in kvmmap.find_temporary(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found = _file(path)
+            if time.time() - found.used > SURELY_DEAD:
+                yield found
 
 
 def _sum(found: Sequence[Found]) -> int:
@@ -143,7 +139,8 @@ def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
     for file in [*going, *left]:
         try:
             if file in left:
-                os.unlink(file.path)
+                if not kvmmap.remove_temporary(file.path, older_than=SURELY_DEAD):
+                    continue  # in use
             else:
                 kvmmap.remove(file.path)
             gone.append(file)

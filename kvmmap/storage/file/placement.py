@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from typing import NoReturn
 
@@ -17,13 +16,12 @@ from ...format import PAGE, Section, Slot, Superblock, checksum
 from ...geometry import CacheGeometry
 from ...metadata import Document
 from ..posix import PosixFile, closing_on_error, expect_few_pages
+from ..temporary import left_over_names
 from .live_record import LiveRecord
 from .reader import open_file, read_superblock
 
 YOUNG = 600.0
 """Seconds for which a half made file stays, whether or not its maker seems to live."""
-
-_HEX = "[0-9a-f]{12}"
 
 METADATA_ROOM = 64 * 1024
 """Bytes reserved for model and metadata, unless asked for otherwise."""
@@ -80,23 +78,35 @@ def refuse_locked(file: PosixFile, superblock: Superblock) -> NoReturn:
 
 def remove_left_overs(path: str) -> None:
     """Remove what makers of the cache at `path` have left half made when they died: nobody holds its lock any more."""
-    folder, name = os.path.split(path)
-    name = re.escape(re.sub(rf"\.{_HEX}\.partial$", "", name)[:200])
-    pattern = re.compile(rf"\.{name}(\.{_HEX}\.partial)?\.{_HEX}\.tmp|{name}\.{_HEX}\.partial")
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+    pattern = left_over_names(path)
+    with contextlib.suppress(OSError), os.scandir(os.path.dirname(path) or ".") as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name):
-                _remove_left_over(entry.path)
+                with contextlib.suppress(OSError):  # another process was faster, or may remove it and this one not
+                    remove_dead(entry.path)
 
 
-def _remove_left_over(path: str) -> None:
-    with contextlib.suppress(OSError):  # somebody else was faster, or it is not ours to remove
-        file = PosixFile.open(path, writable=False)
-        with contextlib.closing(file):
-            # Young ones may be between being made and being locked, or being closed and named.
-            old = time.time() - file.stat().st_mtime > YOUNG
-            if old and file.try_lock() and file.is_at(path):
-                os.unlink(path)
+def remove_dead(path: str, age: float = YOUNG) -> bool:
+    """Remove a temporary file whose creator is dead: nobody holds its lock, and nobody wrote to it lately.
+
+    Args:
+        path: the file.
+        age: seconds since it was last written. A young one may be between its creation and its lock, or between its
+            closing and its renaming.
+
+    Returns:
+        False if it stays.
+
+    Raises:
+        OSError: it can't be opened or removed.
+    """
+    file = PosixFile.open(path, writable=False)
+    with contextlib.closing(file):
+        old = time.time() - file.stat().st_mtime > age
+        dead = old and file.try_lock() and file.is_at(path)
+        if dead:
+            os.unlink(path)
+    return dead
 
 
 def build_file(
