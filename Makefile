@@ -4,8 +4,8 @@ VENV ?= .venv
 JOBS ?= auto
 ENVIRONMENT := $(PYTHON) release/environment.py
 
-.PHONY: help demo test test-pythons test-model soak fuzz sanitize lint format bench bench-llama-cpp figures picture \
-	docs wheels check-wheels clean
+.PHONY: help demo test test-pythons test-model test-transformers soak fuzz sanitize lint format bench \
+	bench-llama-cpp figures picture docs wheels check-wheels clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ test-pythons:  ## the tests on each supported Python that is on PATH
 test-model:  ## the transformers integration with the weights of a small model
 	@$(ENVIRONMENT) test-model
 	.venv-model/bin/pytest tests/test_smollm2.py
+
+test-transformers:  ## the transformers integration on the oldest supported and the newest release of transformers
+	$(PYTHON) release/integrations.py
 
 soak:  ## 200,000 simulated power losses, 1,000 writers killed beside readers, 10,000 opens (IMAGES=, KILLS=)
 	@$(ENVIRONMENT) test --venv $(VENV)

@@ -20,7 +20,7 @@ import torch
 from harness import Bar, Measured, Report, Task, arguments, measure, nothing, workspace
 from transformers import DynamicCache, QuantizedCache
 
-from kvmmap.integrations.transformers import KvmmapCache, reuse
+from kvmmap.integrations.transformers import CACHE_ARGUMENT, KvmmapCache, reuse
 from kvmmap.integrations.transformers.identity import weights_fingerprint
 
 HERE = Path(__file__).resolve().parent
@@ -74,7 +74,7 @@ def main() -> None:
         if set(options.only) - {"perplexity"}:
             ids = torch.tensor([model.encode(read_text("source")[1])[: max(CONTEXTS)]])
             full = DynamicCache(config=net.config)
-            net(ids, past_key_values=full, logits_to_keep=1)
+            net(ids, **{CACHE_ARGUMENT: full}, logits_to_keep=1)
             saved = save(net, ids, full, folder / "prompt.kvm")
         if "first" in options.only:
             time_to_first_token(report, net, ids, saved)
@@ -177,7 +177,7 @@ def time_to_first_token(report: Report, net: Any, ids: torch.Tensor, saved: Path
 
 
 def first_token(net: Any, ids: torch.Tensor, cache: Any) -> None:
-    net.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    net.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: cache}, max_new_tokens=1, do_sample=False)
 
 
 def reopening(report: Report, net: Any, full: DynamicCache, saved: Path) -> None:
@@ -261,7 +261,7 @@ def spread_packing(measured: Measured) -> None:
 
 
 def one_token(net: Any, cache: Any) -> None:
-    net(torch.tensor([[5]]), past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    net(torch.tensor([[5]]), **{CACHE_ARGUMENT: cache}, use_cache=cache is not None, logits_to_keep=1)
 
 
 # Memory

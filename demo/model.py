@@ -60,7 +60,8 @@ class Model:
     def feed(self, ids: Sequence[int], cache: DynamicCache, keep: int = 1) -> torch.Tensor:
         """Run tokens through the model, their keys and values into `cache`; logits of the last `keep` (0: of all)."""
         tokens = torch.tensor([list(ids)])
-        return self.net(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        # By position: the argument is called past_key_values before transformers 5.24, and cache since.
+        return self.net(tokens, None, None, cache, use_cache=True, logits_to_keep=keep).logits[0]
 
     def prefill(self, ids: Sequence[int]) -> DynamicCache:
         """Run a prompt through the model and return its cache."""

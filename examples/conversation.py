@@ -41,7 +41,7 @@ def answer(cache: KvmmapCache, model: Any, tokenizer: Any, message: str, tokens:
 
     start = time.perf_counter()
     reused = reuse(cache, ids)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+    output = model.generate(**inputs, **cache.argument, max_new_tokens=tokens, do_sample=False)
     seconds = time.perf_counter() - start
 
     text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

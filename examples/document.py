@@ -48,7 +48,7 @@ def prefill(document: Path, saved: Path, name: str | None) -> None:
     inputs = tokenizer(prompt(document, ""), return_tensors="pt")
     start = time.perf_counter()
     with KvmmapCache.create(saved, model) as cache:
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        model.generate(**inputs, **cache.argument, max_new_tokens=1, do_sample=False)
         print(f"[{cache.seq_len} tokens prefilled in {time.perf_counter() - start:.2f} s, and saved as {saved}]")
 
 
@@ -70,7 +70,7 @@ def ask(numbered: tuple[int, str]) -> str:
     start = time.perf_counter()
     with KvmmapCache.open(saved, model) as cache:  # reads; any number of processes may
         reused = reuse(cache, ids)
-        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=arguments.tokens, do_sample=False)
+        output = model.generate(**inputs, **cache.argument, max_new_tokens=arguments.tokens, do_sample=False)
         if arguments.save:
             cache.save(saved.with_suffix(f".{number}.kvm"))
     text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()

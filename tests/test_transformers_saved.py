@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers.tiny_models import config, generate, model, prompt
+from helpers.tiny_models import config, generate, model, past, prompt
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, reuse
@@ -26,7 +26,7 @@ def saved(path: Path, net: Any, length: int = 30, **more: Any) -> torch.Tensor:
     """Prefill a prompt into a new file, and return its ids."""
     ids = prompt(length)
     with KvmmapCache.create(path, net, **more) as cache:
-        net(ids, past_key_values=cache)
+        net(ids, **past(cache))
     return ids
 
 
@@ -110,9 +110,9 @@ def test_names_and_revisions_count_where_weights_are_not_known(path: Path) -> No
 def test_a_cache_of_another_dtype_is_refused_in_the_first_pass(path: Path) -> None:
     net, half = model("llama"), model("llama").to(torch.float16)
     with KvmmapCache.create(path, net.config) as cache:
-        net(prompt(4), past_key_values=cache)
+        net(prompt(4), **past(cache))
     with KvmmapCache.open(path, half.config, "a") as cache, pytest.raises(kvmmap.ModelMismatchError, match="float16"):
-        half(prompt(3), past_key_values=cache)
+        half(prompt(3), **past(cache))
 
 
 def test_without_a_model_the_config_is_checked_when_attending(path: Path) -> None:
@@ -126,7 +126,7 @@ def test_without_a_model_the_config_is_checked_when_attending(path: Path) -> Non
     assert tokens.tolist() == expected.tolist()
     other = model("mistral", "kvmmap", sliding_window=13)
     with KvmmapCache.open(path) as cache, pytest.raises(kvmmap.ModelMismatchError, match="sliding_window was 12"):
-        other(more[:, 30:], past_key_values=cache)
+        other(more[:, 30:], **past(cache))
 
 
 def test_a_cache_made_without_the_integration(path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_cache_made_without_the_integration(path: Path) -> None:
         KvmmapCache.open(path)
     with KvmmapCache.open(path, net, "a") as opened:
         assert opened.seq_len == 4
-        net(prompt(3), past_key_values=opened)
+        net(prompt(3), **past(opened))
         assert opened.seq_len == 7
     with pytest.raises(kvmmap.ShapeMismatchError, match=r"3 of .*\(2, 8, 8\), and the model 3 of .*\(2, 16, 16\)"):
         KvmmapCache.open(path, model("qwen3"))
@@ -174,7 +174,7 @@ def test_a_prefix_is_reused_and_only_the_rest_prefilled(path: Path, mode: Any, f
     prompts = [torch.cat([ids[:, :25], end], 1) for end in ends] + [ids]
     if mode == "memory":
         cache = KvmmapCache(net)
-        net(ids, past_key_values=cache)
+        net(ids, **past(cache))
     else:
         cache = KvmmapCache.open(path, net, mode)
     with cache:
@@ -203,7 +203,7 @@ def test_what_is_not_known_or_stands_for_an_image_ends_the_prefix(path: Path) ->
     net = model("llama")
     ids = prompt(20)
     cache = KvmmapCache(net.config)
-    net(ids, past_key_values=cache)
+    net(ids, **past(cache))
     assert cache.token_ids.tolist() == [-1] * 20
     cache.record_token_ids(ids[:, :12])
     assert reuse(cache, ids) == 12
@@ -212,7 +212,7 @@ def test_what_is_not_known_or_stands_for_an_image_ends_the_prefix(path: Path) ->
     assert cache.seq_len == 3
     net.config.image_token_id = int(ids[0, 6])
     cache = KvmmapCache(net)
-    net(ids, past_key_values=cache)
+    net(ids, **past(cache))
     assert reuse(cache, ids) == ids[0].tolist().index(int(ids[0, 6]))
     for bad in ([], [[1], [2]], 3):
         with pytest.raises(kvmmap.ShapeMismatchError, match="one sequence"):
@@ -227,14 +227,14 @@ def test_cropping_and_resetting(path: Path, mode: Any) -> None:
     net = model("llama", "kvmmap")
     ids = saved(path, net)
     with KvmmapCache.open(path, net, mode) as cache:
-        net(prompt(5, seed=1), past_key_values=cache)
+        net(prompt(5, seed=1), **past(cache))
         assert (cache.seq_len, cache.get_seq_length(), cache.layers[0].get_seq_length()) == (35, 35, 35)
         cache.crop(0)
         cache.crop(-3)
         assert cache.seq_len == 32
         cache.crop(-7)
         assert cache.token_ids.tolist() == ids[0, :25].tolist()
-        net(ids[:, 25:], past_key_values=cache)
+        net(ids[:, 25:], **past(cache))
         assert cache.token_ids.tolist() == ids[0].tolist()
         with pytest.raises(ValueError, match="minus"):
             cache.crop(4)
@@ -245,7 +245,7 @@ def test_cropping_and_resetting(path: Path, mode: Any) -> None:
         cache.crop(-100)
         assert cache.seq_len == 0
         cache.reset()
-        net(ids, past_key_values=cache)
+        net(ids, **past(cache))
         assert cache.token_ids.tolist() == ids[0].tolist()
 
 
@@ -264,7 +264,7 @@ def test_a_pass_that_failed_half_way_leaves_no_trace(path: Path, attention: str)
         with KvmmapCache.open(path, runs if watched else runs.config, "a") as cache:
             hook = runs.model.layers[1].mlp.register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="interrupted"):
-                runs(prompt(9, seed=2), past_key_values=cache)
+                runs(prompt(9, seed=2), **past(cache))
             hook.remove()
             assert cache.seq_len == 20
             assert {len(layer) for layer in cache.layers} == ({20} if watched else {20, 29})
@@ -282,7 +282,7 @@ def test_a_full_cache_refuses_and_keeps_what_it_has(path: Path) -> None:
         assert (cache.capacity, cache.get_max_length()) == (12, 12)
     with KvmmapCache.open(path, net, room=3) as cache:
         with pytest.raises(kvmmap.CapacityExceededError):
-            net(prompt(4), past_key_values=cache)
+            net(prompt(4), **past(cache))
         assert cache.seq_len == 12
         assert cache.capacity == 15
 
@@ -347,7 +347,7 @@ def test_copies_hold_what_counts(path: Path, tmp_path: Path, mode: Any, kept: in
     ids = saved(path, net)
     if mode == "memory":
         cache = KvmmapCache(net)
-        net(ids, past_key_values=cache)
+        net(ids, **past(cache))
     else:
         cache = KvmmapCache.open(path, net, mode)
     with cache:
@@ -360,15 +360,15 @@ def test_copies_hold_what_counts(path: Path, tmp_path: Path, mode: Any, kept: in
                 for one, other in zip(found.layers, cache.layers, strict=True):
                     for name in range(2):
                         assert torch.equal(one.read(torch.float32)[name], other.read(torch.float32)[name])
-            net(prompt(5, seed=4), past_key_values=cache)
+            net(prompt(5, seed=4), **past(cache))
 
 
 def test_unknown_token_ids_stay_unknown_in_a_copy(tmp_path: Path) -> None:
     net = model("llama")
     cache = KvmmapCache(net)
-    net(prompt(3), past_key_values=cache)
-    net(inputs_embeds=net.get_input_embeddings()(prompt(2)), past_key_values=cache)
-    net(prompt(4), past_key_values=cache)
+    net(prompt(3), **past(cache))
+    net(inputs_embeds=net.get_input_embeddings()(prompt(2)), **past(cache))
+    net(prompt(4), **past(cache))
     cache.save(tmp_path / "copy.kvm")
     with kvmmap.open(tmp_path / "copy.kvm") as copy:
         assert copy.token_ids.tolist() == cache.token_ids.tolist()

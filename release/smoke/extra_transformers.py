@@ -23,7 +23,7 @@ ids = torch.randint(0, 96, (1, 20))
 
 def generate(cache: KvmmapCache, prompt: torch.Tensor, count: int) -> torch.Tensor:
     mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=count, do_sample=False)
+    return model.generate(prompt, attention_mask=mask, **cache.argument, max_new_tokens=count, do_sample=False)
 
 
 expected = generate(KvmmapCache(model), ids, 8)

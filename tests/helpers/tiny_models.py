@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import DynamicCache
 
 import kvmmap
+from kvmmap.integrations.transformers import CACHE_ARGUMENT
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -135,13 +136,18 @@ class RoundedCache(DynamicCache):
         return super().update(rounded(key_states), rounded(value_states), layer_idx, *args, **kwargs)
 
 
+def past(cache: Any) -> dict[str, Any]:
+    """A cache as an argument, by the name that the installed transformers has for it."""
+    return {CACHE_ARGUMENT: cache}
+
+
 def generate(net: Any, ids: torch.Tensor, cache: Any, count: int = 24, **more: Any) -> Any:
     """Greedy tokens and the logits of every step: [1, n + count], [count, vocab]."""
     settings = {"do_sample": False} | more
     result = net.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **past(cache),
         max_new_tokens=count,
         return_dict_in_generate=True,
         output_logits=True,

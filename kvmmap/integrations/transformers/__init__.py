@@ -5,7 +5,9 @@ from kvmmap.integrations.transformers import KvmmapCache, reuse
 model.set_attn_implementation("kvmmap")                    # attend over the int8 rows in place
 cache = KvmmapCache.open("prompt.kvm", model)              # refused if another model made it
 reuse(cache, input_ids)                                    # as many tokens as agree
-model.generate(input_ids, past_key_values=cache)           # prefills only the rest
+model.generate(input_ids, cache=cache)                     # prefills only the rest
+
+transformers before 5.24 calls the argument past_key_values; `**cache.argument` is right in all releases.
 
 The only importer of torch and transformers (`pip install kvmmap[transformers]`). Importing it registers the attention
 implementation "kvmmap".
@@ -26,5 +28,9 @@ from .attention import NAME as ATTENTION
 from .cache import KvmmapCache
 from .layer import KvmmapLayer
 from .prefix import reuse
+from .versions import CACHE_ARGUMENT
+from .versions import check_version as _check_version
 
-__all__ = ["ATTENTION", "KvmmapCache", "KvmmapLayer", "reuse"]
+_check_version()
+
+__all__ = ["ATTENTION", "CACHE_ARGUMENT", "KvmmapCache", "KvmmapLayer", "reuse"]

@@ -1,4 +1,4 @@
-"""KvmmapCache: a saved cache as transformers' `past_key_values`.
+"""KvmmapCache: a saved cache as the cache that transformers' models and `generate` take.
 
 What lives here: opening and making caches for a model, their length, cropping, saving. What a layer does with keys and
 values is `layer`'s; whose cache it is, `identity`'s; which functions attend, `attention`'s.
@@ -29,10 +29,14 @@ from .opening import NOTES, check_stored, own_notes, placeholders, record_known,
 from .passes import watch
 from .sequence import OneSequence
 from .tensors import dtype_name
+from .versions import CACHE_ARGUMENT
 
 
 class KvmmapCache(OneSequence):
-    """Keys and values of one sequence as int8, to be passed as `past_key_values` to a model or its `generate`.
+    """Keys and values of one sequence as int8, to be passed to a model or its `generate` as `cache`.
+
+    transformers before 5.24 calls the argument `past_key_values`. `model.generate(input_ids, **cache.argument)` works
+    with every release.
 
     `create` makes a new file, `open` goes on from one; the constructor makes a cache in memory. Everything that is
     attended over is what is stored, int8 rows, also within the prompt that is being prefilled, so that closing and
@@ -211,6 +215,11 @@ class KvmmapCache(OneSequence):
     def metadata(self, metadata: Mapping[str, Any]) -> None:
         notes = self._source.metadata.get(NOTES)
         self._source.metadata = own_notes(metadata) | ({} if notes is None else {NOTES: notes})
+
+    @property
+    def argument(self) -> dict[str, Self]:
+        """The cache as a keyword argument of `generate` or a model, by the name that the installed transformers has."""
+        return {CACHE_ARGUMENT: self}
 
     @property
     def token_ids(self) -> NDArray[np.int32]:

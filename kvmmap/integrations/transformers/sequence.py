@@ -13,6 +13,14 @@ from ...errors import UnsupportedModelError
 class OneSequence(Cache):
     """A cache whose batch is one sequence, and can't become another: beam search and the like are refused."""
 
+    def begin_pass(self, token_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+        """Take note of what a forward pass is about to feed."""
+        raise NotImplementedError
+
+    def end_pass(self) -> None:
+        """Take note of the end of a forward pass."""
+        raise NotImplementedError
+
     @property
     def batch_size(self) -> int:
         """One."""
