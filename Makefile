@@ -39,6 +39,7 @@ fuzz:  ## a million hostile files, and hostile Zarr groups: only typed errors ma
 	@$(ENVIRONMENT) test --venv $(VENV)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --executions $(or $(EXECUTIONS),1000000)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --groups --executions $$(($(or $(EXECUTIONS),1000000) / 50))
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --tensors --executions $$(($(or $(EXECUTIONS),1000000) / 20))
 
 sanitize:  ## the compiled core under the address, undefined-behaviour and thread sanitizers
 	@$(ENVIRONMENT) sanitize

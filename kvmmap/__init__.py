@@ -53,7 +53,8 @@ from .storage.protocols import Damage, VerifyReport
 
 if TYPE_CHECKING:
     from .finding import find, find_temporary, remove_temporary
-    from .formats.safetensors import export_tensors, import_tensors
+    from .formats.safetensors import export_tensors
+    from .formats.safetensors_import import import_tensors
     from .storage.file.repair import RepairReport
     from .transfer.copying import CopyReport, copy, fetch
 
@@ -69,7 +70,7 @@ _LATER = {
     "find_temporary": "finding",
     "remove_temporary": "finding",
     "export_tensors": "formats.safetensors",
-    "import_tensors": "formats.safetensors",
+    "import_tensors": "formats.safetensors_import",
 }
 
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these

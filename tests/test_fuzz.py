@@ -35,6 +35,16 @@ def test_hostile_groups_are_refused_or_read() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_hostile_tensors_are_refused_or_imported() -> None:
+    done = fuzz("--tensors", "--executions", EXECUTIONS // 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_fuzzer_sees_errors_of_the_library() -> None:
+    done = fuzz("--tensors", "--executions", 5_000, "--seed", 1, "--mutation", "tensor-errors-let-through")
+    assert done.returncode == 1, f"{done.stdout}\nand nothing happened"
+
+
 @pytest.mark.parametrize("mutation", ["sections-unchecked", "lengths-unchecked", "depth-unchecked"])
 def test_the_fuzzer_sees(mutation: str) -> None:
     done = fuzz("--executions", 20_000, "--seed", 1, "--mutation", mutation)

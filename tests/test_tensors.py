@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +179,245 @@ def test_a_damaged_cache_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(kvmmap.CorruptCacheError, match="layer 1"):
         kvmmap.export_tensors(tmp_path / "a.kvm", tmp_path / "b.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.kvm"]
+
+
+def raw(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], text: str | None = None) -> None:
+    """Write a safetensors file whose parts the library would not write."""
+    header: dict[str, Any] = {} if text is None else {"__metadata__": {"kvmmap": text}}
+    data = b""
+    for name, (dtype, shape, part) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(part)]}
+        data += part
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+PAIR = {name: ("F32", [3, 2, 4], np.ones(24, "<f4").tobytes()) for name in ("layers.0.keys", "layers.0.values")}
+SOUND_DOCUMENT = '{"model":null,"metadata":{}}'
+
+
+def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
+    """Assert that a.safetensors can't be imported into either storage, and that nothing is left of it."""
+    for ending in ("kvm", "zarr"):
+        with pytest.raises(error, match=match) as caught:
+            kvmmap.import_tensors(tmp_path / "a.safetensors", tmp_path / f"b.{ending}")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"version":1,"capacity":1e400,"document":' + SOUND_DOCUMENT + "}", "its capacity is inf"),
+        ('{"version":1,"capacity":-1,"document":' + SOUND_DOCUMENT + "}", "its capacity is -1"),
+        ('{"version":1,"capacity":true,"document":' + SOUND_DOCUMENT + "}", "its capacity is True"),
+        ('{"version":1,"capacity":"9","document":' + SOUND_DOCUMENT + "}", "its capacity is 9"),
+        ('{"version":1,"capacity":' + "9" * 4000 + ',"document":' + SOUND_DOCUMENT + "}", "its capacity is 9999"),
+        ('{"version":1,"capacity":' + "9" * 9000 + ',"document":' + SOUND_DOCUMENT + "}", "makes no sense"),
+        ('{"version":0,"capacity":1,"document":' + SOUND_DOCUMENT + "}", "its version is 0"),
+        ('{"version":true,"capacity":1,"document":' + SOUND_DOCUMENT + "}", "its version is True"),
+        ('{"capacity":1,"document":' + SOUND_DOCUMENT + "}", "'version'"),
+        ('{"version":1,"capacity":1,"document":{"model":[],"metadata":{}}}', "makes no sense"),
+        ('{"version":1,"capacity":1,"document":' + "[" * 5000 + "]" * 5000 + "}", "makes no sense"),
+        ("[" * 100_000, "makes no sense"),
+        (
+            '{"version":1,"capacity":1,"document":{"model":null,"metadata":{"a":'
+            + '{"b":' * 200
+            + "1"
+            + "}" * 200
+            + "}}}",
+            "deep",
+        ),
+        ("", "makes no sense"),
+        ("[]", "makes no sense"),
+        ("null", "makes no sense"),
+    ],
+)
+def test_what_an_export_says_about_itself_is_checked(tmp_path: Path, text: str, match: str) -> None:
+    raw(tmp_path / "a.safetensors", PAIR, text)
+    refused(tmp_path, kvmmap.FormatError, match)
+
+
+def test_an_export_of_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
+    raw(tmp_path / "a.safetensors", PAIR, '{"version":99,"capacity":9,"document":' + SOUND_DOCUMENT + "}")
+    refused(tmp_path, kvmmap.VersionMismatchError, "version 99")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F64", "I64", "BOOL", "C64", "U8"])
+def test_rows_of_other_dtypes_are_refused_by_name(tmp_path: Path, dtype: str) -> None:
+    bits = {"F4": 4, "F6_E2M3": 6, "F64": 64, "I64": 64, "C64": 64}.get(dtype, 8)
+    data = bytes(24 * bits // 8)
+    raw(tmp_path / "a.safetensors", {name: (dtype, [3, 2, 4], data) for name in PAIR})
+    refused(tmp_path, kvmmap.DtypeError, f"'layers.0.keys' is {dtype}, and must be F32 or F16 or BF16")
+
+
+def test_bfloat16_without_its_library_loaded(tmp_path: Path) -> None:
+    """The program's own import of ml_dtypes must not be what makes it work."""
+    make_file(tmp_path / "a.kvm", 300).close()
+    kvmmap.export_tensors(tmp_path / "a.kvm", tmp_path / "a.safetensors", dtype="bfloat16")
+    code = (
+        "import sys, kvmmap; assert 'ml_dtypes' not in sys.modules;"
+        f"kvmmap.import_tensors({str(tmp_path / 'a.safetensors')!r}, {str(tmp_path / 'b.kvm')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    with kvmmap.open(tmp_path / "a.kvm") as one, kvmmap.open(tmp_path / "b.kvm") as other:
+        np.testing.assert_allclose(
+            one.layers[1].read_keys(), other.layers[1].read_keys(), atol=float(one.layers[1].key_scales.max()) * 2
+        )
+
+
+def ids(dtype: str, shape: list[int], *numbers: int) -> tuple[str, list[int], bytes]:
+    return (
+        dtype,
+        shape,
+        np.array(numbers, {"I32": "<i4", "I64": "<i8", "F32": "<f4", "U8": "u1", "U64": "<u8"}[dtype]).tobytes(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "match"),
+    [
+        (ids("I32", [], 7), kvmmap.NotACacheError, r"token_ids is \[\]"),
+        (ids("I32", [1, 3], 1, 2, 3), kvmmap.NotACacheError, r"\[1, 3\], and must be \[n\]"),
+        (ids("I32", [4], 1, 2, 3, 4), kvmmap.NotACacheError, "at most the 3 positions"),
+        (ids("F32", [3], 1, 2, 3), kvmmap.DtypeError, "'token_ids' is F32"),
+        (ids("I64", [3], 1, 2**31, 3), kvmmap.NotACacheError, "2147483648"),
+        (ids("U64", [3], 1, 2**63 + 5, 3), kvmmap.NotACacheError, "9223372036854775813"),
+        (ids("I64", [3], 1, -2, 3), kvmmap.NotACacheError, "from -2"),
+    ],
+)
+def test_token_ids_that_are_none(tmp_path: Path, tensor: Any, error: type[Exception], match: str) -> None:
+    raw(tmp_path / "a.safetensors", PAIR | {"token_ids": tensor})
+    refused(tmp_path, error, match)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (ids("I64", [3], 5, -1, 7), [5, -1, 7]),
+        (ids("I32", [3], -1, -1, 7), [-1, -1, 7]),
+        (ids("I32", [3], 5, -1, -1), [5, -1, -1]),
+        (ids("I32", [2], 5, 6), [5, 6, -1]),
+        (ids("U8", [3], 5, 200, 7), [5, 200, 7]),
+        (ids("I32", [0]), [-1, -1, -1]),
+    ],
+)
+def test_token_ids_with_gaps(tmp_path: Path, tensor: Any, found: list[int]) -> None:
+    raw(tmp_path / "a.safetensors", PAIR | {"token_ids": tensor})
+    kvmmap.import_tensors(tmp_path / "a.safetensors", tmp_path / "b.kvm")
+    with kvmmap.open(tmp_path / "b.kvm") as cache:
+        assert cache.token_ids.tolist() == found
+        assert cache.verify().sound
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers." + "9" * 5000 + ".keys",
+        "layers.65535.keys",
+        "layers.-1.keys",
+        "layers.٣.keys",
+        "0." + "_" * 5000 + "!",
+        "0." + "._" * 3000 + "keyss",
+        "keys",
+        "keys.",
+        "",
+        "x" * 9000,
+    ],
+)
+def test_names_that_say_nothing_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    raw(tmp_path / "a.safetensors", {name: PAIR["layers.0.keys"]})
+    refused(tmp_path, kvmmap.NotACacheError, "says no layer, or neither keys nor values")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "match"),
+    [
+        ({"key_codes": [3, 2, 4, 1]}, "key_codes of layer 0"),
+        ({"key_scales": [2, 3]}, "key_scales of layer 0"),
+        ({"value_scales": [3, 2, 1]}, "value_scales of layer 0"),
+        ({"value_codes": [2, 2, 6]}, "value_codes of layer 0"),
+    ],
+)
+def test_codes_and_scales_that_do_not_fit_together(tmp_path: Path, shapes: dict[str, list[int]], match: str) -> None:
+    sound = {"key_codes": [3, 2, 4], "key_scales": [3, 2], "value_codes": [3, 2, 4], "value_scales": [3, 2]} | shapes
+    tensors = {
+        f"layers.0.{name}": (
+            "I8" if "codes" in name else "F32",
+            shape,
+            bytes(int(np.prod(shape)) * (1 if "codes" in name else 4)),
+        )
+        for name, shape in sound.items()
+    }
+    raw(tmp_path / "a.safetensors", tensors)
+    refused(tmp_path, kvmmap.NotACacheError, match)
+
+
+def test_no_heads_and_no_dimensions(tmp_path: Path) -> None:
+    for shape in ([3, 0, 4], [3, 2, 0], [1, 2, 0, 4], [1, 0, 3, 4]):
+        raw(tmp_path / "a.safetensors", dict.fromkeys(PAIR, ("F32", shape, b"")))
+        if shape == [1, 2, 0, 4]:
+            kvmmap.import_tensors(tmp_path / "a.safetensors", tmp_path / "b.kvm")
+            (tmp_path / "b.kvm").unlink()
+        else:
+            refused(tmp_path, kvmmap.ShapeMismatchError, "must be from 1 to")
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    for name, error, match in (
+        ("folder", kvmmap.NotACacheError, "it is a folder"),
+        ("pipe", kvmmap.NotACacheError, "not a regular file"),
+        ("empty", kvmmap.NotACacheError, "not a safetensors file"),
+        ("loop", OSError, "symbolic links"),
+        ("none", kvmmap.CacheNotFoundError, "no such file"),
+    ):
+        with pytest.raises(error, match=match):
+            kvmmap.import_tensors(tmp_path / f"{name}.safetensors", tmp_path / "b.kvm")
+    with pytest.raises(kvmmap.NotACacheError, match="not a regular file"):
+        kvmmap.import_tensors("/dev/null", tmp_path / "b.kvm")
+    assert not (tmp_path / "b.kvm").exists()
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    make_file(tmp_path / "a.kvm", 3).close()
+    odd = os.fsencode(tmp_path) + b"/\xff\xfe.safetensors"
+    kvmmap.export_tensors(tmp_path / "a.kvm", odd)  # type: ignore[arg-type]
+    kvmmap.import_tensors(odd, tmp_path / "b.kvm")  # type: ignore[arg-type]
+    assert os.path.exists(odd)
+
+
+def test_pipes_and_devices_are_written_to_and_not_replaced(tmp_path: Path) -> None:
+    make_file(tmp_path / "a.kvm", 300).close()
+    kvmmap.export_tensors(tmp_path / "a.kvm", tmp_path / "whole.safetensors")
+    pipe, link = tmp_path / "pipe.safetensors", tmp_path / "link.safetensors"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for target in (pipe, link):
+        code = f"import sys; sys.stdout.buffer.write(open({str(pipe)!r}, 'rb').read())"
+        reader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        kvmmap.export_tensors(tmp_path / "a.kvm", target)
+        assert reader.communicate(timeout=60)[0] == (tmp_path / "whole.safetensors").read_bytes()
+        assert pipe.is_fifo()
+        assert link.is_symlink()
+    null = tmp_path / "null.safetensors"
+    null.symlink_to("/dev/null")
+    kvmmap.export_tensors(tmp_path / "a.kvm", null, overwrite=True)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert null.is_symlink()
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(kvmmap.CacheExistsError):
+            kvmmap.export_tensors(tmp_path / "a.kvm", folder, overwrite=overwrite)
+    dangling = tmp_path / "dangling.safetensors"
+    dangling.symlink_to(tmp_path / "new.safetensors")
+    with pytest.raises(kvmmap.CacheExistsError):
+        kvmmap.export_tensors(tmp_path / "a.kvm", dangling)
+    kvmmap.export_tensors(tmp_path / "a.kvm", dangling, overwrite=True)
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

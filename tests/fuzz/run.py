@@ -31,7 +31,7 @@ from unittest import mock
 
 from kvmmap.storage.file.reader import MappedReader
 
-from . import files, groups
+from . import files, groups, tensors
 from .execute import Watch, execute
 from .image import Recipe
 from .mutate import key
@@ -50,6 +50,9 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "sections-unchecked": lambda: mock.patch("kvmmap.format.superblock._check_sections"),
     "lengths-unchecked": lambda: mock.patch.object(MappedReader, "_contradiction", return_value=None),
+    "tensor-errors-let-through": lambda: mock.patch(
+        "kvmmap.formats.safetensors_file._errors_of", return_value=nullcontext()
+    ),
     "depth-unchecked": lambda: mock.patch("kvmmap.metadata._is_deep", return_value=False),
 }
 """What fuzzing must notice: checks that are left out."""
@@ -114,7 +117,7 @@ class Worker:
         path = _kind(recipe).place(recipe, self.folder)
         with self.watch.watching(self.folder):
             shell, copies = self.done % SHELL_EVERY == 0, self.done % COPIES_EVERY == 0
-            outcome = execute(path, shell=shell, copies=copies)
+            outcome = tensors.execute(path) if "tensors" in recipe else execute(path, shell=shell, copies=copies)
         self.done += 1
         self.seen[outcome] += 1
         if self.seen[outcome] == 1:
@@ -125,13 +128,14 @@ class Worker:
 
 
 def _kind(recipe: Recipe) -> ModuleType:
-    return groups if "group" in recipe else files
+    return groups if "group" in recipe else tensors if "tensors" in recipe else files
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz.run", description=__doc__)
     parser.add_argument("--executions", type=int, default=1_000_000)
     parser.add_argument("--groups", action="store_true", help="Zarr groups instead of files")
+    parser.add_argument("--tensors", action="store_true", help="safetensors files instead, which are imported")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
     parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
@@ -162,7 +166,8 @@ def work(worker: Worker, arguments: argparse.Namespace) -> int:
                 worker.one(json.loads(arguments.recipe))
                 print(next(iter(worker.seen)))
             else:
-                worker.run((groups if arguments.groups else files).recipes(), arguments.executions)
+                kind = groups if arguments.groups else tensors if arguments.tensors else files
+                worker.run(kind.recipes(), arguments.executions)
         print(f"{worker.done:,} files, {len(worker.seen):,} different outcomes", flush=True)
     except BaseException:
         traceback.print_exc()
