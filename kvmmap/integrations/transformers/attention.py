@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import UnsupportedModelError
 from .blocks import attend_in_blocks
+from .dispatch import attends
 from .layer import KvmmapLayer
 from .tensors import as_array, from_array
 
@@ -46,6 +47,9 @@ _HARMLESS = frozenset(
     }
 )
 
+# Those that "sdpa" computes with, or leaves out itself because the mask has what they say.
+_SDPA = frozenset({"cache", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "position_bias"})
+
 
 class MaskLength(int):
     """How many positions a mask is for, and which cache and layer it was asked of.
@@ -68,20 +72,26 @@ class MaskLength(int):
 def kvmmap_mask(**arguments: Any) -> torch.Tensor | None:
     """Make a mask as `sdpa_mask` does; none, if the cache's layers can be attended over in place.
 
+    A model that computes attention itself adds its mask to the scores: it gets one of numbers, as `eager_mask` makes.
+
     Args:
         arguments: what transformers hands to every function that makes masks.
     """
-    length = arguments["kv_length"]
+    length, how = arguments["kv_length"], attends(arguments.get("config"))
     if isinstance(length, MaskLength):
         length.cache.check_config(arguments.get("config"))
         pattern, padding = length.layer.pattern, arguments.get("attention_mask")
         # No function but the causal one (transformers then forbids to leave it to is_causal), the layer's own window,
         # no padding.
-        plain = arguments.get("allow_is_causal_skip", True) and arguments.get("local_size") == pattern.window
+        plain = (
+            how == "interface"
+            and arguments.get("allow_is_causal_skip", True)
+            and arguments.get("local_size") == pattern.window
+        )
         if plain and not pattern.latent and (padding is None or bool(padding.all())):
             pattern.in_place = True
             return None
-    return sdpa_mask(**arguments)
+    return eager_mask(**arguments) if how == "own" else sdpa_mask(**arguments)
 
 
 def kvmmap_attention(
@@ -94,6 +104,7 @@ def kvmmap_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over a cache's layer in place, or over tensors as "sdpa" does.
@@ -103,11 +114,13 @@ def kvmmap_attention(
         query: [1, num_q_heads, n, head_dim].
         key: a `KvmmapLayer`, or [batch, num_kv_heads, m, head_dim].
         value: the same layer, or [batch, num_kv_heads, m, value_head_dim].
-        attention_mask: None over a layer.
-        dropout: probability; over a layer there must be none.
+        attention_mask: None over a layer; bool, True where a query sees a key, or numbers to add to the scores.
+        dropout: probability; there must be none but over tensors without soft cap and sinks.
         scaling: factor of the scores; head_dim ** -0.5 by default.
         softcap: bound of the scores.
         s_aux: [num_q_heads], a further score in each head's softmax that no value belongs to (attention sinks).
+        sinks: [batch, num_q_heads, n, 1], such scores of each query.
+        kwargs: what else models pass.
 
     Returns:
         [batch, n, num_q_heads, value_head_dim], and no weights.
@@ -117,32 +130,53 @@ def kvmmap_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     in_place = isinstance(key, KvmmapLayer)
-    if not in_place and softcap is None and s_aux is None:
+    sink = sinks[..., 0] if sinks is not None else s_aux[:, None] if s_aux is not None else None
+    if not in_place and softcap is None and sink is None:
+        _refuse_unknown(module, kwargs, _HARMLESS | _SDPA)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
         return out, None
-    _refuse_unknown(module, kwargs)
-    if dropout or (in_place and attention_mask is not None):
+    bias = None if in_place else kwargs.pop("position_bias", None)
+    _refuse_unknown(module, kwargs, _HARMLESS)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    refused = (
+        "dropout"
+        if dropout
+        else "a mask of its own"
+        if in_place and attention_mask is not None
+        else "no causality"
+        if in_place and not causal
+        else "both softcap= and position_bias="
+        if softcap is not None and bias is not None
+        else None
+    )
+    if refused is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {'dropout' if dropout else 'a mask of its own'}, which attention "
+            f"{type(module).__name__} attends with {refused}, which attention "
             f'"{NAME}" can\'t here: model.set_attn_implementation("eager"), or "sdpa"'
         )
     if in_place:
-        return _attend_in_place(key, query, scale, softcap, s_aux), None
-    out, lse = attend_in_blocks(query, key, value, scale=scale, softcap=softcap, mask=attention_mask)
-    if s_aux is not None:
-        out = _with_sink(out, lse, s_aux.float()[:, None])
+        return _attend_in_place(key, query, scale, softcap, sink), None
+    if attention_mask is None and query.shape[2] > 1 and causal:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # a cache of fixed size, still empty
+    elif attention_mask is None:
+        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    out, lse = attend_in_blocks(query, key, value, scale=scale, softcap=softcap, mask=attention_mask, bias=bias)
+    if sink is not None:
+        out = _with_sink(out, lse, sink.float())
     return out.transpose(1, 2).contiguous().to(query.dtype), None
 
 
 def _attend_in_place(
-    layer: KvmmapLayer, query: torch.Tensor, scale: float, softcap: float | None, s_aux: torch.Tensor | None
+    layer: KvmmapLayer, query: torch.Tensor, scale: float, softcap: float | None, sink: torch.Tensor | None
 ) -> torch.Tensor:
     """[1, num_q_heads, n, head_dim] -> [1, n, num_q_heads, value_head_dim]."""
     queries = as_array(query.cpu())[0].swapaxes(0, 1)
     out, lse = layer.attend(queries, scale=scale, softcap=softcap)
-    if s_aux is None:
+    if sink is None:
         return from_array(out[None], query)
-    return _with_sink(torch.from_numpy(out), torch.from_numpy(lse), s_aux.float().cpu())[None].to(query)
+    sink = sink.float().cpu().reshape(len(out[0]), -1).T  # [1 or n, num_q_heads]
+    return _with_sink(torch.from_numpy(out), torch.from_numpy(lse), sink)[None].to(query)
 
 
 def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
@@ -150,9 +184,9 @@ def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torc
     return out * torch.sigmoid(lse - sink)[..., None]
 
 
-def _refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
+def _refuse_unknown(module: torch.nn.Module, arguments: dict[str, Any], known: frozenset[str]) -> None:
     for name, value in arguments.items():
-        if name not in _HARMLESS and value is not None and value is not False:
+        if name not in known and value is not None and value is not False:
             raise UnsupportedModelError(
                 f'attention "{NAME}" does not know {name}= of {type(module).__name__} (or can\'t do it), and does not '
                 'leave it out: model.set_attn_implementation("eager"), or "sdpa"',

@@ -20,6 +20,7 @@ def attend_in_blocks(
     softcap: float | None = None,
     window: int | None = None,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend in f32.
 
@@ -31,7 +32,9 @@ def attend_in_blocks(
         softcap: bound c of the scores: c * tanh(score / c).
         window: how many keys up to its own a query sees; all by default. Without a mask attention is causal, and the
             last query stands where the last key does.
-        mask: bool [batch or 1, num_q_heads or 1, n, m], True where a query sees a key; window is then not looked at.
+        mask: [batch or 1, num_q_heads or 1, n, m]: bool, True where a query sees a key; or numbers to add to the
+            scores, after the soft cap. With a mask, window is ignored.
+        bias: [batch or 1, num_q_heads or 1, n, m], to add to the scores besides.
 
     Returns:
         f32 [batch, num_q_heads, n, value_head_dim] and f32 [batch, num_q_heads, n]: zeros and -inf where nothing is
@@ -52,18 +55,24 @@ def attend_in_blocks(
             seen = _causal(start, stop, low, high, length - count, window, query.device)
         else:
             low, high = 0, length
-            seen = mask[:, :, start:stop]
-            per_head = seen.shape[1] > 1
-            seen = seen.reshape(-1, kv_heads if per_head else 1, groups if per_head else 1, stop - start, length)
+            seen = _by_kv_head(mask[:, :, start:stop], kv_heads)
         scores = grouped[:, :, :, start:stop] @ key[:, :, :, low:high].transpose(-1, -2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~seen, -torch.inf)
+        if bias is not None:
+            scores = scores + _by_kv_head(bias[:, :, start:stop, low:high], kv_heads)
+        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype is torch.bool else scores + seen
         total = scores.logsumexp(-1)
         weights = torch.exp(scores - total.nan_to_num(neginf=0.0)[..., None])
         out[:, :, start:stop] = (weights @ value[:, :, :, low:high]).flatten(1, 2)
         lse[:, :, start:stop] = total.flatten(1, 2)
     return out, lse
+
+
+def _by_kv_head(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[batch or 1, num_q_heads or 1, n, m] -> [batch or 1, num_kv_heads or 1, group or 1, n, m]."""
+    groups = mask.shape[1] // kv_heads if mask.shape[1] > 1 else 1
+    return mask.reshape(mask.shape[0], -1, groups, *mask.shape[2:])
 
 
 def _visible(start: int, stop: int, offset: int, window: int | None) -> tuple[int, int]:

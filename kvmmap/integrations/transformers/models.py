@@ -16,6 +16,33 @@ from ...geometry import LayerGeometry
 _WINDOWED = ("sliding_attention",)
 _FULL = ("full_attention",)
 
+_NO_CACHE = "takes no cache of keys and values: it can be run only without a KvmmapCache"
+_CODEBOOKS = "feeds one code of each codebook at every position, and not one token"
+_CROSS = "has cross-attention layers: what it keeps depends on an image or a protein that token ids don't tell apart"
+_UNNAMED = "does not name the tokens that stand for an image in its config, so prompts with other images look the same"
+_REFUSED = {
+    "blip": _CROSS,
+    "blip_text_model": _CROSS,
+    "blt": "caches bytes and patches in several transformers of its own, not one row a token",
+    "cpmant": "puts positions of its own before the tokens, and attends to them in both directions",
+    "diffusion_gemma": "generates blocks of tokens by denoising, attending in both directions",
+    "evolla": _CROSS,
+    "idefics": _CROSS,
+    "kosmos-2": _UNNAMED,
+    "kosmos-2.5": _UNNAMED,
+    "moshi": "drops positions behind its window in a cache and not in its masks: what it attends to depends on how the "
+    "tokens are split into passes",
+    "musicgen_decoder": _CODEBOOKS,
+    "musicgen_melody_decoder": _CODEBOOKS,
+    "openai-gpt": _NO_CACHE,
+    "paligemma": "counts positions from 1, and attends to its prompt in both directions",
+    "prophetnet": "predicts several tokens at a time, and takes only one token a pass once it has a cache",
+    "reformer": _NO_CACHE,
+    "xlm": _NO_CACHE,
+    "xlnet": _NO_CACHE,
+}
+"""Models by name that nothing in their configs tells from ordinary ones, and why they can't be kept."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
@@ -45,12 +72,25 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     Raises:
         UnsupportedModelError: the model keeps something else than keys and values for every layer and position.
     """
-    config = text_config(config)
+    whole, config = config, text_config(config)
     name = config.model_type
-    if config.is_encoder_decoder:
+    for part in (whole, config):
+        if part.model_type in _REFUSED:
+            raise UnsupportedModelError(f"{part.model_type} {_REFUSED[part.model_type]}", actual=part.model_type)
+        if part.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{part.model_type} is an encoder-decoder: its cross-attention cache belongs to one input and is not "
+                "kept here",
+                actual=part.model_type,
+            )
+    if getattr(config, "cross_attention_layers", None):
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder: its cross-attention cache belongs to one input and is not kept here"
+            f"{name} has cross-attention layers, whose keys and values belong to an image and not to positions of the "
+            "text",
+            actual=name,
         )
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise UnsupportedModelError(f"{name} has no decoder layers of its own to keep keys and values of", actual=name)
     types, _ = get_layer_types_and_kwargs(config)
     if len(types) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{name} names {len(types)} kinds of layers for {config.num_hidden_layers} layers")
@@ -65,6 +105,11 @@ def _kind(model: str, kind: str, config: Any) -> LayerKind:
             expected=_FULL + _WINDOWED,
             actual=kind,
         )
+    if getattr(config, "num_attention_heads", None) is None:
+        raise UnsupportedModelError(
+            f"{model} has no attention heads: it keeps a recurrent state, and no keys and values by position",
+            actual=model,
+        )
     window = config.sliding_window if kind in _WINDOWED else None
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None:
@@ -72,10 +117,20 @@ def _kind(model: str, kind: str, config: Any) -> LayerKind:
         # key part that all heads share in the values'.
         geometry = LayerGeometry(1, latent, config.qk_rope_head_dim)
     else:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        geometry = LayerGeometry(heads, dim, getattr(config, "v_head_dim", None) or dim)
+        geometry = LayerGeometry(_kv_heads(model, kind, config), dim, getattr(config, "v_head_dim", None) or dim)
     return LayerKind(geometry=geometry, window=window, latent=latent is not None)
+
+
+def _kv_heads(model: str, kind: str, config: Any) -> int:
+    """KV heads of a layer as its code makes them, where the config does not say it in so many words."""
+    heads: int = config.num_attention_heads
+    if getattr(config, "new_decoder_architecture", None):
+        return heads  # Falcon 40B: each query head gets a copy of its KV head before the cache
+    if getattr(config, "multi_query", None):
+        return 1
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    return 2 * heads if model == "mimo_v2_flash" and kind in _WINDOWED else heads
 
 
 def max_positions(config: Any) -> int | None:
