@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 
 from .errors import NotACacheError
 
 PathLike = str | os.PathLike[str]
 
 _FILE = "file://"
+_SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def place_text(path: PathLike) -> str:
@@ -42,7 +44,7 @@ def place_text(path: PathLike) -> str:
 
 def is_url(text: str) -> bool:
     """True for URLs of object stores; a file: URL is a local path."""
-    return "://" in text and text[: len(_FILE)].lower() != _FILE
+    return _SCHEME.match(text) is not None and text[: len(_FILE)].lower() != _FILE
 
 
 def _path_of_url(url: str) -> str:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import kvmmap
 from kvmmap.format import checksum
 from kvmmap.storage.libraries import crc32c
-from kvmmap.storage.objects.protocol import MemoryObjects
+from kvmmap.storage.objects.memory import MemoryObjects
 from kvmmap.storage.posix import PosixFile
 from kvmmap.storage.zarr.placement import create_group
 from kvmmap.storage.zarr.reader import ZarrReader

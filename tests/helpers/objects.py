@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from kvmmap.storage.objects.protocol import MemoryObjects, Objects
+from kvmmap.storage.objects.memory import MemoryObjects
+from kvmmap.storage.objects.protocol import Objects
 
 _numbers = itertools.count()
 

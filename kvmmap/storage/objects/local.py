@@ -158,6 +158,9 @@ class FolderObjects:
             for folder in {os.path.dirname(path) for path in paths}:
                 sync_folder(os.path.join(folder, ""))
 
+    def without_sync(self) -> FolderObjects:
+        return FolderObjects(self.path, durable=False)
+
     def lock(self, timeout: float, *, break_lock: bool) -> FolderLock:
         """Take the lock. There is nothing to break: it died with its process."""
         path = os.path.join(self.path, LOCK_KEY)

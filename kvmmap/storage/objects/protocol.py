@@ -1,4 +1,4 @@
-"""Places where objects lie by key: what a folder, a bucket and memory can all do; and the one in memory.
+"""Places where objects are stored by key: what a folder, a bucket and memory can all do.
 
 Everything of a Zarr-backed cache that reaches a disk or a server goes through an `Objects`, so that a test can put one
 in its place that fails. Nothing is known here of Zarr or of caches.
@@ -6,9 +6,8 @@ in its place that fails. Nothing is known here of Zarr or of caches.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from ...errors import KvmmapError
 
@@ -84,89 +83,11 @@ class Objects(Protocol):
     def settle(self) -> None:
         """Wait until everything put so far survives power loss."""
 
+    def without_sync(self) -> Objects:
+        """Return the same place, where `settle` promises nothing against power loss, if that makes a difference."""
+
     def lock(self, timeout: float, *, break_lock: bool) -> Lock:
         """Take the writer's lock. Raises CacheLockedError."""
 
     def owner(self) -> dict[str, Any] | None:
         """Who holds the writer's lock: "host", "pid", "time"; None if nobody does."""
-
-
-class MemoryObjects:
-    """Objects in this process's memory, shared by all who open the same `memory://` URL."""
-
-    remote = False
-    _places: ClassVar[dict[str, dict[str, tuple[bytes, int]]]] = {}
-    _lock = threading.Lock()
-    _versions = 0
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        with self._lock:
-            self._objects = self._places.setdefault(url, {})
-
-    def get(self, key: str) -> Buffer:
-        return self._find(key)[0]
-
-    def get_tagged(self, key: str) -> tuple[Buffer, str]:
-        data, version = self._find(key)
-        return data, str(version)
-
-    def _find(self, key: str) -> tuple[bytes, int]:
-        try:
-            return self._objects[key]
-        except KeyError:
-            raise MissingObjectError(f"{self.url}/{key}: there is no such object", path=self.url) from None
-
-    def get_suffix(self, key: str, size: int) -> Buffer:
-        return self.get(key)[-size:]
-
-    def read_into(self, key: str, pieces: Pieces) -> None:
-        data = memoryview(self.get(key))
-        for offset, target in pieces:
-            if offset + len(target) > len(data):
-                raise EOFError(f"{self.url}/{key}: ends at {len(data)}")
-            target[:] = data[offset : offset + len(target)]
-
-    def pieces(self, key: str, size: int) -> Iterator[Buffer]:
-        data = memoryview(self.get(key))
-        for start in range(0, len(data), size):
-            yield data[start : start + size]
-
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
-        with self._lock:
-            self._store(key, b"".join(memoryview(part).cast("B") for part in parts))
-
-    def put_if(self, key: str, data: bytes, tag: str | None) -> str:
-        with self._lock:
-            present = self._objects.get(key)
-            if (None if present is None else str(present[1])) != tag:
-                raise ObjectChangedError(f"{self.url}/{key}: was changed by another", path=self.url)
-            return self._store(key, data)
-
-    def _store(self, key: str, data: bytes) -> str:
-        MemoryObjects._versions += 1
-        self._objects[key] = data, self._versions
-        return str(self._versions)
-
-    def delete(self, key: str) -> None:
-        with self._lock:
-            self._objects.pop(key, None)
-
-    def list(self) -> Iterator[str]:
-        yield from tuple(self._objects)
-
-    def remove(self) -> None:
-        """It is nothing but its objects."""
-
-    def settle(self) -> None:
-        """Memory survives nothing, and promises nothing."""
-
-    def lock(self, timeout: float, *, break_lock: bool) -> Lock:
-        from .lock import ObjectLock
-
-        return ObjectLock.take(self, timeout, break_lock=break_lock)
-
-    def owner(self) -> dict[str, Any] | None:
-        from .lock import read_owner
-
-        return read_owner(self)
