@@ -42,11 +42,12 @@ from .errors import (
     UnsupportedModelError,
     VersionMismatchError,
 )
+from .files import compact, fork, repair, resize
 from .geometry import CacheGeometry, LayerGeometry
 from .layer import QuantizedKvLayer
 from .lazy import lazy_names
 from .metadata import ModelInfo
-from .opening import compact, create, fork, remove, repair, resize
+from .opening import create, remove
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .storage.protocols import Damage, VerifyReport

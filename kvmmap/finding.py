@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from . import opening as _opening  # noqa: F401  # registers the storages
 from .errors import NotACacheError
 from .paths import PathLike, is_url, place_text
 from .storage.file.placement import remove_dead
+from .storage.registry import caches_below, has_cache_name
 from .storage.temporary import is_temporary
 
 
@@ -38,18 +40,15 @@ def find(
     path = place_text(place)
     if not is_url(path):
         return list(_walk(path, on_error or _raise))
-    from .storage.objects.remote import groups_below
-
-    return sorted(groups_below(path, storage_options))
+    return sorted(caches_below(path, storage_options))
 
 
 def _walk(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
     for here, folders, files in os.walk(folder, onerror=on_error):
         folders.sort()
-        groups = [name for name in folders if name.endswith(".zarr")]
-        folders[:] = [name for name in folders if not name.endswith(".zarr")]
-        # Names that begin with a dot are temporary files.
-        names = [name for name in files if name.endswith(".kvm") and not name.startswith(".")]
+        groups = [name for name in folders if has_cache_name(name, folder=True)]
+        folders[:] = [name for name in folders if name not in groups]
+        names = [name for name in files if has_cache_name(name, folder=False)]
         yield from (os.path.join(here, name) for name in sorted([*groups, *names]))
 
 

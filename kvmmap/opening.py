@@ -1,30 +1,24 @@
-"""Caches by path or URL: create, open, resize, compact, fork, repair, remove.
+"""Caches by path or URL: create, open, remove.
 
-Which storage a path means is decided here and known nowhere else.
+Which storage a path or URL belongs to is asked of the registry; importing this module registers the storages that the
+package comes with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
-from .errors import FormatError, KvmmapError, NotACacheError
-from .geometry import CacheGeometry, index
+from .errors import KvmmapError, NotACacheError
+from .geometry import CacheGeometry
 from .metadata import Document, ModelInfo, document
-from .paths import PathLike, is_url, place_text
-from .storage.file.placement import METADATA_ROOM, place_file, place_of, remove_file
-from .storage.file.reader import MappedReader
-from .storage.file.resize import resize_file
-from .storage.file.writer import Durability, MappedWriter
-from .storage.objects.protocol import Objects
-from .storage.protocols import Progress, Storage, Verify
-from .storage.temporary import partial_path
-
-if TYPE_CHECKING:
-    from .storage.file.repair import RepairReport
+from .paths import PathLike, place_text
+from .storage.file import place as _files  # noqa: F401  # registers .kvm files
+from .storage.protocols import Durability, Verify
+from .storage.registry import CreateOptions, OpenOptions, Place, place_at
+from .storage.zarr import place as _groups  # noqa: F401  # registers Zarr groups
 
 
 def create(
@@ -40,7 +34,7 @@ def create(
     durability: Durability = "publish",
     overwrite: bool = False,
     timeout: float = 0,
-    metadata_room: int = METADATA_ROOM,
+    metadata_room: int | None = None,
     compressor: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     break_lock: bool = False,
@@ -63,7 +57,7 @@ def create(
             Zarr group keeps appends in memory until `flush`, `close` or "commit".
         overwrite: replace a cache that is there already.
         timeout: seconds to wait for a writer of the cache that is to be replaced.
-        metadata_room: bytes to reserve for model and metadata as JSON; a Zarr group needs none.
+        metadata_room: bytes to reserve for model and metadata as JSON, 64 KiB by default; a Zarr group needs none.
         compressor: of a Zarr group: None, or "zstd" for cold storage.
         storage_options: of a URL: what obstore is to know, as `endpoint` or `access_key_id`; the usual environment
             variables and files count anyway (docs/zarr.md).
@@ -85,33 +79,15 @@ def create(
         head_dim=head_dim,
         value_head_dim=value_head_dim,
     )
-    storage: Storage
-    notes, durability = document(metadata, model), _check_durability(durability)
-    if group := group_at(path, storage_options):
-        from .storage.zarr.placement import create_group
-
-        storage = create_group(
-            group,
-            geometry,
-            notes,
-            durability=durability,
-            overwrite=overwrite,
-            timeout=timeout,
-            compressor=compressor,
-            break_lock=break_lock,
-        )
-    else:
-        if compressor is not None:
-            raise not_compressed(path)
-        storage = MappedWriter.create(
-            local_path(path),
-            geometry,
-            notes,
-            durability=durability,
-            overwrite=overwrite,
-            timeout=timeout,
-            metadata_room=metadata_room,
-        )
+    options = CreateOptions(
+        durability=check_durability(durability),
+        overwrite=overwrite,
+        timeout=timeout,
+        metadata_room=metadata_room,
+        compressor=compressor,
+        break_lock=break_lock,
+    )
+    storage = place_of(path, storage_options).create(geometry, document(metadata, model), options)
     return QuantizedKvCache.of_storage(storage)
 
 
@@ -133,35 +109,9 @@ def making(
     Raises:
         As `create`.
     """
-    if group := group_at(path, storage_options):
-        from .storage.zarr.placement import create_group, remove_group
-
-        writer = create_group(
-            group, CacheGeometry.build(**shape), notes, compressor=compressor, overwrite=overwrite, copying="new"
-        )
-        try:
-            yield QuantizedKvCache.of_storage(writer)
-            writer.copying = None
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            remove_group(group)
-            raise
-        return
-    if compressor is not None:
-        raise not_compressed(path)
-    place = place_of(local_path(path), overwrite=overwrite)
-    partial = partial_path(place)
-    room = max(METADATA_ROOM, len(notes.encode()))
-    storage = MappedWriter.create(partial, CacheGeometry.build(**shape), notes, metadata_room=room)
-    try:
-        with contextlib.closing(storage):
-            yield QuantizedKvCache.of_storage(storage)
-        place_file(partial, place, overwrite=overwrite)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
+    options = CreateOptions(compressor=compressor, overwrite=overwrite)
+    with place_of(path, storage_options).replace(CacheGeometry.build(**shape), notes, options) as storage:
+        yield QuantizedKvCache.of_storage(storage)
 
 
 def open_cache(
@@ -209,145 +159,17 @@ def open_cache(
         raise KvmmapError(f'mode must be "r" (read) or "a" (append), not {mode!r}')
     if verify not in get_args(Verify):
         raise KvmmapError(f'verify must be "read", "open" or "none", not {verify!r}')
-    storage: Storage
-    if group := group_at(path_or_url, storage_options):
-        from .storage.zarr.placement import open_locked
-        from .storage.zarr.reader import CACHE_BYTES, ZarrReader
-
-        room = CACHE_BYTES if cache_bytes is None else index(cache_bytes, "cache_bytes")
-        if mode == "r":
-            return QuantizedKvCache.of_storage(ZarrReader.open(group, cache_bytes=room))
-        storage = open_locked(
-            group,
-            timeout=timeout,
-            break_lock=break_lock,
-            durability=_check_durability(durability),
-            cache_bytes=room,
-        )
-        return QuantizedKvCache.of_storage(storage)
-    path = local_path(path_or_url)
-    if mode == "r":
-        storage = MappedReader.open(path, recover=recover, verify=verify, record_use=record_use)
-    else:
-        storage = MappedWriter.open_locked(
-            path,
-            timeout=timeout,
-            durability=_check_durability(durability),
-            recover=recover,
-            verify=verify,
-            record_use=record_use,
-        )
-    return QuantizedKvCache.of_storage(storage)
-
-
-def resize(path: PathLike, capacity: int, *, timeout: float = 0, progress: Progress | None = None) -> None:
-    """Give a cache file another capacity: a new file is built beside it, checked, and takes its place.
-
-    Readers of the old file go on reading it until they `refresh`, which tells them.
-
-    Args:
-        path: the cache; nobody may have it open for writing.
-        capacity: positions to reserve.
-        timeout: seconds to wait for a writer.
-        progress: called with (bytes done, bytes in all) now and then.
-
-    Raises:
-        CapacityExceededError: more positions are stored.
-        CorruptCacheError: a block does not match its checksum; nothing was changed.
-        CacheLockedError, OSError, FormatError: as in `open`; nothing was changed.
-    """
-    resize_file(local_path(path), index(capacity, "capacity"), timeout=timeout, progress=progress)
-
-
-def compact(path: PathLike, *, timeout: float = 0, progress: Progress | None = None) -> None:
-    """Drop the capacity that is not used: `resize` to the positions stored."""
-    resize_file(local_path(path), None, timeout=timeout, progress=progress)
-
-
-def fork(
-    source: PathLike,
-    target: PathLike,
-    *,
-    length: int | None = None,
-    capacity: int | None = None,
-    durability: Durability = "publish",
-    progress: Progress | None = None,
-) -> QuantizedKvCache:
-    """Make a private continuation of a shared prefix: a new cache file that begins with another's positions.
-
-    The source is only read, and may have a writer meanwhile. On btrfs, XFS and the like the rows are shared on the
-    disk, so a fork costs nearly nothing; elsewhere they are copied. Rows, token ids, model and metadata come along,
-    and so do checksums: what is damaged in the source is damaged in the fork, and not hidden.
-
-    Args:
-        source: the cache to begin with.
-        target: where to make the new one; there must be nothing.
-        length: keep so many positions of the source; all that are stored by default.
-        capacity: positions to reserve; the source's by default.
-        durability: as in `create`.
-        progress: called with (bytes done, bytes in all) now and then.
-
-    Returns:
-        The new cache, open for appending; what it holds is committed.
-
-    Raises:
-        CacheExistsError: there is something at `target`.
-        CacheNotFoundError: there is nothing at `source`, or no directory for `target`.
-        PositionOutOfRangeError: fewer than `length` positions are stored.
-        CapacityExceededError: `capacity` is less than `length`.
-        CorruptCacheError: the block that is cut does not match its checksum; nothing was made.
-        CacheChangedError: the source's writer took positions back meanwhile; nothing was made.
-        OSError: the disk is full or failing; nothing was made.
-    """
-    from .storage.file.clone import fork_file
-
-    storage = fork_file(
-        local_path(source),
-        local_path(target),
-        length=length,
-        capacity=None if capacity is None else index(capacity, "capacity"),
-        durability=_check_durability(durability),
-        progress=progress,
+    options = OpenOptions(
+        mode=mode,
+        timeout=timeout,
+        durability=check_durability(durability),
+        recover=recover,
+        verify=verify,
+        break_lock=break_lock,
+        cache_bytes=cache_bytes,
+        record_use=record_use,
     )
-    return QuantizedKvCache.of_storage(storage)
-
-
-def repair(
-    path: PathLike,
-    new_path: PathLike,
-    *,
-    zero: Collection[tuple[int | None, int]] = (),
-    progress: Progress | None = None,
-) -> RepairReport:
-    """Save what is sound of a damaged cache file into a new one. The damaged one is only read.
-
-    Positions are kept from 0 up to the first block (256 positions) that does not match its checksum in some layer: with
-    a hole in the middle, later positions would move, or mean something else. Published positions that no commit covers
-    come along if all before them does, as far as they would be shown. Token ids are kept up to the first block of
-    them that does not hold. Records that lead to the rows may be damaged, also several of them; of a file whose
-    superblock is damaged nothing can be saved.
-
-    Args:
-        path: the damaged file; no writer may have it open.
-        new_path: where to put what is saved; there must be nothing.
-        zero: (layer, block) that are to be zeros if they are damaged, so that what is behind them is not lost;
-            (None, block) for token ids, which become -1. Attention gives rows of zeros a weight like any others, so
-            leave them out with `positions`. Their token ids become -1, and the metadata's "kvmmap.repair" lists them.
-        progress: called with (positions done, positions in all) now and then.
-
-    Returns:
-        What was kept, and what was found.
-
-    Raises:
-        CorruptCacheError: nothing can be saved; nothing was made.
-        NotACacheError, VersionMismatchError: `path` is no cache file that this package reads.
-        CacheExistsError: there is something at `new_path`.
-        CacheLockedError: a writer has the damaged file open.
-        OSError: the disk is full or failing; nothing was made.
-    """
-    from .storage.file.repair import repair_file
-
-    return repair_file(local_path(path), local_path(new_path), zero=zero, progress=progress)
+    return QuantizedKvCache.of_storage(place_of(path_or_url, storage_options).open(options))
 
 
 def remove(
@@ -369,52 +191,36 @@ def remove(
         NotACacheError: what is there is no cache; it stays.
         CacheLockedError: a writer holds it; it stays.
     """
-    if group := group_at(path, storage_options):
-        from .storage.zarr.placement import remove_group
-
-        remove_group(group, timeout=timeout, break_lock=break_lock)
-        return
-    remove_file(local_path(path), timeout)
+    place_of(path, storage_options).remove(timeout=timeout, break_lock=break_lock)
 
 
-def group_at(
-    path: PathLike, storage_options: Mapping[str, Any] | None = None, *, durable: bool = True
-) -> Objects | None:
-    """Return the place of a Zarr group if that is what a path or URL means, None if it means a file."""
-    text = place_text(path)
-    if is_url(text):
-        if text.rstrip("/").endswith(".kvm"):
-            raise NotACacheError(
-                f"{text}: a .kvm file is mapped, and so must be local; in object stores caches are .zarr groups "
-                "(kvmmap.copy() makes one of a file, kvmmap.fetch() the other way round)",
-                path=text,
-            )
-        from .storage.objects.remote import objects_at
+def place_of(path: PathLike, storage_options: Mapping[str, Any] | None = None) -> Place:
+    """Return the place that a path or URL means, whatever storage it belongs to.
 
-        return objects_at(text, storage_options)
-    if os.path.isfile(os.path.join(text, "zarr.json")) or (
-        text.rstrip("/").endswith(".zarr") and not os.path.isfile(text)
-    ):
-        from .storage.objects.local import FolderObjects
-
-        return FolderObjects(text, durable=durable)
-    return None
+    Raises:
+        NotACacheError: it can't be one.
+    """
+    return place_at(place_text(path), storage_options)
 
 
-def local_path(path: PathLike) -> str:
-    """Return the path of what must be a `.kvm` file."""
-    text = place_text(path)
-    if group_at(text) is not None:
-        raise NotACacheError(f"{text}: this works on .kvm files alone, and that is a Zarr group", path=text)
-    return text
+def file_path(path: PathLike) -> str:
+    """Return the path of what must be a `.kvm` file.
+
+    Raises:
+        NotACacheError: it is, or would be, something else.
+    """
+    place = place_of(path)
+    if place.file_path is None:
+        raise NotACacheError(f"{place.url}: this works on .kvm files alone, and that is a Zarr group", path=place.url)
+    return place.file_path
 
 
-def not_compressed(path: PathLike) -> FormatError:
-    text = place_text(path)
-    return FormatError(f"{text}: a .kvm file is mapped, and so can't be compressed; a .zarr group can", path=text)
+def check_durability(durability: str) -> Durability:
+    """Return a durability that there is.
 
-
-def _check_durability(durability: str) -> Durability:
+    Raises:
+        KvmmapError: there is none of that name.
+    """
     if durability == "publish":
         return "publish"
     if durability == "commit":

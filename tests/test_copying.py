@@ -23,8 +23,9 @@ from zarr.storage import MemoryStore
 
 import kvmmap
 from kvmmap.storage.objects.lock import LOCK_KEY
-from kvmmap.storage.objects.protocol import MemoryObjects
+from kvmmap.storage.objects.memory import MemoryObjects
 from kvmmap.storage.posix import PosixFile
+from kvmmap.storage.zarr.place import GroupPlace
 from kvmmap.storage.zarr.reader import ZarrReader
 
 ARRAYS = ("key_codes", "key_scales", "value_codes", "value_scales")
@@ -211,7 +212,7 @@ def make_long(path: Any, length: int = 30_000) -> None:
 def test_an_interrupted_copy_is_gone_on_with(
     tmp_path: Path, source: str, target: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvmmap.transfer.copying.COMMIT_BYTES", 1)
+    monkeypatch.setattr("kvmmap.storage.zarr.receiver.COMMIT_BYTES", 1)
     first, second = tmp_path / f"a.{source}", tmp_path / f"b.{target}"
     make_long(first)
     count = iter(range(calls))
@@ -261,8 +262,8 @@ def test_a_killed_copy_is_gone_on_with(tmp_path: Path, target: str) -> None:
     first, second = tmp_path / "a.kvm", tmp_path / f"b.{target}"
     make_long(first)
     code = (
-        "import sys, time, kvmmap, kvmmap.transfer.copying\n"
-        "kvmmap.transfer.copying.COMMIT_BYTES = 1\n"
+        "import sys, time, kvmmap, kvmmap.storage.zarr.receiver\n"
+        "kvmmap.storage.zarr.receiver.COMMIT_BYTES = 1\n"
         "def wait(done, total): print(done, flush=True); time.sleep(0.2)\n"
         "kvmmap.copy(sys.argv[1], sys.argv[2], progress=wait)"
     )
@@ -285,8 +286,8 @@ def test_a_killed_copy_is_gone_on_with(tmp_path: Path, target: str) -> None:
 def counting_copy(monkeypatch: pytest.MonkeyPatch, source: Any, objects: CountingObjects, **more: Any) -> Any:
     """Copy to a group whose place is this one."""
     with monkeypatch.context() as patch:
-        patch.setattr("kvmmap.transfer.copying.COMMIT_BYTES", 1)
-        patch.setattr("kvmmap.transfer.copying.group_at", lambda *arguments, **options: objects)
+        patch.setattr("kvmmap.storage.zarr.receiver.COMMIT_BYTES", 1)
+        patch.setattr("kvmmap.transfer.copying.place_of", lambda *arguments: GroupPlace(objects))
         return kvmmap.copy(source, "memory://there.zarr", **more)
 
 
@@ -447,7 +448,7 @@ def test_a_server_that_is_killed_while_it_is_exported_to(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source is untouched, the target as of its last commit, and the same again finishes it."""
-    monkeypatch.setattr("kvmmap.transfer.copying.COMMIT_BYTES", 1)
+    monkeypatch.setattr("kvmmap.storage.zarr.receiver.COMMIT_BYTES", 1)
     first = tmp_path / "a.kvm"
     make_long(first)
     before = first.read_bytes()

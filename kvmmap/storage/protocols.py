@@ -19,9 +19,8 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +34,24 @@ Verify = Literal["read", "open", "none"]
 """When rows are compared with their checksums automatically: each block when a handle first reads it; all of them on
 opening, if the machine crashed while a writer had the file open; or never."""
 
+Durability = Literal["publish", "commit"]
+"""When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
+
+
+class Lock(Protocol):
+    """A lock that a thread may take again while it holds it: `threading.RLock`."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+
+    def release(self) -> None: ...
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
+
 
 STAGE_BYTES = 2 * 1024 * 1024
 """Rows that `LayerStore.stage` allocates at most, by default."""
@@ -257,7 +272,7 @@ class Storage(ABC):
 
     geometry: CacheGeometry
     path: str | None
-    lock: AbstractContextManager[Any, Any]
+    lock: Lock
     """Held during every append, so that appends of several threads follow one another."""
     layers: Sequence[LayerStore]
     token_len: int

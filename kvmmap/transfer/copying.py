@@ -11,27 +11,18 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..cache import QuantizedKvCache
-from ..errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, FormatError
-from ..opening import group_at, local_path, not_compressed, open_cache
+from ..errors import CorruptCacheError, FormatError
+from ..opening import file_path, open_cache, place_of
 from ..paths import PathLike
-from ..storage.file.placement import METADATA_ROOM, place_file, place_of, remove_file
-from ..storage.file.reader import MappedReader
-from ..storage.file.writer import MappedWriter
-from ..storage.objects.protocol import Objects
 from ..storage.protocols import Progress, Storage, VerifyReport, seq_len
-from ..storage.temporary import partial_path
-from .filling import Plan, Putting, Writing, fill
-
-if TYPE_CHECKING:
-    from ..storage.zarr.writer import ZarrWriter
-
-COMMIT_BYTES = 512 * 2**20
-"""A group commits after so much: an interrupted copy has at most that to do again."""
+from ..storage.receiving import CopyOptions, Receiver
+from .filling import fill
+from .plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +93,11 @@ def copy(
     """
     with opened(source, source_options) as cache:
         plan = Plan.make(cache, start, stop, layers, capacity)
-        group = group_at(target, target_options, durable=durable)
-        if group is None:
-            if compressor is not None:
-                raise not_compressed(target)
-            return _to_file(plan, local_path(target), overwrite, verify, progress)
-        return _to_group(plan, group, compressor, overwrite, verify, break_lock, progress)
+        options = CopyOptions(
+            overwrite=overwrite, verify=verify, compressor=compressor, durable=durable, break_lock=break_lock
+        )
+        receiver = place_of(target, target_options).receive(plan.incoming, options)
+        return _run(plan, receiver, options, progress)
 
 
 def fetch(
@@ -137,7 +127,7 @@ def fetch(
         CacheNotFoundError, CorruptCacheError, StoreError, OSError: as in `copy`.
     """
     with open_cache(source, storage_options=storage_options) as cache:
-        if os.path.exists(local_path(target)):
+        if os.path.exists(file_path(target)):
             with contextlib.suppress(FormatError):
                 present = open_cache(target)
                 if _same(present.storage, cache.storage):
@@ -157,115 +147,23 @@ def opened(source: PathLike | QuantizedKvCache, options: Mapping[str, Any] | Non
         yield cache
 
 
-def _to_file(plan: Plan, path: str, overwrite: bool, verify: bool, progress: Progress | None) -> CopyReport:
-    path = place_of(path, overwrite=overwrite)
-    partial = partial_path(path, plan.stamp)
-    meter = _Meter(plan, verify, progress)
-    with contextlib.closing(_open_partial(plan, partial)) as writer:
-        resumed = seq_len(writer)
-        with Writing(writer) as writing:
-            for stop in fill(plan, writer, writing, check=True):
-                meter.reached(stop)
-        if plan.keeps_sums and plan.length == plan.source.committed_len:
-            size = plan.geometry.block_tokens
-            sums = plan.source.committed_checksums(writer.committed_len // size, -(-plan.length // size))
-            writer.tell_sums(plan.length, sums)
-    if verify:
-        with contextlib.closing(MappedReader.open(partial)) as reader:
-            _refuse_unsound(reader.verify(meter.verifying))
-    place_file(partial, path, overwrite=overwrite)
-    return _report(plan, path, resumed, verify)
-
-
-def _open_partial(plan: Plan, partial: str) -> MappedWriter:
-    """Go on with what an interrupted copy has left, or begin."""
+def _run(plan: Plan, receiver: Receiver, options: CopyOptions, progress: Progress | None) -> CopyReport:
+    """Copy what a plan says into a receiver."""
     try:
-        writer = MappedWriter.open_locked(partial, timeout=0)
-        if writer.geometry == plan.geometry and seq_len(writer) <= plan.length:
-            return writer
-        writer.close()
-        remove_file(partial, 0)
-    except CacheNotFoundError:
-        pass
-    except FormatError:
-        os.unlink(partial)  # nobody but a copy gives files such names
-    room = max(METADATA_ROOM, len(plan.source.document.encode()))
-    return MappedWriter.create(partial, plan.geometry, plan.source.document, metadata_room=room)
-
-
-def _to_group(
-    plan: Plan,
-    objects: Objects,
-    compressor: str | None,
-    overwrite: bool,
-    verify: bool,
-    break_lock: bool,
-    progress: Progress | None,
-) -> CopyReport:
-    from ..storage.zarr.placement import create_group, open_locked
-    from ..storage.zarr.reader import read_root
-
-    going_on = False
-    with contextlib.suppress(CacheNotFoundError, FormatError):  # making one finds out what is there
-        present = read_root(objects)[0]
-        going_on = present.copying == plan.stamp
-        if f"{present.cache_id}/{present.generation}" == plan.source.identity():
-            raise CacheExistsError(
-                f"{objects.url}: is the source itself, and would be lost before it is copied: name another place",
-                path=objects.url,
-            )
-    if going_on:
-        writer = open_locked(objects, keep_copying=True, break_lock=break_lock)
-        if seq_len(writer) > plan.length:
-            writer.truncate(plan.length)
-    else:
-        writer = create_group(
-            objects,
-            plan.geometry,
-            plan.source.document,
-            compressor=compressor,
-            overwrite=overwrite,
-            break_lock=break_lock,
-            copying=plan.stamp,
-        )
-    try:
-        resumed = seq_len(writer)
-        meter = _Meter(plan, verify, progress)
-        for stop in fill(plan, writer, Putting(writer), check=not plan.keeps_sums):
-            meter.reached(stop)
-            committed = writer.root.seq_len
-            if stop == plan.length or (stop - committed) * plan.position_bytes >= COMMIT_BYTES:
-                writer.store_rows(stop)
-                if plan.keeps_sums:
-                    _compare(plan, writer, committed, stop)
-                writer.commit()
-        if verify:
-            _refuse_unsound(writer.verify(meter.verifying))
-        writer.copying = None
-        writer.close()
+        resumed = seq_len(receiver.storage)
+        meter = _Meter(plan, options.verify, progress)
+        for length in fill(plan, receiver):
+            meter.reached(length)
+            receiver.stored(length)
+        receiver.complete()
+        if options.verify:
+            _refuse_damaged(receiver.verify(meter.verifying))
+        target = receiver.place()
     except BaseException:
-        writer.abandon()  # as of its last commit
+        receiver.cancel()
         raise
-    return _report(plan, writer.path, resumed, verify)
-
-
-def _compare(plan: Plan, writer: ZarrWriter, start: int, stop: int) -> None:
-    """Compare blocks that were stored with the checksums that the source has of them."""
-    size, committed = plan.geometry.block_tokens, plan.source.committed_len
-    last = -(-stop // size) if stop == committed else min(stop, committed) // size
-    if last <= start // size:
-        return
-    expected = plan.source.committed_checksums(start // size, last)
-    found = writer.sums_below(stop)[start // size : last]
-    for block, layer in zip(*np.nonzero(expected != found), strict=True):
-        position = (start // size + int(block)) * size
-        raise CorruptCacheError(
-            f"{plan.source.path}: layer {layer} is damaged in positions [{position}, {min(position + size, stop)}): "
-            "checksum does not match; the copy ends before",
-            path=plan.source.path,
-            layer=int(layer),
-            position=position,
-        )
+    size = plan.length * plan.incoming.position_bytes
+    return CopyReport(target=target, seq_len=plan.length, bytes=size, resumed=resumed, verified=options.verify)
 
 
 class _Meter:
@@ -273,8 +171,8 @@ class _Meter:
 
     def __init__(self, plan: Plan, verify: bool, progress: Progress | None) -> None:
         self._progress = progress
-        self._position_bytes = plan.position_bytes
-        self._copied = plan.length * plan.position_bytes
+        self._position_bytes = plan.incoming.position_bytes
+        self._copied = plan.length * self._position_bytes
         self._total = self._copied * (2 if verify else 1)
 
     def reached(self, length: int) -> None:
@@ -286,7 +184,7 @@ class _Meter:
             self._progress(min(self._total, self._copied + done), self._total)
 
 
-def _refuse_unsound(report: VerifyReport) -> None:
+def _refuse_damaged(report: VerifyReport) -> None:
     for damage in report.damages:
         raise CorruptCacheError(
             f"{report.path}: the copy was read back and is damaged: {damage.what}",
@@ -294,11 +192,6 @@ def _refuse_unsound(report: VerifyReport) -> None:
             layer=damage.layer,
             position=damage.start,
         )
-
-
-def _report(plan: Plan, target: str, resumed: int, verified: bool) -> CopyReport:
-    size = plan.length * plan.position_bytes
-    return CopyReport(target=target, seq_len=plan.length, bytes=size, resumed=resumed, verified=verified)
 
 
 def _same(one: Storage, other: Storage) -> bool:

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
 from ...errors import ModelMismatchError, UnsupportedModelError
+from ...files import fork
 from ...geometry import check_range
 from ...metadata import ModelInfo
-from ...opening import create, fork, group_at, open_cache, remove
-from ...storage.file.writer import Durability
+from ...opening import create, open_cache, place_of, remove
+from ...storage.protocols import Durability
 from .attention import MaskLength
 from .layer import KvmmapLayer, Pattern
 from .models import LayerKind
@@ -387,7 +388,7 @@ class KvmmapCache(OneSequence):
         """
         source = self._source
         capacity = self.capacity if capacity is None else capacity
-        if source.path is not None and os.path.isfile(source.path) and group_at(path) is None:
+        if source.path is not None and os.path.isfile(source.path) and place_of(path).file_path is not None:
             length = self._length if self._saved is None else self._kept
             made = fork(source.path, path, length=length, capacity=capacity)
         else:

@@ -16,11 +16,11 @@ from ...errors import CorruptCacheError
 from ...format import SLAB_SECTIONS, WHOLE_CACHE, Section, Slot
 from ...geometry import check_range, check_room
 from ..posix import PosixFile, closing_on_error
-from ..protocols import Progress, seq_len
+from ..protocols import Durability, Progress, seq_len
 from .placement import already_exists, build_file, place_of
 from .reader import MappedReader, read_superblock
 from .verify import check_blocks, check_tokens
-from .writer import Durability, MappedWriter
+from .writer import MappedWriter
 
 STEP_BYTES = 64 << 20
 """Bytes that are copied between two looks at the progress."""

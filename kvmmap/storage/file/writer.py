@@ -12,7 +12,6 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,16 +29,13 @@ from ...geometry import CacheGeometry, LayerGeometry
 from ...metadata import Document
 from ..after_fork import close_in_children, refuse_forked
 from ..posix import PosixFile, closing_on_error
-from ..protocols import Rows, Verify, seq_len
+from ..protocols import Durability, Rows, Verify, seq_len
 from .commit_checksums import Signer
 from .live_record import LiveRecord
 from .placement import METADATA_ROOM, already_exists, build_file, lock_file, map_live, place_of, replace_file
 from .reader import MappedReader, Snapshot, read_superblock
 from .verified_blocks import Proven
 from .writer_layer import WriterLayer
-
-Durability = Literal["publish", "commit"]
-"""When an append survives power loss: at the next `flush` or `close`, or when the call returns."""
 
 UNKNOWN_GENERATIONS = 2**16
 """Added to the last commit's generation where the present one can't be read: more truncations than there were."""

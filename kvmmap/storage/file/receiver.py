@@ -1,0 +1,134 @@
+"""A file as the target of a copy: filled beside its path by threads of its own, and renamed when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ...errors import CacheNotFoundError, FormatError
+from ..protocols import Progress, Rows, VerifyReport, seq_len
+from ..receiving import CopyOptions, CopyRange, Incoming, Receiver
+from ..streaming import RowStream, open_stream
+from ..temporary import partial_path
+from .placement import METADATA_ROOM, place_file, place_of, remove_file
+from .reader import MappedReader
+from .writer import MappedWriter
+
+WRITERS = 2
+"""Threads that write."""
+
+BACKLOG_BYTES = 64 * 2**20
+"""Rows that may wait for these."""
+
+
+class FileReceiver(Receiver):
+    """Writes rows in threads while the caller waits for the next, and starts writing them to the disk at once.
+
+    Rows that the source can stream are written by the threads that receive them: each piece is hashed and written
+    while it is in the processor's cache, and the whole is never in memory.
+
+    Args:
+        writer: of the partial file.
+        incoming: what comes.
+        path: where the file is to stand.
+        overwrite: replace a cache there.
+    """
+
+    def __init__(self, writer: MappedWriter, incoming: Incoming, path: str, overwrite: bool) -> None:
+        super().__init__(writer, incoming)
+        self._writer = writer
+        self._partial = writer.path
+        self._path = path
+        self._overwrite = overwrite
+        self._layers = writer.layers
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._streams: dict[CopyRange, RowStream] = {}
+        self._pending: deque[tuple[int, Future[None]]] = deque()
+        self._bytes = 0
+
+    @classmethod
+    def begin(cls, path: str, incoming: Incoming, options: CopyOptions) -> FileReceiver:
+        """Open the partial file of an interrupted copy, or make one."""
+        path = place_of(path, overwrite=options.overwrite)
+        writer = _open_partial(partial_path(path, incoming.stamp), incoming)
+        return cls(writer, incoming, path, options.overwrite)
+
+    def expect(self, part: CopyRange) -> None:
+        stream = open_stream(part.source, part.start, part.stop, self._layers[part.layer], part.position)
+        if stream is None:
+            super().expect(part)
+        else:
+            self._streams[part] = stream
+
+    def has(self, part: CopyRange) -> bool:
+        stream = self._streams.get(part)
+        sound = stream is not None and stream.finish()
+        self._streams.pop(part, None)  # only now: until then it may have to be cancelled
+        if sound:  # others are still on their way
+            stop = part.position + part.stop - part.start
+            self._writer.sketch_ahead(part.layer, stop // self._writer.geometry.block_tokens)
+        return sound
+
+    def put(self, layer: int, start: int, rows: Rows) -> None:
+        """Start writing; wait if there is much to write already."""
+        size = sum(array.nbytes for _, array in rows.named())
+        self._pending.append((size, self._pool.submit(self._write, layer, start, rows)))
+        self._bytes += size
+        while self._bytes > BACKLOG_BYTES and len(self._pending) > 1:
+            self._wait_for_one()
+
+    def _write(self, layer: int, start: int, rows: Rows) -> None:
+        self._layers[layer].write(start, rows)
+        self._layers[layer].start_sync(start, start + len(rows.key_codes))
+
+    def _wait_for_one(self) -> None:
+        size, writing = self._pending.popleft()
+        self._bytes -= size
+        writing.result()
+
+    def wait(self) -> None:
+        while self._pending:
+            self._wait_for_one()
+
+    def complete(self) -> None:
+        self._end_threads()
+        incoming, writer = self.incoming, self._writer
+        if incoming.same_blocks and incoming.length == incoming.source.committed_len:
+            size = incoming.geometry.block_tokens
+            sums = incoming.source.committed_checksums(writer.committed_len // size, -(-incoming.length // size))
+            writer.tell_sums(incoming.length, sums)
+        writer.close()
+
+    def verify(self, progress: Progress | None) -> VerifyReport:
+        with contextlib.closing(MappedReader.open(self._partial)) as reader:
+            return reader.verify(progress)
+
+    def place(self) -> str:
+        place_file(self._partial, self._path, overwrite=self._overwrite)
+        return self._path
+
+    def cancel(self) -> None:
+        self._end_threads()
+        self._writer.close()
+
+    def _end_threads(self) -> None:
+        for stream in self._streams.values():
+            stream.cancel()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _open_partial(partial: str, incoming: Incoming) -> MappedWriter:
+    try:
+        writer = MappedWriter.open_locked(partial, timeout=0)
+        if writer.geometry == incoming.geometry and seq_len(writer) <= incoming.length:
+            return writer
+        writer.close()
+        remove_file(partial, 0)
+    except CacheNotFoundError:
+        pass
+    except FormatError:
+        os.unlink(partial)  # only copies give files such names
+    room = max(METADATA_ROOM, len(incoming.document.encode()))
+    return MappedWriter.create(partial, incoming.geometry, incoming.document, metadata_room=room)
