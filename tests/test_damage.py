@@ -72,6 +72,7 @@ EXPECTED = {
     "named": {HARMLESS},  # the name is synced once more
     "superseded": {"closed": {HARMLESS}, "died": {VERIFY}, "down": {HARMLESS}},  # the file's name tells as well
     "published lengths": {"closed": {HARMLESS}, "died": {REFUSED}, "down": {HARMLESS}},  # read in one of them alone
+    "home": {"closed": {HARMLESS}, "died": {REFUSED}, "down": {HARMLESS}},  # goes with the published lengths
     "metadata that counts": {TOLD},
     "token ids": {TOLD},
     "checksums": {TOLD},
@@ -173,6 +174,7 @@ def layout(reader: kvmmap.QuantizedKvCache, specimen: Specimen) -> Iterator[tupl
         name = {"token_len": "published lengths"}.get(name, name)
         yield at(Section.LIVE) + offset, at(Section.LIVE) + offset + size, name
     yield at(Section.LIVE) + LIVE.size, at(Section.LIVE) + LIVE.size + 16, "published lengths"
+    yield at(Section.LIVE) + LIVE.size + 16, at(Section.LIVE) + LIVE.size + 24, "home"
     half = at(Section.METADATA) + slot.metadata_half * superblock.section(Section.METADATA).size // 2
     yield half, half + slot.metadata_bytes, "metadata that counts"
     rows = [(at(Section.TOKEN_IDS), 4, "token ids")]

@@ -120,10 +120,12 @@ LIVE = Record(
     Field("writer_pid", "Q", "sealed; process id of the last writer, to name it in messages"),
     Field("superseded", "Q", "sealed; 1 when another file has taken this one's place"),
     Field("token_len", "Q", "sealed; published token ids"),
-    Field("named", "Q", "sealed; stands for the name that was synced, by whatever number its writers agree on; or 0"),
+    Field("named", "Q", "sealed; stands for the name that was synced, see Committing; or 0"),
 )
 LIVE_LENGTHS = LIVE.size
 """Offset in the live record of the per-layer published lengths: sealed words, one a layer."""
+HOME_BYTES = 8
+"""Size of the checked word `home`, which follows the live record within its last page."""
 
 
 class Section(IntEnum):
@@ -147,7 +149,7 @@ class Section(IntEnum):
 SECTION_ABOUT = {
     Section.SLOT_A: "commit slot: header, a tail checksum (u64) per layer and one for token ids, xxh3_64 of all before",
     Section.SLOT_B: "the other commit slot",
-    Section.LIVE: "live record: header, then one sealed word a layer, its published length",
+    Section.LIVE: "live record: header, then one sealed word a layer, its published length; behind it, `home`",
     Section.METADATA: "two halves of equal size, each room for one JSON document",
     Section.TOKEN_IDS: "int32 [capacity]; -1 where none was given",
     Section.CHECKSUMS: "u64 [block, layer], of complete blocks",

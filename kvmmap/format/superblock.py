@@ -16,6 +16,7 @@ from .records import (
     CODECS,
     FORMAT_VERSION,
     HEADER,
+    HOME_BYTES,
     LAYER_ENTRY,
     LIVE_LENGTHS,
     MAGIC,
@@ -63,6 +64,14 @@ class Superblock:
     def unknown_sections(self) -> tuple[int, ...]:
         """Kinds of section that this package does not know and so can't keep right: the file is for reading only."""
         return tuple(sorted({kind for kind, _ in self.sections} - KNOWN_SECTIONS))
+
+    @property
+    def live_record(self) -> Extent:
+        """The live record, with the `home` word behind it where its last page has room for one."""
+        extent = self.section(Section.LIVE)
+        end = extent.offset + extent.size
+        fits = _to_page(end) - end >= HOME_BYTES and end + HOME_BYTES <= self.file_bytes
+        return Extent(extent.offset, extent.size + HOME_BYTES) if fits else extent
 
     @property
     def salt(self) -> int:

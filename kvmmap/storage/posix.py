@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import _core
+from ..format import checksum
 from .temporary import temporary_path
 
 FILE_MODE = 0o600  # a KV cache gives its prompt away
@@ -30,6 +31,7 @@ _READ_AHEAD_BYTES = 128 << 10
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _NO_ACCESS_TIME = getattr(os, "O_NOATIME", 0)
 _OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
+_GET_GENERATION = 0x80007601 | (struct.calcsize("l") << 16)  # linux/fs.h: FS_IOC_GETVERSION, _IOR('v', 1, long)
 _CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
 
@@ -90,6 +92,19 @@ class PosixFile:
         if ctypes.CDLL(None).fstatfs(self._fd, status):
             return False
         return ctypes.c_uint.from_buffer(status).value == _OVERLAY_MAGIC
+
+    def inode_id(self) -> int:
+        """Return 40 bits that no other file on this machine has at the same time, nor a later one under its number.
+
+        A copy of the file has others; a link, or another name on the same file system, has the same.
+        """
+        status = self.stat()
+        generation = bytearray(8)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # tmpfs has none, and no need: it does not use numbers again
+                fcntl.ioctl(self._fd, _GET_GENERATION, generation)
+        number = struct.pack("<QQI", status.st_dev, status.st_ino, int.from_bytes(generation[:4], sys.byteorder))
+        return max(1, checksum(number) >> 24)
 
     def is_at(self, path: str) -> bool:
         """True if `path` still names this very file."""

@@ -2,7 +2,8 @@
 
 Words are aligned 64 bits, stored and loaded whole in the compiled core. All but the boot id are sealed: a value and
 24 bits that depend on it, so that a flipped bit is seen. Lengths are believed only while the boot id is this
-machine's present one: after a crash of the machine nobody knows which of them reached the disk.
+machine's present one, because after a crash of the machine nobody knows which of them reached the disk; and only in
+the inode that they were published in, because a copy made beside a writer mixes rows of different moments.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 from functools import cache
 
 from ... import _core
-from ...format import LIVE, LIVE_LENGTHS
+from ...format import HOME_BYTES, LIVE, LIVE_LENGTHS, Superblock
+from ..posix import PosixFile
 
 _OFFSETS = {field.name: offset for offset, _, field in LIVE.rows()}
 _BOOT_LOW = _OFFSETS["boot_id_low"]
@@ -51,19 +53,41 @@ def _number(text: str) -> int:
 
 
 class LiveRecord:
-    """The record at `offset` of a map, writable or not."""
+    """The record at `offset` of a map, writable or not.
 
-    def __init__(self, memory: mmap.mmap, offset: int, salt: int, num_layers: int) -> None:
+    Args:
+        memory: the map.
+        offset: where in it the record starts.
+        superblock: the file's.
+        file: the file itself, for the number of its inode.
+    """
+
+    def __init__(self, memory: mmap.mmap, offset: int, superblock: Superblock, file: PosixFile) -> None:
         self._memory = memory
         self._offset = offset
-        self._salt = salt
-        self._num_layers = num_layers
+        self._salt = superblock.salt
+        self._num_layers = superblock.geometry.num_layers
+        home = LIVE_LENGTHS + 8 * self._num_layers
+        self._home = home if superblock.live_record.size >= home + HOME_BYTES else None
+        self._inode = file.inode_id()
 
     def trusted(self) -> bool:
-        """True if lengths were published since this machine started, and not closed since."""
+        """True if lengths were published in this inode since this machine started, and not closed since.
+
+        Whether a damaged `home` was this inode is unknown: see `home`.
+        """
         low = _core.load_word(self._memory, self._offset + _BOOT_LOW)
         high = _core.load_word(self._memory, self._offset + _BOOT_HIGH)
-        return (high << 64 | low) == boot_id()
+        return (high << 64 | low) == boot_id() and self.home() in (0, self._inode, -1, None)
+
+    def home(self) -> int | None:
+        """Return which inode the lengths were published in: 0 if its writer did not say, -1 if the word is damaged,
+        None if there is no room for one."""
+        if self._home is None:
+            return None
+        if not _core.load_word(self._memory, self._offset + self._home):
+            return 0
+        return _core.load_sealed(self._memory, self._offset + self._home, 1, self._home // 8, self._salt)[0]
 
     def in_use(self) -> bool:
         """True if no writer has closed the cache since one opened it."""
@@ -73,6 +97,8 @@ class LiveRecord:
 
     def trust(self) -> None:
         """Declare the lengths live; they must be right by now."""
+        if self._home is not None:
+            _core.publish(self._memory, self._offset + self._home, self._inode, self._home // 8, self._salt)
         _core.store_word(self._memory, self._offset + _BOOT_LOW, boot_id() & (2**64 - 1))
         _core.store_word(self._memory, self._offset + _BOOT_HIGH, boot_id() >> 64)
 
@@ -80,6 +106,8 @@ class LiveRecord:
         """Declare that only commits count."""
         _core.store_word(self._memory, self._offset + _BOOT_HIGH, 0)
         _core.store_word(self._memory, self._offset + _BOOT_LOW, 0)
+        if self._home is not None:
+            _core.store_word(self._memory, self._offset + self._home, 0)
 
     def get(self, name: str) -> int:
         """Return a sealed value by its field's name; -1 if its seal is broken."""
@@ -109,4 +137,5 @@ class LiveRecord:
         """Name the words whose seals are broken."""
         sealed = ("generation", "acknowledged", "writer_pid", "superseded", "token_len")
         broken = [name for name in sealed if self.get(name) < 0]
+        broken += ["home"] if self.home() == -1 else []
         return broken + [f"length of layer {i}" for i, length in enumerate(self.lengths()) if length < 0]

@@ -203,7 +203,7 @@ def remove_file(path: str, timeout: float) -> None:
 
 def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
     """Map the pages of the live record alone."""
-    extent = superblock.section(Section.LIVE)
+    extent = superblock.live_record
     memory, offset = file.map(extent.offset, extent.size, writable=writable)
     expect_few_pages(memory, len(memory))
-    return LiveRecord(memory, offset, superblock.salt, superblock.geometry.num_layers)
+    return LiveRecord(memory, offset, superblock, file)

@@ -134,7 +134,7 @@ class MappedReader(ReadOnlyStorage):
 
     def _live_record(self, memory: mmap.mmap) -> LiveRecord:
         offset = self.superblock.section(Section.LIVE).offset
-        return LiveRecord(memory, offset, self.superblock.salt, self.geometry.num_layers)
+        return LiveRecord(memory, offset, self.superblock, self.file)
 
     def _make_layers(self) -> Sequence[MappedLayer]:
         return [MappedLayer(self, number, layer) for number, layer in enumerate(self.geometry.layers)]
@@ -303,6 +303,8 @@ class MappedReader(ReadOnlyStorage):
             return "the last commit record is"
         if lengths is None:
             return None
+        if self.live.home() == -1:
+            return "the number of the inode that lengths were published in is"
         capacity = self.geometry.capacity
         # Lengths are lowered only after a shorter commit.
         sound = slot.seq_len <= min(lengths) and max(lengths) <= capacity and slot.token_len <= tokens <= capacity

@@ -47,9 +47,9 @@ class Wreck:
         slots = [self._read_slot(kind) for kind in (Section.SLOT_A, Section.SLOT_B)]
         self.slots = sorted((slot for slot in slots if slot), key=lambda slot: -slot.sequence)
         """Commit records that hold, the last one first."""
-        live = self.superblock.section(Section.LIVE)
+        live = self.superblock.live_record
         words = np.frombuffer(self.read(live.offset, live.size), np.uint64)
-        self.live = LiveRecord(cast(Any, words), 0, self.superblock.salt, self.geometry.num_layers)
+        self.live = LiveRecord(cast(Any, words), 0, self.superblock, file)
 
     def _read_superblock(self) -> Superblock:
         start = self.file.read(0, PAGE)

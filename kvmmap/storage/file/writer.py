@@ -385,7 +385,7 @@ class MappedWriter(MappedReader):
         folder, name = os.path.split(self.path)
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(folder)
-            return checksum(f"{status.st_dev} {status.st_ino} {name}".encode()) >> 24
+            return checksum(b"%d %d %b" % (status.st_dev, status.st_ino, os.fsencode(name))) >> 24
         return 0
 
     def _write_slot(self, slot: Slot) -> None:
