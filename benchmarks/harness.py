@@ -67,7 +67,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What the project demands of itself, and what was measured."""
+    """A target, and what was measured."""
 
     what: str
     required: float

@@ -1,4 +1,4 @@
-"""All benchmarks, one process each, and at the end what the project demands of itself beside what was measured.
+"""All benchmarks, one process each, and at the end all targets with what was measured.
 
     python benchmarks/run.py [NAME...]
 

@@ -1,4 +1,4 @@
-"""The figures of the documentation: taken over from benchmarks, and drawn into charts and tables.
+"""The figures of the documentation: collected from benchmarks, and drawn into charts and tables.
 
     python docs/tools/figures.py collect bench-out "on an idle machine"
     python docs/tools/figures.py draw
@@ -64,8 +64,8 @@ def times(value: float) -> str:
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
-def demanded(label: str, found: dict[str, Any]) -> Row:
-    """A bar of the benchmark as one of a chart, with what was demanded."""
+def with_target(label: str, found: dict[str, Any]) -> Row:
+    """Make a chart's bar, with its target, from a bar of the benchmark."""
     measured, required = found["measured"], found["required"]
     return Row(label, measured, f"{times(measured)} of {required:g}x", True, required)
 
@@ -95,7 +95,9 @@ def attention(topics: Topics) -> str:
 
 def limit(topics: Topics) -> str:
     """Attention beside reading the same bytes."""
-    found = [demanded(heads(count), bar(topics["attention"], f", {heads(count)}", "read limit")) for count in (1, 4, 8)]
+    found = [
+        with_target(heads(count), bar(topics["attention"], f", {heads(count)}", "read limit")) for count in (1, 4, 8)
+    ]
     rows = [
         Row(row.label, row.value, f"{row.value:.2f} of {row.target:g}", row.own, row.target)
         for row in found
@@ -110,7 +112,7 @@ def llama(topics: Topics) -> str:
     if "llama_cpp" not in topics:
         return ""
     rows = [
-        demanded(f"kvmmap, to llama.cpp with {kind}", bar(topics["llama_cpp"], "attention", f"({kind})"))
+        with_target(f"kvmmap, to llama.cpp with {kind}", bar(topics["llama_cpp"], "attention", f"({kind})"))
         for kind in ("f16", "q8_0")
     ]
     return chart("Attention of SmolLM2's 30 layers, 7,900 tokens", [Group("", rows)])
@@ -182,7 +184,7 @@ def generation(topics: Topics) -> str:
     groups = []
     for length in (4000, 8000):
         found = {label: bar(topics["transformers"], f"at {length}, {what}") for what, label in beside.items()}
-        rows = [demanded(f"to {label}", each) for label, each in found.items()]
+        rows = [with_target(f"to {label}", each) for label, each in found.items()]
         groups.append(Group(f"{length:,} tokens of context", rows))
     return chart("A token of SmolLM2-135M: how many times as fast", groups)
 
@@ -207,8 +209,8 @@ def provenance(topic: dict[str, Any]) -> str:
 
 
 def bars(topics: Topics) -> str:
-    """All that the project demands of itself."""
-    lines = ["| | demanded | measured | |", "|---|---:|---:|---|"]
+    """All targets, met or missed."""
+    lines = ["| | target | measured | |", "|---|---:|---:|---|"]
     for name, topic in topics.items():
         for found in topic["bars"]:
             sign, unit = (">=", "x") if found["unit"] == "x" else ("<=", found["unit"].removesuffix(" at most"))
@@ -219,7 +221,7 @@ def bars(topics: Topics) -> str:
                 f"{possible} | {verdict} |"
             )
     met = sum(found["met"] for topic in topics.values() for found in topic["bars"])
-    return f"{met} of {len(lines) - 2} are met.\n\n" + "\n".join(lines)
+    return f"{met} of {len(lines) - 2} targets are met.\n\n" + "\n".join(lines)
 
 
 def beside_llama(topics: Topics) -> str:

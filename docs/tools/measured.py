@@ -1,4 +1,4 @@
-"""What was measured, in docs/figures/measured.json: taken over from benchmarks, and looked up by those who draw it."""
+"""The measurements in docs/figures/measured.json: collected from benchmarks, and looked up for charts and tables."""
 
 from __future__ import annotations
 
