@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, NoReturn, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from .inputs import check_token_ids, one_step, per_layer
 from .layer import QuantizedKvLayer
 from .metadata import ModelInfo, document
 from .storage.memory import MemoryStorage
-from .storage.protocols import Progress, Storage, VerifyReport, seq_len
+from .storage.protocols import Progress, Storage, VerifyReport, not_pickled, seq_len
 
 
 class Layers(Sequence[QuantizedKvLayer]):
@@ -97,6 +97,9 @@ class QuantizedKvCache:
         notes = document(metadata, model)
         notes.encode()
         self._attach(MemoryStorage(geometry, notes))
+
+    def __reduce__(self) -> NoReturn:
+        raise not_pickled(self.path)
 
     @classmethod
     def of_storage(cls, storage: Storage) -> QuantizedKvCache:

@@ -5,7 +5,7 @@ A layer stands alone in memory, or belongs to a cache; where its slabs lie is it
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, NoReturn, Unpack, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -19,7 +19,7 @@ from .geometry import CacheGeometry, LayerGeometry, check_range, compression_rat
 from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
 from .quantize import as_rows, dequantize_rows, output_array
 from .storage.memory import MemoryStorage
-from .storage.protocols import LayerStore, Rows, Storage
+from .storage.protocols import LayerStore, Rows, Storage, not_pickled
 
 
 class QuantizedKvLayer:
@@ -50,6 +50,9 @@ class QuantizedKvLayer:
         )
         storage = MemoryStorage(geometry)
         self._attach(storage, storage.layers[0])
+
+    def __reduce__(self) -> NoReturn:
+        raise not_pickled(self._storage.path)
 
     @classmethod
     def of_store(cls, storage: Storage, store: LayerStore) -> QuantizedKvLayer:

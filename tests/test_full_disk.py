@@ -24,7 +24,7 @@ def namespace() -> list[str]:
     return command
 
 
-@pytest.mark.parametrize("scenario", ["push", "extend", "step", "flush", "create"])
+@pytest.mark.parametrize("scenario", ["push", "extend", "step", "flush", "flush again", "create"])
 def test_a_full_disk(namespace: list[str], tmp_path: Path, scenario: str) -> None:
     done = subprocess.run(
         [*namespace, sys.executable, "-W", "error", "-m", "helpers.full_disk", tmp_path, scenario],

@@ -10,14 +10,15 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 from .. import _core
 from ..format import checksum
@@ -30,13 +31,32 @@ _COPY_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 128 << 10
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _NO_ACCESS_TIME = getattr(os, "O_NOATIME", 0)
+_BY_NUMBER = "/proc/self/fd/"
+_ACCESS_LIST = "system.posix_acl_access"
 _OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
 _GET_GENERATION = 0x80007601 | (struct.calcsize("l") << 16)  # linux/fs.h: FS_IOC_GETVERSION, _IOR('v', 1, long)
 _CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _names_file(method: Method) -> Method:
+    """Give the errors of calls on a descriptor the file's path: the system does not know it."""
+
+    @functools.wraps(method)
+    def call(file: PosixFile, *args: Any, **more: Any) -> Any:
+        try:
+            return method(file, *args, **more)
+        except OSError as error:
+            file._name(error)
+            raise
+
+    return cast(Method, call)
+
+
 class PosixFile:
-    """An open file. Writes are positioned and whole; every failure is an OSError."""
+    """An open file. Writes are positioned and whole; every failure is an OSError that names the file."""
 
     def __init__(self, fd: int, path: str) -> None:
         self.path = path
@@ -77,12 +97,37 @@ class PosixFile:
     def closed(self) -> bool:
         return self._fd < 0
 
+    def _name(self, error: OSError) -> None:
+        if error.errno is not None and (error.filename is None or str(error.filename).startswith(_BY_NUMBER)):
+            error.filename = self.path
+
+    @_names_file
     def stat(self) -> os.stat_result:
         return os.fstat(self._fd)
 
+    @_names_file
     def set_access_time(self, nanoseconds: int) -> None:
         """Store when the file was last read, in nanoseconds since 1970."""
         os.utime(self._fd, ns=(nanoseconds, self.stat().st_mtime_ns))
+
+    def copy_access(self, other: PosixFile) -> None:
+        """Give this file the owner, group, mode and access list of another one, as far as this user may.
+
+        Where the group can't be given, its permissions are not either: they would be another group's.
+        """
+        theirs, mine = other.stat(), self.stat()
+        mode = theirs.st_mode & 0o777
+        if (theirs.st_uid, theirs.st_gid) != (mine.st_uid, mine.st_gid):
+            with contextlib.suppress(PermissionError):
+                os.fchown(self._fd, theirs.st_uid, -1)
+            try:
+                os.fchown(self._fd, -1, theirs.st_gid)
+            except PermissionError:
+                mode &= ~0o070
+        os.fchmod(self._fd, mode)
+        if hasattr(os, "getxattr"):
+            with contextlib.suppress(OSError):  # there is none, or the file system knows none
+                os.setxattr(self._fd, _ACCESS_LIST, os.getxattr(other._fd, _ACCESS_LIST))
 
     def on_overlay(self) -> bool:
         """True if the file lies on overlayfs, which gives a file another inode below when it is first changed."""
@@ -113,6 +158,7 @@ class PosixFile:
         except FileNotFoundError:
             return False
 
+    @_names_file
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`, fewer only at the end of the file."""
         parts = []
@@ -125,6 +171,7 @@ class PosixFile:
             size -= len(part)
         return b"".join(parts)
 
+    @_names_file
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill a buffer from `offset`.
 
@@ -149,12 +196,17 @@ class PosixFile:
 
     def write(self, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
         """Write each buffer at its offset, in order, all of it."""
-        _core.write_all(self._fd, offsets, buffers)
+        try:
+            _core.write_all(self._fd, offsets, buffers)
+        except OSError as error:
+            self._name(error)
+            raise
 
     def start_sync(self, offset: int, size: int) -> None:
         """Have the system start to bring what was written there to the disk; the next `sync` waits the less."""
         _core.start_sync(self._fd, offset, size)
 
+    @_names_file
     def copy_from(self, source: PosixFile, start: int, at: int, size: int) -> None:
         """Copy `size` bytes of another file, from `start` on, to `at`, both on a page.
 
@@ -189,14 +241,17 @@ class PosixFile:
         self.write((at,), (data,))
         return len(data)
 
+    @_names_file
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         os.fdatasync(self._fd)
 
+    @_names_file
     def resize(self, size: int) -> None:
         """Give the file its size; what is new is a hole."""
         os.ftruncate(self._fd, size)
 
+    @_names_file
     def allocate(self, offset: int, size: int) -> None:
         """Reserve disk space, so that storing through a map there can't run out of it."""
         try:
@@ -220,6 +275,7 @@ class PosixFile:
             yield start, stop
             start = stop
 
+    @_names_file
     def map(self, offset: int, size: int, *, writable: bool = False) -> tuple[mmap.mmap, int]:
         """Map `size` bytes from `offset`, shared; return the map and where in it they start."""
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -235,7 +291,7 @@ class PosixFile:
 
     def _reopen(self, flags: int) -> int:
         """Open the very same file anew, under whatever name it has by now."""
-        by_number = f"/proc/self/fd/{self._fd}"
+        by_number = f"{_BY_NUMBER}{self._fd}"
         flags |= os.O_CLOEXEC | (fcntl.fcntl(self._fd, fcntl.F_GETFL) & _NO_ACCESS_TIME)
         fd = os.open(by_number if os.path.exists(by_number) else self.path, flags)
         if os.path.samestat(os.fstat(fd), self.stat()):
@@ -252,10 +308,12 @@ class PosixFile:
             return False
         return True
 
+    @_names_file
     def unlock(self) -> None:
         """Give the lock back."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    @_names_file
     def lock(self, timeout: float) -> bool:
         """Take the writer's lock, waiting up to `timeout` seconds for it."""
         deadline = time.monotonic() + timeout

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CacheChangedError, ClosedError
+from ..errors import CacheChangedError, ClosedError, KvmmapError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
@@ -431,3 +431,11 @@ def refuse_truncated(path: str | None) -> NoReturn:
     """Raise for rows that were truncated while they were being read."""
     where = "" if path is None else f"{path}: "
     raise CacheChangedError(f"{where}positions were truncated during the read: read again", path=path)
+
+
+def not_pickled(path: str | None) -> KvmmapError:
+    """Return the error for pickling or copying a cache or a layer: its map and its lock belong to this process."""
+    what = "a cache can't be pickled or copied, since its memory and its lock belong to this process"
+    if path is None:
+        return KvmmapError(f"{what}: keep it in a file, and kvmmap.open(path) it in the worker")
+    return KvmmapError(f"{path}: {what}: send the path, and kvmmap.open(path) it in the worker", path=path)

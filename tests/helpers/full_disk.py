@@ -31,6 +31,8 @@ def main() -> None:
         assert os.listdir(folder) == ["ballast"], os.listdir(folder)
         ballast.unlink()
         make(path).close()
+    elif scenario == "flush again":
+        flush_again(path, ballast)
     else:
         append_on_a_full_disk(path, ballast, SCENARIOS[scenario])
     with kvmmap.open(path) as cache:
@@ -64,6 +66,35 @@ def append_on_a_full_disk(path: Path, ballast: Path, append: Callable[[kvmmap.Qu
         check_filled(cache, 700)
     with kvmmap.open(path) as cache:
         check_filled(cache, 700)
+
+
+def flush_again(path: Path, ballast: Path) -> None:
+    """Append until the rows fit and their commit does not; after room is made, it does, and nothing is lost."""
+    with make(path) as cache, kvmmap.open(path) as reader:
+        fill(cache, 300)
+        cache.flush()
+        fill(cache, 5000)  # rows have their pages; checksums and sketches of their blocks have not
+        cache.metadata = {"some": "x" * 10_000}
+        fill_up(ballast)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left") as caught:
+                cache.flush()
+            assert caught.value.filename == str(path)
+            assert cache.seq_len == 5000
+            assert cache.facts()["committed_len"] == 300
+            reader.refresh()
+            check_filled(reader, 5000)
+        ballast.unlink()
+        cache.flush()
+        check_filled(cache, 5000)
+        assert cache.facts()["committed_len"] == 5000
+        assert cache.verify().sound
+        assert cache.metadata == {"some": "x" * 10_000}
+        fill(cache, 5600)
+        cache.flush()
+    with kvmmap.open(path) as cache:
+        check_filled(cache, 5600)
+        assert cache.metadata == {"some": "x" * 10_000}
 
 
 def append_for_ever(cache: kvmmap.QuantizedKvCache, append: Callable[[kvmmap.QuantizedKvCache], None]) -> None:

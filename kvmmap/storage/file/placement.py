@@ -189,6 +189,7 @@ def replace_file(new: PosixFile, path: str, timeout: float) -> None:
         raise CacheExistsError(f"{error}, so it is not replaced: remove it yourself", path=path) from None
     with contextlib.closing(old):
         live = map_live(old, superblock, writable=True)
+        new.copy_access(old)
         new.replace(path)
         live.put("superseded", 1)
 

@@ -10,6 +10,7 @@ that closing never takes memory from under a read.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
@@ -39,6 +40,9 @@ from .last_use import UseRecorder, last_use_ns
 from .live_record import LiveRecord
 from .reader_layer import MappedLayer
 from .verified_blocks import WHAT_TO_DO, Proven, prove_tokens
+
+_LARGEST_HEAD = 256 << 20
+"""Bytes before the rows that are mapped by themselves where there is no address space for the file."""
 
 
 class Snapshot(NamedTuple):
@@ -80,8 +84,8 @@ class MappedReader(ReadOnlyStorage):
         self._use = UseRecorder(file) if record_use else None
         self.foreign = self.foreign_tokens = self.geometry.capacity
         """Positions, from 0, that others may have written, and token ids."""
-        memory, _ = file.map(0, superblock.file_bytes)
-        expect_few_pages(memory, superblock.section(Section.TOKEN_IDS).offset)
+        memory = self._map()
+        expect_few_pages(memory, min(superblock.section(Section.TOKEN_IDS).offset, len(memory)))
         self._memory: mmap.mmap | None = memory
         self.slots = Slots(memory, superblock, self.path)
         self.live = self._live_record(memory)
@@ -108,6 +112,21 @@ class MappedReader(ReadOnlyStorage):
         """
         with closing_on_error(open_file(path, writable=False, used=record_use)) as file:
             return cls(file, read_superblock(file), recover=recover, verify=verify, record_use=record_use)
+
+    def _map(self) -> mmap.mmap:
+        """Map the file; only what precedes its rows if there is no address space for all, and no rows are to be used.
+
+        So a cache can be inspected and verified under `ulimit -v` as well.
+        """
+        size = self.superblock.file_bytes
+        try:
+            return self.file.map(0, size)[0]
+        except OSError as error:
+            head = [self.superblock.section(kind) for kind in (Section.SLOT_A, Section.SLOT_B, Section.METADATA)]
+            end = max(offset + size for offset, size in [*head, self.superblock.live_record])
+            if error.errno != errno.ENOMEM or self.writable or self._use is not None or end > _LARGEST_HEAD:
+                raise
+            return self.file.map(0, end)[0]
 
     def note_use(self) -> None:
         """Record that the cache is being used, if this handle is one to do so and has not done it lately."""
@@ -186,6 +205,18 @@ class MappedReader(ReadOnlyStorage):
         return memory
 
     @property
+    def rows_memory(self) -> mmap.mmap:
+        """The map of the whole file, where there was address space for it.
+
+        Raises:
+            OSError: there was not.
+        """
+        memory = self.memory
+        if len(memory) < self.superblock.file_bytes:
+            raise OSError(errno.ENOMEM, "not enough address space to map the cache (see ulimit -v)", self.path)
+        return memory
+
+    @property
     def closed(self) -> bool:
         return self._memory is None
 
@@ -218,7 +249,7 @@ class MappedReader(ReadOnlyStorage):
         codes, scales = np.dtype(np.int8), np.dtype("<f4")
         kc, ks, vc, vs = (self.superblock.sections[kind, layer].offset for kind in SLAB_SECTIONS)
         heads, dim, value_dim = geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim
-        memory = self.memory
+        memory = self.rows_memory
         return Rows(
             np.ndarray((capacity, heads, dim), codes, memory, kc),
             np.ndarray((capacity, heads), scales, memory, ks),
@@ -229,7 +260,7 @@ class MappedReader(ReadOnlyStorage):
     def map_tokens(self) -> NDArray[np.int32]:
         """A view of the token ids, as long as the capacity."""
         offset = self.superblock.section(Section.TOKEN_IDS).offset
-        return np.ndarray((self.geometry.capacity,), np.dtype("<i4"), self.memory, offset)
+        return np.ndarray((self.geometry.capacity,), np.dtype("<i4"), self.rows_memory, offset)
 
     def read_tokens(self, count: int) -> NDArray[np.int32]:
         prove_tokens(self, count)
@@ -331,9 +362,24 @@ class MappedReader(ReadOnlyStorage):
                     f"{self.path}: was replaced by a new file (resized or compacted); open it again",
                     path=self.path,
                 )
+            if self._copied_up():
+                raise CacheChangedError(
+                    f"{self.path}: overlayfs copied it to its upper layer for a writer, and this handle maps the "
+                    "original; open it again",
+                    path=self.path,
+                )
             before = self.snapshot
             self._take(self.look(before))
             return self.snapshot != before
+
+    def _copied_up(self) -> bool:
+        """True if the file was copied to the upper layer of overlayfs: the descriptor then shows the copy, the map the
+        original, for ever."""
+        if self.file.closed or not self.file.on_overlay():
+            return False
+        offset, size = self.superblock.live_record
+        mapped = self.memory[offset : offset + size]
+        return mapped != self.file.read(offset, size) and mapped == self.memory[offset : offset + size]
 
     def superseded(self) -> bool:
         """True if another file stands at the path in this one's place."""
@@ -362,7 +408,7 @@ class MappedReader(ReadOnlyStorage):
         layers = self.geometry.num_layers
         complete = min(stop, slot.seq_len // self.geometry.block_tokens)
         offset = self.superblock.section(Section.CHECKSUMS).offset + 8 * first * layers
-        sums = np.ndarray((max(0, complete - first), layers), np.dtype("<u8"), self.memory, offset).copy()
+        sums = np.ndarray((max(0, complete - first), layers), np.dtype("<u8"), self.rows_memory, offset).copy()
         if stop > complete:
             sums = np.concatenate([sums, np.array([slot.tail_checksums[:-1]], np.uint64)])
         return sums
@@ -371,7 +417,7 @@ class MappedReader(ReadOnlyStorage):
         """Return the checksums of all blocks of token ids of a commit."""
         complete, rest = divmod(slot.token_len, self.geometry.block_tokens)
         offset = self.superblock.section(Section.TOKEN_CHECKSUMS).offset
-        sums = np.ndarray((complete,), np.dtype("<u8"), self.memory, offset)
+        sums = np.ndarray((complete,), np.dtype("<u8"), self.rows_memory, offset)
         return np.append(sums, np.array(slot.tail_checksums[-1:] if rest else (), np.uint64))
 
     def verify_rows(self, start: int, stop: int) -> None:

@@ -121,6 +121,7 @@ class _Repair:
         room = wreck.superblock.section(Section.METADATA).size // 2 + (PAGE if self.zero else 0)
         file = build_file(new_path, wreck.geometry, document or Document(None, {}), metadata_room=room)
         try:
+            file.copy_access(wreck.file)
             file.try_lock()
             with closing_on_error(file):
                 new = MappedWriter(file, read_superblock(file), durability="publish")

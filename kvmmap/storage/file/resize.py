@@ -36,6 +36,7 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
         _refuse_loss(geometry, length)
         file = build_file(old.path, geometry, old.document)
         try:
+            file.copy_access(old.file)
             new = MappedWriter(file, read_superblock(file), durability="publish")
             with contextlib.closing(new):
                 _copy(old, new, length, progress)
