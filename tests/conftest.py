@@ -1,4 +1,4 @@
-"""Fixtures: caches of every storage, and where their files go."""
+"""Fixtures: caches of every storage, paths for them, an S3 server and a browser; and marks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ MARKS = {"s3_server": "s3", "browser": "browser"}
 """What a test is marked with because of a fixture. Such tests run in one process, which starts a server once."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need an S3 server or a browser."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that need an S3 server or a browser; where workers share the tests, begin with the long ones."""
     for item in items:
         for fixture, mark in MARKS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
                 item.add_marker(pytest.mark.xdist_group(mark))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(params=["memory", "file", "zarr"])

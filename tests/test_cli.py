@@ -525,9 +525,9 @@ def test_colours_are_for_terminals(path: Path) -> None:
 
 def test_the_progress_bar_is_for_terminals(path: Path) -> None:
     assert run("verify", path, FORCE_COLOR="1").stderr == ""
-    assert "verifying" in in_terminal("verify", path, impatient=True)[1]
-    assert "verifying" not in in_terminal("verify", "--no-progress", path, impatient=True)[1]
-    assert "verifying" not in in_terminal("verify", path)[1]  # nobody waits long enough to want one
+    assert "verifying" in in_terminal("verify", path, patience=0)[1]
+    assert "verifying" not in in_terminal("verify", "--no-progress", path, patience=0)[1]
+    assert "verifying" not in in_terminal("verify", path, patience=60)[1]  # done before anybody wants one
 
 
 def test_output_that_is_not_folded_in_a_pipe(path: Path) -> None:

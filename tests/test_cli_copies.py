@@ -66,7 +66,7 @@ def test_what_goes_wrong_is_one_line(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_bar_for_who_looks(source: Path, tmp_path: Path) -> None:
-    code, drawn = in_terminal("export", source, tmp_path / "b.zarr", impatient=True)
+    code, drawn = in_terminal("export", source, tmp_path / "b.zarr", patience=0)
     assert code == 0
     assert "copying" in drawn
 

@@ -414,7 +414,7 @@ def test_progress_of_long_work_is_drawn(path: Path, tmp_path: Path) -> None:
         ("fork", path, tmp_path / "fork.kvm"),
         ("diff", path, path),
     ):
-        code, drawn = in_terminal(*args, impatient=True)
+        code, drawn = in_terminal(*args, patience=0)
         assert code == 0
         assert any(verb in drawn for verb in ("resizing", "compacting", "forking", "comparing"))
 

@@ -310,6 +310,7 @@ def specimens() -> Iterator[dict[str, Specimen]]:
         yield {name: make(Path(folder), name) for name in NAMES}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_every_byte_of_the_records(specimens: dict[str, Specimen], name: str) -> None:
     counts = sweep(specimens[name], every_byte(specimens[name], *RECORDS))

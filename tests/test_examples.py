@@ -13,7 +13,7 @@ from helpers.tiny_models import save_llama
 
 import kvmmap
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.long]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

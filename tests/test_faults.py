@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.shims import build_shim
 
 FAULTS = Path(__file__).parent / "faults"
 CALLS = {"fallocate", "fdatasync", "fsync", "ftruncate", "link", "mmap", "open", "pread", "pwrite", "rename", "unlink"}
 
 
+@pytest.mark.long
 def test_every_system_call_may_fail(tmp_path: Path) -> None:
     shim = build_shim(FAULTS / "shim.c", tmp_path)
     base = Path("/dev/shm" if os.path.isdir("/dev/shm") else tmp_path)  # thousands of syncs

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
 NATIVE = Path(__file__).parent / "native"
 
 

@@ -49,6 +49,8 @@ def test_sharing_through_s3(session: Session, s3: Server, tmp_path_factory: pyte
         session.run(DOCS / "howto/share-s3.md")
 
 
+@pytest.mark.torch
+@pytest.mark.long
 def test_saving_a_prompt(session: Session) -> None:
     save_llama(session.folder / "model")
     session.environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

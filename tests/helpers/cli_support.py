@@ -24,8 +24,8 @@ PLAIN = {
     if key not in {"NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"}
 } | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
 
-IMPATIENT = "import kvmmap_cli.progress as p, kvmmap_cli.main as m; p.PATIENCE = 0; m.main()"
-"""The program, with progress bars from the first moment on."""
+WITH_PATIENCE = "import kvmmap_cli.progress as p, kvmmap_cli.main as m; p.PATIENCE = {}; m.main()"
+"""The program, with progress bars after so many seconds, however fast the machine is."""
 
 LAYERS, HEADS, DIM, LENGTH = 4, 2, 16, 700
 
@@ -47,9 +47,13 @@ def click_run(*args: object) -> Result:
     return CliRunner().invoke(group, [str(arg) for arg in args])
 
 
-def in_terminal(*args: object, columns: int = 80, impatient: bool = False, **env: str) -> tuple[int, str]:
-    """Run the program with a terminal for stdout and stderr; return exit code and all that it drew."""
-    command = [sys.executable, "-c", IMPATIENT] if impatient else [str(PROGRAM)]
+def in_terminal(*args: object, columns: int = 80, patience: float | None = None, **env: str) -> tuple[int, str]:
+    """Run the program with a terminal for stdout and stderr; return exit code and all that it drew.
+
+    Args:
+        patience: seconds until a progress bar appears; the program's own if None.
+    """
+    command = [str(PROGRAM)] if patience is None else [sys.executable, "-c", WITH_PATIENCE.format(patience)]
     pid, fd = pty.fork()
     if pid == 0:
         environment = PLAIN | {"COLUMNS": str(columns), "LINES": "24"} | env
