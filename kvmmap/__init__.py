@@ -12,7 +12,7 @@ cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim
 from typing import TYPE_CHECKING
 
 from . import _core, report
-from .attention.kernel import merge_attention
+from .attention.merge import merge_attention
 from .cache import QuantizedKvCache
 from .errors import (
     AccessDeniedError,

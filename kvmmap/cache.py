@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .errors import LayerOutOfRangeError, PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
 from .geometry import CacheGeometry, check_range, check_room, compression_ratio, index
-from .inputs import check_token_ids, one_step, per_layer
+from .inputs import check_quantized, check_token_ids, one_step, per_layer
 from .layer import QuantizedKvLayer
 from .metadata import ModelInfo, document
 from .storage.memory import MemoryStorage
@@ -66,6 +66,7 @@ class QuantizedKvCache:
         num_kv_heads: key and value heads; one number, or one a layer.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
+        key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer.
         metadata: plain JSON of your own.
         model: what made the cache.
 
@@ -73,6 +74,7 @@ class QuantizedKvCache:
 
     Raises:
         ShapeMismatchError: a number that is not a whole one, or out of bounds.
+        DtypeError: there is no such codec.
         MetadataError: metadata that is not JSON.
     """
 
@@ -84,6 +86,8 @@ class QuantizedKvCache:
         head_dim: int | Sequence[int],
         value_head_dim: int | Sequence[int] | None = None,
         *,
+        key_codec: str | Sequence[str] = "int8",
+        value_codec: str | Sequence[str] = "int8",
         metadata: Mapping[str, Any] | None = None,
         model: ModelInfo | None = None,
     ) -> None:
@@ -93,6 +97,8 @@ class QuantizedKvCache:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_head_dim=value_head_dim,
+            key_codec=key_codec,
+            value_codec=value_codec,
         )
         notes = document(metadata, model)
         notes.encode()
@@ -468,6 +474,4 @@ class QuantizedKvCache:
         if not self.writable:
             assert min(lengths) == max(lengths)
         for layer in self._layers:
-            assert layer.key_codes.shape == (len(layer), layer.num_kv_heads, layer.head_dim)
-            assert not layer.key_codes.size or layer.key_codes.min() >= -127
-            assert not layer.key_scales.size or layer.key_scales.min() > 0
+            check_quantized(layer.read_quantized(), layer.geometry, None)

@@ -1,4 +1,4 @@
-"""Shapes, strides and byte arithmetic of caches and layers. Pure: no arrays, no files.
+"""Shapes, strides and byte arithmetic of caches and layers. Pure: no rows, no files.
 
 Sizes count what is reserved (the whole capacity), as `memory_bytes` does; how much of it a sparse file really
 occupies is the file system's business.
@@ -6,11 +6,19 @@ occupies is the file system's business.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import numpy as np
+
+from .codecs import INT8, RowCodec, by_name
+from .codecs.registry import MAX_ARRAYS
 from .errors import CapacityExceededError, PositionOutOfRangeError, ShapeMismatchError
+
+T = TypeVar("T", int, str)
 
 BLOCK_TOKENS = 256
 """Positions in a block, the unit of checksums, of zarr chunks and of sketches."""
@@ -20,9 +28,6 @@ MAX_HEADS = 65_535
 MAX_HEAD_DIM = 65_535
 MAX_CAPACITY = 2**40 - 1
 MAX_SLAB_BYTES = 2**56
-
-CODE_BYTES = 1  # int8
-SCALE_BYTES = 4  # f32
 
 
 def index(value: object, name: str) -> int:
@@ -47,8 +52,25 @@ def _bounded(value: object, name: str, low: int, high: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Slab:
+    """One array of a layer, [capacity, *shape]: keys' or values', as their codec stores them."""
+
+    name: str
+    """Such as "key_codes"."""
+
+    dtype: np.dtype[Any]
+    """Little-endian."""
+
+    shape: tuple[int, ...]
+    """What a position takes: [num_kv_heads, ...]."""
+
+    row_bytes: int
+    """Bytes of a position."""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """The shape of one layer's rows."""
+    """The shape of one layer's rows, and how they are stored."""
 
     num_kv_heads: int
     """Key and value heads (not query heads), 1 to 65,535."""
@@ -59,30 +81,61 @@ class LayerGeometry:
     value_head_dim: int
     """Numbers in a value row; the same as `head_dim` in most models."""
 
+    key_codec: RowCodec = INT8
+    """How key rows are stored."""
+
+    value_codec: RowCodec = INT8
+    """How value rows are stored."""
+
+    key_slabs: tuple[Slab, ...] = field(init=False, repr=False, compare=False)
+    """Arrays of keys, one or two."""
+
+    slabs: tuple[Slab, ...] = field(init=False, repr=False, compare=False)
+    """Arrays of keys, then of values: the order in which everything lists them."""
+
+    position_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of one position: keys and values as they are stored."""
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_kv_heads", _bounded(self.num_kv_heads, "num_kv_heads", 1, MAX_HEADS))
-        object.__setattr__(self, "head_dim", _bounded(self.head_dim, "head_dim", 1, MAX_HEAD_DIM))
-        object.__setattr__(self, "value_head_dim", _bounded(self.value_head_dim, "value_head_dim", 1, MAX_HEAD_DIM))
+        put = functools.partial(object.__setattr__, self)
+        put("num_kv_heads", _bounded(self.num_kv_heads, "num_kv_heads", 1, MAX_HEADS))
+        put("head_dim", _bounded(self.head_dim, "head_dim", 1, MAX_HEAD_DIM))
+        put("value_head_dim", _bounded(self.value_head_dim, "value_head_dim", 1, MAX_HEAD_DIM))
+        put("key_slabs", _slabs("key", self.key_codec, self.num_kv_heads, self.head_dim))
+        put("slabs", (*self.key_slabs, *_slabs("value", self.value_codec, self.num_kv_heads, self.value_head_dim)))
+        put("position_bytes", sum([slab.row_bytes for slab in self.slabs]))
 
     @property
-    def position_bytes(self) -> int:
-        """Bytes of one position: codes and scales of keys and values."""
-        return self.num_kv_heads * (CODE_BYTES * (self.head_dim + self.value_head_dim) + 2 * SCALE_BYTES)
+    def dims(self) -> tuple[int, int, int]:
+        """`num_kv_heads`, `head_dim` and `value_head_dim`: what must agree with a model, whatever the codecs."""
+        return self.num_kv_heads, self.head_dim, self.value_head_dim
+
+    @property
+    def value_slabs(self) -> tuple[Slab, ...]:
+        """Arrays of values, one or two."""
+        return self.slabs[len(self.key_slabs) :]
 
     @property
     def fp32_position_bytes(self) -> int:
         """Bytes that the same position takes as unquantised f32."""
         return self.num_kv_heads * (self.head_dim + self.value_head_dim) * 4
 
-    def slab_bytes(self, capacity: int) -> tuple[int, int, int, int]:
-        """Bytes of key codes, key scales, value codes and value scales for `capacity` positions."""
-        codes = capacity * self.num_kv_heads * CODE_BYTES
-        scales = capacity * self.num_kv_heads * SCALE_BYTES
-        return codes * self.head_dim, scales, codes * self.value_head_dim, scales
+    def slab_bytes(self, capacity: int) -> tuple[int, ...]:
+        """Bytes of each of `slabs` for `capacity` positions."""
+        return tuple([capacity * slab.row_bytes for slab in self.slabs])
 
     def sketch_bytes(self, blocks: int) -> int:
         """Bytes of the sketches of so many blocks: two bf16 numbers for each channel of each KV head."""
         return blocks * self.num_kv_heads * 2 * self.head_dim * 2
+
+
+def _slabs(part: str, codec: RowCodec, heads: int, dim: int) -> tuple[Slab, ...]:
+    codec.check_dim(dim)
+    arrays = codec.arrays(dim)
+    assert 1 <= len(arrays) <= MAX_ARRAYS
+    return tuple(
+        Slab(f"{part}_{array.name}", array.dtype, (heads, *array.shape), heads * array.row_bytes) for array in arrays
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +176,23 @@ class CacheGeometry:
         num_kv_heads: int | Sequence[int],
         head_dim: int | Sequence[int],
         value_head_dim: int | Sequence[int] | None = None,
+        key_codec: str | Sequence[str] = "int8",
+        value_codec: str | Sequence[str] = "int8",
     ) -> CacheGeometry:
-        """Build a geometry from numbers: one for all layers, or a sequence with one a layer.
+        """Build a geometry from numbers and names of codecs: one for all layers, or a sequence with one a layer.
 
         Raises:
             ShapeMismatchError: a number out of bounds, or a sequence that is not `num_layers` long.
+            DtypeError: there is no such codec.
         """
         count = _bounded(num_layers, "num_layers", 1, MAX_LAYERS)
 
-        def spread(value: int | Sequence[int], name: str) -> list[int]:
-            if not isinstance(value, Sequence):
+        def spread(value: T | Sequence[T], name: str) -> list[T]:
+            if isinstance(value, str) or not isinstance(value, Sequence):
                 return [value] * count
             if len(value) != count:
                 raise ShapeMismatchError(
-                    f"{name} has {len(value)} entries for {count} layers: give one number, or one a layer",
+                    f"{name} has {len(value)} entries for {count} layers: give one for all, or one a layer",
                     expected=count,
                     actual=len(value),
                 )
@@ -145,7 +201,10 @@ class CacheGeometry:
         heads = spread(num_kv_heads, "num_kv_heads")
         dims = spread(head_dim, "head_dim")
         value_dims = dims if value_head_dim is None else spread(value_head_dim, "value_head_dim")
-        layers = tuple(LayerGeometry(*numbers) for numbers in zip(heads, dims, value_dims, strict=True))
+        names = spread(key_codec, "key_codec"), spread(value_codec, "value_codec")
+        key_codecs, value_codecs = ([by_name(name) for name in part] for part in names)
+        shapes = zip(heads, dims, value_dims, key_codecs, value_codecs, strict=True)
+        layers = tuple([LayerGeometry(*shape) for shape in shapes])
         return cls(capacity=capacity, layers=layers)
 
     @property
@@ -192,7 +251,7 @@ class CacheGeometry:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of int8 codes and f32 scales over the whole capacity, all layers."""
+        """Bytes of keys and values as they are stored, over the whole capacity, all layers."""
         return self.capacity * sum(layer.position_bytes for layer in self.layers)
 
     @property

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from .arrays import as_numpy, in_plain_memory
 from .errors import DtypeError, NonFiniteError, ShapeMismatchError
 from .geometry import LayerGeometry
-from .quantize import MIN_SCALE, as_rows
-from .storage.protocols import Rows
+from .row_arrays import as_rows
+from .rows import Rows
 
 
 class RowPair(NamedTuple):
@@ -69,42 +69,45 @@ def check_position_rows(rows: NDArray[Any], name: str, shape: tuple[int, int], l
     return rows.reshape(shape)
 
 
-def check_quantized(rows: Rows, geometry: LayerGeometry, layer: int | None) -> Rows:
-    """Return `extend_quantized`'s arguments, if they are what the codec makes."""
-    heads = geometry.num_kv_heads
-    wanted = ((heads, geometry.head_dim), (heads,), (heads, geometry.value_head_dim), (heads,))
-    count = len(rows.key_codes) if isinstance(rows.key_codes, np.ndarray) and rows.key_codes.ndim else 0
-    rows = Rows(*(in_plain_memory(array, name) for name, array in zip(Rows._fields, rows, strict=True)))
-    for name, array, shape in zip(Rows._fields, rows, wanted, strict=True):
-        dtype = np.dtype(np.int8 if name.endswith("codes") else np.float32)
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+def check_quantized(arrays: Sequence[Any], geometry: LayerGeometry, layer: int | None) -> Rows:
+    """Return `extend_quantized`'s arguments as rows, if they are what the codecs make."""
+    if len(arrays) != len(geometry.slabs):
+        names = ", ".join(slab.name for slab in geometry.slabs)
+        raise ShapeMismatchError(
+            f"there must be {len(geometry.slabs)} arrays ({names}), not {len(arrays)}{where(layer)}",
+            expected=len(geometry.slabs),
+            actual=len(arrays),
+            layer=layer,
+        )
+    count = len(arrays[0]) if isinstance(arrays[0], np.ndarray) and arrays[0].ndim else 0
+    found = [in_plain_memory(array, slab.name) for array, slab in zip(arrays, geometry.slabs, strict=True)]
+    for slab, array in zip(geometry.slabs, found, strict=True):
+        if not isinstance(array, np.ndarray) or array.dtype != slab.dtype:
             actual = str(getattr(array, "dtype", type(array).__name__))
             raise DtypeError(
-                f"{name} must be a numpy array of {dtype}, not {actual}", expected=str(dtype), actual=actual
+                f"{slab.name} must be a numpy array of {slab.dtype}, not {actual}",
+                expected=str(slab.dtype),
+                actual=actual,
             )
-        if array.shape != (count, *shape):
+        if array.shape != (count, *slab.shape):
             raise ShapeMismatchError(
-                f"{name} must be {[count, *shape]}, not {list(array.shape)}{where(layer)}",
-                expected=(count, *shape),
+                f"{slab.name} must be {[count, *slab.shape]}, not {list(array.shape)}{where(layer)}",
+                expected=(count, *slab.shape),
                 actual=array.shape,
                 layer=layer,
             )
-        _check_made_by_codec(name, array, layer)
+    rows = Rows.of(geometry, found)
+    for part, codec, mine, dim in (
+        ("key", geometry.key_codec, rows.keys, geometry.head_dim),
+        ("value", geometry.value_codec, rows.values, geometry.value_head_dim),
+    ):
+        try:
+            codec.check(mine, dim)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{part}_{error}{where(layer)}; nothing was appended", actual=error.actual, layer=layer
+            ) from None
     return rows
-
-
-def _check_made_by_codec(name: str, array: NDArray[Any], layer: int | None) -> None:
-    if not array.size:
-        return
-    low, high = array.min(), array.max()  # a NaN is its own minimum, and compares as false
-    sound = low >= -127 if array.dtype == np.int8 else low >= MIN_SCALE and high < np.inf
-    if not sound:
-        raise NonFiniteError(
-            f"{name} were not made by this codec: codes lie in [-127, 127], scales are finite and at least 2**-23; "
-            f"here they go from {low} to {high}{where(layer)}; nothing was appended",
-            actual=(float(low), float(high)),
-            layer=layer,
-        )
 
 
 def per_layer(x: Any) -> Sequence[Any]:

@@ -29,6 +29,8 @@ def create(
     num_kv_heads: int | Sequence[int],
     head_dim: int | Sequence[int],
     value_head_dim: int | Sequence[int] | None = None,
+    key_codec: str | Sequence[str] = "int8",
+    value_codec: str | Sequence[str] = "int8",
     metadata: Mapping[str, Any] | None = None,
     model: ModelInfo | None = None,
     durability: Durability = "publish",
@@ -50,6 +52,7 @@ def create(
         num_kv_heads: key and value heads; one number, or one a layer.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
+        key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer.
         metadata: plain JSON of your own.
         model: what makes the cache, so that nothing else uses it.
         durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
@@ -66,7 +69,7 @@ def create(
     Raises:
         CacheExistsError: there is something at `path`, and `overwrite` was not given or it is no cache.
         CacheNotFoundError: the directory does not exist.
-        ShapeMismatchError, MetadataError: as in `QuantizedKvCache`.
+        ShapeMismatchError, DtypeError, MetadataError: as in `QuantizedKvCache`.
         CacheLockedError: a writer holds the cache that is to be replaced.
         AccessDeniedError, StoreError: an object store refuses, or fails.
         MissingLibraryError: a library that Zarr or a URL needs is not installed; says which.
@@ -78,6 +81,8 @@ def create(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_head_dim=value_head_dim,
+        key_codec=key_codec,
+        value_codec=value_codec,
     )
     options = CreateOptions(
         durability=check_durability(durability),

@@ -684,7 +684,7 @@ def test_rows_of_the_caller_are_his_own_again_after_a_commit() -> None:
     own = kvmmap.QuantizedKvCache(2, 2048, 2, 8)
     fill(own, 1000)
     with make_group(place, shard_blocks=2) as cache:
-        lent = [Rows._make(array.copy() for array in layer.read_quantized()) for layer in own.layers]
+        lent = [Rows.of(layer.geometry, [array.copy() for array in layer.read_quantized()]) for layer in own.layers]
         for start, stop in ((0, 300), (300, 512), (512, 600)):
             for store, rows in zip(cache.storage.layers, lent, strict=True):
                 store.write(store.begin(stop - start), rows.part(start, stop))

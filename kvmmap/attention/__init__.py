@@ -1,1 +1,1 @@
-"""Attention over coded rows, and the merging of partial results."""
+"""Attention over coded rows: masks, queries, kernels, merging of partial results, and choosing blocks."""

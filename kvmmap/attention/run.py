@@ -7,30 +7,41 @@ kind of store it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KvmmapError
-from ..quantize import output_array, thread_count
-from ..storage.protocols import LayerStore, Rows
-from .kernel import (
-    Merging,
-    Sight,
-    attend_rows,
-    check_positions,
-    check_queries,
-    check_sight,
-    visible_ranges,
-)
+from ..row_arrays import output_array, thread_count
+from ..rows import Rows
+from .kernel import attend_rows
+from .mask import Mask, check_mask, check_positions, visible_ranges
+from .merge import Merging
+from .queries import check_queries
+from .source import RowSource
 
 Attended = tuple[NDArray[np.float32], NDArray[np.float32]]
 """out, f32 [n, num_q_heads, value_head_dim], and lse, f32 [n, num_q_heads]."""
 
 
+class AttendOptions(TypedDict, total=False):
+    """Keyword arguments of `QuantizedKvLayer.attend`, but for `return_lse`: for type checkers."""
+
+    scale: float | None
+    causal: bool
+    query_start: int | None
+    window: int | None
+    sinks: int
+    softcap: float | None
+    positions: Any
+    out: NDArray[np.float32] | None
+    resident: Literal["keep", "stream"]
+    threads: int | None
+
+
 def attend_store(
-    store: LayerStore,
+    store: RowSource,
     queries: Any,
     *,
     block_tokens: int,
@@ -51,7 +62,7 @@ def attend_store(
     version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)
-    sight = check_sight(
+    mask = check_mask(
         scale=scale,
         causal=causal,
         query_start=max(0, length - len(rows)) if query_start is None else query_start,
@@ -64,20 +75,20 @@ def attend_store(
     most = thread_count(threads, length * geometry.position_bytes)
     if store.in_memory and resident == "keep":
         if not store.is_verified(length):
-            seen = visible_ranges(ranges, sight, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
+            seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
             store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2))
         slabs = store.slabs()
-        lse = attend_rows(rows, dtype, slabs, ranges, sight, geometry, result, threads=most, layer=store.index)
+        lse = attend_rows(rows, dtype, slabs, ranges, mask, geometry, result, threads=most, layer=store.index)
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
-        for start, piece in _pieces(store, ranges, sight, len(rows), resident):
-            mine = _within(ranges, start, start + len(piece.key_codes))
+        for start, piece in _pieces(store, ranges, mask, len(rows), resident):
+            mine = _within(ranges, start, start + len(piece[0]))
             lse = attend_rows(
                 rows,
                 dtype,
                 piece,
                 mine,
-                sight,
+                mask,
                 geometry,
                 part,
                 first_position=start,
@@ -91,14 +102,14 @@ def attend_store(
 
 
 def _pieces(
-    store: LayerStore, ranges: NDArray[np.int64], sight: Sight, n: int, resident: Literal["keep", "stream"]
+    store: RowSource, ranges: NDArray[np.int64], mask: Mask, n: int, resident: Literal["keep", "stream"]
 ) -> Iterator[tuple[int, Rows]]:
     """Yield (first position, rows) of what the queries need; at least one piece, if an empty one."""
     found = False
-    for start, stop in visible_ranges(ranges, sight, n):
+    for start, stop in visible_ranges(ranges, mask, n):
         for piece in store.scan(start, stop) if resident == "stream" else store.iter_rows(start, stop):
             yield start, piece
-            start += len(piece.key_codes)
+            start += len(piece[0])
             found = True
     if not found:
         yield 0, store.rows(0, 0)

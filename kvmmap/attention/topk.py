@@ -1,36 +1,48 @@
 """Which blocks a query needs most: bounds from sketches, and how the heads' wishes are put together.
 
-What lives here: `select_blocks`. What does not: how sketches are made and kept (`storage.sketches`), and attention.
+What lives here: `select_blocks`. What does not: how sketches are made and kept, and attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..errors import EmptyCacheError, NonFiniteError, ShapeMismatchError
+from ..errors import EmptyCacheError, ShapeMismatchError
 from ..geometry import LayerGeometry, index
-from ..quantize import as_rows, widened
-from ..storage.protocols import LayerStore
-from ..storage.sketches import layer_sketches
-from .kernel import check_sight
+from .mask import check_mask
+from .queries import check_query
+from .source import RowSource
 
 TEMPERATURE = 2.0
 """Bounds are divided by this: they exceed the scores they bound, the more the higher they are."""
 
 
+Sketches = Callable[[int, int, int], Sequence[NDArray[np.uint16]]]
+"""Takes how many blocks, positions in a block, and a version of the store; gives their sketches, [blocks, num_kv_heads,
+2, head_dim], bf16 as uint16, in arrays that follow one another."""
+
+
 def select_blocks(
-    store: LayerStore, block_tokens: int, query: Any, k: int, *, scale: float | None, per_head: bool
+    store: RowSource,
+    sketches: Sketches,
+    block_tokens: int,
+    query: Any,
+    k: int,
+    *,
+    scale: float | None,
+    per_head: bool,
 ) -> NDArray[np.int64]:
     """Choose blocks of a store; arguments and errors are those of `QuantizedKvLayer.select_blocks`."""
     store.check()
     version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
-    rows = _check_query(query, geometry, store.index)
-    sight = check_sight(scale=scale, causal=True, query_start=0, window=None, sinks=0, softcap=None)
+    rows = check_query(query, geometry, store.index)
+    mask = check_mask(scale=scale, causal=True, query_start=0, window=None, sinks=0, softcap=None)
     k = index(k, "k")
     if k < 1:
         raise ShapeMismatchError(f"k must be at least 1 block, not {k}", expected=1, actual=k)
@@ -42,8 +54,8 @@ def select_blocks(
         everything = np.arange(blocks)
         return np.tile(everything, (heads, 1)) if per_head else everything
     with np.errstate(over="ignore"):
-        rows = rows * np.float32(geometry.head_dim**-0.5 if sight.scale is None else sight.scale)
-    pieces = layer_sketches(store, blocks - 1, block_tokens, version)
+        rows = rows * np.float32(geometry.head_dim**-0.5 if mask.scale is None else mask.scale)
+    pieces = sketches(blocks - 1, block_tokens, version)
     bounds = np.concatenate([block_bounds(piece, rows, geometry) for piece in pieces], axis=1)
     store.validate(version)
     wanted = _shares(bounds).reshape(heads, -1, blocks - 1).sum(axis=1)
@@ -88,21 +100,3 @@ def _shares(bounds: NDArray[np.float32]) -> NDArray[np.float64]:
     weights = np.exp(height)
     shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
     return shares
-
-
-def _check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.float32]:
-    rows, _ = as_rows(query)
-    heads, dim = geometry.num_kv_heads, geometry.head_dim
-    if rows.ndim != 2 or rows.shape[1] != dim or rows.shape[0] == 0 or rows.shape[0] % heads:
-        raise ShapeMismatchError(
-            f"query must be [num_q_heads, {dim}] with num_q_heads a multiple of the {heads} KV heads, not "
-            f"{list(rows.shape)}",
-            expected=(f"n * {heads}", dim),
-            actual=rows.shape,
-        )
-    wide = widened(rows)
-    finite = np.isfinite(wide).all(axis=1)
-    if not finite.all():
-        head = int(np.argmin(finite))
-        raise NonFiniteError(f"the query holds a NaN or an infinity at head {head}", head=head, layer=layer)
-    return wide

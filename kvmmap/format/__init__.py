@@ -1,7 +1,6 @@
 """The `.kvm` file as bytes: encode, decode, validate. Pure: no file is touched here."""
 
 from .records import (
-    CODECS,
     FORMAT_VERSION,
     HEADER,
     HOME_BYTES,
@@ -11,20 +10,19 @@ from .records import (
     PAGE,
     SECTION_ABOUT,
     SLAB_SECTIONS,
-    TRANSFORMS,
     WHOLE_CACHE,
     Extent,
     Section,
     block_checksum,
     checksum,
     checksum_of,
+    slab_sections,
     tables,
 )
 from .slot import Slot
 from .superblock import Superblock
 
 __all__ = [
-    "CODECS",
     "FORMAT_VERSION",
     "HEADER",
     "HOME_BYTES",
@@ -34,7 +32,6 @@ __all__ = [
     "PAGE",
     "SECTION_ABOUT",
     "SLAB_SECTIONS",
-    "TRANSFORMS",
     "WHOLE_CACHE",
     "Extent",
     "Section",
@@ -43,5 +40,6 @@ __all__ = [
     "block_checksum",
     "checksum",
     "checksum_of",
+    "slab_sections",
     "tables",
 ]

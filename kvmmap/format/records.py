@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from ..geometry import LayerGeometry
+
 MAGIC = b"KVMMAP\x00\x01"
 FORMAT_VERSION = 1
 PAGE = 4096
@@ -23,9 +25,6 @@ WHOLE_CACHE = 0xFFFFFFFF  # the `layer` of a section that belongs to no layer
 MAX_SUPERBLOCK_BYTES = 64 * 2**20
 NO_TOKEN = -1
 """The token id of a position that was appended without one."""
-
-CODECS = {1: "int8-row"}
-TRANSFORMS = {0: "none"}
 
 
 class Field(NamedTuple):
@@ -162,7 +161,14 @@ SECTION_ABOUT = {
     Section.KEY_SKETCHES: "optional; bf16 [block, num_kv_heads, 2, head_dim], of complete blocks: least key, greatest",
 }
 SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
-"""A layer's four slabs, in the order in which everything lists them."""
+"""Sections of a layer's arrays, keys' two and values' two. A codec with one array leaves its second one out."""
+
+
+def slab_sections(geometry: LayerGeometry) -> tuple[Section, ...]:
+    """Return the sections of a layer's arrays, in the order of `LayerGeometry.slabs`."""
+    keys = (Section.KEY_CODES, Section.KEY_SCALES)[: len(geometry.key_slabs)]
+    return keys + (Section.VALUE_CODES, Section.VALUE_SCALES)[: len(geometry.value_slabs)]
+
 
 CHECKSUM = struct.Struct("<Q")
 OPTIONAL = 1  # section flag: who does not know the kind may ignore it to read, and must not write

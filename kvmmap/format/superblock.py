@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..codecs import RowCodec, by_id, known_ids, known_transforms
 from ..errors import CorruptCacheError, NotACacheError, ShapeMismatchError, VersionMismatchError
 from ..geometry import MAX_LAYERS, CacheGeometry, LayerGeometry
 from .records import (
     CHECKSUM,
-    CODECS,
     FORMAT_VERSION,
     HEADER,
     HOME_BYTES,
@@ -25,13 +25,12 @@ from .records import (
     OPTIONAL_SECTIONS,
     PAGE,
     SECTION_ENTRY,
-    SLAB_SECTIONS,
     SLOT,
-    TRANSFORMS,
     WHOLE_CACHE,
     Extent,
     Section,
     checksum,
+    slab_sections,
 )
 
 KNOWN_SECTIONS = frozenset(int(kind) for kind in Section)
@@ -113,10 +112,15 @@ class Superblock:
                 }
             )
         ]
-        codec = {"key_codec": 1, "key_transform": 0, "value_codec": 1, "value_transform": 0}
         for layer in geometry.layers:
             shape = {name: getattr(layer, name) for name in ("num_kv_heads", "head_dim", "value_head_dim")}
-            parts.append(LAYER_ENTRY.pack(shape | codec))
+            codecs = {
+                "key_codec": layer.key_codec.id,
+                "key_transform": layer.key_codec.transform,
+                "value_codec": layer.value_codec.id,
+                "value_transform": layer.value_codec.transform,
+            }
+            parts.append(LAYER_ENTRY.pack(shape | codecs))
         parts.extend(
             SECTION_ENTRY.struct.pack(
                 kind, 0 if kind in REQUIRED_SECTIONS else OPTIONAL, layer, extent.offset, extent.size
@@ -233,31 +237,37 @@ def _section_sizes(geometry: CacheGeometry, metadata_bytes: int) -> dict[tuple[i
     }
     slabs = {layer: layer.slab_bytes(geometry.capacity) for layer in set(geometry.layers)}
     for number, layer in enumerate(geometry.layers):
-        for kind, size in zip(SLAB_SECTIONS, slabs[layer], strict=True):
+        for kind, size in zip(slab_sections(layer), slabs[layer], strict=True):
             sizes[kind, number] = size
         sizes[Section.KEY_SKETCHES, number] = layer.sketch_bytes(geometry.num_blocks)
     return sizes
 
 
-def _decode_layers(data: memoryview, path: str) -> list[tuple[int, int, int]]:
+def _decode_layers(data: memoryview, path: str) -> list[tuple[int, int, int, RowCodec, RowCodec]]:
     entries = list(LAYER_ENTRY.struct.iter_unpack(data))
-    distinct = {entry[3:]: number for number, entry in reversed(list(enumerate(entries)))}
-    for entry, number in distinct.items():
-        for what, known, value in (
-            ("key codec", CODECS, entry[0]),
-            ("key transform", TRANSFORMS, entry[1]),
-            ("value codec", CODECS, entry[2]),
-            ("value transform", TRANSFORMS, entry[3]),
-        ):
-            if value not in known:
-                raise VersionMismatchError(
-                    f"{path}: layer {number} has {what} {value}, and this kvmmap knows {known}: use a newer kvmmap",
-                    path=path,
-                    expected=tuple(known),
-                    actual=value,
-                    layer=number,
-                )
-    return [entry[:3] for entry in entries]
+    codecs: dict[tuple[int, ...], tuple[RowCodec, RowCodec]] = {}
+    for number, entry in enumerate(entries):
+        if (found := entry[3:]) not in codecs:
+            key, value = found[:2], found[2:]
+            codecs[found] = _codec("key", key, number, path), _codec("value", value, number, path)
+    return [(*entry[:3], *codecs[entry[3:]]) for entry in entries]
+
+
+def _codec(part: str, place: tuple[int, int], layer: int, path: str) -> RowCodec:
+    id, transform = place
+    codec = by_id(id, transform)
+    if codec is not None:
+        return codec
+    what, known, value = "codec", known_ids(), id
+    if id in known:
+        what, known, value = "transform", known_transforms(id), transform
+    raise VersionMismatchError(
+        f"{path}: layer {layer} has {part} {what} {value}, and this kvmmap knows {known}: use a newer kvmmap",
+        path=path,
+        expected=tuple(known),
+        actual=value,
+        layer=layer,
+    )
 
 
 def _decode_sections(data: memoryview, path: str) -> dict[tuple[int, int], Extent]:

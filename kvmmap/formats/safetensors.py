@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
-from ..errors import CacheExistsError, CacheNotFoundError
+from ..codecs import INT8
+from ..errors import CacheExistsError, CacheNotFoundError, DtypeError
 from ..geometry import check_range
 from ..paths import PathLike, place_text
-from ..quantize import output_array
+from ..row_arrays import output_array
 from ..storage.posix import PosixFile
 from ..storage.protocols import Progress
 from ..transfer.copying import opened
@@ -148,17 +149,24 @@ def _send(file: PosixFile, path: str) -> None:
 
 
 def _plan(cache: QuantizedKvCache, layers: Sequence[int], count: int, dtype: str) -> list[_Tensor]:
-    kind = np.dtype(np.int8) if dtype == "int8" else output_array((0,), dtype).dtype
     found = []
     for number, layer in enumerate(layers):
         geometry = cache.geometry.layers[layer]
-        for name, dim in (("key", geometry.head_dim), ("value", geometry.value_head_dim)):
-            shape = (count, geometry.num_kv_heads, dim)
-            if dtype == "int8":
-                found.append(_Tensor(f"layers.{number}.{name}_codes", kind, shape))
-                found.append(_Tensor(f"layers.{number}.{name}_scales", np.dtype("<f4"), shape[:2]))
-            else:
-                found.append(_Tensor(f"layers.{number}.{name}s", kind, shape))
+        if dtype != "int8":
+            kind, heads = output_array((0,), dtype).dtype, geometry.num_kv_heads
+            found.append(_Tensor(f"layers.{number}.keys", kind, (count, heads, geometry.head_dim)))
+            found.append(_Tensor(f"layers.{number}.values", kind, (count, heads, geometry.value_head_dim)))
+            continue
+        for codec in (geometry.key_codec, geometry.value_codec):
+            if codec is not INT8:
+                raise DtypeError(
+                    f'dtype "int8" exports codes as they are stored, and layer {layer} stores {codec.name}: export '
+                    '"float32", "float16" or "bfloat16"',
+                    expected=INT8.name,
+                    actual=codec.name,
+                    layer=layer,
+                )
+        found += [_Tensor(f"layers.{number}.{slab.name}", slab.dtype, (count, *slab.shape)) for slab in geometry.slabs]
     return [*found, _Tensor(IDS, np.dtype("<i4"), (count,))]
 
 

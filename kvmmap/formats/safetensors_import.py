@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..errors import CorruptCacheError, FormatError, NotACacheError, VersionMismatchError
-from ..geometry import MAX_CAPACITY
+from ..geometry import MAX_CAPACITY, LayerGeometry
 from ..metadata import Document, ModelInfo, document
 from ..opening import making
 from ..paths import PathLike, place_text
-from ..storage.protocols import Progress, Rows
+from ..storage.protocols import Progress
 from .safetensors import IDS, MARK, VERSION, steps
 from .safetensors_file import ID_DTYPES, ROW_DTYPES, TensorFile, open_tensors, shown
 from .tensor_names import place_of_tensor
+
+INT8_ARRAYS = tuple(slab.name for slab in LayerGeometry(1, 1, 1).slabs)
+"""Names of a layer's arrays where they are exported as int8 stores them."""
 
 
 def import_tensors(
@@ -114,7 +117,7 @@ def _fill(cache: QuantizedKvCache, layers: list[_Source], count: int, progress: 
     for start, stop in steps(0, count):
         for layer, source in zip(cache.layers, layers, strict=True):
             if source.quantized:
-                layer.extend_quantized(*(source.read(name, start, stop) for name in Rows._fields))
+                layer.extend_quantized(*(source.read(name, start, stop) for name in INT8_ARRAYS))
             else:
                 layer.extend(source.read("keys", start, stop), source.read("values", start, stop))
         if progress:
@@ -223,7 +226,7 @@ def _source(file: TensorFile, names: dict[str, str], number: int) -> _Source:
             path=file.path,
             layer=number,
         )
-    if set(names) != set(Rows._fields):
+    if set(names) != set(INT8_ARRAYS):
         raise NotACacheError(
             f"{file.path}: layer {number} has {', '.join(sorted(names))}: not keys and values, nor codes and scales "
             "of both",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
+from ..codecs import INT8, RowCodec
 from ..errors import ShapeMismatchError
-from ..quantize import dequantize_rows
 from ..storage.protocols import Progress
 from .gathering import stretches
 
@@ -115,12 +115,13 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
     done, layers = 0, []
     for number in range(a.num_layers):
         geometry = a.geometry.layers[number]
-        keys, values = _Differences(geometry.num_kv_heads), _Differences(geometry.num_kv_heads)
+        keys = _Differences(geometry.key_codec, geometry.num_kv_heads, geometry.head_dim)
+        values = _Differences(geometry.value_codec, geometry.num_kv_heads, geometry.value_head_dim)
         mine, others = (stretches(cache.layers[number], length) for cache in (a, b))
         for (start, x), (_, y) in zip(mine, others, strict=True):
-            keys.add(start, x.key_codes, x.key_scales, y.key_codes, y.key_scales)
-            values.add(start, x.value_codes, x.value_scales, y.value_codes, y.value_scales)
-            done += len(x.key_codes) * geometry.position_bytes
+            keys.add(start, x.keys, y.keys)
+            values.add(start, x.values, y.values)
+            done += x.num_positions * geometry.position_bytes
             if progress:
                 progress(done, total)
         layers.append(LayerDifference(index=number, keys=keys.result(), values=values.result()))
@@ -137,8 +138,10 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
 class _Differences:
     """What differs in one part of one layer, counted stretch by stretch."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, codec: RowCodec, heads: int, dim: int) -> None:
+        self.codec = codec
         self.heads = heads
+        self.dim = dim
         self.first: int | None = None
         self.positions = 0
         self.different = 0
@@ -148,25 +151,20 @@ class _Differences:
         self.squares = 0.0
         self.power = 0.0
 
-    def add(
-        self,
-        start: int,
-        codes: NDArray[np.int8],
-        scales: NDArray[np.float32],
-        other_codes: NDArray[np.int8],
-        other_scales: NDArray[np.float32],
-    ) -> None:
-        self.positions += len(codes)
-        self.numbers += codes.size
-        numbers = dequantize_rows(codes, scales)
+    def add(self, start: int, mine: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> None:
+        numbers = self.codec.decoded(mine, self.dim)
+        self.positions += len(numbers)
+        self.numbers += numbers.size
         self.power += float(np.square(numbers, dtype=np.float64).sum())
-        different = (codes != other_codes).any(axis=-1) | (scales.view(np.uint32) != other_scales.view(np.uint32))
+        different = np.zeros(numbers.shape[:2], bool)
+        for one, other in zip(mine, others, strict=True):
+            different |= (_as_bytes(one) != _as_bytes(other)).any(axis=-1)
         if not different.any():
             return
         if self.first is None:
             self.first = start + int(different.any(axis=1).argmax())
         self.different += int(different.sum())
-        off = np.subtract(numbers, dequantize_rows(other_codes, other_scales), dtype=np.float64)
+        off = np.subtract(numbers, self.codec.decoded(others, self.dim), dtype=np.float64)
         np.abs(off, out=off)
         self.largest = max(self.largest, float(off.max()))
         self.sum += float(off.sum())
@@ -182,6 +180,11 @@ class _Differences:
             mean=self.sum / numbers,
             relative=math.sqrt(self.squares / self.power) if self.power else 0.0,
         )
+
+
+def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Rows of an array, [n, heads, ...], as bytes [n, heads, bytes]."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(*array.shape[:2], -1)
 
 
 def _earliest(*positions: int | None) -> int | None:
@@ -206,4 +209,7 @@ def _shapes(a: QuantizedKvCache, b: QuantizedKvCache) -> Iterator[str]:
 
 
 def _shape(layer: Any) -> str:
-    return f"{layer.num_kv_heads} KV heads x {layer.head_dim} (values {layer.value_head_dim})"
+    shape = f"{layer.num_kv_heads} KV heads x {layer.head_dim} (values {layer.value_head_dim})"
+    if layer.key_codec is layer.value_codec is INT8:
+        return shape
+    return f"{shape}, codecs {layer.key_codec.name} and {layer.value_codec.name}"

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ..cache import QuantizedKvCache
-from ..format import CODECS, TRANSFORMS
 from ..geometry import compression_ratio
 from ..metadata import ModelInfo
 
@@ -198,17 +197,15 @@ def inspect(cache: QuantizedKvCache) -> CacheReport:
 def _layer(cache: QuantizedKvCache, index: int, length: int) -> LayerReport:
     geometry, capacity = cache.geometry.layers[index], cache.capacity
     memory, fp32 = capacity * geometry.position_bytes, capacity * geometry.fp32_position_bytes
-    # A file whose codecs or transforms are others is refused when it is opened, so far.
-    codec, transform = CODECS[1], TRANSFORMS[0]
     return LayerReport(
         index=index,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         value_head_dim=geometry.value_head_dim,
-        key_codec=codec,
-        key_transform=transform,
-        value_codec=codec,
-        value_transform=transform,
+        key_codec=geometry.key_codec.id_name,
+        key_transform=geometry.key_codec.transform_name,
+        value_codec=geometry.value_codec.id_name,
+        value_transform=geometry.value_codec.transform_name,
         memory_bytes=memory,
         stored_bytes=length * geometry.position_bytes,
         fp32_memory_bytes=fp32,

@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
+from ..codecs import INT8
+from ..geometry import LayerGeometry
 from ..layer import QuantizedKvLayer
-from ..quantize import MIN_SCALE
-from ..storage.protocols import Progress, Rows
+from ..quantize import MIN_SCALE, quantize_rows
+from ..rows import Rows
+from ..storage.protocols import Progress
 from .tally import ChannelOutlier, PositionOutlier, RowStatistics, Tally
 
 Part = Literal["keys", "values"]
@@ -92,7 +95,7 @@ class CacheStatistics:
 def statistics(
     cache: QuantizedKvCache, layers: list[int] | None = None, *, progress: Progress | None = None
 ) -> CacheStatistics:
-    """Look at every stored row of a cache.
+    """Look at every stored row of a cache. Rows of another codec than int8 are decoded, and looked at as int8 has them.
 
     Args:
         cache: an open cache; at most a few MiB of it are worked on at a time.
@@ -114,10 +117,10 @@ def statistics(
     for number in wanted:
         layer = cache.layers[number]
         looks = {part: _Look(number, layer.num_kv_heads) for part in PARTS}
-        for start, rows in stretches(layer, length):
+        for start, rows in int8_parts(layer, length):
             looks["keys"].add(start, rows.key_codes, rows.key_scales)
             looks["values"].add(start, rows.value_codes, rows.value_scales)
-            done += len(rows.key_codes) * layer.geometry.position_bytes
+            done += rows.num_positions * layer.geometry.position_bytes
             if progress:
                 progress(done, total)
         for part, look in looks.items():
@@ -149,6 +152,21 @@ def stretches(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
     for start in range(0, stop, step):
         yield start, layer.read_quantized(start, min(start + step, stop))
     layer.read_quantized(0, 0)
+
+
+def int8_parts(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
+    """As `stretches`, but of any codec as int8 rows: other rows are decoded, and quantised for these figures."""
+    geometry = layer.geometry
+    same = geometry.key_codec is INT8 and geometry.value_codec is INT8
+    for start, rows in stretches(layer, stop):
+        yield start, rows if same else _as_int8(rows, geometry)
+
+
+def _as_int8(rows: Rows, geometry: LayerGeometry) -> Rows:
+    keys = geometry.key_codec.decoded(rows.keys, geometry.head_dim)
+    values = geometry.value_codec.decoded(rows.values, geometry.value_head_dim)
+    plain = LayerGeometry(geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim)
+    return Rows.of(plain, (*quantize_rows(keys), *quantize_rows(values)))
 
 
 class _Look:

@@ -1,4 +1,4 @@
-"""Scales over layers, heads and positions, coarse enough to be drawn. Reads scales alone, not codes."""
+"""Scales over layers, heads and positions, coarse enough to be drawn: those of int8, whatever the codec is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..layer import QuantizedKvLayer
-from .gathering import stretches
+from .gathering import int8_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ def scale_grids(cache: QuantizedKvCache, bins: int, layers: list[int] | None = N
 def _grid(layer: QuantizedKvLayer, number: int, edges: NDArray[np.int64]) -> ScaleGrid:
     bins = len(edges) - 1
     keys, values = np.zeros((bins, layer.num_kv_heads)), np.zeros((bins, layer.num_kv_heads))
-    for start, rows in stretches(layer, int(edges[-1])):
+    for start, rows in int8_parts(layer, int(edges[-1])):
         stop = start + len(rows.key_scales)
         first, last = np.searchsorted(edges, [start, stop - 1], side="right") - 1  # the bins that it reaches
         begins = np.maximum(edges[first : last + 1], start) - start

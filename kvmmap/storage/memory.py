@@ -36,8 +36,8 @@ class MemoryLayer(LayerStore):
 
     def write(self, start: int, rows: Rows) -> None:
         assert self._slabs is not None
-        if not np.may_share_memory(rows.key_scales, self._slabs.key_scales):  # else they were staged in place
-            self._slabs.part(start, start + len(rows.key_codes)).fill(rows)
+        if rows[-1].base is not self._slabs[-1]:  # else they were staged in place
+            self._slabs.part(start, start + len(rows[0])).fill(rows)
 
     def slabs(self) -> Rows:
         views = self._views

@@ -20,7 +20,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, Literal, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from ..errors import CacheChangedError, ClosedError, KvmmapError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
+from ..rows import Rows as Rows
 
 Verify = Literal["read", "open", "none"]
 """When rows are compared with their checksums automatically: each block when a handle first reads it; all of them on
@@ -55,46 +56,6 @@ class Lock(Protocol):
 
 STAGE_BYTES = 2 * 1024 * 1024
 """Rows that `LayerStore.stage` allocates at most, by default."""
-
-
-class Rows(NamedTuple):
-    """A stretch of positions of one layer: codes int8 [n, num_kv_heads, dim], scales f32 [n, num_kv_heads]."""
-
-    key_codes: NDArray[np.int8]
-    key_scales: NDArray[np.float32]
-    value_codes: NDArray[np.int8]
-    value_scales: NDArray[np.float32]
-
-    @classmethod
-    def allocate(cls, geometry: LayerGeometry, count: int) -> Rows:
-        """Make zeroed rows for `count` positions."""
-        heads = geometry.num_kv_heads
-        return cls(
-            np.zeros((count, heads, geometry.head_dim), np.int8),
-            np.zeros((count, heads), np.float32),
-            np.zeros((count, heads, geometry.value_head_dim), np.int8),
-            np.zeros((count, heads), np.float32),
-        )
-
-    def part(self, start: int, stop: int) -> Rows:
-        """Views of positions [start, stop)."""
-        return Rows(
-            self.key_codes[start:stop],
-            self.key_scales[start:stop],
-            self.value_codes[start:stop],
-            self.value_scales[start:stop],
-        )
-
-    def named(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Yield each array with its name."""
-        yield from zip(self._fields, self, strict=True)
-
-    def fill(self, source: Rows) -> None:
-        """Copy rows of the same shapes in."""
-        np.copyto(self.key_codes, source.key_codes)
-        np.copyto(self.key_scales, source.key_scales)
-        np.copyto(self.value_codes, source.value_codes)
-        np.copyto(self.value_scales, source.value_scales)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..format import SLAB_SECTIONS, Section, Slot, Superblock, block_checksum, checksum
+from ..codecs import INT8
+from ..format import Section, Slot, Superblock, block_checksum, checksum, slab_sections
 from ..geometry import LayerGeometry
 from .protocols import Damage, LayerStore, Rows
 
@@ -45,6 +46,26 @@ def sketch_rows(codes: NDArray[np.int8], scales: NDArray[np.float32], block_toke
     return sketches
 
 
+def sketch_keys(keys: Sequence[NDArray[Any]], geometry: LayerGeometry, block_tokens: int) -> NDArray[np.uint16]:
+    """Return the sketches of whole blocks of keys, given as their codec stores them; as `sketch_rows`."""
+    if geometry.key_codec is INT8:
+        return sketch_rows(keys[0], keys[1], block_tokens)
+    rows = geometry.key_codec.decoded(keys, geometry.head_dim)
+    blocks = rows.reshape(-1, block_tokens, geometry.num_kv_heads, geometry.head_dim)
+    sketches: NDArray[np.uint16] = np.stack(
+        [_rounded(blocks.min(axis=1), up=False), _rounded(blocks.max(axis=1), up=True)], axis=2
+    )
+    return sketches
+
+
+def _rounded(numbers: NDArray[np.float32], *, up: bool) -> NDArray[np.uint16]:
+    """Return the bits of the nearest bf16 that is not below (`up`), or not above."""
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    away = (bits & 0xFFFF != 0) & ((bits >> 31 == 0) if up else (bits >> 31 == 1))
+    upper: NDArray[np.uint16] = ((bits >> 16) + away).astype(np.uint16)
+    return upper
+
+
 def sketch_stored(
     rows: Callable[[int, int], Rows], geometry: LayerGeometry, first: int, stop: int, block_tokens: int
 ) -> Iterator[NDArray[np.uint16]]:
@@ -60,7 +81,7 @@ def sketch_stored(
     step = max(1, STEP_BYTES // (block_tokens * geometry.position_bytes))
     for block in range(first, stop, step):
         some = rows(block * block_tokens, min(block + step, stop) * block_tokens)
-        yield sketch_rows(some.key_codes, some.key_scales, block_tokens)
+        yield sketch_keys(some.keys, geometry, block_tokens)
 
 
 class ComputedSketches:
@@ -187,10 +208,11 @@ def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Containe
             continue
         problem = None
         try:
-            keys, scales = (
-                reader.read_bytes(superblock.sections[kind, number].offset + start * row, size * row)
-                for kind, row in zip(SLAB_SECTIONS[:2], layer.slab_bytes(1), strict=False)
-            )
+            keys = []
+            for kind, slab in zip(slab_sections(layer), layer.key_slabs, strict=False):
+                at = superblock.sections[kind, number].offset + start * slab.row_bytes
+                data = reader.read_bytes(at, size * slab.row_bytes)
+                keys.append(np.frombuffer(data, slab.dtype).reshape(size, *slab.shape))
             at = superblock.section(Section.KEY_SKETCHES, number).offset + layer.sketch_bytes(block)
             found = reader.read_bytes(at, layer.sketch_bytes(1))
             at = superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * (block * layers + number)
@@ -198,9 +220,7 @@ def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Containe
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
         else:
-            heads = layer.num_kv_heads
-            codes = np.frombuffer(keys, np.int8).reshape(size, heads, layer.head_dim)
-            expected = sketch_rows(codes, np.frombuffer(scales, "<f4").reshape(size, heads), size)
+            expected = sketch_keys(keys, layer, size)
             if expected.astype("<u2", copy=False).tobytes() != found:
                 problem = "is not that of its keys"
             elif sketch_checksum(number, block, expected[0]) != stored:

@@ -27,7 +27,7 @@ def fill(plan: Plan, receiver: Receiver) -> Iterator[int]:
             if not receiver.has(part):
                 for rows in _rows(part, compared_later=receiver.compares):
                     receiver.put(part.layer, position, rows)
-                    position += len(rows.key_codes)
+                    position += rows.num_positions
         receiver.wait()
         source.check()  # the rows were still the source's when they had been read
         stop, recorded = step[0].stop - first, target.token_len

@@ -36,8 +36,12 @@ def attend(
     With `sizes`, out is that of the absolute values: what rounding is in proportion to where values cancel out.
     """
     n, q_heads, dim = queries.shape
-    keys = layer.key_codes.astype(F64) * layer.key_scales[..., None].astype(F64)
-    values = layer.value_codes.astype(F64) * layer.value_scales[..., None].astype(F64)
+    keys, values = layer.read_keys().astype(F64), layer.read_values().astype(F64)
+    stored = layer.read_quantized()
+    if "key_codes" in stored._fields:  # products in f64, which f32 would round
+        keys = stored.key_codes.astype(F64) * stored.key_scales[..., None].astype(F64)
+    if "value_codes" in stored._fields:
+        values = stored.value_codes.astype(F64) * stored.value_scales[..., None].astype(F64)
     if sizes:
         values = np.abs(values)
     scale = dim**-0.5 if more.get("scale") is None else more["scale"]

@@ -400,8 +400,7 @@ class KvmmapCache(OneSequence):
                 for layer, copy in zip(self._layers, made.layers, strict=True):
                     for part, start, stop in layer.parts(done, self._length):
                         # Views: they raise if the file does not hold any more what it did when it was opened.
-                        arrays = (part.key_codes, part.key_scales, part.value_codes, part.value_scales)
-                        copy.extend_quantized(*(array[start:stop] for array in arrays))
+                        copy.extend_quantized(*part.read_quantized(start, stop))
                 record_known(made, self.token_ids)
         except BaseException:
             remove(path)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import CacheLayerMixin
 
-from ...attention.kernel import AttendOptions, merge_attention
+from ...attention.merge import merge_attention
+from ...attention.run import AttendOptions
 from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from .models import LayerKind

@@ -65,6 +65,8 @@ def spread(layers: Sequence[LayerGeometry], capacity: int) -> dict[str, Any]:
         "num_kv_heads": [layer.num_kv_heads for layer in layers],
         "head_dim": [layer.head_dim for layer in layers],
         "value_head_dim": [layer.value_head_dim for layer in layers],
+        "key_codec": [layer.key_codec.name for layer in layers],
+        "value_codec": [layer.value_codec.name for layer in layers],
     }
 
 
@@ -96,7 +98,7 @@ def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) 
     check_same(stored.model, notes["config"] if notes else {}, info, facts, stored.path)
     kinds = layer_kinds(config_of(model))
     shapes = tuple(kind.geometry for kind in kinds)
-    if shapes != stored.geometry.layers:
+    if [shape.dims for shape in shapes] != [layer.dims for layer in stored.geometry.layers]:
         raise ShapeMismatchError(
             f"{stored.path or 'the cache'} has layers of other shapes than the model's: "
             f"{_shapes(stored.geometry.layers)}, and the model {_shapes(shapes)}",

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 
 from ...errors import CorruptCacheError
-from ...format import SLAB_SECTIONS, WHOLE_CACHE, Section, Slot
+from ...format import WHOLE_CACHE, Section, Slot, slab_sections
 from ...geometry import check_range, check_room
 from ..posix import PosixFile, closing_on_error
 from ..protocols import Durability, Progress, seq_len
@@ -66,7 +66,8 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
     new = read_superblock(file)
     extents: list[tuple[tuple[int, int], int]] = [((Section.TOKEN_IDS, WHOLE_CACHE), 4 * min(old.token_len, length))]
     for number, layer in enumerate(old.geometry.layers):
-        extents += [((kind, number), size) for kind, size in zip(SLAB_SECTIONS, layer.slab_bytes(length), strict=True)]
+        sizes = zip(slab_sections(layer), layer.slab_bytes(length), strict=True)
+        extents += [((kind, number), size) for kind, size in sizes]
         if old.superblock.has_sketches:
             blocks = min(old.snapshot.slot.seq_len, length) // old.geometry.block_tokens
             extents.append(((Section.KEY_SKETCHES, number), layer.sketch_bytes(blocks)))

@@ -30,7 +30,7 @@ from ...errors import (
     NotACacheError,
     ReadOnlyError,
 )
-from ...format import FORMAT_VERSION, HEADER, PAGE, SLAB_SECTIONS, Section, Slot, Superblock, checksum
+from ...format import FORMAT_VERSION, HEADER, PAGE, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
 from ..posix import PosixFile, closing_on_error, expect_few_pages
 from ..protocols import Progress, Rows, Verify, VerifyReport
@@ -244,18 +244,10 @@ class MappedReader(ReadOnlyStorage):
         raise ReadOnlyError(f'{self.path}: is open for reading; kvmmap.open(path, mode="a") appends', path=self.path)
 
     def map_slabs(self, layer: int) -> Rows:
-        """Views of a layer's four slabs, as long as the capacity."""
-        geometry, capacity = self.geometry.layers[layer], self.geometry.capacity
-        codes, scales = np.dtype(np.int8), np.dtype("<f4")
-        kc, ks, vc, vs = (self.superblock.sections[kind, layer].offset for kind in SLAB_SECTIONS)
-        heads, dim, value_dim = geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim
-        memory = self.rows_memory
-        return Rows(
-            np.ndarray((capacity, heads, dim), codes, memory, kc),
-            np.ndarray((capacity, heads), scales, memory, ks),
-            np.ndarray((capacity, heads, value_dim), codes, memory, vc),
-            np.ndarray((capacity, heads), scales, memory, vs),
-        )
+        """Views of a layer's slabs, as long as the capacity."""
+        geometry = self.geometry.layers[layer]
+        offsets = [self.superblock.sections[kind, layer].offset for kind in slab_sections(geometry)]
+        return Rows.over(geometry, self.rows_memory, self.geometry.capacity, offsets)
 
     def map_tokens(self) -> NDArray[np.int32]:
         """A view of the token ids, as long as the capacity."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ...format import SLAB_SECTIONS
+from ...format import slab_sections
 from ...geometry import LayerGeometry
 from ..protocols import Rows
 from ..readonly import ReadOnlyLayer
@@ -34,7 +34,7 @@ class MappedLayer(ReadOnlyLayer):
         self.geometry = geometry
         self.capacity = storage.geometry.capacity
         self.length = 0
-        self._offsets = [storage.superblock.sections[kind, index].offset for kind in SLAB_SECTIONS]
+        self._offsets = [storage.superblock.sections[kind, index].offset for kind in slab_sections(geometry)]
         self._block_tokens = storage.geometry.block_tokens
         self._kept_sketches = KeptSketches(storage.superblock, index) if storage.superblock.has_sketches else None
         self._sketches = ComputedSketches(geometry, self._block_tokens)
@@ -77,7 +77,7 @@ class MappedLayer(ReadOnlyLayer):
         page_cache.drop_pages(self._storage.memory, self._byte_ranges(start, stop))
 
     def _byte_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Where positions [start, stop) of the four slabs lie in the file."""
+        """Where positions [start, stop) of each slab lie in the file."""
         row_bytes = self.geometry.slab_bytes(1)
         return [(at + start * row, at + stop * row) for at, row in zip(self._offsets, row_bytes, strict=True)]
 

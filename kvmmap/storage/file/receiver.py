@@ -81,7 +81,7 @@ class FileReceiver(Receiver):
 
     def _write(self, layer: int, start: int, rows: Rows) -> None:
         self._layers[layer].write(start, rows)
-        self._layers[layer].start_sync(start, start + len(rows.key_codes))
+        self._layers[layer].start_sync(start, start + rows.num_positions)
 
     def _wait_for_one(self) -> None:
         size, writing = self._pending.popleft()

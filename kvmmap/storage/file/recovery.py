@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CorruptCacheError
-from ...format import HEADER, PAGE, SLAB_SECTIONS, WHOLE_CACHE, Section, Slot, Superblock, checksum
+from ...format import HEADER, PAGE, WHOLE_CACHE, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
 from ..checksums import digest
 from ..posix import PosixFile
@@ -127,17 +127,11 @@ class Wreck:
     def rows(self, layer: int, start: int, stop: int) -> Rows:
         """Read positions [start, stop) of a layer."""
         geometry = self.geometry.layers[layer]
-        heads, count = geometry.num_kv_heads, stop - start
-        parts = []
-        for kind, row in zip(SLAB_SECTIONS, geometry.slab_bytes(1), strict=True):
-            offset = self.superblock.section(Section(kind), layer).offset
+        count, parts = stop - start, []
+        for kind, row in zip(slab_sections(geometry), geometry.slab_bytes(1), strict=True):
+            offset = self.superblock.section(kind, layer).offset
             parts.append(self.read(offset + start * row, count * row))
-        return Rows(
-            np.frombuffer(parts[0], np.int8).reshape(count, heads, geometry.head_dim),
-            np.frombuffer(parts[1], "<f4").reshape(count, heads),
-            np.frombuffer(parts[2], np.int8).reshape(count, heads, geometry.value_head_dim),
-            np.frombuffer(parts[3], "<f4").reshape(count, heads),
-        )
+        return Rows.of_bytes(geometry, parts)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
         """Read the token ids of positions [start, stop)."""

@@ -19,9 +19,9 @@ import numpy as np
 from ...errors import CorruptCacheError
 from ...format import NO_TOKEN, PAGE, Section
 from ...metadata import Document
-from ...quantize import MIN_SCALE
+from ...rows import zero_rows
 from ..posix import closing_on_error
-from ..protocols import Damage, Progress, Rows
+from ..protocols import Damage, Progress
 from .placement import already_exists, build_file, place_of, refuse_locked
 from .reader import open_file, read_superblock
 from .recovery import Reach, Wreck
@@ -207,7 +207,7 @@ class _Repair:
                 if not counts or (layer, block) not in self.zero:
                     continue
                 zeroed.append(damage)
-                rows = _zeros(rows)
+                rows = zero_rows(store.geometry, count)
             if len(damages) == len(zeroed):
                 store.write(start, rows)
         if counts:
@@ -262,13 +262,3 @@ class _Repair:
             before = new.document
             zeroed = [{"layer": one.layer, "start": one.start, "stop": one.stop} for one in self.zeroed]
             new.set_document(Document(before.model, {**before.metadata, MARK: {"zeroed": zeroed}}))
-
-
-def _zeros(rows: Rows) -> Rows:
-    """Rows that the codec makes of zeros, as many."""
-    return Rows(
-        np.zeros_like(rows.key_codes),
-        np.full_like(rows.key_scales, MIN_SCALE),
-        np.zeros_like(rows.value_codes),
-        np.full_like(rows.value_scales, MIN_SCALE),
-    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import CacheChangedError, CorruptCacheError, FormatError
-from ...format import SLAB_SECTIONS, Extent, Section, Slot, Superblock, block_checksum, checksum_of
+from ...format import Extent, Section, Slot, Superblock, block_checksum, checksum_of, slab_sections
 from ..protocols import Damage, Progress, VerifyReport, seq_len
 from ..sketches import check_sketches
 
@@ -64,7 +64,7 @@ def check_blocks(reader: MappedReader, first: int, stop: int, slot: Slot | None 
             row_bytes = geometry.layers[layer].slab_bytes(1)
             extents = [
                 Extent(reader.superblock.sections[kind, layer].offset + start * row, (end - start) * row)
-                for kind, row in zip(SLAB_SECTIONS, row_bytes, strict=True)
+                for kind, row in zip(slab_sections(geometry.layers[layer]), row_bytes, strict=True)
             ]
             problem = _compare(reader, extents, layer, block, end - start, expected[layer])
             if problem:

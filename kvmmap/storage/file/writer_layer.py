@@ -46,15 +46,20 @@ class WriterLayer(MappedLayer):
         scratch, one = self._scratch
         if count == 1:
             return one
-        return scratch if count >= len(scratch.key_codes) else scratch.part(0, count)
+        return scratch if count >= len(scratch[0]) else scratch.part(0, count)
 
     def write(self, start: int, rows: Rows) -> None:
-        a, b, c, d = self._offsets
-        i, j, k, m = self._row_bytes
-        self._storage.file.write((a + start * i, b + start * j, c + start * k, d + start * m), rows)
+        at, size = self._offsets, self._row_bytes
+        if len(at) == 4:  # as of int8; a loop would be a tenth of what a position costs
+            a, b, c, d = at
+            i, j, k, m = size
+            offsets: tuple[int, ...] = (a + start * i, b + start * j, c + start * k, d + start * m)
+        else:
+            offsets = tuple([offset + start * row for offset, row in zip(at, size, strict=True)])
+        self._storage.file.write(offsets, rows)
 
     def write_bytes(self, start: int, array: int, offset: int, data: Any) -> None:
-        """Write bytes of one of the four arrays, from `offset` on in what it has of positions from `start` on; and have
+        """Write bytes of one of the arrays, from `offset` on in what it has of positions from `start` on; and have
         them on their way to the disk. As with `write`, they are not part of the layer yet."""
         file, at = self._storage.file, self._offsets[array] + start * self._row_bytes[array] + offset
         file.write((at,), (data,))

@@ -21,8 +21,6 @@ from ..protocols import Rows
 from .layout import Layout
 from .shard import Run, ShardError, decode_index, index_size, runs, unpack
 
-SCALE_BYTES = 4
-
 WHOLE_BYTES = 1 << 20
 """A remote object up to this size is read whole: it costs less than a round trip to its index first."""
 
@@ -44,38 +42,20 @@ class ShardRows:
     def __init__(self, geometry: LayerGeometry, layout: Layout) -> None:
         """Make room for all of a shard."""
         self.borrowed = False
-        count, heads = layout.shard_tokens, geometry.num_kv_heads
-        self._take(
-            Rows(
-                np.empty((count, heads, geometry.head_dim), np.int8),
-                np.empty((count, heads), np.float32),
-                np.empty((count, heads, geometry.value_head_dim), np.int8),
-                np.empty((count, heads), np.float32),
-            ),
-            layout,
-        )
+        self._take(Rows.empty(geometry, layout.shard_tokens), layout)
 
     @classmethod
     def of(cls, rows: Rows, layout: Layout) -> ShardRows:
         """Make one of rows that lie somewhere already; they are not copied."""
         shard = cls.__new__(cls)
         shard.borrowed = True
-        shard._take(Rows._make(np.ascontiguousarray(array) for _, array in rows.named()), layout)
+        shard._take(rows._make(np.ascontiguousarray(array) for array in rows), layout)
         return shard
 
     @classmethod
     def arrived(cls, geometry: LayerGeometry, layout: Layout, parts: Sequence[NDArray[np.uint8]]) -> ShardRows:
         """Make one of what came from a store, as it came: whole chunks of each array, maybe fewer than a shard has."""
-        heads, dim, value_dim = geometry.num_kv_heads, geometry.head_dim, geometry.value_head_dim
-        kc, ks, vc, vs = parts
-        scales = np.dtype("<f4")
-        rows = Rows(
-            kc.view(np.int8).reshape(-1, heads, dim),
-            ks.view(scales).reshape(-1, heads),
-            vc.view(np.int8).reshape(-1, heads, value_dim),
-            vs.view(scales).reshape(-1, heads),
-        )
-        return cls.of(rows, layout)
+        return cls.of(Rows.of_bytes(geometry, parts), layout)
 
     def _take(self, rows: Rows, layout: Layout) -> None:
         self.rows = rows
@@ -146,31 +126,32 @@ class Fetch:
         self._expected = expected
         self._geometry = layout.geometry.layers[self._layer]
         rooms = dict(target.rows.named()) if target is not None else {}
-        chunks = zip(Rows._fields, self._geometry.slab_bytes(layout.geometry.block_tokens), strict=True)
+        tokens = layout.geometry.block_tokens
         self._parts: list[Future[_Part]] = [
             pool.submit(
                 _read_array,
                 objects,
                 layout,
-                layout.data_key(self._layer, name, self._shard),
-                as_bytes(rooms[name]) if rooms else None,
-                chunk_bytes,
+                layout.data_key(self._layer, slab.name, self._shard),
+                as_bytes(rooms[slab.name]) if rooms else None,
+                tokens * slab.row_bytes,
+                slab.dtype.itemsize,
                 blocks,
             )
-            for name, chunk_bytes in chunks
+            for slab in self._geometry.slabs
         ]
 
     def finish(self) -> list[tuple[Block, str]]:
         """Wait; return the blocks that did not arrive sound, and why."""
         parts: list[_Part] = []
         trouble: str | None = None
-        for name, part in zip(Rows._fields, self._parts, strict=True):
+        for slab, part in zip(self._geometry.slabs, self._parts, strict=True):
             try:
                 parts.append(part.result())
             except (MissingObjectError, EOFError):
-                trouble = f"{name} are missing"
+                trouble = f"{slab.name} are missing"
             except ShardError as error:
-                trouble = f"{name}: shard {self._shard} {error}"
+                trouble = f"{slab.name}: shard {self._shard} {error}"
         if trouble is None:
             expected = self._expected()
             if isinstance(expected, str):
@@ -211,6 +192,7 @@ def _read_array(
     key: str,
     room: NDArray[np.uint8] | None,
     chunk_bytes: int,
+    alignment: int,
     blocks: Sequence[Block],
 ) -> _Part:
     """Read blocks of one array into their places in its room; without one, have them wherever they are."""
@@ -221,7 +203,7 @@ def _read_array(
     tail = data if data is not None else objects.get_suffix(key, index_size(chunks))
     found = runs(decode_index(tail, chunks), wanted, chunk_bytes, packed=layout.level is not None)
     if room is None:
-        if data is not None and (kept := _as_it_came(data, found, layout)) is not None:
+        if data is not None and (kept := _as_it_came(data, found, layout, alignment)) is not None:
             return _Part(block_digests(kept, chunk_bytes // tokens, tokens, blocks), kept)
         room = np.empty(chunks * chunk_bytes, np.uint8)
     view = room.data
@@ -242,12 +224,12 @@ def _read_array(
     return _Part(block_digests(room, chunk_bytes // tokens, tokens, blocks), room)
 
 
-def _as_it_came(data: memoryview, found: Sequence[Run], layout: Layout) -> NDArray[np.uint8] | None:
+def _as_it_came(data: memoryview, found: Sequence[Run], layout: Layout, alignment: int) -> NDArray[np.uint8] | None:
     """Return the chunks of a shard from the first on where they lie in its object, if that is how arrays lie."""
     if layout.level is not None or len(found) != 1 or found[0].first != 0:
         return None
     rows = np.frombuffer(_cut(data, found[0].offset, found[0].size), np.uint8)
-    return rows if rows.ctypes.data % SCALE_BYTES == 0 else None
+    return rows if rows.ctypes.data % alignment == 0 else None
 
 
 def _cut(data: memoryview | None, offset: int, size: int) -> memoryview:

@@ -42,7 +42,7 @@ class ZarrLayer(ReadOnlyLayer):
             return next(self.iter_rows(start, stop))
         whole = Rows.allocate(self.geometry, stop - start)
         for position, rows in self._placed(start, stop):
-            whole.part(position - start, position - start + len(rows.key_codes)).fill(rows)
+            whole.part(position - start, position - start + len(rows[0])).fill(rows)
         for array in whole:
             array.flags.writeable = False
         return whole

@@ -10,7 +10,6 @@ from typing import Any
 from ...errors import ShapeMismatchError
 from ...geometry import CacheGeometry, LayerGeometry
 from ..libraries import zarr
-from ..protocols import Rows
 
 SHARD_BLOCKS = 32
 """Blocks in a shard: 8,192 positions, so that a layer of 128k tokens is 64 objects."""
@@ -70,8 +69,8 @@ class Layout:
         return COMPRESSORS[self.compressor]
 
     def data_key(self, layer: int, array: str, shard: int) -> str:
-        """Key of a shard of one of a layer's arrays, which `Rows` names."""
-        return f"layers/{layer}/{array}/c/{shard}" + ("/0/0" if array.endswith("codes") else "/0")
+        """Key of a shard of one of a layer's arrays, by its name in the geometry."""
+        return f"layers/{layer}/{array}/c/{shard}" + _first_chunk(self.geometry.layers[layer], array)
 
     def tokens_key(self, chunk: int) -> str:
         """Key of a chunk of token ids, `shard_tokens` long."""
@@ -97,21 +96,27 @@ class Layout:
         return found
 
 
+@functools.lru_cache(maxsize=64)
+def _first_chunk(shape: LayerGeometry, array: str) -> str:
+    """What a shard's key has for the axes that are not split."""
+    slab = next(slab for slab in shape.slabs if slab.name == array)
+    return "/0" * len(slab.shape)
+
+
 def _group() -> bytes:
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()
 
 
 @functools.lru_cache(maxsize=64)
 def _layer_arrays(layout: Layout, shape: LayerGeometry) -> dict[str, bytes]:
-    """The four arrays' metadata; the same for all layers of one shape."""
+    """The metadata of a layer's arrays; the same for all layers of one shape."""
     found = {}
-    for name, row in Rows.allocate(shape, 1).named():
-        axes = ("position", "kv_head", "dim")[: row.ndim]
-        chunk = (layout.geometry.block_tokens, *row.shape[1:])
-        shard = (layout.shard_tokens, *row.shape[1:])
-        dtype = "|i1" if row.dtype == "int8" else "<f4"
-        whole = (layout.geometry.capacity, *row.shape[1:])
-        found[name] = _array(whole, dtype, chunk, 0, axes, shard, layout.level)
+    for slab in shape.slabs:
+        axes = ("position", "kv_head", "dim", *(f"dim_{axis}" for axis in range(1, len(slab.shape) - 1)))
+        chunk = (layout.geometry.block_tokens, *slab.shape)
+        shard = (layout.shard_tokens, *slab.shape)
+        whole = (layout.geometry.capacity, *slab.shape)
+        found[slab.name] = _array(whole, slab.dtype.str, chunk, 0, axes[: len(whole)], shard, layout.level)
     return found
 
 

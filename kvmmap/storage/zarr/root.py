@@ -12,13 +12,17 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...codecs import INT8, by_name, names
 from ...errors import CorruptCacheError, KvmmapError, NotACacheError, VersionMismatchError
-from ...format import CODECS, TRANSFORMS, checksum
+from ...format import checksum
 from ...geometry import CacheGeometry, LayerGeometry
 from ...metadata import Document
 from .layout import COMPRESSORS, MAX_SHARD_BYTES, Layout
 
 LAYOUT_VERSION = 1
+
+PER_LAYER = "per layer"
+"""Stands for codec and transform in a root whose "codecs" name those of each layer; older readers refuse it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +99,7 @@ class Root:
             "block_tokens": geometry.block_tokens,
             "shard_blocks": self.layout.shard_blocks,
             "compressor": self.layout.compressor,
-            "codec": CODECS[1],
-            "transform": TRANSFORMS[0],
+            **_codecs(geometry),
             "layers": [[layer.num_kv_heads, layer.head_dim, layer.value_head_dim] for layer in geometry.layers],
             "sequence": self.sequence,
             "seq_len": self.seq_len,
@@ -150,7 +153,10 @@ class Root:
     def _of_facts(cls, facts: dict[str, Any], url: str) -> Root:
         geometry = CacheGeometry(
             capacity=facts["capacity"],
-            layers=tuple(LayerGeometry(*numbers) for numbers in facts["layers"]),
+            layers=tuple(
+                LayerGeometry(*numbers, *(by_name(name) for name in codecs))
+                for numbers, codecs in zip(facts["layers"], _layer_codecs(facts), strict=True)
+            ),
             block_tokens=facts["block_tokens"],
         )
         layout = Layout(geometry, facts["shard_blocks"], facts["compressor"])
@@ -197,8 +203,38 @@ _PLAIN = (
 )
 
 
+def _codecs(geometry: CacheGeometry) -> dict[str, Any]:
+    """Return the facts that name the codecs: int8's alone where there is no other, as groups always had them."""
+    if all(layer.key_codec is layer.value_codec is INT8 for layer in geometry.layers):
+        return {"codec": INT8.id_name, "transform": INT8.transform_name}
+    codecs = [[layer.key_codec.name, layer.value_codec.name] for layer in geometry.layers]
+    return {"codec": PER_LAYER, "transform": PER_LAYER, "codecs": codecs}
+
+
+def _layer_codecs(facts: dict[str, Any]) -> list[list[str]]:
+    """Return the names of each layer's key codec and value codec."""
+    if facts["codec"] != PER_LAYER:
+        return [[INT8.name] * 2] * len(facts["layers"])
+    found: list[list[str]] = facts["codecs"]
+    return found
+
+
 def _refuse_unknown(facts: dict[str, Any], url: str) -> None:
-    known = {"codec": CODECS[1], "transform": TRANSFORMS[0]}
+    known = {"codec": INT8.id_name, "transform": INT8.transform_name}
+    if facts.get("codec") == PER_LAYER:
+        known = {"codec": PER_LAYER, "transform": PER_LAYER}
+        codecs = facts.get("codecs")
+        for layer, pair in enumerate(codecs if isinstance(codecs, list) else ()):
+            for part, codec in zip(("key", "value"), pair if isinstance(pair, list) else (), strict=False):
+                if isinstance(codec, str) and codec not in names():
+                    raise VersionMismatchError(
+                        f"{url}: layer {layer} has {part} codec {codec!r}, and this kvmmap knows "
+                        f"{', '.join(names())}: use a newer kvmmap",
+                        path=url,
+                        expected=names(),
+                        actual=codec,
+                        layer=layer,
+                    )
     for name, value in known.items():
         if facts.get(name) != value:
             raise VersionMismatchError(

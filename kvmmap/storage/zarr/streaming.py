@@ -14,7 +14,6 @@ import xxhash
 
 from ...format import block_checksum
 from ..objects.protocol import Buffer, Objects
-from ..protocols import Rows
 from ..streaming import WriteBytes
 from .download import Block
 from .layout import Layout
@@ -50,16 +49,16 @@ class ShardStream:
         self._blocks = blocks
         self._expected = expected
         self._cancelled = False
-        chunks = layout.geometry.layers[self._layer].slab_bytes(layout.geometry.block_tokens)
+        tokens, slabs = layout.geometry.block_tokens, layout.geometry.layers[self._layer].slabs
         self._parts: list[Future[list[int]]] = [
             pool.submit(
                 self._stream,
                 objects,
-                layout.data_key(self._layer, name, self._shard),
-                chunk,
+                layout.data_key(self._layer, slab.name, self._shard),
+                tokens * slab.row_bytes,
                 functools.partial(write, number),
             )
-            for number, (name, chunk) in enumerate(zip(Rows._fields, chunks, strict=True))
+            for number, slab in enumerate(slabs)
         ]
 
     def _stream(self, objects: Objects, key: str, chunk_bytes: int, write: Callable[[int, Buffer], None]) -> list[int]:

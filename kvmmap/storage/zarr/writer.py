@@ -84,7 +84,7 @@ class ZarrWriterLayer(ZarrLayer):
         if opened.memory.borrowed:
             own = ShardRows(self.geometry, self._storage.layout)
             rows = opened.memory.rows
-            own.rows.part(0, len(rows.key_codes)).fill(rows)
+            own.rows.part(0, len(rows[0])).fill(rows)
             opened.memory = own
 
     def return_borrowed(self) -> None:
@@ -102,7 +102,7 @@ class ZarrWriterLayer(ZarrLayer):
         them, and must stay as they are until the next commit."""
         self.ahead = True
         size = self._storage.layout.shard_tokens
-        done, count = 0, len(rows.key_codes)
+        done, count = 0, len(rows[0])
         while done < count:
             shard, offset = divmod(start + done, size)
             stop = min(count, done + size - offset)
@@ -111,7 +111,7 @@ class ZarrWriterLayer(ZarrLayer):
                 self.open[shard] = OpenShard(ShardRows.of(part, self._storage.layout))
             else:
                 staged = self.stage(start + done, stop - done)
-                if not np.may_share_memory(staged.key_scales, part.key_scales):
+                if not np.may_share_memory(staged[-1], part[-1]):
                     staged.fill(part)
             if offset + stop - done == size:
                 self._storage.send(self, shard, size)

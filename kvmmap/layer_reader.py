@@ -1,0 +1,270 @@
+"""One layer, read: its dimensions, its rows decoded or as they are stored, and which of them are in memory.
+
+Where its slabs lie is its store's business, and what is in them its codecs'.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .checks import check_head, check_position, check_stored_range
+from .codecs import RowCodec
+from .geometry import LayerGeometry, compression_ratio
+from .row_arrays import as_bits, output_array, target_dtype, thread_count
+from .rows import Rows
+from .storage.protocols import LayerStore, Storage
+
+
+class _Part(NamedTuple):
+    """Keys or values: how they are stored, and where in `Rows`."""
+
+    codec: RowCodec
+    dim: int
+    arrays: slice
+
+
+class LayerReader:
+    """The reading half of `QuantizedKvLayer`."""
+
+    __slots__ = ("_keys", "_storage", "_store", "_values")
+
+    def __init__(self, storage: Storage, store: LayerStore) -> None:
+        self._storage = storage
+        self._store = store
+        geometry = store.geometry
+        first_value = len(geometry.key_slabs)
+        self._keys = _Part(geometry.key_codec, geometry.head_dim, slice(0, first_value))
+        self._values = _Part(geometry.value_codec, geometry.value_head_dim, slice(first_value, None))
+
+    # Dimensions
+
+    def __len__(self) -> int:
+        """Positions stored, as of the last `refresh` where another process writes."""
+        return self._store.length
+
+    @property
+    def geometry(self) -> LayerGeometry:
+        """The shape of its rows."""
+        return self._store.geometry
+
+    @property
+    def capacity(self) -> int:
+        """Positions reserved."""
+        return self._store.capacity
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self._store.geometry.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a key row."""
+        return self._store.geometry.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Numbers in a value row."""
+        return self._store.geometry.value_head_dim
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of codes and scales over the whole capacity."""
+        return self.capacity * self.geometry.position_bytes
+
+    @property
+    def fp32_memory_bytes(self) -> int:
+        """Bytes that the same capacity takes as f32."""
+        return self.capacity * self.geometry.fp32_position_bytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """`fp32_memory_bytes` over `memory_bytes`; 1.0 at capacity 0."""
+        return compression_ratio(self.fp32_memory_bytes, self.memory_bytes)
+
+    def __repr__(self) -> str:
+        size = f"{self.num_kv_heads} heads x {self.head_dim}"
+        return f"<QuantizedKvLayer {len(self)}/{self.capacity} positions, {size}>"
+
+    # Rows as they are stored
+
+    @property
+    def key_codes(self) -> NDArray[np.int8]:
+        """Read-only view, int8 [len, num_kv_heads, head_dim]; zero copy. Its memory stays valid as long as the array
+        lives; its contents are the cache's until `truncate`. Where rows are compared with their checksums (see
+        `kvmmap.open`), all of the layer's are before the first view is given, and those of a view not again; a view
+        of a part costs less: `read_quantized`."""
+        return self.read_quantized().key_codes
+
+    @property
+    def key_scales(self) -> NDArray[np.float32]:
+        """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
+        return self.read_quantized().key_scales
+
+    @property
+    def value_codes(self) -> NDArray[np.int8]:
+        """Read-only view, int8 [len, num_kv_heads, value_head_dim]; as `key_codes`."""
+        return self.read_quantized().value_codes
+
+    @property
+    def value_scales(self) -> NDArray[np.float32]:
+        """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
+        return self.read_quantized().value_scales
+
+    def read_quantized(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Return the codes and scales of positions [start, stop): what `extend_quantized` takes.
+
+        Returns:
+            A named tuple of key_codes, int8 [n, num_kv_heads, head_dim], key_scales, f32 [n, num_kv_heads],
+            value_codes and value_scales; read-only. Views, as `key_codes` is, where the rows lie in memory or in a map;
+            elsewhere only these positions are fetched.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+            CacheChangedError: the writer took positions back since the last `refresh`.
+            CorruptCacheError: as in `read_keys`.
+        """
+        version = self._store.version()
+        rows = self._store.rows(*check_stored_range(self._store, start, stop))
+        self._store.validate(version)
+        return rows
+
+    # Rows, decoded
+
+    def get_key(self, position: int, head: int) -> NDArray[np.float32]:
+        """Return one decoded key row, f32 [head_dim].
+
+        Raises:
+            PositionOutOfRangeError, HeadOutOfRangeError: there is none (negative numbers don't wrap).
+        """
+        return self._one_row(self._keys, position, head)
+
+    def get_value(self, position: int, head: int) -> NDArray[np.float32]:
+        """Return one decoded value row, f32 [value_head_dim]; raises as `get_key`."""
+        return self._one_row(self._values, position, head)
+
+    def get_keys_at(self, position: int) -> NDArray[np.float32]:
+        """Return a position's decoded keys, f32 [num_kv_heads, head_dim].
+
+        Raises:
+            PositionOutOfRangeError: it is not stored.
+        """
+        return self._one_position(self._keys, position, slice(None))
+
+    def get_values_at(self, position: int) -> NDArray[np.float32]:
+        """Return a position's decoded values, f32 [num_kv_heads, value_head_dim]; raises as `get_keys_at`."""
+        return self._one_position(self._values, position, slice(None))
+
+    def read_keys(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: DTypeLike = "float32",
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Decode the keys of positions [start, stop).
+
+        Args:
+            start: first position.
+            stop: one past the last; all that are stored by default.
+            dtype: "float32", "float16" or "bfloat16".
+            out: where to put them, C-contiguous [stop - start, num_kv_heads, head_dim] of that dtype; new by default.
+            threads: at most so many; as many as there are processors by default.
+
+        Returns:
+            [stop - start, num_kv_heads, head_dim], in C order.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+            ShapeMismatchError, DtypeError: `out` or `dtype` does not fit.
+            CacheChangedError: the writer took positions back since the last `refresh`.
+            CorruptCacheError: a block does not match its checksum (`verify` of `kvmmap.open`).
+        """
+        return self._read(self._keys, start, stop, dtype, out, threads)
+
+    def read_values(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: DTypeLike = "float32",
+        out: NDArray[Any] | None = None,
+        threads: int | None = None,
+    ) -> NDArray[Any]:
+        """Decode the values of positions [start, stop): [stop - start, num_kv_heads, value_head_dim].
+
+        Arguments and errors are those of `read_keys`.
+        """
+        return self._read(self._values, start, stop, dtype, out, threads)
+
+    def _one_row(self, part: _Part, position: int, head: int) -> NDArray[np.float32]:
+        position = check_position(self._store, position, self._number())
+        head = check_head(self._store, head, self._number())
+        row: NDArray[np.float32] = self._one_position(part, position, slice(head, head + 1))[0]
+        return row
+
+    def _one_position(self, part: _Part, position: int, heads: slice) -> NDArray[np.float32]:
+        version = self._store.version()  # before the length: see `LayerStore`
+        position = check_position(self._store, position, self._number())
+        rows = self._store.rows(position, position + 1)
+        arrays = [array[0, heads] for array in rows[part.arrays]]
+        result = np.empty((len(arrays[0]), part.dim), np.float32)
+        part.codec.decode(arrays, part.dim, result, 0, 1)
+        self._store.validate(version)  # the rows were still the cache's when they had been read
+        return result
+
+    def _read(
+        self,
+        part: _Part,
+        start: int,
+        stop: int | None,
+        dtype: DTypeLike,
+        out: NDArray[Any] | None,
+        threads: int | None,
+    ) -> NDArray[Any]:
+        version = self._store.version()
+        start, stop = check_stored_range(self._store, start, stop)
+        result = output_array((stop - start, self.num_kv_heads, part.dim), dtype, out)
+        bits, number, done = as_bits(result), target_dtype(dtype)[1], 0
+        for rows in self._store.iter_rows(start, stop):
+            target = bits[done : done + len(rows[0])]
+            most = thread_count(threads, target.size)
+            part.codec.decode(rows[part.arrays], part.dim, target, number, most)
+            done += len(rows[0])
+        self._store.validate(version)
+        return result
+
+    # Residency
+
+    def prefetch(self, start: int = 0, stop: int | None = None) -> None:
+        """Start reading the rows of positions [start, stop) from the disk or the store, and don't wait for them.
+
+        For rows that will be needed while this process does something else. What goes through a layer in order need
+        not call it: reading ahead is done already. Rows in memory are there.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+        """
+        self._store.check()
+        self._store.prefetch(*check_stored_range(self._store, start, stop))
+
+    def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Give back the memory that the rows of positions [start, stop) of a file take in this process.
+
+        They are read again when they are needed. Other processes keep theirs, and the system what it has read, until
+        it needs the room. Views stay valid. Rows in memory, which are nowhere else, stay.
+
+        Raises:
+            PositionOutOfRangeError: not all of them are stored.
+        """
+        self._store.check()
+        self._store.release(*check_stored_range(self._store, start, stop))
+
+    def _number(self) -> int | None:
+        """The layer's index, if there are others to tell it from."""
+        return self._store.index if len(self._storage.layers) > 1 else None
