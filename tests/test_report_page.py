@@ -92,7 +92,7 @@ def test_a_damaged_cache_is_reported(path: Path, tmp_path: Path) -> None:
     text = (tmp_path / "out.html").read_text()
     assert "Damaged in 1 place." in text
     assert "layer 4, positions [512, 700): checksum does not match" in text
-    unchecked = click_run("report", "--no-verify", damaged, "-o", tmp_path / "out.html")
+    unchecked = click_run("report", "--no-verify", "--overwrite", damaged, "-o", tmp_path / "out.html")
     assert unchecked.exit_code == 0
     assert "They were not compared" in (tmp_path / "out.html").read_text()
 
@@ -107,7 +107,7 @@ def test_an_empty_cache_and_a_zarr_group(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((2, 300, 2, 8), dtype=np.float32)
     with kvmmap.create(group, num_layers=2, capacity=400, num_kv_heads=2, head_dim=8) as cache:
         cache.extend(x, x)
-    assert click_run("report", group, "-o", tmp_path / "out.html").exit_code == 0
+    assert click_run("report", group, "-o", tmp_path / "out.html", "--overwrite").exit_code == 0
     text = (tmp_path / "out.html").read_text()
     assert "300 positions of 400" in text
     assert "The whole file" not in text

@@ -7,10 +7,13 @@ from typing import Any, TypeVar
 
 import click
 
-from .output import count, plain, size
+from .asking import confirm_ending, yes_option
+from .output import INDEX, count, plain, size
 from .progress import progress
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+MOST_LAYERS = 65_535
 
 
 def positions_options(command: F) -> F:
@@ -47,26 +50,29 @@ def target_options(command: F) -> F:
     )
     for option in reversed(options):
         command = option(command)
-    return command
+    return yes_option(command)
 
 
 def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     if text is None:
         return None
     found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            found += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise click.BadParameter('must be like "0-7,12"', ctx, parameter) from None
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not INDEX.fullmatch(first) or (dash and not INDEX.fullmatch(last)) or len(found) > MOST_LAYERS:
+            raise click.BadParameter('must be like "0-7,12"', ctx, parameter)
+        low, high = int(first), int(last or first)
+        if not low <= high <= MOST_LAYERS:
+            raise click.BadParameter(f'{low}-{high} is no range of layers; it must be like "0-7,12"', ctx, parameter)
+        found += range(low, high + 1)
     return found
 
 
-def copied(source: str, target: str, no_progress: bool, **options: Any) -> None:
-    """Copy, with the options of `kvmmap.copy`, and say on stderr what was done."""
+def copied(source: str, target: str, no_progress: bool, *, yes: bool, **options: Any) -> None:
+    """Copy, with the options of `kvmmap.copy`, and print to stderr what was done."""
     import kvmmap
 
+    confirm_ending(target, yes)
     with progress("copying", no_progress) as advance:
         report = kvmmap.copy(source, target, progress=advance, **options)
     resumed = f", {count(report.resumed)} of them by an earlier run" if report.resumed else ""

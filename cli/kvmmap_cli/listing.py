@@ -37,6 +37,8 @@ class Entry:
     report: CacheReport | None
     error: str | None
     exit_code: int
+    file: tuple[int, int] | None = None
+    """Device and inode of a file: two names of one file are counted once."""
 
     @property
     def disk_bytes(self) -> int:
@@ -58,10 +60,18 @@ def look(path: str) -> Entry:
     from kvmmap import report
 
     try:
-        return Entry(path, read(path, report.inspect), None, SOUND)
+        return Entry(path, read(path, report.inspect), None, SOUND, _identity(path))
     except Exception as error:
         code, message = failure(error)
         return Entry(path, None, message.removeprefix(f"{os.path.abspath(path)}: "), code)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # a URL, or gone
+        return None
+    return status.st_dev, status.st_ino
 
 
 SORTS: dict[str, Callable[[Entry], Any]] = {
@@ -149,6 +159,7 @@ def _is_below(path: str) -> bool:
 
 
 def _totals(readable: Sequence[Entry], unreadable: int) -> str:
+    readable = list({entry.file or entry.path: entry for entry in readable}.values())
     reports = [entry.report for entry in readable if entry.report is not None]
     told = f"{count(len(reports), 'cache')}, {count(sum(report.seq_len for report in reports), 'position')}"
     told += f", {size(sum(entry.disk_bytes for entry in readable))} on disk"

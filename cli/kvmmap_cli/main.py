@@ -1,20 +1,26 @@
 """The `kvmmap` command: finds its subcommands, and turns errors into one line and an exit code.
 
-Exit codes: 0 all is well, 1 a damaged cache, 2 a usage error or a path that can't be read, 130 interrupted.
+Exit codes: 0 success, 1 a damaged cache, 2 a usage error or a path that can't be read, 70 an error in kvmmap itself,
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import click
 
 from . import commands
-from .output import INTERRUPTED, TERMINATED, USAGE, drop_output, failure, plain
+from .output import CRASHED, INTERRUPTED, TERMINATED, USAGE, crash, drop_output, failure, plain
+
+TRACEBACK = "KVMMAP_TRACEBACK"
+"""Environment variable: show where in the program an unforeseen error was raised."""
 
 
 class Commands(click.Group):
@@ -59,8 +65,12 @@ class Commands(click.Group):
             code = INTERRUPTED
         except click.UsageError as error:
             code = _usage(error)
-        except Exception as error:
-            code, message = failure(error)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except SystemExit:
+            raise
+        except BaseException as error:  # a panic in a compiled library is no Exception
+            code, message = _told(error)
             click.echo(f"kvmmap: {message}", err=True)
             drop_output()
         if code == INTERRUPTED:
@@ -68,10 +78,22 @@ class Commands(click.Group):
         sys.exit(code)
 
 
+def _told(error: BaseException) -> tuple[int, str]:
+    """Return exit code and message of an error, whether it was foreseen or not."""
+    try:
+        return failure(error)
+    except BaseException:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
+        return CRASHED, crash(error, TRACEBACK)
+
+
 def _usage(error: click.UsageError) -> int:
     context = error.ctx
     where = "kvmmap" if context is None else context.command_path
-    message = plain(error.format_message()).rstrip(".")
+    message = plain(error.format_message())
+    if type(error) is not click.UsageError:  # click ends its sentences; ours may end in a path
+        message = message.removesuffix(".")
     click.echo(f"kvmmap: {message[:1].lower()}{message[1:]} ({where} --help tells more)", err=True)
     return USAGE
 
@@ -116,13 +138,26 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Be the program `kvmmap`."""
+    _reopen_streams()
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `kvmmap ... | head`: end quietly
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller
-            setattr(sys, name, open("/dev/null", "w"))  # noqa: SIM115
-        else:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     kvmmap.main(prog_name="kvmmap")
+
+
+def _reopen_streams() -> None:
+    """Open /dev/null for each standard stream that the caller has closed, so that no cache gets its descriptor."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115

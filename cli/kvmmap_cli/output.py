@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+INDEX = re.compile("[0-9]{1,9}")
+
 SOUND = 0
 DAMAGED = 1
 USAGE = 2
+CRASHED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -34,6 +38,12 @@ WIDE = 10_000
 
 NARROW = 80
 """Columns of a picture where there is no terminal."""
+
+NARROWEST = 24
+"""Columns that pictures and tables take at least; a narrower terminal folds them."""
+
+MOST_REASON = 300
+"""Characters of an unforeseen error's own message."""
 
 
 def read(path: str, look: Callable[[QuantizedKvCache], T], verify: Literal["read", "none"] = "read") -> T:
@@ -55,8 +65,8 @@ def read(path: str, look: Callable[[QuantizedKvCache], T], verify: Literal["read
                 raise
 
 
-def failure(error: Exception) -> tuple[int, str]:
-    """Return exit code and message of an error that is no bug; raise it again if it is one."""
+def failure(error: BaseException) -> tuple[int, str]:
+    """Return exit code and message of an error that can happen to anybody; raise it again if it is a bug."""
     from kvmmap import CacheExistsError, CacheLockedError, CorruptCacheError, KvmmapError
 
     # These tell what to do next in Python's terms; here it is the shell's.
@@ -69,8 +79,28 @@ def failure(error: Exception) -> tuple[int, str]:
         return DAMAGED if isinstance(error, CorruptCacheError) else USAGE, plain(str(error))
     if isinstance(error, OSError):
         what = error.strerror or str(error)
-        return USAGE, plain(what if error.filename is None else f"{error.filename}: {what}")
+        named = error.filename2 or error.filename  # of a renaming, the place that was asked for
+        return USAGE, plain(what if named is None else f"{_name(named)}: {what}")
+    if isinstance(error, MemoryError):
+        return USAGE, f"not enough memory{f': {plain(str(error))}' if str(error) else ''}"
     raise error
+
+
+def _name(filename: Any) -> str:
+    return os.fsdecode(filename) if isinstance(filename, str | bytes | os.PathLike) else str(filename)
+
+
+def crash(error: BaseException, variable: str) -> str:
+    """Return the message of an error that nobody foresaw.
+
+    Args:
+        variable: the environment variable that shows more of it.
+    """
+    what = plain(str(error).strip().partition("\n")[0])[:MOST_REASON]
+    return (
+        f"an error in kvmmap itself: {type(error).__name__}{f': {what}' if what else ''}; it says nothing about the "
+        f"cache. Please report it with what {variable}=1 shows"
+    )
 
 
 def drop_output() -> None:
@@ -97,7 +127,7 @@ def show(*parts: RenderableType) -> None:
 
 def width() -> int:
     """Return the columns that there are for pictures and wide tables."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else NARROW
+    return max(shutil.get_terminal_size().columns, NARROWEST) if sys.stdout.isatty() else NARROW
 
 
 def can_colour() -> bool:
@@ -156,10 +186,12 @@ def indices(text: str, end: int, noun: str) -> list[int]:
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise click.UsageError(f"{plain(text)!r} is no list of {noun}s, such as 3, 0-5 or 0,7,20-22")
+        if not INDEX.fullmatch(first) or (dash and not INDEX.fullmatch(last)):
+            raise click.UsageError(f"{text[:80]!r} is no list of {noun}s, such as 3, 0-5 or 0,7,20-22")
         low, high = int(first), int(last or first)
-        if not low <= high < end:
+        if low > high:
+            raise click.UsageError(f"{text[:80]!r}: {low}-{high} runs backwards")
+        if high >= end:
             raise click.UsageError(f"{noun} {low if low >= end else high} does not exist: there are {end}, from 0 on")
         found.update(range(low, high + 1))
     return sorted(found)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+OnError = Callable[[OSError], None]
 
 
 def names_one(paths: Sequence[str]) -> bool:
@@ -14,28 +16,42 @@ def names_one(paths: Sequence[str]) -> bool:
     return len(paths) == 1 and not (_is_folder(paths[0]) or _is_pattern(paths[0]))
 
 
-def find(paths: Sequence[str]) -> list[str]:
-    """Return the caches that paths mean, each once: what is named, and below directories what ends like one."""
-    return list(dict.fromkeys(found for path in paths for found in _expand(path)))
+def find(paths: Sequence[str], on_error: OnError | None = None) -> list[str]:
+    """Return the caches that paths mean, each once: what is named, and below directories what ends like one.
+
+    Args:
+        paths: as the user wrote them.
+        on_error: called with the error of each directory that can't be read; without it the first one is raised.
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        for found in _expand(path, on_error):
+            seen.setdefault(_spelling(found), found)
+    return list(seen.values())
 
 
-def _expand(path: str) -> Iterator[str]:
+def _spelling(path: str) -> str:
+    """Return one spelling for the many of a path: a/./b, a//b, /here/a/b."""
+    return path if _is_url(path) else os.path.abspath(path)
+
+
+def _expand(path: str, on_error: OnError | None) -> Iterator[str]:
     if _is_folder(path):
-        yield from walk(path)
+        yield from walk(path, on_error)
     elif not _is_pattern(path):
         yield path
     elif _is_url(path):
         yield from _matching(path)
     else:
         for match in sorted(glob.glob(path, recursive=True)):
-            yield from walk(match) if _is_folder(match) else [match]
+            yield from walk(match, on_error) if _is_folder(match) else [match]
 
 
-def walk(folder: str) -> Iterator[str]:
+def walk(folder: str, on_error: OnError | None = None) -> Iterator[str]:
     """Yield the caches below a directory, in the order of their names."""
     import kvmmap
 
-    yield from kvmmap.find(folder)
+    yield from kvmmap.find(folder, on_error=on_error)
 
 
 def _matching(pattern: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ The only importer of matplotlib (kvmmap[plot]).
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,39 +13,70 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from . import outfile
 from .output import plain
 
 if TYPE_CHECKING:
     from kvmmap.report import CacheReport, CacheStatistics, ScaleGrid
 
 FORMATS = (".png", ".svg", ".pdf")
+FONT = "DejaVu Sans"
+"""The font that comes with matplotlib; what it lacks is shown escaped."""
+MOST_TITLE = 90
 KEYS, VALUES = "#26828e", "#b5541c"
 INCHES = (11.0, 9.0)
 
 
-def check(path: str) -> None:
-    """Refuse what can't become a picture, before any work is done.
+def check(path: str, source: str, *, overwrite: bool) -> str:
+    """Refuse what can't become a picture, before any work is done; return its path.
+
+    Args:
+        path: as the user wrote it.
+        source: the cache.
+        overwrite: replace a file that is there without asking.
 
     Raises:
-        click.UsageError: another ending, no such directory, or matplotlib is not installed.
+        click.UsageError: another ending, a place that can't be written, or matplotlib is not installed.
     """
-    if not path.endswith(FORMATS):
+    if not path.lower().endswith(FORMATS):
         raise click.UsageError(f"{plain(path)}: a picture ends in {', '.join(FORMATS)}")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise click.UsageError(f"{plain(os.path.dirname(path))}: there is no such directory")
+    path = outfile.check(path, "--plot", FORMATS, source, overwrite=overwrite)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise click.UsageError("--plot needs matplotlib: pip install 'kvmmap[plot]'") from None
+    return path
 
 
 def draw(path: str, report: CacheReport, statistics: CacheStatistics, grids: Sequence[ScaleGrid]) -> None:
-    """Write the picture; a file that is there is replaced, whole or not at all."""
+    """Write the picture."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=INCHES, layout="constrained")
-    name = os.path.basename(report.path or "in memory")
-    figure.suptitle(f"{name}: {report.num_layers} layers, {report.seq_len:,} positions", weight="bold")
+    # A user's own settings must not keep the picture from being drawn (as text.usetex without a LaTeX).
+    with rc_context({"text.usetex": False, "font.family": FONT, "axes.unicode_minus": True}):
+        figure = Figure(figsize=INCHES, layout="constrained")
+        name = _drawable(os.path.basename(report.path or "in memory"))
+        about = f"{name}: {report.num_layers} layers, {report.seq_len:,} positions"
+        figure.suptitle(about, weight="bold", parse_math=False)
+        _fill(figure, statistics, grids)
+        written = io.BytesIO()
+        figure.savefig(written, format=path.lower().rpartition(".")[2], dpi=150)
+    outfile.write(path, written.getvalue())
+
+
+def _drawable(name: str) -> str:
+    """Return a name with what the font lacks escaped, and shortened to what fits above a picture."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(FONT))
+    shown = "".join(
+        c if c.isprintable() and font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in name
+    )
+    return shown if len(shown) <= MOST_TITLE else f"{shown[: MOST_TITLE // 2]}...{shown[-MOST_TITLE // 2 :]}"
+
+
+def _fill(figure: Any, statistics: CacheStatistics, grids: Sequence[ScaleGrid]) -> None:
     axes = figure.subplots(3, 2)
     for column, part in enumerate(("keys", "values")):
         _heat_map(figure, axes[0][column], part, grids)
@@ -60,14 +92,6 @@ def draw(path: str, report: CacheReport, statistics: CacheStatistics, grids: Seq
         axis.set(title=title, xlabel="layer", ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
-    beside = f"{path}.{os.getpid()}.tmp"
-    try:
-        figure.savefig(beside, format=path.rpartition(".")[2], dpi=150)
-        os.replace(beside, path)
-    except BaseException:
-        if os.path.exists(beside):
-            os.unlink(beside)
-        raise
 
 
 def _heat_map(figure: Any, axis: Any, part: str, grids: Sequence[ScaleGrid]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from .output import can_show, count, moment, read, size
+from .output import can_show, count, moment, plain, read, size
 from .summary import fill_bar, state
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _lines(report: CacheReport, looks: deque[Look]) -> Iterator[RenderableType]:
     if report.commit is not None:
         grid.add_row("state", state(report.commit))
         grid.add_row("committed", f"{report.commit.committed_len:,}, {moment(report.commit.committed)}")
-    yield Text(report.path or "", "bold")
+    yield Text(plain(report.path or ""), "bold")
     yield grid
     yield Text("Ctrl-C ends", "dim")
 

@@ -9,11 +9,15 @@ import click
 
 from ..output import print_json, show
 from ..progress import no_progress_option
+from ..units import Seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..measuring import Figure
+
+MOST_NUMBERS = 2**32
+"""Of keys and of values each: 16 GiB of f32."""
 
 FOLDER = click.Path(exists=True, file_okay=False)
 
@@ -22,10 +26,14 @@ FOLDER = click.Path(exists=True, file_okay=False)
 @click.option(
     "--dir", "folder", metavar="DIR", type=FOLDER, help="Where to put files; the temporary directory by default."
 )
-@click.option("--seconds", type=click.FloatRange(1, 600), default=20.0, show_default=True, help="About how long.")
-@click.option("--kv-heads", type=click.IntRange(1), default=8, show_default=True, help="Key and value heads.")
-@click.option("--head-dim", type=click.IntRange(1), default=128, show_default=True, help="Numbers in a row.")
-@click.option("--tokens", type=click.IntRange(256), default=16384, show_default=True, help="Positions of the layer.")
+@click.option(
+    "--seconds", type=Seconds(1, 600), default=20.0, show_default=True, metavar="SECONDS", help="About how long."
+)
+@click.option("--kv-heads", type=click.IntRange(1, 65_535), default=8, show_default=True, help="Key and value heads.")
+@click.option("--head-dim", type=click.IntRange(1, 65_535), default=128, show_default=True, help="Numbers in a row.")
+@click.option(
+    "--tokens", type=click.IntRange(256, 2**24), default=16384, show_default=True, help="Positions of the layer."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all rounds as JSON.")
 @no_progress_option
 def command(
@@ -43,6 +51,8 @@ def command(
     """
     from ..measuring import measure
 
+    if tokens * kv_heads * head_dim > MOST_NUMBERS:
+        raise click.UsageError("--tokens x --kv-heads x --head-dim is more than this measures: lower one of them")
     with tempfile.TemporaryDirectory(prefix="kvmmap-bench-", dir=folder) as place:
         figures = measure(place, seconds, tokens, kv_heads, head_dim, no_progress=no_progress)
     import kvmmap

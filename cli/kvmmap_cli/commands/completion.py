@@ -52,7 +52,10 @@ def _present_shell() -> str:
 
 def _place(shell: str) -> Path:
     """Return where a shell looks for a user's completions."""
-    home = Path.home()
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise click.UsageError(f"{error}: set HOME") from None
     if shell == "bash":
         data = os.environ.get("XDG_DATA_HOME")
         return (Path(data) if data else home / ".local/share") / "bash-completion/completions/kvmmap"

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ..asking import confirm, timeout_option, yes_option
-from ..output import count, plain, size
+from ..asking import confirm, confirm_ending, timeout_option, yes_option
+from ..output import INDEX, count, plain, size
 
 
 @click.command("create")
@@ -43,6 +43,7 @@ def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any)
     import kvmmap
 
     settings = _settings(given)
+    confirm_ending(path, yes)
     if overwrite and os.path.lexists(path):
         confirm(f"Replace {plain(path)}?", yes)
     cache = kvmmap.create(path, overwrite=overwrite, timeout=timeout, **settings)
@@ -121,7 +122,7 @@ def _of_config(path: str) -> dict[str, Any]:
             "num_kv_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise click.UsageError(f"{plain(path)}: not the config.json of a transformer ({error!r})") from None
     if isinstance(config.get("max_position_embeddings"), int):
         settings["capacity"] = config["max_position_embeddings"]
@@ -132,15 +133,15 @@ def _of_config(path: str) -> dict[str, Any]:
 
 def _numbers(text: str, option: str) -> int | list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise click.UsageError(f"--{option.replace('_', '-')}: {plain(text)!r} is no number, and no list of them")
+    if not all(INDEX.fullmatch(part) for part in parts):
+        raise click.UsageError(f"--{option.replace('_', '-')}: {text[:80]!r} is no number, and no list of them")
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
 
 
 def _object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--metadata is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise click.UsageError("--metadata must be an object: {...}")

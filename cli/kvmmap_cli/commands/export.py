@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ..asking import CACHES, confirm_ending
 from ..copies import copied, layers_option, positions_options, target_options
 from ..output import plain
 from ..progress import no_progress_option, progress
@@ -43,7 +44,8 @@ def command(source: str, target: str, dtype: str, no_progress: bool, **options: 
     import kvmmap
 
     if not target.endswith(".safetensors"):
-        copied(source, target, no_progress, **options)
+        confirm_ending(target, options["yes"], (*CACHES, ".safetensors"))
+        copied(source, target, no_progress, **options | {"yes": True})
         return
     options = {name: options[name] for name in ("start", "stop", "layers", "overwrite")}
     with progress("exporting", no_progress) as advance:

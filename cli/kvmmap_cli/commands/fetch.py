@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..asking import confirm_ending, yes_option
 from ..output import count, plain
 from ..progress import no_progress_option, progress
 
@@ -13,8 +14,9 @@ from ..progress import no_progress_option, progress
 @click.argument("target", metavar="FILE")
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it holds something else.")
 @click.option("--no-verify", "verify", is_flag=True, flag_value=False, default=True, help="Don't read FILE back.")
+@yes_option
 @no_progress_option
-def command(source: str, target: str, overwrite: bool, verify: bool, no_progress: bool) -> None:
+def command(source: str, target: str, overwrite: bool, verify: bool, yes: bool, no_progress: bool) -> None:
     """Download the cache at URL into the .kvm file FILE.
 
     FILE is there when it is whole. If it holds the same already, nothing is downloaded; interrupted, the same command
@@ -27,6 +29,7 @@ def command(source: str, target: str, overwrite: bool, verify: bool, no_progress
     """
     import kvmmap
 
+    confirm_ending(target, yes, (".kvm",))
     with (
         progress("fetching", no_progress) as advance,
         kvmmap.fetch(source, target, overwrite=overwrite, verify=verify, progress=advance) as cache,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..asking import confirm_ending, yes_option
 from ..output import count, plain, size
 from ..progress import no_progress_option, progress
 
@@ -13,8 +14,9 @@ from ..progress import no_progress_option, progress
 @click.argument("target", type=click.Path(readable=False))
 @click.option("--length", type=click.IntRange(0), metavar="N", help="Keep so many positions; all by default.")
 @click.option("--capacity", type=click.IntRange(0), metavar="N", help="Positions to reserve; as SOURCE by default.")
+@yes_option
 @no_progress_option
-def command(source: str, target: str, length: int | None, capacity: int | None, no_progress: bool) -> None:
+def command(source: str, target: str, length: int | None, capacity: int | None, yes: bool, no_progress: bool) -> None:
     """Make a new cache at TARGET that begins with the positions of SOURCE.
 
     On btrfs, XFS and the like both share their rows on the disk; elsewhere they are copied. SOURCE is not changed, and
@@ -27,6 +29,7 @@ def command(source: str, target: str, length: int | None, capacity: int | None, 
     """
     import kvmmap
 
+    confirm_ending(target, yes, (".kvm",))
     with (
         progress("forking", no_progress) as advance,
         kvmmap.fork(source, target, length=length, capacity=capacity, progress=advance) as cache,

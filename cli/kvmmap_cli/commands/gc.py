@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,8 @@ SURELY_DEAD = 24 * 3600.0
 class Found:
     """A file that might go."""
 
-    path: str
+    paths: tuple[str, ...]
+    """All of its names in the folder: more than one if it has hard links."""
     used: float
     """When it was last used, in seconds since 1970: its access time, or that of its last write."""
     bytes: int
@@ -55,28 +56,30 @@ def command(folder: str, max_bytes: int | None, older_than: float | None, dry_ru
     """
     if max_bytes is None and older_than is None:
         raise click.UsageError("say what is too much: --max-bytes, --older-than, or both")
-    caches, kept = _caches(folder)
+    unreadable: list[OSError] = []
+    caches, kept = _caches(folder, unreadable.append)
+    for error in unreadable:
+        click.echo(f"kvmmap: {failure(error)[1]}", err=True)
+    left_out = USAGE if unreadable else SOUND
     going = _choose(caches, max_bytes, older_than, sum(found.bytes for found in kept))
     left = list(_left_over(folder))
     if not going and not left:
         click.echo(f"nothing to remove: {count(len(caches) + len(kept), 'cache')}, {size(_sum(caches) + _sum(kept))}")
-        return
+        click.get_current_context().exit(left_out)
     show(_table([*going, *left]))
     what = f"{count(len(going), 'cache')}" + (f" and {count(len(left), 'left-over file')}" if left else "")
     if dry_run:
         click.echo(f"would remove {what}, {size(_sum(going) + _sum(left))}")
-        return
+        click.get_current_context().exit(left_out)
     confirm(f"Remove {what}, {size(_sum(going) + _sum(left))}?", yes)
-    click.get_current_context().exit(_remove(going, left))
+    click.get_current_context().exit(_remove(going, left) or left_out)
 
 
-def _caches(folder: str) -> tuple[list[Found], list[Found]]:
+def _caches(folder: str, on_error: Callable[[OSError], None]) -> tuple[list[Found], list[Found]]:
     """Return the caches that may go, the longest unused first, and those that a writer holds."""
     free, held = [], []
-    for path in walk(folder):
-        if not path.endswith(".kvm") or os.path.islink(path):
-            continue
-        found = _file(path)
+    for found in _files(path for path in walk(folder, on_error) if path.endswith(".kvm") and not os.path.islink(path)):
+        path = found.paths[0]
         entry = look(path)
         if entry.report is None or entry.report.commit is None:
             click.echo(f"kvmmap: {plain(path)}: left alone: {entry.error}", err=True)
@@ -87,9 +90,19 @@ def _caches(folder: str) -> tuple[list[Found], list[Found]]:
     return sorted(free, key=lambda found: found.used), held
 
 
-def _file(path: str) -> Found:
-    status = os.stat(path)
-    return Found(path, max(status.st_atime, status.st_mtime), status.st_blocks * 512)
+def _files(paths: Iterable[str]) -> list[Found]:
+    """Return files, each once however many names it has; those that are gone by now are left out."""
+    names: dict[tuple[int, int], list[str]] = {}
+    facts: dict[tuple[int, int], os.stat_result] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path)
+            names.setdefault((status.st_dev, status.st_ino), []).append(path)
+            facts[status.st_dev, status.st_ino] = status
+    return [
+        Found(tuple(names[file]), max(status.st_atime, status.st_mtime), status.st_blocks * 512)
+        for file, status in facts.items()
+    ]
 
 
 def _choose(caches: Sequence[Found], max_bytes: int | None, older_than: float | None, held: int) -> list[Found]:
@@ -107,11 +120,7 @@ def _choose(caches: Sequence[Found], max_bytes: int | None, older_than: float | 
 def _left_over(folder: str) -> Iterator[Found]:
     import kvmmap
 
-    for path in kvmmap.find_temporary(folder):
-        with contextlib.suppress(FileNotFoundError):
-            found = _file(path)
-            if time.time() - found.used > SURELY_DEAD:
-                yield found
+    yield from (found for found in _files(kvmmap.find_temporary(folder)) if time.time() - found.used > SURELY_DEAD)
 
 
 def _sum(found: Sequence[Found]) -> int:
@@ -126,9 +135,17 @@ def _table(files: Sequence[Found]) -> Table:
     table.add_column("on disk", justify="right", no_wrap=True)
     table.add_column("last used", no_wrap=True)
     for file in files:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
-        table.add_row(plain(file.path), size(file.bytes), when)
+        for number, path in enumerate(file.paths):
+            what = "the same file" if number else size(file.bytes)
+            table.add_row(plain(path), what, "" if number else _when(file.used))
     return table
+
+
+def _when(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # a time that no calendar has
+        return "?"
 
 
 def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
@@ -138,16 +155,17 @@ def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
     gone, code = [], SOUND
     for file in [*going, *left]:
         try:
-            if file in left:
-                if not kvmmap.remove_temporary(file.path, older_than=SURELY_DEAD):
-                    continue  # in use
+            for path in file.paths:
+                if file not in left:
+                    kvmmap.remove(path)
+                elif not kvmmap.remove_temporary(path, older_than=SURELY_DEAD):
+                    break  # in use
             else:
-                kvmmap.remove(file.path)
-            gone.append(file)
+                gone.append(file)
         except (kvmmap.CacheNotFoundError, FileNotFoundError):
             continue  # somebody else was faster
         except kvmmap.CacheLockedError:
-            click.echo(f"kvmmap: {plain(file.path)}: left alone: a writer has opened it", err=True)
+            click.echo(f"kvmmap: {plain(file.paths[0])}: left alone: a writer has opened it", err=True)
         except (kvmmap.KvmmapError, OSError) as error:
             click.echo(f"kvmmap: {failure(error)[1]}", err=True)
             code = USAGE

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..asking import confirm_ending
 from ..copies import copied, target_options
 from ..output import plain
 from ..progress import no_progress_option, progress
@@ -34,6 +35,7 @@ def command(source: str, target: str, no_progress: bool, **options: Any) -> None
     if not source.endswith(".safetensors"):
         copied(source, target, no_progress, **options)
         return
+    confirm_ending(target, options["yes"])
     options = {name: options[name] for name in ("capacity", "compressor", "overwrite")}
     with progress("importing", no_progress) as advance:
         kvmmap.import_tensors(source, target, progress=advance, **options)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import summary
-from ..output import can_colour, indices, plain, print_json, read, show, width
+from ..outfile import overwrite_option
+from ..output import DAMAGED, USAGE, can_colour, failure, indices, plain, print_json, read, show, width
 from ..paths import find, names_one
 from ..progress import no_progress_option, progress
+from ..units import Seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,8 +37,16 @@ SHOWN_TOKENS = 48
 @click.option("--tokens", is_flag=True, help="Show the first and last token ids; `kvmmap tokens` has all.")
 @click.option("--tokenizer", metavar="NAME", help="Decode them: a tokenizer.json, its folder, or a model's name.")
 @click.option("--plot", metavar="FILE", help="Draw the pictures into a .png, .svg or .pdf (needs kvmmap[plot]).")
+@overwrite_option
 @click.option("--watch", is_flag=True, help="Go on looking while another process writes; Ctrl-C ends.")
-@click.option("--interval", default=0.5, show_default=True, help="Seconds between two looks of --watch.")
+@click.option(
+    "--interval",
+    type=Seconds(0.01, 86400),
+    default=0.5,
+    show_default=True,
+    metavar="SECONDS",
+    help="Seconds between two looks of --watch.",
+)
 @click.option(
     "--sort",
     type=click.Choice(["name", "length", "size", "time"]),
@@ -78,7 +88,12 @@ def _many(paths: tuple[str, ...], sort: str, as_json: bool, no_progress: bool, *
         if details[name]:
             option = "layer" if name == "wanted" else name
             raise click.UsageError(f"--{option} is for one cache, not for several")
-    found = find(paths)
+    unreadable: list[OSError] = []
+    found = find(paths, unreadable.append)
+    for error in unreadable:
+        click.echo(f"kvmmap: {failure(error)[1]}", err=True)
+    if not found and unreadable:
+        click.get_current_context().exit(USAGE)
     if not found:
         raise click.UsageError(f"no caches (*.kvm, *.zarr) in {', '.join(map(plain, paths))}")
     entries = listing.sort([listing.look(path) for path in found], sort)
@@ -86,7 +101,8 @@ def _many(paths: tuple[str, ...], sort: str, as_json: bool, no_progress: bool, *
         print_json([entry.to_dict() for entry in entries])
     else:
         show(*listing.render(entries))
-    click.get_current_context().exit(listing.worst(entries))
+    code = listing.worst(entries)
+    click.get_current_context().exit(USAGE if unreadable and code != DAMAGED else code)
 
 
 def _one(
@@ -99,6 +115,7 @@ def _one(
     plot: str | None,
     watch: bool,
     interval: float,
+    overwrite: bool,
     as_json: bool,
     no_progress: bool,
     sort: str,
@@ -112,7 +129,7 @@ def _one(
     if plot is not None:
         from ..plot import check
 
-        check(plot)
+        plot = check(plot, path, overwrite=overwrite)
     bins = PLOT_BINS if plot else width() if heatmap else 0
     with progress("reading", no_progress) as advance:
         look = _Look(path, wanted, stats=stats or bool(wanted or plot), bins=bins)

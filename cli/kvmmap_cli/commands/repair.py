@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..output import count, plain, print_json
+from ..asking import confirm_ending, yes_option
+from ..output import INDEX, count, plain, print_json
 from ..progress import no_progress_option, progress
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class Place(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | None, int]:
         layer, _, block = str(value).partition(":")
-        if not block.isdecimal() or not (layer == "tokens" or layer.isdecimal()):
-            self.fail(f"{plain(str(value))} is neither LAYER:BLOCK, such as 3:7, nor tokens:BLOCK", param, ctx)
+        if not INDEX.fullmatch(block) or not (layer == "tokens" or INDEX.fullmatch(layer)):
+            self.fail(f"{plain(str(value)[:80])} is neither LAYER:BLOCK, such as 3:7, nor tokens:BLOCK", param, ctx)
         return (None if layer == "tokens" else int(layer), int(block))
 
 
@@ -40,9 +41,10 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     "tokens:BLOCK for token ids, which become -1.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@yes_option
 @no_progress_option
 def command(
-    path: str, new_path: str, zero: tuple[tuple[int | None, int], ...], as_json: bool, no_progress: bool
+    path: str, new_path: str, zero: tuple[tuple[int | None, int], ...], as_json: bool, yes: bool, no_progress: bool
 ) -> None:
     """Save what is sound of the damaged cache at PATH in a new one, NEW_PATH.
 
@@ -62,6 +64,7 @@ def command(
     """
     import kvmmap
 
+    confirm_ending(new_path, yes, (".kvm",))
     with progress("saving", no_progress) as advance:
         report = kvmmap.repair(path, new_path, zero=zero, progress=advance)
     if as_json:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .. import outfile
 from ..output import DAMAGED, SOUND, plain, read, size
 from ..progress import no_progress_option, progress
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from ..page import Facts
     from ..progress import Advance
 
+ENDINGS = (".html", ".htm")
+LONGEST_STEM = 250
+
 BINS = 240
 """Stretches of positions in the page's heat maps."""
 
@@ -24,9 +28,10 @@ BINS = 240
 @click.command("report")
 @click.argument("path", type=click.Path(readable=False))
 @click.option("-o", "--output", metavar="FILE", help="Where to write the page; NAME.html here by default.")
+@outfile.overwrite_option
 @click.option("--no-verify", is_flag=True, help="Don't compare checksums.")
 @no_progress_option
-def command(path: str, output: str | None, no_verify: bool, no_progress: bool) -> None:
+def command(path: str, output: str | None, overwrite: bool, no_verify: bool, no_progress: bool) -> None:
     """Write a report on the cache at PATH as one HTML page.
 
     Geometry, state, the memory map of its file drawn to scale, charts of what int8 costs in every layer, what stands
@@ -41,29 +46,27 @@ def command(path: str, output: str | None, no_verify: bool, no_progress: bool) -
     """
     from .. import page
 
-    target = output or f"{os.path.splitext(os.path.basename(path.rstrip('/')))[0]}.html"
-    _check(path, target)
+    target = _page_of(path) if output is None else output
+    target = outfile.check(target, "--output", ENDINGS, path, overwrite=overwrite)
     with progress("comparing checksums", no_progress) as verifying, progress("reading", no_progress) as reading:
         facts = read(path, lambda cache: _look(cache, None if no_verify else verifying or _quiet, reading), "none")
-    written = page.build(facts)
-    _write(target, written)
-    click.echo(f"{plain(target)}: {size(len(written.encode()))}")
+    written = page.build(facts).encode()
+    outfile.write(target, written)
+    click.echo(f"{plain(target)}: {size(len(written))}")
     damaged = facts.verified is not None and not facts.verified.sound
     click.get_current_context().exit(DAMAGED if damaged else SOUND)
 
 
+def _page_of(path: str) -> str:
+    """Return the name of a cache's page: NAME.html, and not longer than a file's name may be."""
+    stem = os.path.splitext(os.path.basename(path.rstrip("/")))[0] or "report"
+    while len(os.fsencode(stem)) > LONGEST_STEM:
+        stem = stem[:-1]
+    return f"{stem}.html"
+
+
 def _quiet(done: int, total: int) -> None:
     """Show nothing."""
-
-
-def _check(path: str, target: str) -> None:
-    """Refuse to write where a page does not belong, before any work is done."""
-    if os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
-        raise click.UsageError(f"{plain(target)} is the cache itself: give another --output")
-    if os.path.isdir(target):
-        raise click.UsageError(f"{plain(target)} is a directory: give a file as --output")
-    if not os.path.isdir(os.path.dirname(target) or "."):
-        raise click.UsageError(f"{plain(os.path.dirname(target))}: there is no such directory")
 
 
 def _look(cache: QuantizedKvCache, verifying: Advance | None, reading: Advance | None) -> Facts:
@@ -81,16 +84,3 @@ def _look(cache: QuantizedKvCache, verifying: Advance | None, reading: Advance |
         version=f"{kvmmap.__version__}, {kvmmap.kernel()} kernel",
         made=datetime.now(UTC),
     )
-
-
-def _write(target: str, page: str) -> None:
-    """Put the page in its place, whole or not at all."""
-    beside = f"{target}.{os.getpid()}.tmp"
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.replace(beside, target)
-    except BaseException:
-        if os.path.exists(beside):
-            os.unlink(beside)
-        raise
