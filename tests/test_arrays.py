@@ -172,7 +172,7 @@ def as_f32(x: Any) -> np.ndarray:
     return widened(as_rows(x)[0])
 
 
-def test_every_kind_of_array_is_read_right_or_refused() -> None:
+def test_every_kind_of_array_is_read_correctly_or_refused() -> None:
     for name, (make, wanted) in kinds().items():
         array = make(X)
         if wanted is None:
@@ -183,7 +183,7 @@ def test_every_kind_of_array_is_read_right_or_refused() -> None:
             assert_array_equal(as_f32(array), wanted, err_msg=name)
 
 
-def test_every_method_takes_or_refuses_every_kind(tmp_path) -> None:
+def test_every_method_accepts_or_refuses_every_kind(tmp_path) -> None:
     """Nothing is stored where it is refused."""
 
     def layer() -> kvmmap.QuantizedKvLayer:

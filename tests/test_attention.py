@@ -87,7 +87,7 @@ def test_head_dims(kernel: str, dim: int, value_dim: int | None) -> None:
 )
 @pytest.mark.parametrize("n", [1, 7, 70])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_what_is_seen(kernel: str, n: int, more: dict[str, Any], threads: int) -> None:
+def test_masks_and_windows(kernel: str, n: int, more: dict[str, Any], threads: int) -> None:
     check(filled(300, 2, 16), rows(n, 6, 16, seed=9), threads=threads, **more)
 
 
@@ -200,7 +200,7 @@ class TestPositions:
         return mask
 
     @pytest.mark.parametrize("positions", [(100, 700), range(100, 700), slice(100, 700)])
-    def test_stretch(self, kernel: str, positions: Any) -> None:
+    def test_position_ranges(self, kernel: str, positions: Any) -> None:
         check(self.layer, self.queries, positions=positions, keep=self.keep((100, 700)))
 
     def test_open_slices(self) -> None:
@@ -224,12 +224,12 @@ class TestPositions:
             assert np.isneginf(lse).all()
 
     @pytest.mark.parametrize("positions", [(0, 1001), (-1, 5), (6, 5), [4], [-1], slice(0, 2000)])
-    def test_not_stored(self, positions: Any) -> None:
+    def test_positions_that_are_not_stored(self, positions: Any) -> None:
         with pytest.raises(kvmmap.PositionOutOfRangeError):
             self.layer.attend(self.queries, positions=positions)
 
     @pytest.mark.parametrize("positions", [(1, 2, 3), slice(0, 10, 2), [[0], [1], [2]], range(10, 0, -1)])
-    def test_not_a_selection(self, positions: Any) -> None:
+    def test_invalid_selections(self, positions: Any) -> None:
         with pytest.raises(kvmmap.ShapeMismatchError):
             self.layer.attend(self.queries, positions=positions)
 
@@ -282,14 +282,14 @@ def test_no_queries() -> None:
     ],
     ids=lambda value: str(sorted(value)) if isinstance(value, dict) else None,
 )
-def test_arguments_that_make_no_sense(more: dict[str, Any], error: type[Exception]) -> None:
+def test_invalid_arguments(more: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         filled(10).attend(rows(1, 2, 16), **more)
 
 
 class TestMerge:
     @pytest.mark.parametrize("cuts", [[500], [1, 2, 999], [64, 128], [0, 1000]])
-    def test_any_split_gives_the_whole(self, cuts: list[int]) -> None:
+    def test_merged_parts_equal_the_whole(self, cuts: list[int]) -> None:
         layer, queries = filled(1000), rows(3, 4, 16, seed=9)
         edges = [0, *cuts, 1000]
         parts = [layer.attend(queries, positions=(a, b), return_lse=True) for a, b in itertools.pairwise(edges)]
@@ -313,7 +313,7 @@ class TestMerge:
         assert np.abs(out - expected).max() <= TOLERANCE * np.abs(expected).max()
         np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
 
-    def test_parts_that_saw_nothing(self) -> None:
+    def test_parts_without_visible_positions(self) -> None:
         nothing = np.zeros((1, 2, 4), np.float32), np.full((1, 2), -np.inf, np.float32)
         something = rows(1, 2, 4), rows(1, 2)
         out, lse = merge_attention(*zip(nothing, something, nothing, strict=True))
@@ -339,7 +339,7 @@ class TestMerge:
         out, lse = merge_attention([outputs[0, :0]] * 2, [lses[0, :0]] * 2)
         assert (out.shape, lse.shape) == ((0, 2, 4), (0, 2))
 
-    def test_a_nan_is_not_lost(self) -> None:
+    def test_nan_is_propagated(self) -> None:
         parts = [rows(1, 2, 4), rows(1, 2, 4, seed=1)]
         for where in (0, 1):
             lses = [rows(1, 2), rows(1, 2, seed=1)]
@@ -348,7 +348,7 @@ class TestMerge:
             assert np.isfinite(out[0, 0]).all()
             assert np.isnan(out[0, 1]).all()
 
-    def test_what_does_not_fit(self) -> None:
+    def test_mismatched_shapes(self) -> None:
         out, lse = rows(1, 2, 4), rows(1, 2)
         for outputs, lses in (([], []), ([out], []), ([out, out[..., :3]], [lse, lse]), ([out], [lse[0]])):
             with pytest.raises(kvmmap.ShapeMismatchError):

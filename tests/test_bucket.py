@@ -1,4 +1,4 @@
-"""Caches in an object store: a real S3 server, its conditions, its refusals, and how much is asked of it."""
+"""Caches in an object store: a real S3 server, conditional puts, refusals, and the number of requests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_model_generates_into_a_bucket_and_from_it(url: str, s3: Server, monke
         assert generate(net, ids, cache, 20)[0].tolist() == expected.tolist()
 
 
-def test_flush_truncate_and_who_reads_meanwhile(url: str) -> None:
+def test_readers_beside_flush_and_truncate(url: str) -> None:
     with make_file(url, 600, metadata={"a": 1}) as cache:  # type: ignore[arg-type]
         cache.flush()
         with kvmmap.open(url) as reader:
@@ -100,7 +100,7 @@ def test_the_server_keeps_conditions(url: str) -> None:
     assert objects.get_tagged("x")[1] == newer
 
 
-def test_who_may_only_read(url: str, s3: Server) -> None:
+def test_read_only_credentials(url: str, s3: Server) -> None:
     make_file(url, 300).close()  # type: ignore[arg-type]
     options = s3.options(READER_KEYS)
     with kvmmap.open(url, storage_options=options) as cache:
@@ -113,7 +113,7 @@ def test_who_may_only_read(url: str, s3: Server) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_there(url: str, s3: Server) -> None:
+def test_missing_caches(url: str, s3: Server) -> None:
     with pytest.raises(kvmmap.CacheNotFoundError, match="no such object"):
         kvmmap.open(url)
     with pytest.raises(kvmmap.CacheNotFoundError, match="no such bucket"):
@@ -152,7 +152,7 @@ def test_plain_zarr_reads_it(url: str, s3: Server) -> None:
 
 
 class Proxy:
-    """Stands between us and the server: counts requests, and may answer some of them with an error."""
+    """A proxy before the server, which counts requests and answers some with an error."""
 
     def __init__(self, port: int) -> None:
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -232,7 +232,7 @@ def test_opening_and_the_first_read_are_few_round_trips(url: str, proxy: Proxied
         assert len(proxy.requests) == 1 + 4 + 1  # small shards come whole, together with the checksums
 
 
-def test_passing_errors_pass(url: str, proxy: Proxied) -> None:
+def test_transient_errors_are_retried(url: str, proxy: Proxied) -> None:
     make_file(url, 300).close()  # type: ignore[arg-type]
     with kvmmap.open(url, storage_options=proxy.options) as cache:
         proxy.fail = 3
@@ -240,7 +240,7 @@ def test_passing_errors_pass(url: str, proxy: Proxied) -> None:
     assert proxy.fail == 0
 
 
-def test_lasting_errors_are_told(url: str, proxy: Proxied) -> None:
+def test_persistent_errors_are_raised(url: str, proxy: Proxied) -> None:
     make_file(url, 300).close()  # type: ignore[arg-type]
     options = proxy.options | {"retry_config": {"max_retries": 1}}
     with kvmmap.open(url, storage_options=options) as cache:
@@ -251,7 +251,7 @@ def test_lasting_errors_are_told(url: str, proxy: Proxied) -> None:
         check_filled(cache, 300)
 
 
-def test_later_layers_come_while_earlier_ones_are_used(url: str) -> None:
+def test_later_layers_are_prefetched(url: str) -> None:
     make_file(url, 600, num_layers=2).close()  # type: ignore[arg-type]
     storage = ZarrReader.open(objects_at(url))
     with kvmmap.QuantizedKvCache.of_storage(storage) as cache:

@@ -1,4 +1,4 @@
-"""`kvmmap` at a shell: what it prints where, its exit codes, and that it never shows a traceback."""
+"""The `kvmmap` command: its output, its exit codes, and no tracebacks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def path(tmp_path: Path) -> Path:
 # inspect
 
 
-def test_inspect_shows_it_all(path: Path) -> None:
+def test_inspect_shows_every_fact(path: Path) -> None:
     result = run("inspect", path)
     assert (result.returncode, result.stderr) == (0, "")
     for words in (
@@ -77,7 +77,7 @@ def test_inspect_shows_it_all(path: Path) -> None:
     assert result.stdout.splitlines()[-1].split()[:4] == ["0-3", "2", "16", "int8-row"]
 
 
-def test_inspect_json_is_what_the_api_says(path: Path) -> None:
+def test_inspect_json_matches_the_api(path: Path) -> None:
     result = run("inspect", "--json", path)
     assert (result.returncode, result.stderr) == (0, "")
     with kvmmap.open(path) as cache:
@@ -158,7 +158,7 @@ def test_an_empty_cache(tmp_path: Path) -> None:
     assert run("verify", path).returncode == 0
 
 
-def test_what_a_file_says_can_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+def test_control_characters_in_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "evil.kvm"
     notes = {"[bold]k\x1b]0;x\x07": "\x1b[31m\x9b2J\u202e\n" + "long " * 1000, **{f"n{i}": i for i in range(50)}}
     model = kvmmap.ModelInfo(name="\x1b[2J")
@@ -314,7 +314,7 @@ def test_several_paths_and_patterns(folder: Path) -> None:
     assert found[0]["path"] == f"{folder}/a.kvm"
 
 
-def test_caches_among_many_that_can_not_be_read(folder: Path) -> None:
+def test_unreadable_caches_among_others(folder: Path) -> None:
     (folder / "a.kvm").write_bytes((folder / "b.kvm").read_bytes()[:-5000])
     result = run("inspect", folder)
     assert result.returncode == 1
@@ -326,7 +326,7 @@ def test_caches_among_many_that_can_not_be_read(folder: Path) -> None:
     assert run("inspect", folder).returncode == 2
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_paths(tmp_path: Path) -> None:
     expect_line(run("inspect", tmp_path), 2, "no caches", str(tmp_path))
     expect_line(run("inspect", tmp_path / "*.kvm"), 2, "no caches")
     expect_line(run("inspect", "--stats", tmp_path), 2, "--stats is for one cache")
@@ -336,7 +336,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def watch_lines(path: Path, *args: str) -> Iterator[str]:
-    """Yield what `inspect --watch` prints, and end it with Ctrl-C."""
+    """Yield the lines of `inspect --watch`, and end it with Ctrl-C."""
     command = [PROGRAM, "inspect", "--watch", "--interval", "0.05", *args, path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PLAIN) as process:
         assert process.stdout is not None
@@ -349,7 +349,7 @@ def watch_lines(path: Path, *args: str) -> Iterator[str]:
             assert process.stderr.read() == ""
 
 
-def test_watch_tells_what_changes(path: Path) -> None:
+def test_watch_prints_changes(path: Path) -> None:
     lines = watch_lines(path)
     assert next(lines) == "700 positions, 0.0 a second, closed\n"
     with kvmmap.open(path, "a") as cache:
@@ -396,7 +396,7 @@ def test_watch_in_a_terminal(path: Path) -> None:
 # verify
 
 
-def test_verify_of_a_sound_cache(path: Path) -> None:
+def test_verify_of_an_undamaged_cache(path: Path) -> None:
     result = run("verify", path)
     assert (result.returncode, result.stderr) == (0, "")
     assert f"{path}: sound\n" in result.stdout
@@ -405,7 +405,7 @@ def test_verify_of_a_sound_cache(path: Path) -> None:
     assert "not checked" not in result.stdout
 
 
-def test_verify_json_is_what_the_api_says(path: Path) -> None:
+def test_verify_json_matches_the_api(path: Path) -> None:
     flip(path, offset_of(path, 1, 600))
     result = run("verify", "--json", path)
     assert (result.returncode, result.stderr) == (1, "")
@@ -446,7 +446,7 @@ def test_verify_finds_damaged_token_ids(path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_damage_that_stops_it_from_opening(path: Path, command: str) -> None:
+def test_damage_that_prevents_opening(path: Path, command: str) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-5000])
     expect_line(run(command, path), 1, "cut off")
@@ -555,7 +555,7 @@ def long_output(tmp_path: Path) -> list[str]:
     return [str(PROGRAM), "inspect", "--json", str(path)]
 
 
-def test_a_reader_that_goes_away(long_output: list[str]) -> None:
+def test_a_closed_pipe(long_output: list[str]) -> None:
     with subprocess.Popen(long_output, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""`kvmmap export`, `import`, `copy` and `fetch` at a shell."""
+"""The commands `kvmmap export`, `import`, `copy` and `fetch`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "a.kvm"
 
 
-def test_there_and_back(source: Path, tmp_path: Path) -> None:
+def test_export_and_import(source: Path, tmp_path: Path) -> None:
     done = run("export", source, tmp_path / "b.zarr", "--compressor", "zstd")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"{tmp_path}/b.zarr: 600 positions, 56.2 KiB, verified\n"
@@ -42,7 +42,7 @@ def test_there_and_back(source: Path, tmp_path: Path) -> None:
     assert "zarr" in shown.stdout
 
 
-def test_what_goes_wrong_is_one_line(source: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(source: Path, tmp_path: Path) -> None:
     for arguments, code, what in (
         (("export", source, source), 2, "exists already"),
         (("export", tmp_path / "none.kvm", tmp_path / "b.zarr"), 2, "no such file"),
@@ -65,7 +65,7 @@ def test_what_goes_wrong_is_one_line(source: Path, tmp_path: Path) -> None:
     assert "layer 1 is damaged in positions [256, 512)" in done.stderr
 
 
-def test_a_bar_for_who_looks(source: Path, tmp_path: Path) -> None:
+def test_a_progress_bar_in_a_terminal(source: Path, tmp_path: Path) -> None:
     code, drawn = in_terminal("export", source, tmp_path / "b.zarr", patience=0)
     assert code == 0
     assert "copying" in drawn

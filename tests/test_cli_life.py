@@ -62,13 +62,13 @@ def say(answer: str, *args: object) -> tuple[int, str]:
 
 
 def now(path: Path, what: str) -> Any:
-    """Return what a property of the cache at a path is."""
+    """Return a property of the cache at a path."""
     with kvmmap.open(path) as cache:
         return getattr(cache, what)
 
 
 def done(*args: object) -> str:
-    """Run a command within this process, and return what it says."""
+    """Run a command within this process, and return its output."""
     result = click_run(*args)
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     return result.stdout
@@ -264,7 +264,7 @@ def test_tokens_as_text(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "args", [("truncate", "PATH", "5", "--yes"), ("resize", "PATH", "5000"), ("compact", "PATH")], ids=lambda x: x[0]
 )
-def test_a_cache_that_a_writer_holds_is_not_touched(path: Path, args: tuple[str, ...]) -> None:
+def test_a_cache_that_a_writer_holds_is_not_changed(path: Path, args: tuple[str, ...]) -> None:
     with kvmmap.open(path, "a") as cache:
         before = path.read_bytes()
         result = run(*(str(path) if arg == "PATH" else arg for arg in args))
@@ -304,7 +304,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.kvm"))
 
 
-def test_gc_removes_what_is_old(folder: Path) -> None:
+def test_gc_removes_old_caches(folder: Path) -> None:
     result = click_run("gc", folder, "--older-than", "60h", "--dry-run")
     assert result.exit_code == 0
     assert "would remove 3 caches and 1 left-over file" in result.stdout
@@ -324,7 +324,7 @@ def test_gc_keeps_within_a_size(folder: Path) -> None:
     assert result.stdout.startswith("nothing to remove: 2 caches, ")
 
 
-def test_gc_leaves_what_a_writer_holds(folder: Path) -> None:
+def test_gc_keeps_caches_that_a_writer_holds(folder: Path) -> None:
     with kvmmap.open(folder / "5.kvm", "a"), kvmmap.open(folder / "deep" / "3.kvm", "a"):
         assert click_run("gc", folder, "--max-bytes", "0", "--yes").exit_code == 0
         assert names(folder) == ["3.kvm", "5.kvm", "text.kvm"]
@@ -396,7 +396,7 @@ def test_completion_completes(path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="no bash here")
-def test_the_bash_script_is_sound(tmp_path: Path) -> None:
+def test_the_bash_script_is_valid(tmp_path: Path) -> None:
     script = tmp_path / "completion.bash"
     script.write_text(done("completion", "bash"))
     program = (
@@ -407,7 +407,7 @@ def test_the_bash_script_is_sound(tmp_path: Path) -> None:
     assert said.stdout.strip() == "verify"
 
 
-def test_progress_of_long_work_is_drawn(path: Path, tmp_path: Path) -> None:
+def test_progress_bars_of_long_commands(path: Path, tmp_path: Path) -> None:
     for args in (
         ("resize", path, 3000),
         ("compact", path),

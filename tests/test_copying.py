@@ -1,4 +1,4 @@
-"""Copies between storages: nothing lost on any way, nothing half there, and gone on with where they broke off."""
+"""Copies between storages: lossless, never half visible, and resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MODEL = kvmmap.ModelInfo(name="m", fingerprint="f", rope={"theta": 1e4})
 @pytest.mark.parametrize("target", ["kvm", "zarr", "memory"])
 @pytest.mark.parametrize("source", ["kvm", "zarr", "memory"])
 @pytest.mark.parametrize("length", [0, 256, 601])
-def test_every_way_is_lossless(tmp_path: Path, source: str, target: str, compressor: str | None, length: int) -> None:
+def test_every_copy_is_lossless(tmp_path: Path, source: str, target: str, compressor: str | None, length: int) -> None:
     if target == "kvm" and compressor:
         pytest.skip("files are not compressed")
     first, second = place(tmp_path, source), place(tmp_path, target)
@@ -75,7 +75,7 @@ def test_every_way_is_lossless(tmp_path: Path, source: str, target: str, compres
         check_filled(two, length + 10)
 
 
-def test_long_ones_go_in_steps(tmp_path: Path) -> None:
+def test_long_caches_are_copied_in_steps(tmp_path: Path) -> None:
     geometry = {"num_layers": 3, "capacity": 30_000, "num_kv_heads": [1, 2, 1], "head_dim": [8, 4, 16]}
     with kvmmap.create(tmp_path / "a.kvm", value_head_dim=[4, 4, 8], **geometry) as cache:  # type: ignore[arg-type]
         keys = [rows(20_000, layer.num_kv_heads, layer.head_dim) for layer in cache.layers]
@@ -107,7 +107,7 @@ def test_a_cache_in_memory_is_saved(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["kvm", "zarr"])
-def test_what_is_asked_for_must_be_there(tmp_path: Path, target: str) -> None:
+def test_requested_positions_must_exist(tmp_path: Path, target: str) -> None:
     make_file(tmp_path / "a.kvm", 300).close()
     second = tmp_path / f"b.{target}"
     for error, more in (
@@ -126,7 +126,7 @@ def test_what_is_asked_for_must_be_there(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["kvm", "zarr"])
-def test_what_is_there_stays(tmp_path: Path, target: str) -> None:
+def test_existing_targets_stay(tmp_path: Path, target: str) -> None:
     make_file(tmp_path / "a.kvm", 300).close()
     second = tmp_path / f"b.{target}"
     make_file(second, 5).close()
@@ -209,7 +209,7 @@ def make_long(path: Any, length: int = 30_000) -> None:
 @pytest.mark.parametrize("source", ["kvm", "zarr"])
 @pytest.mark.parametrize("target", ["kvm", "zarr"])
 @pytest.mark.parametrize("calls", [1, 2, 3, 5])
-def test_an_interrupted_copy_is_gone_on_with(
+def test_an_interrupted_copy_is_resumed(
     tmp_path: Path, source: str, target: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvmmap.storage.zarr.receiver.COMMIT_BYTES", 1)
@@ -241,7 +241,7 @@ def test_an_interrupted_copy_is_gone_on_with(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([first.name, second.name])
 
 
-def test_a_changed_source_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_copy_of_a_changed_source_is_not_resumed(tmp_path: Path) -> None:
     make_long(tmp_path / "a.kvm")
 
     def interrupt(done: int, total: int) -> None:
@@ -258,7 +258,7 @@ def test_a_changed_source_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["kvm", "zarr"])
-def test_a_killed_copy_is_gone_on_with(tmp_path: Path, target: str) -> None:
+def test_a_killed_copy_is_resumed(tmp_path: Path, target: str) -> None:
     first, second = tmp_path / "a.kvm", tmp_path / f"b.{target}"
     make_long(first)
     code = (
@@ -295,7 +295,7 @@ def counting_copy(monkeypatch: pytest.MonkeyPatch, source: Any, objects: Countin
 def test_a_store_that_dies_at_the_nth_operation_of_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, late: bool
 ) -> None:
-    """The target is not there or as of its last commit, whole as far as it goes; the same again finishes it."""
+    """The target does not exist or is at its last commit; running the copy again completes it."""
     first = tmp_path / "a.kvm"
     make_long(first, 17_000)
     before = first.read_bytes()
@@ -324,7 +324,7 @@ def test_a_store_that_dies_at_the_nth_operation_of_a_copy(
 
 
 def part_of(original: kvmmap.QuantizedKvCache, place: MemoryObjects) -> int | None:
-    """Return how far a copy has come that failed; it is sound so far. None if it is whole, and says so."""
+    """Return the length of a failed copy, which is undamaged; None if the copy is complete."""
     try:
         reader = ZarrReader.open(place)  # type: ignore[arg-type]
     except kvmmap.CacheNotFoundError:
@@ -348,7 +348,7 @@ def as_zarr(place: MemoryObjects) -> dict[str, Any]:
 def test_a_source_that_dies_at_the_nth_operation_of_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool
 ) -> None:
-    """There is no file, and the same again makes it."""
+    """There is no file, and running the copy again creates it."""
     make_long(tmp_path / "a.kvm", 17_000)
     place = new_place(far=far)
     counting_copy(monkeypatch, tmp_path / "a.kvm", CountingObjects(place))
@@ -369,7 +369,7 @@ def test_a_source_that_dies_at_the_nth_operation_of_a_copy(
 
 
 def test_a_copy_that_meets_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are written by other threads: what they fail with is told, and nothing is published."""
+    """Rows are written by other threads: their errors are raised, and nothing is published."""
     make_long(tmp_path / "a.kvm", 17_000)
     write = PosixFile.write
     count = itertools.count()
@@ -390,10 +390,8 @@ def test_a_copy_that_meets_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatc
         assert copy.verify().sound
 
 
-def test_a_write_that_goes_wrong_is_not_covered_by_a_checksum_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The copy has the source's checksums, and not those of what lies in the file."""
+def test_a_failed_write_does_not_get_a_new_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy has the source's checksums, not those of the bytes in the file."""
     make_long(tmp_path / "a.kvm", 9000)
     write = PosixFile.write
 
@@ -447,7 +445,7 @@ def test_export_fetch_and_fetch_again(tmp_path: Path, url: str) -> None:
 def test_a_server_that_is_killed_while_it_is_exported_to(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source is untouched, the target as of its last commit, and the same again finishes it."""
+    """The source is unchanged, the target is at its last commit, and running the copy again completes it."""
     monkeypatch.setattr("kvmmap.storage.zarr.receiver.COMMIT_BYTES", 1)
     first = tmp_path / "a.kvm"
     make_long(first)

@@ -1,4 +1,4 @@
-"""Power loss, killed and interrupted writers, in thousands of random histories; and proof that the suite would see.
+"""Power loss, killed and interrupted writers, in thousands of random histories; and mutations that must be detected.
 
 `make soak` runs more of the same: KVMMAP_HISTORIES sets how many.
 """
@@ -32,7 +32,7 @@ STEPS, IMAGES = 12, 20
 
 @pytest.fixture(autouse=True, scope="module")
 def small_heap() -> Iterator[None]:
-    """Every simulated death collects garbage: without this, of all that other tests have imported, torch among it."""
+    """Freeze the heap: every simulated death collects garbage, which takes long with torch imported."""
     gc.collect()
     gc.freeze()
     yield
@@ -41,7 +41,7 @@ def small_heap() -> Iterator[None]:
 
 @pytest.fixture
 def folder() -> Iterator[str]:
-    """Where the machines' files lie: in memory where that is to be had, they are many."""
+    """The folder for the machines' many files: in memory where possible."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         yield os.path.join(name, "machine")
 
@@ -55,7 +55,7 @@ def run(folder: str, seed: int, mutation: Mutation | None = None) -> History:
 
 
 @pytest.mark.parametrize("batch", range(HISTORIES // BATCH))
-def test_nothing_is_lost_and_nothing_wrong_served(folder: str, batch: int) -> None:
+def test_every_image_opens_to_a_committed_state(folder: str, batch: int) -> None:
     images = sum(run(folder, seed).images for seed in range(batch * BATCH, (batch + 1) * BATCH))
     print(f"{images} images")
     assert images >= BATCH * IMAGES * 0.9
@@ -76,7 +76,7 @@ SYNCS = {
 
 
 def one_slot(self: MappedWriter, slot: Slot) -> None:
-    """Write every commit over the last one."""
+    """Write every commit over the previous one."""
     which = self.snapshot.which
     self.slots.write(self.file, which, slot)
     self._sync()
@@ -85,7 +85,7 @@ def one_slot(self: MappedWriter, slot: Slot) -> None:
 
 
 def any_slot(data: bytes, superblock: Any) -> Slot | None:
-    """Believe a slot whatever its checksum."""
+    """Accept a slot whatever its checksum."""
     with mock.patch("kvmmap.format.slot.checksum", lambda body: int.from_bytes(data[len(body) :][:8], "little")):
         return DECODE(data, superblock)
 
@@ -97,7 +97,7 @@ def lower_without_telling(self: MappedWriter, length: int) -> None:
 
 
 def truncate_in_one_slot(self: MappedWriter, *arguments: Any, closed: bool, both: bool) -> None:
-    """Leave the other slot as it is, which promises rows that are about to be overwritten."""
+    """Leave the other slot unchanged, although it counts rows that are about to be overwritten."""
     COMMIT(self, *arguments, closed=closed, both=both and closed)
 
 
@@ -146,29 +146,29 @@ def caught(folder: str, name: str, mutation: Mutation | None = None, tries: int 
 
 
 @pytest.mark.parametrize("where", SYNCS, ids=SYNCS.get)
-def test_each_sync_is_missed(folder: str, where: tuple[str, str]) -> None:
+def test_each_sync_is_necessary(folder: str, where: tuple[str, str]) -> None:
     assert caught(folder, SYNCS[where], lambda kind, caller: (kind, caller) == where)
 
 
-def test_there_is_no_other_sync(folder: str) -> None:
+def test_there_are_no_other_syncs(folder: str) -> None:
     asked: set[tuple[str, str]] = set()
     for seed in range(40):
         asked |= run(folder, seed).machine.asked
     assert {place for place in asked if place[0].startswith("sync")} == set(SYNCS)
 
 
-def test_a_sketch_is_missed(folder: str) -> None:
+def test_writing_sketches_is_necessary(folder: str) -> None:
     assert caught(folder, "sketches", lambda kind, caller: (kind, caller) == ("write", "write_sketches"))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_each_safeguard_is_missed(folder: str, name: str) -> None:
+def test_each_safeguard_is_necessary(folder: str, name: str) -> None:
     with MUTATIONS[name]():
         assert caught(folder, name)
 
 
 def served_after_a_truncation(path: Path) -> int:
-    """Truncate, write over what was taken back, lose power, and lose the last commit record as well.
+    """Truncate, overwrite the truncated rows, lose power, and lose the last commit record as well.
 
     Random histories hardly ever come by this: rows have reached the disk, the word that acknowledges the truncation has
     not, and then a bit flips. Returns the length that is served.
@@ -196,10 +196,10 @@ def served_after_a_truncation(path: Path) -> int:
         return found.seq_len
 
 
-def test_a_truncation_is_in_both_records(path: Path) -> None:
+def test_a_truncation_writes_both_commit_slots(path: Path) -> None:
     assert served_after_a_truncation(path) == 100
 
 
-def test_a_truncation_in_one_record_is_missed(path: Path) -> None:
+def test_a_truncation_must_write_both_commit_slots(path: Path) -> None:
     with mock.patch.object(MappedWriter, "_commit", truncate_in_one_slot), pytest.raises(AssertionError):
         served_after_a_truncation(path)

@@ -1,4 +1,4 @@
-"""Flipped bits and cut-off files: each is told, or harmless by construction; never is a wrong value served as right.
+"""Flipped bits and truncated files: each is reported or harmless; no wrong value is ever returned.
 
 Three files are looked at: one that was closed; one whose writer has died, with positions that were published and not
 committed; and the same after the machine went down. Every byte of superblock, commit records, live record and
@@ -102,7 +102,7 @@ class Specimen:
 
     @contextlib.contextmanager
     def machine(self) -> Iterator[None]:
-        """The machine that it is looked at on."""
+        """The machine on which the file is opened."""
         if self.boot is None:
             yield
         else:
@@ -110,7 +110,7 @@ class Specimen:
                 yield
 
     def what(self, offset: int) -> str:
-        """Name what lies at an offset."""
+        """Return the name of the section at an offset."""
         return next((what for start, stop, what in self.places if start <= offset < stop), "nothing")
 
     def allowed(self, what: str) -> set[str]:
@@ -119,7 +119,7 @@ class Specimen:
 
 
 def make(folder: Path, name: str) -> Specimen:
-    """Make a file, and note what lies where."""
+    """Create a file, and record its section map."""
     path = folder / f"{name}.kvm"
     writer = MappedWriter.create(str(path), GEOMETRY, Document(None, {"note": "x" * 20}), metadata_room=100)
     cache = kvmmap.QuantizedKvCache.of_storage(writer)
@@ -157,7 +157,7 @@ def fill(cache: kvmmap.QuantizedKvCache, length: int) -> None:
 
 
 def layout(reader: kvmmap.QuantizedKvCache, specimen: Specimen) -> Iterator[tuple[int, int, str]]:
-    """Say what lies where."""
+    """Return the section map."""
     storage: Any = reader.storage
     superblock, slot = storage.superblock, storage.snapshot.slot
 
@@ -194,7 +194,7 @@ def layout(reader: kvmmap.QuantizedKvCache, specimen: Specimen) -> Iterator[tupl
 
 
 def look(cache: kvmmap.QuantizedKvCache, length: int | None = None) -> dict[str, Any]:
-    """Read everything: name -> value, or None where reading tells of damage."""
+    """Read everything: name -> value, or None where reading reports damage."""
     found: dict[str, Any] = {}
 
     def note(name: str, read: Callable[[], Any]) -> None:
@@ -225,7 +225,7 @@ def look(cache: kvmmap.QuantizedKvCache, length: int | None = None) -> dict[str,
 
 
 def examine(specimen: Specimen) -> str:
-    """Open a file that was changed, read everything, and say what has come of it."""
+    """Open a changed file, read everything, and return the outcome."""
     try:
         cache = kvmmap.open(specimen.path)
     except kvmmap.FormatError:
@@ -259,7 +259,7 @@ Change = tuple[int, int]
 
 
 def sweep(specimen: Specimen, changes: Iterable[Change], *, strict: bool = True) -> Counter[tuple[str, str]]:
-    """Make changes one at a time, and count what comes of them, by what lay there.
+    """Make changes one at a time, and count the outcomes by section.
 
     Raises:
         AssertionError: something came of one that may not (if `strict`).
@@ -281,7 +281,7 @@ def sweep(specimen: Specimen, changes: Iterable[Change], *, strict: bool = True)
 
 
 def every_byte(specimen: Specimen, *names: str) -> Iterator[Change]:
-    """Every bit of every byte of what bears these names, and the whole byte."""
+    """Every bit of every byte of the sections with these names, and the whole byte."""
     for start, stop, what in specimen.places:
         if what in names:
             for offset in range(start, stop):
@@ -348,7 +348,7 @@ def test_files_that_end_early(specimens: dict[str, Specimen], name: str) -> None
 
 
 def believed(body: memoryview) -> int:
-    """The checksum that stands behind what is to be hashed."""
+    """Return the stored checksum instead of computing one."""
     return int.from_bytes(bytes(memoryview(body.obj)[len(body) : len(body) + 8]), "little")
 
 
@@ -410,7 +410,7 @@ def metadata(reader: Any, slot: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_each_check_is_missed(specimens: dict[str, Specimen], name: str) -> None:
+def test_each_check_is_necessary(specimens: dict[str, Specimen], name: str) -> None:
     mutation, file, what = MUTATIONS[name]
     with mutation():
         changes = list(every_byte(specimens[file], what))

@@ -1,4 +1,4 @@
-"""The demo's small parts. The whole of it takes minutes and a model: `make demo` is its test."""
+"""Parts of the demo. `make demo` runs all of it, which takes minutes and a model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_texts_are_long_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("greedy", [[1, 2, 3], [1, 9, 3]])
-def test_tables_say_where_a_continuation_parts(greedy: list[int]) -> None:
+def test_tables_show_where_continuations_differ(greedy: list[int]) -> None:
     import tables
 
     guesses = {"perplexity": 2.0, "guesses": [1, 2], "greedy": greedy}

@@ -1,4 +1,4 @@
-"""The examples run as they are, on a random model and a byte tokenizer."""
+"""The examples run unchanged, on a random model and a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str, *arguments: object) -> str:
-    """What an example prints."""
+    """Return the output of an example."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / script, *map(str, arguments)],
         capture_output=True,
@@ -39,7 +39,7 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_conversation_is_gone_on_with_in_another_process(folder: Path, tmp_path: Path) -> None:
+def test_a_conversation_continues_in_another_process(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "chat.kvm"
     first = run("conversation.py", "Hello there", "--model", folder, "--file", file, "--tokens", 8)
     assert re.search(r"\[0 of \d+ tokens were there, 8 generated", first)
@@ -56,7 +56,7 @@ def test_a_conversation_is_gone_on_with_in_another_process(folder: Path, tmp_pat
         assert cache.verify().sound
 
 
-def test_a_document_is_prefilled_once_and_asked_by_many(folder: Path, tmp_path: Path) -> None:
+def test_many_processes_reuse_one_prefilled_document(folder: Path, tmp_path: Path) -> None:
     document = tmp_path / "text.txt"
     document.write_text("A cache is a place to hide things in. " * 20)
     questions = ["What is it?", "Where?", "Why?"]

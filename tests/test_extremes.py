@@ -1,4 +1,4 @@
-"""Large caches: offsets beyond 4 GiB everywhere, and a million positions. What is sparse costs no disk."""
+"""Large caches: offsets beyond 4 GiB everywhere, and a million positions. The files are sparse."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_rows_at_the_far_end(large: Path) -> None:
             cache.get_key(0, CAPACITY, 0)
 
 
-def test_the_far_end_of_a_cut_file_is_missed(large: Path) -> None:
+def test_a_truncated_file_is_detected_at_its_far_end(large: Path) -> None:
     with large.open("r+b") as file:
         file.truncate(large.stat().st_size - 4096)
     for mode in ("r", "a"):

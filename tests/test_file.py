@@ -243,7 +243,7 @@ def test_one_writer(any_path: Path) -> None:
         cache.push_step(rows(2, 2, 8), rows(2, 2, 8))
 
 
-def test_the_lock_goes_with_close_even_while_views_live(any_path: Path) -> None:
+def test_closing_releases_the_lock_while_views_exist(any_path: Path) -> None:
     cache = make_file(any_path, 3)
     view = cache.layers[0].key_codes
     kept = view.copy()
@@ -277,8 +277,8 @@ def test_a_forked_child_does_not_write(any_path: Path) -> None:
         check_filled(cache, 6)
 
 
-def test_a_forked_child_is_told_of_what_its_parent_takes_back(path: Path) -> None:
-    """It reads through the map alone: it has let go of the file, and with it of the lock."""
+def test_a_forked_child_detects_truncation_by_its_parent(path: Path) -> None:
+    """It reads through the map alone: it has closed the descriptor, and with it the lock."""
     code = (
         "import os, sys, kvmmap; from helpers.support import *\n"
         "cache = make_file(Path(sys.argv[1]), 300); end, begin = os.pipe()\n"
@@ -296,7 +296,7 @@ def test_a_forked_child_is_told_of_what_its_parent_takes_back(path: Path) -> Non
     run_python(code, path)
 
 
-def test_truncate_tells_readers(path: Path) -> None:
+def test_truncation_invalidates_readers(path: Path) -> None:
     with make_file(path, 300) as cache, kvmmap.open(path) as reader:
         layer = reader.layers[0]
         cache.truncate(200)
@@ -308,7 +308,7 @@ def test_truncate_tells_readers(path: Path) -> None:
         assert not reader.refresh()
 
 
-def test_metadata_that_was_written_over_is_not_called_damaged(path: Path) -> None:
+def test_overwritten_metadata_is_not_reported_as_damaged(path: Path) -> None:
     with make_file(path, 3) as cache, kvmmap.open(path) as reader:
         for number in range(2):
             cache.metadata = {"number": number}
@@ -384,7 +384,7 @@ def test_resize_and_compact(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_resize_does_not_bless_damage(path: Path) -> None:
+def test_resize_does_not_hide_damage(path: Path) -> None:
     make_file(path, 300).close()
     with kvmmap.open(path) as cache:
         offset = cache._storage.superblock.sections[18, 1].offset  # value codes of layer 1
@@ -401,7 +401,7 @@ def test_resize_does_not_bless_damage(path: Path) -> None:
         assert (damage.layer, damage.start, damage.stop) == (1, 0, 256)
 
 
-def test_a_damaged_tail_is_not_built_upon(path: Path) -> None:
+def test_a_damaged_tail_is_not_appended_to(path: Path) -> None:
     make_file(path, 300).close()
     with kvmmap.open(path) as cache:
         offset = cache._storage.superblock.sections[16, 0].offset + 290 * 16
@@ -414,7 +414,7 @@ def test_a_damaged_tail_is_not_built_upon(path: Path) -> None:
         assert cache.seq_len == 300
 
 
-def test_create_refuses_what_is_there(path: Path) -> None:
+def test_create_refuses_existing_files(path: Path) -> None:
     make_file(path, 5).close()
     with pytest.raises(kvmmap.CacheExistsError, match="exists already") as caught:
         make_file(path)
@@ -482,7 +482,7 @@ def test_an_unclosed_writer_is_warned_about(path: Path) -> None:
         check_filled(again, 3)
 
 
-def test_a_renamed_file_goes_on(path: Path) -> None:
+def test_a_renamed_file_remains_usable(path: Path) -> None:
     with make_file(path, 3) as cache:
         path.rename(path.with_name("moved.kvm"))
         fill(cache, 5)

@@ -1,4 +1,4 @@
-"""Forks: the same rows in a file of their own, made beside a writer, damage and all; and removing a file."""
+"""Forks: the same rows in a new file, created beside a writer, damage included; and removing a file."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("length", [None, 0, 1, 255, 256, 512, 513, 699, 700])
-def test_a_fork_begins_with_the_same_rows_and_goes_its_own_way(
-    source: Path, tmp_path: Path, length: int | None
-) -> None:
+def test_a_fork_has_the_same_prefix_and_is_independent(source: Path, tmp_path: Path, length: int | None) -> None:
     before = source.read_bytes()
     kept = 700 if length is None else length
     with kvmmap.fork(source, tmp_path / "fork.kvm", length=length) as fork:
@@ -74,7 +72,7 @@ def test_another_capacity_and_other_geometry(tmp_path: Path) -> None:
     assert not fork_path.exists()
 
 
-def test_what_lies_beyond_the_prefix_does_not_come_along(source: Path, tmp_path: Path) -> None:
+def test_rows_beyond_the_prefix_are_not_forked(source: Path, tmp_path: Path) -> None:
     with kvmmap.open(source) as cache:
         secret = cache.layers[0].key_codes[300].tobytes()
     kvmmap.fork(source, tmp_path / "fork.kvm", length=290).close()
@@ -95,13 +93,13 @@ def test_a_fork_beside_a_writer_has_what_is_published(tmp_path: Path) -> None:
         check_filled(writer, 660)
 
 
-def test_rows_taken_back_while_they_are_copied(source: Path, tmp_path: Path) -> None:
+def test_rows_truncated_while_they_are_copied(source: Path, tmp_path: Path) -> None:
     with kvmmap.open(source, "a") as writer, pytest.raises(kvmmap.CacheChangedError):
         kvmmap.fork(source, tmp_path / "fork.kvm", progress=lambda done, total: writer.truncate(10))
     assert [path.name for path in tmp_path.iterdir()] == ["source.kvm"]
 
 
-def test_damage_stays_damage(source: Path, tmp_path: Path) -> None:
+def test_damage_in_the_source_is_detected_in_the_fork(source: Path, tmp_path: Path) -> None:
     with kvmmap.open(source) as cache:
         needle = cache.layers[1].key_codes[100].tobytes()
     flip(source, needle)
@@ -114,7 +112,7 @@ def test_damage_stays_damage(source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fork.kvm", "source.kvm"]
 
 
-def test_damaged_token_ids_are_not_cut(source: Path, tmp_path: Path) -> None:
+def test_a_damaged_block_of_token_ids_is_not_forked(source: Path, tmp_path: Path) -> None:
     flip(source, np.arange(512, 600, dtype="<i4").tobytes())
     kvmmap.fork(source, tmp_path / "fork.kvm", length=512).close()
     with pytest.raises(kvmmap.CorruptCacheError, match="token ids"):

@@ -1,4 +1,4 @@
-"""The file as bytes: every record round-trips, and everything that can't be is refused before it is used."""
+"""The file as bytes: every record round-trips, and invalid ones are refused before they are used."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def plan(geometry: CacheGeometry = GEOMETRY) -> Superblock:
 
 
 def read(data: bytes, file_bytes: int) -> Superblock:
-    """Read a superblock as it is read from a file."""
+    """Read a superblock like a reader does."""
     return Superblock.decode(data[: Superblock.peek(data[: HEADER.size], "f")], "f", file_bytes)
 
 
 def resigned(data: bytearray) -> bytes:
-    """The superblock with its checksum made right again."""
+    """Return the superblock with its checksum recomputed."""
     return bytes(data[:-8]) + checksum(bytes(data[:-8])).to_bytes(8, "little")
 
 
@@ -68,7 +68,7 @@ def test_peek_refuses(start: bytes, error: type[Exception]) -> None:
         Superblock.peek(start[: HEADER.size], "f")
 
 
-def test_every_flipped_bit_of_the_superblock_is_seen() -> None:
+def test_every_flipped_bit_of_the_superblock_is_detected() -> None:
     superblock = plan()
     data = superblock.encode()
     for place in range(len(data)):
@@ -135,7 +135,7 @@ def test_slot_round_trip_and_flips() -> None:
             assert Slot.decode(bytes(damaged), superblock) is None
 
 
-def test_sealed_words_are_as_specified() -> None:
+def test_checked_words_are_as_specified() -> None:
     text = (Path(__file__).parent.parent / "docs/format.md").read_text()
     code = re.search(r"```python\n(def mix.*?)\n\nword = (.*?)\n```", text, re.DOTALL)
     assert code
@@ -160,7 +160,7 @@ def test_sealed_words_are_as_specified() -> None:
         assert int(eval(code[2], scope)) == _core.seal(value, index, salt)  # type: ignore[call-overload]
 
 
-def test_every_flipped_bit_of_a_sealed_word_is_seen() -> None:
+def test_every_flipped_bit_of_a_checked_word_is_detected() -> None:
     for value in (0, 1, 255, 256, 65535, 131072, 2**39):
         word = _core.seal(value, 12, 987654321)
         for bit in range(64):

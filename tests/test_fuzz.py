@@ -1,4 +1,4 @@
-"""Hostile files in short, and proof that the fuzzer would see a check left out. `make fuzz` is the long form."""
+"""A short fuzzing run, and checks that the fuzzer must miss if they are left out. `make fuzz` is the long form."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_hostile_tensors_are_refused_or_imported() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_fuzzer_sees_errors_of_the_library() -> None:
+def test_the_fuzzer_detects_errors_of_the_library() -> None:
     done = fuzz("--tensors", "--executions", 5_000, "--seed", 1, "--mutation", "tensor-errors-let-through")
     assert done.returncode == 1, f"{done.stdout}\nand nothing happened"
 
 
 @pytest.mark.parametrize("mutation", ["sections-unchecked", "lengths-unchecked", "depth-unchecked"])
-def test_the_fuzzer_sees(mutation: str) -> None:
+def test_the_fuzzer_detects_missing_checks(mutation: str) -> None:
     done = fuzz("--executions", 20_000, "--seed", 1, "--mutation", mutation)
     assert done.returncode == 1, f"{done.stdout}\nwith {mutation}, and nothing happened"
     assert "see it again with" in done.stderr

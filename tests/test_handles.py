@@ -1,4 +1,4 @@
-"""Several handles of one file in one process, views that outlive them, and what a fork does to all of it."""
+"""Several handles of one file in one process, views that outlive them, and forks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 def maps_of(path: Path) -> int:
-    """Count this process's maps of a file, under whatever name it has by now."""
+    """Count this process's maps of a file, whatever its current name."""
     return Path("/proc/self/maps").read_text().count(str(path))
 
 
@@ -102,7 +102,7 @@ def test_views_outlive_the_file_that_was_resized(path: Path) -> None:
 
 
 @linux
-def test_a_map_goes_with_its_last_view(path: Path) -> None:
+def test_a_map_is_released_with_its_last_view(path: Path) -> None:
     make_file(path, 300).close()
     for mode in ("r", "a"):
         with kvmmap.open(path, mode) as cache:  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_opening_leaves_nothing_behind(path: Path, cycles: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_of_a_reader_reads_on(any_path: Path) -> None:
+def test_a_child_of_a_reader_can_read(any_path: Path) -> None:
     code = (
         "import os, sys, kvmmap; from helpers.support import check_filled, fill\n"
         "reader = kvmmap.open(sys.argv[1]); check_filled(reader, 300)\n"
@@ -154,8 +154,8 @@ def test_a_child_of_a_reader_reads_on(any_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_that_lives_on_does_not_keep_the_lock(any_path: Path) -> None:
-    """The writer is killed, and what it had forked goes on living with what it inherited."""
+def test_a_surviving_child_does_not_hold_the_lock(any_path: Path) -> None:
+    """The writer is killed, and its forked child lives on with the inherited descriptors."""
     code = (
         "import os, sys, time, kvmmap; from helpers.support import fill\n"
         "cache = kvmmap.open(sys.argv[1], 'a'); fill(cache, 5); cache.flush()\n"

@@ -1,4 +1,4 @@
-"""Ctrl-C at every line that an append runs through: the step is in every layer, or in none, and the handle goes on."""
+"""Ctrl-C at every line of an append: the step is in every layer or in none, and the handle stays usable."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_readers_of_a_file_see_whole_steps(path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["flush", "truncate"])
 def test_at_every_line_of_a_commit(what: str) -> None:
-    """The handle goes on, and the file holds what it should."""
+    """The handle stays usable, and the file has the right content."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         commit_interrupted(Path(folder) / "cache.kvm", what)
 

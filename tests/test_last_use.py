@@ -104,7 +104,7 @@ def test_a_use_counts(path: Path, name: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="O_NOATIME is Linux's")
 @pytest.mark.parametrize("name", LOOKS)
-def test_looking_is_no_use(path: Path, name: str) -> None:
+def test_inspection_does_not_count_as_use(path: Path, name: str) -> None:
     result = LOOKS[name](path)
     assert getattr(result, "exit_code", 0) == 0
     assert days_unused(path) > 29

@@ -69,7 +69,7 @@ def test_extend_equals_pushes(make_cache: MakeCache, dtype: type) -> None:
     np.testing.assert_array_equal(one.layers[0].key_scales, scales)
 
 
-def test_extend_takes_the_layout_models_have(make_cache: MakeCache) -> None:
+def test_extend_accepts_the_layout_of_models(make_cache: MakeCache) -> None:
     """[heads, n, dim] transposed is a view with its last axis contiguous; other strides are copied."""
     layer = make_cache(1).layers[0]
     keys = rows(2, 100, 16)
@@ -80,8 +80,8 @@ def test_extend_takes_the_layout_models_have(make_cache: MakeCache) -> None:
     np.testing.assert_array_equal(layer.value_scales, scales)
 
 
-def test_stretches_join(make_cache: MakeCache) -> None:
-    """A file takes long input in stretches; nothing is lost or doubled where they meet."""
+def test_long_input_is_split_without_gaps(make_cache: MakeCache) -> None:
+    """A file takes long input in parts; nothing is lost or doubled at their boundaries."""
     keys = rows(3000, 4, 64)
     layer = make_cache(1, 3000, 4, 64).layers[0]
     layer.extend(keys[:1], keys[:1])
@@ -180,7 +180,7 @@ def test_extend_refuses_wrong_shapes(make_cache: MakeCache, keys: tuple[int, ...
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["keys", "values"])
-def test_non_finite_is_refused_by_name(make_cache: MakeCache, bad: float, where: str) -> None:
+def test_non_finite_numbers_are_refused_with_their_place(make_cache: MakeCache, bad: float, where: str) -> None:
     layer = make_cache(3, 2000).layers[2]
     good = rows(1500, 2, 16)
     layer.extend(good[:10], good[:10])
@@ -252,7 +252,7 @@ def test_impossible_geometry(numbers: tuple[int, int, int]) -> None:
         QuantizedKvLayer(*numbers)
 
 
-def test_quantized_rows_come_out_as_they_went_in(make_cache: MakeCache) -> None:
+def test_quantized_rows_are_read_unchanged(make_cache: MakeCache) -> None:
     with make_cache(2, 600) as cache:
         x = rows(2, 550, 2, 16)
         cache.extend(x, -x)

@@ -24,7 +24,7 @@ def test_kernels_agree(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_threads_do_not_race(tmp_path):
-    """Shared-out pieces, and attending beside appending."""
+    """Pieces shared between threads, and attention beside appends."""
     run = subprocess.run([NATIVE / "race.sh", tmp_path], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "pieces: 0 wrong" in run.stdout

@@ -1,4 +1,4 @@
-"""The documentation's pages are programs that run, and print what they say they print."""
+"""The code blocks of the documentation run, and print the output that the pages show."""
 
 from __future__ import annotations
 

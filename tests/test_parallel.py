@@ -38,7 +38,7 @@ def threads_of_process() -> int:
 
 @pytest.mark.parametrize("n", [1, 5, 40])
 def test_the_same_call_gives_the_same_bits(n: int) -> None:
-    """Whoever takes which piece, and when."""
+    """Whichever thread takes which piece, and when."""
     layer, _ = attend_by_three()
     queries = rows(n, 9, 64, seed=3)
     first = layer.attend(queries, threads=3)
@@ -55,7 +55,7 @@ def wait_for_threads(count: int, between: Callable[[], object] = lambda: time.sl
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_helpers_end_soon() -> None:
+def test_helpers_end_after_a_call() -> None:
     run_python(
         ALONE + "before = threads_of_process()\n"
         "layer, _ = attend_by_three()\n"
@@ -68,7 +68,7 @@ def test_helpers_end_soon() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_a_fork_finds_no_helpers_and_gets_its_own() -> None:
+def test_a_forked_child_starts_its_own_helpers() -> None:
     run_python(
         ALONE + "before = threads_of_process()\n"
         "for _ in range(20):\n"
@@ -85,8 +85,8 @@ def test_a_fork_finds_no_helpers_and_gets_its_own() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_beside_a_call_leaves_that_call_alone() -> None:
-    """Another thread is attending at that moment: its helpers are busy, and stay."""
+def test_a_fork_during_a_call_does_not_stop_its_helpers() -> None:
+    """Another thread computes attention at that moment: its helpers stay."""
     run_python(
         ALONE + "layer, out = attend_by_three()\n"
         "query, ended, wrong = rows(1, 9, 64, seed=2), threading.Event(), []\n"

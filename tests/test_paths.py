@@ -41,7 +41,7 @@ def test_every_way_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / f"new.{ending}").exists()
 
 
-def test_tensors_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_write_the_path_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     kvmmap.create("~/a.kvm", **SHAPE).close()
     kvmmap.export_tensors("~/a.kvm", "~/a.safetensors")

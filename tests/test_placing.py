@@ -1,4 +1,4 @@
-"""Where files come to stand: links keep naming what they name, and what the dead have left half made goes."""
+"""Creating and replacing files: links keep their targets, and temporary files of dead creators are removed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_other(link: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
-def test_what_a_link_names_is_replaced_and_not_the_link(link: Path, name: str) -> None:
+def test_the_target_of_a_link_is_replaced_not_the_link(link: Path, name: str) -> None:
     replace, length = REPLACEMENTS[name]
     replace(link)
     assert link.is_symlink()
@@ -50,7 +50,7 @@ def test_what_a_link_names_is_replaced_and_not_the_link(link: Path, name: str) -
     assert [entry.name for entry in link.resolve().parent.iterdir()] == ["cache.kvm"]
 
 
-def test_a_link_is_removed_and_not_what_it_names(link: Path) -> None:
+def test_a_link_is_removed_not_its_target(link: Path) -> None:
     target = link.resolve()
     kvmmap.remove(link)
     assert not link.is_symlink()
@@ -82,7 +82,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("how", ["create", "overwrite", "resize", "import"])
-def test_what_dead_makers_left_goes_with_the_next(tmp_path: Path, how: str) -> None:
+def test_temporary_files_of_dead_creators_are_removed(tmp_path: Path, how: str) -> None:
     path = tmp_path / "cache.kvm"
     if how in ("overwrite", "resize"):
         make_file(path, 5).close()
@@ -101,7 +101,7 @@ def test_what_dead_makers_left_goes_with_the_next(tmp_path: Path, how: str) -> N
     assert left & {*LEFT, *OTHERS} == {*OTHERS}
 
 
-def test_what_the_living_are_making_stays(tmp_path: Path) -> None:
+def test_temporary_files_of_live_creators_stay(tmp_path: Path) -> None:
     path = tmp_path / "cache.kvm"
     maker = PosixFile.create_beside(str(path))
     os.utime(maker.path, (time.time() - 10_000,) * 2)
@@ -113,8 +113,8 @@ def test_what_the_living_are_making_stays(tmp_path: Path) -> None:
     maker.discard()
 
 
-def test_a_killed_maker_leaves_a_file_that_goes(tmp_path: Path) -> None:
-    """Really killed, in the middle of it."""
+def test_the_temporary_file_of_a_killed_creator_is_removed(tmp_path: Path) -> None:
+    """The creator is killed with SIGKILL."""
     path = tmp_path / "cache.kvm"
     child = os.fork()
     if child == 0:

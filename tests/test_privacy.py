@@ -1,4 +1,4 @@
-"""Files are for their owner alone from their first moment on, temporary ones too, whatever the umask."""
+"""Files are private from their creation on, temporary ones too, whatever the umask."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PRIVACY = Path(__file__).parent / "privacy"
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that records what modes files are made with."""
+    """A library that records the modes of created files."""
     return build_shim(PRIVACY / "shim.c", tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.parametrize("umask", ["0", "022", "077"])
-def test_nobody_else_may_read_what_is_made(shim: Path, tmp_path: Path, umask: str) -> None:
+def test_created_files_are_private(shim: Path, tmp_path: Path, umask: str) -> None:
     folder, log = tmp_path / "caches", tmp_path / "log"
     folder.mkdir()
     done = subprocess.run(

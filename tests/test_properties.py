@@ -1,4 +1,4 @@
-"""Properties of caches over any shape and input: splits don't matter, and what is read is what the codec says."""
+"""Properties of caches over any shape and input: splits don't matter, and reads equal the codec's result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checksums at first touch: damage is told by whatever reads it first, and nothing is compared twice."""
+"""Verification on first read: the first read of a damaged block raises, and no block is hashed twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTH = 600
 
 
 def flip(path: Path, section: int, layer: int | None = None, at: int = 0) -> None:
-    """Flip a bit of a byte of a section of the file, behind everybody's back."""
+    """Flip a bit of a section of the file, without the handles' knowledge."""
     with kvmmap.open(path, verify="none") as cache:
         superblock = cache.storage.superblock  # type: ignore[attr-defined]
         offset = superblock.section(section, *([] if layer is None else [layer])).offset + at
@@ -61,7 +61,7 @@ OTHERS: dict[str, Callable[[kvmmap.QuantizedKvLayer], Any]] = {
 
 @pytest.mark.parametrize("mode", ["r", "a"])
 @pytest.mark.parametrize("kind", SLAB_SECTIONS, ids=lambda kind: Section(kind).name)
-def test_whatever_touches_a_damaged_block_is_told(path: Path, kind: int, mode: Any) -> None:
+def test_every_read_of_a_damaged_block_raises(path: Path, kind: int, mode: Any) -> None:
     make_file(path, LENGTH).close()
     row = {16: 16, 17: 8, 18: 16, 19: 8}[kind]
     flip(path, kind, 1, 400 * row + 5)
@@ -95,7 +95,7 @@ def test_a_tail_and_stored_checksums_count(path: Path, section: Section) -> None
 
 
 @pytest.mark.parametrize(("place", "start"), [(3, 0), (300, 256), (590, 512)])
-def test_token_ids_are_compared_too(path: Path, place: int, start: int) -> None:
+def test_token_ids_are_verified(path: Path, place: int, start: int) -> None:
     make_file(path, LENGTH).close()
     flip(path, Section.TOKEN_IDS, None, 4 * place)
     with kvmmap.open(path) as cache:
@@ -107,7 +107,7 @@ def test_token_ids_are_compared_too(path: Path, place: int, start: int) -> None:
         assert cache.token_ids[place] != place
 
 
-def test_what_was_proven_is_not_compared_again(path: Path) -> None:
+def test_verified_blocks_are_not_hashed_again(path: Path) -> None:
     make_file(path, LENGTH).close()
     with kvmmap.open(path) as cache:
         cache.layers[0].read_keys(256, 300)
@@ -120,7 +120,7 @@ def test_what_was_proven_is_not_compared_again(path: Path) -> None:
         cache.layers[0].get_key(300, 0)
 
 
-def test_a_tail_that_has_grown_is_compared_as_far_as_it_goes_now(path: Path) -> None:
+def test_a_grown_tail_is_verified_up_to_its_new_length(path: Path) -> None:
     with make_file(path, 300) as writer:
         writer.flush()
         with kvmmap.open(path) as reader:
@@ -134,7 +134,7 @@ def test_a_tail_that_has_grown_is_compared_as_far_as_it_goes_now(path: Path) -> 
                 reader.layers[0].read_keys()
 
 
-def test_a_truncation_makes_a_reader_look_anew(path: Path) -> None:
+def test_truncation_discards_verified_blocks_of_readers(path: Path) -> None:
     with make_file(path, LENGTH) as writer:
         writer.flush()
         with kvmmap.open(path) as reader:
@@ -150,8 +150,8 @@ def test_a_truncation_makes_a_reader_look_anew(path: Path) -> None:
                 reader.layers[1].get_key(3, 0)
 
 
-def test_blocks_that_were_written_over_are_changed_and_not_damaged(path: Path) -> None:
-    """A reader touches, for the first time, what its writer has taken back and written over meanwhile."""
+def test_overwritten_blocks_are_reported_as_changed_not_damaged(path: Path) -> None:
+    """A reader reads, for the first time, rows that its writer has truncated and overwritten."""
     with make_file(path, LENGTH) as writer:
         writer.flush()
         with kvmmap.open(path) as reader:
@@ -163,7 +163,7 @@ def test_blocks_that_were_written_over_are_changed_and_not_damaged(path: Path) -
                 _ = reader.token_ids
 
 
-def test_a_writer_does_not_compare_what_it_wrote_itself(path: Path) -> None:
+def test_a_writer_does_not_verify_its_own_rows(path: Path) -> None:
     with make_file(path, 300) as cache:
         cache.flush()
         flip(path, Section.KEY_CODES, 0, 3)
@@ -185,7 +185,7 @@ def test_a_writer_does_not_compare_what_it_wrote_itself(path: Path) -> None:
         check_filled(cache, LENGTH)
 
 
-def test_uncommitted_rows_have_nothing_to_compare_with(path: Path) -> None:
+def test_uncommitted_rows_have_no_checksum(path: Path) -> None:
     with make_file(path, 300) as writer:
         writer.flush()
         fill(writer, LENGTH)
@@ -195,7 +195,7 @@ def test_uncommitted_rows_have_nothing_to_compare_with(path: Path) -> None:
             reader.layers[1].read_keys()
 
 
-def test_a_cut_block_of_token_ids_is_compared_before_it_is_signed_again(path: Path) -> None:
+def test_a_cut_block_of_token_ids_is_verified_before_its_new_checksum(path: Path) -> None:
     make_file(path, LENGTH).close()
     flip(path, Section.TOKEN_IDS, None, 4 * 300)
     with kvmmap.open(path, "a") as cache:
@@ -208,7 +208,7 @@ def test_a_cut_block_of_token_ids_is_compared_before_it_is_signed_again(path: Pa
 
 
 @pytest.mark.parametrize("verify", ["open", "none"])
-def test_damage_is_served_where_nobody_wants_to_know(path: Path, verify: Any) -> None:
+def test_damage_is_not_detected_with_verify_none(path: Path, verify: Any) -> None:
     make_file(path, LENGTH).close()
     flip(path, Section.KEY_CODES, 0, 3)
     with kvmmap.open(path, verify=verify) as cache:
@@ -216,7 +216,7 @@ def test_damage_is_served_where_nobody_wants_to_know(path: Path, verify: Any) ->
 
 
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_all_is_compared_on_opening_what_went_down(path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+def test_verify_open_checks_all_after_a_machine_crash(path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     with make_file(path, LENGTH) as cache:
         cache.flush()
         monkeypatch.setattr(type(cache.storage), "_close_commit", lambda self: None)
@@ -232,13 +232,13 @@ def test_all_is_compared_on_opening_what_went_down(path: Path, monkeypatch: pyte
         assert cache.seq_len == LENGTH
 
 
-def test_there_are_three_ways(path: Path) -> None:
+def test_verify_accepts_three_values(path: Path) -> None:
     make_file(path, 3).close()
     with pytest.raises(kvmmap.KvmmapError, match='"read", "open" or "none"'):
         kvmmap.open(path, verify="always")  # type: ignore[arg-type]
 
 
-def test_bookkeeping_is_that_of_a_plain_list() -> None:
+def test_verified_blocks_match_a_plain_list() -> None:
     random = np.random.default_rng(0)
     size, capacity = 4, 50
     for _ in range(300):

@@ -37,7 +37,7 @@ def by_rewriting(source: Path, target: Path) -> None:
 
 
 def by_another_device(source: Path, target: Path) -> None:
-    """As mv and restoring a backup do: the bytes go elsewhere, and what comes back is a new inode."""
+    """Move a file through another device, as mv and backups do: the result is a new inode."""
     elsewhere = Path("/dev/shm") / f"{os.getpid()}.kvm"
     shutil.copy2(source, elsewhere)
     shutil.move(elsewhere, target)
@@ -73,13 +73,13 @@ def test_a_copy_is_the_last_commit(live: Path, how: str) -> None:
             check_filled(reader, 700)
 
 
-def test_gc_does_not_spare_a_copy(live: Path) -> None:
+def test_gc_removes_a_copy(live: Path) -> None:
     shutil.copyfile(live, live.with_name("copy.kvm"))
     assert click_run("gc", live.parent, "--max-bytes", "0", "--yes").exit_code == 0
     assert [path.name for path in live.parent.iterdir()] == [live.name]
 
 
-def test_a_copy_in_two_moments_serves_no_mixture(tmp_path: Path) -> None:
+def test_a_copy_of_two_moments_returns_no_mixed_rows(tmp_path: Path) -> None:
     """The head of the file before a truncation, its rows from after it."""
     path, copy = tmp_path / "cache.kvm", tmp_path / "copy.kvm"
     with make_file(path, COMMITTED) as cache:

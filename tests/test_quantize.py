@@ -122,7 +122,7 @@ def test_zeros(dtype):
     assert (scales == MIN_SCALE).all()
 
 
-def test_scale_is_at_least_its_least():
+def test_scale_has_a_lower_bound():
     x = np.full((1, 8), 100 * MIN_SCALE, np.float32)
     codes, scales = check(x)
     assert (codes == 100).all()

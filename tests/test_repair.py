@@ -1,4 +1,4 @@
-"""Saving what is sound of a damaged file: never a wrong row, neither more nor less than what holds."""
+"""Repair of a damaged file: all undamaged positions before the damage, and no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def new(tmp_path: Path) -> Path:
 
 
 def save(path: Path, new: Path, **more: Any) -> kvmmap.RepairReport:
-    """Repair, and see that the damaged file is as it was."""
+    """Repair, and assert that the damaged file is unchanged."""
     before = path.read_bytes()
     try:
         return kvmmap.repair(path, new, **more)
@@ -51,7 +51,7 @@ def make(path: Path, length: int = LENGTH) -> None:
 
 
 def check_new(new: Path, length: int, tokens: int | None = None) -> None:
-    """The new file holds the first `length` positions, just as they were, and goes on."""
+    """Assert that the new file holds the first `length` positions unchanged, and can be appended to."""
     with kvmmap.open(new) as cache:
         assert cache.verify().sound
         assert cache.token_len == (length if tokens is None else tokens)
@@ -65,7 +65,7 @@ def check_new(new: Path, length: int, tokens: int | None = None) -> None:
             check_filled(cache, length + 3)
 
 
-def test_a_sound_file_is_saved_whole(path: Path, new: Path) -> None:
+def test_an_undamaged_file_is_copied_completely(path: Path, new: Path) -> None:
     make(path)
     report = save(path, new)
     assert report.complete
@@ -80,7 +80,7 @@ def test_a_sound_file_is_saved_whole(path: Path, new: Path) -> None:
 
 @pytest.mark.parametrize(("position", "kept"), [(3, None), (256, 256), (511, 256), (512, 512), (599, 512)])
 @pytest.mark.parametrize("kind", [Section.KEY_CODES, Section.VALUE_SCALES])
-def test_positions_end_before_the_first_block_that_does_not_hold(
+def test_positions_end_before_the_first_damaged_block(
     path: Path, new: Path, kind: Section, position: int, kept: int | None
 ) -> None:
     make(path)
@@ -104,7 +104,7 @@ def test_damaged_checksums_cost_their_block(path: Path, new: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "kept"), [(0, 0), (300, 256), (550, 512)])
-def test_token_ids_end_where_they_do_not_hold_and_rows_go_on(path: Path, new: Path, place: int, kept: int) -> None:
+def test_damaged_token_ids_end_before_the_rows(path: Path, new: Path, place: int, kept: int) -> None:
     make(path)
     flip(path, Section.TOKEN_IDS, None, 4 * place)
     report = save(path, new)
@@ -126,7 +126,7 @@ def test_a_closed_file_has_two_commit_records(path: Path, new: Path, slot: Secti
 
 
 def die_uncommitted(path: Path, committed: int, flushed: int, published: int) -> None:
-    """Leave a file whose writer has died: committed, committed again, and appended to."""
+    """Create a file whose writer has died: committed, committed again, and appended to."""
     run_python(
         "import os, sys\n"
         "from helpers.support import *\n"
@@ -140,7 +140,7 @@ def die_uncommitted(path: Path, committed: int, flushed: int, published: int) ->
     )
 
 
-def test_what_was_published_comes_along(path: Path, new: Path) -> None:
+def test_published_rows_are_saved(path: Path, new: Path) -> None:
     die_uncommitted(path, 100, 300, 700)
     report = save(path, new)
     assert (report.stored, report.seq_len, report.unverified) == (700, 700, 400)
@@ -150,7 +150,7 @@ def test_what_was_published_comes_along(path: Path, new: Path) -> None:
         assert cache.verify().sound
 
 
-def test_what_was_published_stays_behind_when_the_machine_went_down(
+def test_published_rows_are_dropped_after_a_machine_crash(
     path: Path, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die_uncommitted(path, 100, 300, 700)
@@ -161,7 +161,7 @@ def test_what_was_published_stays_behind_when_the_machine_went_down(
 
 
 def test_blocks_of_a_lost_commit_are_found_by_their_checksums(path: Path, new: Path) -> None:
-    """The last commit record is damaged; the one before promises 100 positions, and two blocks more hold."""
+    """The last commit record is damaged; the previous one has 100 positions, and two more blocks match."""
     die_uncommitted(path, 100, 600, 600)
     with kvmmap.open(path) as cache:
         which = cache.storage.snapshot.which  # type: ignore[attr-defined]
@@ -176,7 +176,7 @@ def test_blocks_of_a_lost_commit_are_found_by_their_checksums(path: Path, new: P
             np.testing.assert_array_equal(cache.layers[1].value_codes, model.layers[1].value_codes)
 
 
-def test_a_lost_commit_brings_nothing_back_that_was_taken_back(path: Path, new: Path) -> None:
+def test_a_lost_commit_does_not_restore_truncated_rows(path: Path, new: Path) -> None:
     """Rows and checksums of what was truncated are still there, and match."""
     with make_file(path, LENGTH) as cache:
         cache.flush()
@@ -273,7 +273,7 @@ def test_zeros_for_token_ids(path: Path, new: Path) -> None:
         assert cache.token_ids.tolist() == [*range(256), *[-1] * 256, *range(512, LENGTH)]
 
 
-def test_zeros_for_token_ids_without_commit_records_are_told_as_such(path: Path, new: Path) -> None:
+def test_zeros_for_token_ids_without_commit_records_are_reported(path: Path, new: Path) -> None:
     make(path)
     for slot in (Section.SLOT_A, Section.SLOT_B):
         flip(path, slot, None, 30)
@@ -282,7 +282,7 @@ def test_zeros_for_token_ids_without_commit_records_are_told_as_such(path: Path,
     assert [(damage.layer, damage.start, damage.stop) for damage in report.zeroed] == [(None, 256, 512)]
 
 
-def test_other_blocks_than_the_named_ones_still_end_it(path: Path, new: Path) -> None:
+def test_a_damaged_block_that_is_not_named_ends_the_copy(path: Path, new: Path) -> None:
     make(path)
     flip(path, Section.KEY_CODES, 1, 300 * 16)
     flip(path, Section.KEY_CODES, 0, 300 * 16)
@@ -300,7 +300,7 @@ def test_without_a_superblock_nothing_can_be_done(path: Path, new: Path) -> None
     assert not new.exists()
 
 
-def test_what_is_in_the_way(path: Path, new: Path) -> None:
+def test_existing_targets_are_refused(path: Path, new: Path) -> None:
     make(path)
     new.write_bytes(b"mine")
     with pytest.raises(kvmmap.CacheExistsError):
@@ -317,7 +317,7 @@ def test_what_is_in_the_way(path: Path, new: Path) -> None:
         kvmmap.repair(path.with_name("none.zarr"), new)
 
 
-def test_at_the_shell(path: Path, new: Path) -> None:
+def test_the_command(path: Path, new: Path) -> None:
     make(path)
     flip(path, Section.KEY_CODES, 1, 300 * 16)
     done = run_cli("verify", path)

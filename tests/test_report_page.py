@@ -1,4 +1,4 @@
-"""`kvmmap report`: what the page says, and how it does in a real browser: light, dark, and on a phone."""
+"""`kvmmap report`: the page's content, and its layout in a real browser: light, dark, and on a phone."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_page_says_what_the_api_says(path: Path, page: Path) -> None:
         assert words in text, words
 
 
-def test_what_a_cache_says_of_itself_is_only_text(page: Path) -> None:
+def test_metadata_is_shown_as_text_only(page: Path) -> None:
     text = page.read_text()
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text

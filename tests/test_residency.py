@@ -1,4 +1,4 @@
-"""Residency: what is let go of leaves memory, what is asked for comes, and neither changes what is read."""
+"""Prefetching and releasing pages: memory use changes, and reads don't."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_releasing_spares_the_pages_of_neighbours(path: Path) -> None:
         assert resident(path) == full
 
 
-def test_asking_and_releasing_over_any_storage(make_cache: MakeCache) -> None:
+def test_prefetch_and_release_over_any_storage(make_cache: MakeCache) -> None:
     cache = make_cache(num_layers=2, capacity=600)
     keys = rows(2, 500, 2, 16)
     cache.extend(keys, -keys)
@@ -90,7 +90,7 @@ def test_asking_and_releasing_over_any_storage(make_cache: MakeCache) -> None:
 
 
 @linux
-def test_what_is_asked_for_comes_into_the_page_cache(path: Path) -> None:
+def test_prefetched_rows_are_in_the_page_cache(path: Path) -> None:
     filled(path, 20_000)
     with kvmmap.open(path) as cache:
         layer = cache.layers[1]

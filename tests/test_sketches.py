@@ -1,4 +1,4 @@
-"""Sketches: every kernel against the oracle, the bound is a bound, files keep them, blocks are chosen by them."""
+"""Sketches: every kernel against the oracle, bounds, their sections in files, and selection of blocks."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_every_storage_gives_the_same(make_cache: MakeCache) -> None:
         np.testing.assert_array_equal(stored(cache, layer), expected(cache.layers[layer]))
 
 
-def test_the_file_keeps_those_that_are_committed(path: Path) -> None:
+def test_the_file_stores_sketches_of_committed_blocks(path: Path) -> None:
     """The others are computed: once, by each handle, until they are committed."""
     cache = make_file(path, 700, capacity=1200)
     cache.flush()
@@ -149,7 +149,7 @@ def test_the_file_keeps_those_that_are_committed(path: Path) -> None:
     cache.close()
 
 
-def test_a_dead_writer_leaves_none_that_are_wrong(path: Path) -> None:
+def test_a_dead_writer_leaves_no_wrong_sketches(path: Path) -> None:
     """Nor does the next one, which commits what was published."""
     make_file(path, 10).close()
     code = (
@@ -268,7 +268,7 @@ def test_a_file_has_all_of_their_sections_or_none(path: Path) -> None:
         kvmmap.open(path)
 
 
-def test_what_is_written_with_unknown_sections_is_only_read(path: Path) -> None:
+def test_files_with_unknown_sections_are_read_only(path: Path) -> None:
     make_file(path, 300).close()
     data = bytearray(path.read_bytes())
     with kvmmap.open(path) as cache:
@@ -305,7 +305,7 @@ def pointed(layer_heads: int = 2, dim: int = 16) -> tuple[QuantizedKvLayer, np.n
     return layer, keys
 
 
-def test_blocks_that_hold_what_is_asked_for_are_chosen() -> None:
+def test_blocks_with_the_queried_keys_are_selected() -> None:
     layer, _ = pointed()
     query = np.zeros((4, 16), np.float32)
     query[:2, 1] = 8  # query heads 0 and 1 belong to KV head 0
@@ -327,7 +327,7 @@ def test_no_head_dominates_by_size() -> None:
     assert chosen == [1, 4, 6]  # and not 1, 2, which both of one head's bounds put before the other's
 
 
-def test_attention_over_what_was_chosen_is_nearly_all(make_cache: MakeCache) -> None:
+def test_attention_over_selected_blocks_covers_nearly_everything(make_cache: MakeCache) -> None:
     cache = make_cache(num_layers=1, capacity=2000)
     _, keys = pointed()
     values = rows(1600, 2, 16, seed=4)
@@ -353,7 +353,7 @@ def test_queries_of_any_dtype_and_strides(dtype: Any) -> None:
     np.testing.assert_array_equal(layer.select_blocks(query, 4, scale=0.25), expected)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     layer, _ = pointed()
     query = rows(4, 16)
     with pytest.raises(kvmmap.EmptyCacheError):
@@ -374,7 +374,7 @@ def test_what_is_refused() -> None:
         layer.select_blocks(rows(4, 16), 2, scale=float("inf"))
 
 
-def test_a_closed_cache_chooses_nothing(path: Path) -> None:
+def test_a_closed_cache_selects_nothing(path: Path) -> None:
     cache = make_file(path, 700)
     cache.close()
     with pytest.raises(kvmmap.ClosedError):

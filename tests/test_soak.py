@@ -1,4 +1,4 @@
-"""Writers killed at random moments, in short; and proof that the soak would see. `make soak` is the long form."""
+"""Writers killed at random moments, and mutations that must be detected. `make soak` is the long form."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def soak(folder: Path, kills: int, *more: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_nothing_is_lost_and_nothing_wrong_read(tmp_path: Path) -> None:
+def test_readers_get_every_published_row_unchanged(tmp_path: Path) -> None:
     done = soak(tmp_path, KILLS)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,7 +33,7 @@ def test_nothing_is_lost_and_nothing_wrong_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_soak_sees(tmp_path: Path, mutation: str) -> None:
+def test_the_soak_detects_missing_safeguards(tmp_path: Path, mutation: str) -> None:
     done = soak(tmp_path, 300, "--mutation", mutation)
     assert done.returncode == 1, f"{done.stdout}\nwith {mutation}, and nobody noticed"
     assert "Error" in done.stderr

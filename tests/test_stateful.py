@@ -1,4 +1,4 @@
-"""A cache against a plain model: any sequence of operations, with close and reopen, gives what lists would hold."""
+"""A cache against a plain model: any sequence of operations, with close and reopen, equals the same on lists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def numbers(seed: int, *shape: int) -> np.ndarray:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Keys, values and token ids as lists beside the real thing; a reader follows along."""
+    """Keys, values and token ids as lists beside a real cache, and a reader that refreshes."""
 
     in_memory = False
     suffix = ".kvm"

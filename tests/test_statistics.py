@@ -84,7 +84,7 @@ def test_statistics_are_those_of_the_whole_arrays(monkeypatch: pytest.MonkeyPatc
     assert json.loads(json.dumps(found.to_dict()))["keys"]["rows"] == 2 * 300 * 3
 
 
-def test_what_stands_out_is_named() -> None:
+def test_outliers_are_named() -> None:
     cache = kvmmap.QuantizedKvCache(3, 400, 2, 32)
     keys, values = rows(3, 300, 2, 32), rows(3, 300, 2, 32, seed=1)
     keys[1, :, 1, 7] *= 30
@@ -207,7 +207,7 @@ def test_unlike_shapes_are_not_compared() -> None:
         report.compare(a, kvmmap.QuantizedKvCache(2, 5, 2, 8))
 
 
-def test_rows_that_are_taken_back_are_noticed(tmp_path: Path) -> None:
+def test_truncated_rows_are_detected(tmp_path: Path) -> None:
     with make_file(tmp_path / "a.kvm", 600) as writer, kvmmap.open(tmp_path / "a.kvm") as reader:
         writer.truncate(10)
         for look in (

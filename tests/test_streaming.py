@@ -1,4 +1,4 @@
-"""Rows on their way from a group into a file, which are never in memory as a whole: sound, or not in the copy."""
+"""Streaming shards from a group into a file without buffering them: verified, or not in the copy."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_same(place: MemoryObjects, target: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_rows_go_by_without_a_stay(place: MemoryObjects, tmp_path: Path, verify: bool) -> None:
+def test_rows_are_streamed_without_buffering(place: MemoryObjects, tmp_path: Path, verify: bool) -> None:
     assert copy(place, tmp_path / "a.kvm", verify=verify)[1] == 0
     check_same(place, tmp_path / "a.kvm")
 
@@ -163,7 +163,7 @@ def test_checksums_that_are_gone(place: MemoryObjects, tmp_path: Path) -> None:
 
 
 class Interrupted:
-    """A place that loses the connection in the middle of one object."""
+    """A store that loses the connection in the middle of one object."""
 
     def __init__(self, inner: Any, number: int) -> None:
         self.inner = inner
@@ -182,7 +182,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("number", range(1, 25, 5))
-def test_what_fails_once_is_tried_again(place: MemoryObjects, tmp_path: Path, number: int) -> None:
+def test_a_single_failure_is_retried(place: MemoryObjects, tmp_path: Path, number: int) -> None:
     assert copy(Interrupted(place, number), tmp_path / "a.kvm")[1] == 1
     check_same(place, tmp_path / "a.kvm")
 
@@ -220,10 +220,10 @@ def test_a_full_disk(place: MemoryObjects, tmp_path: Path, monkeypatch: pytest.M
     check_same(place, tmp_path / "a.kvm")
 
 
-def test_a_write_that_goes_wrong_has_no_checksum_of_its_own(
+def test_a_failed_write_is_detected_by_the_source_checksum(
     place: MemoryObjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was received was sound; what lies in the file has the source's checksums, so reading tells."""
+    """The received rows were undamaged; the file has the source's checksums, so reads detect the failed write."""
     write = PosixFile.write
 
     def spoil(self: PosixFile, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
@@ -245,7 +245,7 @@ def test_a_write_that_goes_wrong_has_no_checksum_of_its_own(
 
 
 class SlowObjects:
-    """A place whose objects come in small pieces, slowly."""
+    """A store whose objects arrive in small pieces, slowly."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

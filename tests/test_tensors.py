@@ -24,7 +24,7 @@ ARRAYS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 @pytest.mark.parametrize("suffix", ["kvm", "zarr"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_library_reads_what_we_write(tmp_path: Path, suffix: str, dtype: Any) -> None:
+def test_the_library_reads_exported_files(tmp_path: Path, suffix: str, dtype: Any) -> None:
     make_file(tmp_path / f"a.{suffix}", 601).close()
     kvmmap.export_tensors(tmp_path / f"a.{suffix}", tmp_path / "b.safetensors", dtype=dtype)
     assert stat.S_IMODE((tmp_path / "b.safetensors").stat().st_mode) == 0o600
@@ -40,7 +40,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path, suffix: str, dtype: Any
 
 
 @pytest.mark.parametrize("suffix", ["kvm", "zarr"])
-def test_codes_and_scales_go_and_come_bit_by_bit(tmp_path: Path, suffix: str) -> None:
+def test_codes_and_scales_round_trip_exactly(tmp_path: Path, suffix: str) -> None:
     model = kvmmap.ModelInfo(name="m", rope={"theta": 5.0})
     with kvmmap.create(
         tmp_path / "a.kvm",
@@ -148,7 +148,7 @@ def test_numbers_that_cannot_be_stored_leave_nothing(tmp_path: Path, suffix: str
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_of_other_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(kvmmap.NotACacheError, match="not a safetensors file"):
         kvmmap.import_tensors(tmp_path / "a.safetensors", tmp_path / "b.kvm")
@@ -234,12 +234,12 @@ def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
         ("null", "makes no sense"),
     ],
 )
-def test_what_an_export_says_about_itself_is_checked(tmp_path: Path, text: str, match: str) -> None:
+def test_the_metadata_of_an_export_is_checked(tmp_path: Path, text: str, match: str) -> None:
     raw(tmp_path / "a.safetensors", PAIR, text)
     refused(tmp_path, kvmmap.FormatError, match)
 
 
-def test_an_export_of_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
+def test_an_export_of_a_later_version_is_refused(tmp_path: Path) -> None:
     raw(tmp_path / "a.safetensors", PAIR, '{"version":99,"capacity":9,"document":' + SOUND_DOCUMENT + "}")
     refused(tmp_path, kvmmap.VersionMismatchError, "version 99")
 

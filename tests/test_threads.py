@@ -1,4 +1,4 @@
-"""Threads that share one handle: reads beside push, truncate, refresh and close give right rows, or say so.
+"""Threads that share one handle: reads beside push, truncate, refresh and close return the right rows or raise.
 
 Every position of an epoch holds the epoch's number, so a read that mixes epochs shows. Which thread runs when is left
 to chance, with switches as often as they come; each test makes some thousand meetings.
@@ -121,8 +121,8 @@ def test_reads_beside_refreshes_of_the_same_handle(any_path: Path) -> None:
             assert beside.calls
 
 
-def test_a_read_under_way_is_told_of_a_truncation(make_cache: MakeCache) -> None:
-    """What chance rarely brings about: the read begins, all of it happens, the read ends."""
+def test_a_read_in_progress_detects_a_truncation(make_cache: MakeCache) -> None:
+    """Deterministic: the read begins, the truncation happens, the read ends."""
     cache = make_cache(LAYERS, LONG, HEADS, DIM)
     put_epoch(cache, 0)
     layer = cache.storage.layers[1]
@@ -134,7 +134,7 @@ def test_a_read_under_way_is_told_of_a_truncation(make_cache: MakeCache) -> None
     read_epochs(cache)
 
 
-def test_a_read_under_way_is_told_of_a_truncation_that_another_thread_has_seen_already(any_path: Path) -> None:
+def test_a_read_in_progress_detects_a_truncation_that_another_thread_has_seen(any_path: Path) -> None:
     with kvmmap.create(any_path, num_layers=LAYERS, capacity=LONG, num_kv_heads=HEADS, head_dim=DIM) as writer:
         put_epoch(writer, 0)
         writer.flush()
@@ -168,7 +168,7 @@ def test_appends_beside_reads(make_cache: MakeCache) -> None:
 
 
 def test_closing_beside_reads(make_cache: MakeCache) -> None:
-    """Who still reads is told, and views that were handed out keep their rows."""
+    """Reads in progress raise, and views keep their rows."""
     expected: np.ndarray | None = None
     for _ in range(15):
         cache = make_cache(LAYERS, LONG, HEADS, DIM)
@@ -207,7 +207,7 @@ def ways_to_read(cache: kvmmap.QuantizedKvCache) -> list[Callable[[], object]]:
 
 
 def ends_closed(cache: kvmmap.QuantizedKvCache, *reads: Callable[[], object]) -> None:
-    """Close while every one of `reads` goes on in a thread of its own; each must end in ClosedError."""
+    """Close while each of `reads` runs in its own thread; each must end in ClosedError."""
     ends: list[BaseException] = []
     ready = threading.Barrier(len(reads) + 1)
 
@@ -233,7 +233,7 @@ def ends_closed(cache: kvmmap.QuantizedKvCache, *reads: Callable[[], object]) ->
 
 
 def test_appends_beside_closing(make_cache: MakeCache) -> None:
-    """An append is whole or refused, and the file holds those that were not."""
+    """An append is complete or refused, and the file holds the complete ones."""
     for _ in range(15):
         cache = make_cache(LAYERS, LONG, HEADS, DIM)
         done = [0]
@@ -250,7 +250,7 @@ def test_appends_beside_closing(make_cache: MakeCache) -> None:
 
 
 def test_the_tail_that_a_reader_fetches_again_leaves_views_alone(tmp_path: Path) -> None:
-    """A block of a group that has grown is fetched anew; by then it may hold other rows."""
+    """A grown block of a group is fetched again; by then it may hold other rows."""
     path = tmp_path / "cache.zarr"
     with kvmmap.create(path, num_layers=LAYERS, capacity=LONG, num_kv_heads=HEADS, head_dim=DIM) as writer:
         fill(writer, 300)

@@ -83,7 +83,7 @@ def test_decoding_in_place_builds_no_keys_and_values(monkeypatch: pytest.MonkeyP
     assert tokens.shape == (1, 35)
 
 
-def test_latents_are_dequantised_in_place_of_attending_over_them() -> None:
+def test_latents_are_dequantised_for_attention() -> None:
     cache = KvmmapCache(model("deepseek_v3"))
     assert all(layer.kind.latent for layer in cache.layers)
     assert (cache.layers[0].own.head_dim, cache.layers[0].own.value_head_dim) == (24, 4)
@@ -322,7 +322,7 @@ def test_models_that_keep_something_else_are_refused_by_name(config: Any, messag
         KvmmapCache(config)
 
 
-def test_what_is_no_model_is_refused() -> None:
+def test_objects_that_are_not_models_are_refused() -> None:
     with pytest.raises(kvmmap.KvmmapError, match="not a str"):
         KvmmapCache("model")
 

@@ -71,7 +71,7 @@ def test_what_is_recorded(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_another_models_cache_is_refused_and_what_differs_is_said(
+def test_a_cache_of_another_model_is_refused_with_the_difference(
     path: Path, other: Any, differing: set[str], mode: Any
 ) -> None:
     saved(path, model("llama"))
@@ -250,7 +250,7 @@ def test_cropping_and_resetting(path: Path, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "kvmmap"])
-def test_a_pass_that_failed_half_way_leaves_no_trace(path: Path, attention: str) -> None:
+def test_a_failed_forward_pass_changes_nothing(path: Path, attention: str) -> None:
     net = model("llama", attention)
     ids = saved(path, net, 20)
     longer = torch.cat([ids, prompt(9, seed=1)], 1)
@@ -342,7 +342,7 @@ def test_a_group_is_generated_into_and_from_and_copied(tmp_path: Path, attention
 
 @pytest.mark.parametrize("kept", [30, 12, 0])
 @pytest.mark.parametrize("mode", ["r", "a", "memory"])
-def test_copies_hold_what_counts(path: Path, tmp_path: Path, mode: Any, kept: int) -> None:
+def test_copies_contain_the_current_state(path: Path, tmp_path: Path, mode: Any, kept: int) -> None:
     net = model("llama", "kvmmap")
     ids = saved(path, net)
     if mode == "memory":
@@ -391,7 +391,7 @@ with KvmmapCache.open(path, net) as cache:
 """
 
 
-def test_several_processes_go_on_from_one_file(path: Path) -> None:
+def test_several_processes_continue_from_one_file(path: Path) -> None:
     net = model("llama", "kvmmap")
     ids = saved(path, net)
     before = digest(path)

@@ -1,4 +1,4 @@
-"""Zarr-backed caches: what other programs read of them, stores that fail, damage, locks, and what comes from memory."""
+"""Zarr-backed caches: other programs that read them, failing stores, damage, locks, and memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_tensorstore_reads_it(group: Path, compressor: str | None) -> None:
                 np.testing.assert_array_equal(array[:601].read().result(), getattr(layer, name))
 
 
-def test_what_plain_zarr_stores_again_is_the_same_cache(group: Path, tmp_path: Path) -> None:
+def test_a_group_rewritten_by_zarr_is_the_same_cache(group: Path, tmp_path: Path) -> None:
     """Another program may copy a group array by array, with shards of its own order, and keep the attributes."""
     make_file(group, 601).close()
     source, target = zarr.open_group(group, mode="r"), zarr.open_group(tmp_path / "copy.zarr", mode="w")
@@ -115,7 +115,7 @@ def test_zarr_is_loaded_when_it_is_needed(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("library", "url", "extra"), [("zarr", "x.zarr", "zarr"), ("obstore", "s3://bucket/x", "s3")])
-def test_what_is_missing_is_named(tmp_path: Path, library: str, url: str, extra: str) -> None:
+def test_missing_libraries_are_named(tmp_path: Path, library: str, url: str, extra: str) -> None:
     code = (
         "import sys, kvmmap; sys.modules[sys.argv[1]] = None\n"
         "try: kvmmap.create(sys.argv[2], num_layers=1, capacity=1, num_kv_heads=1, head_dim=1)\n"
@@ -165,7 +165,7 @@ def test_urls(group: Path) -> None:
         )
 
 
-def test_what_is_there_is_not_overwritten(group: Path) -> None:
+def test_existing_groups_are_not_overwritten(group: Path) -> None:
     with pytest.raises(kvmmap.CacheNotFoundError):
         kvmmap.open(group)
     with pytest.raises(kvmmap.CacheNotFoundError):
@@ -205,7 +205,7 @@ def test_overwrite(group: Path) -> None:
 # Commits
 
 
-def test_others_see_what_is_flushed(group: Path) -> None:
+def test_readers_see_flushed_positions(group: Path) -> None:
     with make_file(group, 300) as cache, kvmmap.open(group) as reader:
         assert reader.seq_len == 0
         cache.flush()
@@ -261,7 +261,7 @@ def test_layers_that_run_ahead(group: Path) -> None:
 
 
 def test_an_append_that_fails_leaves_nothing() -> None:
-    """Shards go out while an append is under way; when a later layer refuses its rows they count for nothing."""
+    """Shards are written during an append; if a later layer refuses its rows, they are not committed."""
     objects = new_place()
     with make_group(objects) as cache:
         fill(cache, 100)
@@ -367,7 +367,7 @@ LIFE = operations_of_a_life(new_place())
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("number", range(1, LIFE + 1))
 def test_a_store_that_dies_at_the_nth_operation(number: int, late: bool) -> None:
-    """From some operation on there is no store. What is left is the last commit, or nothing; one can go on with it."""
+    """From some operation on the store fails. The last commit remains, or nothing, and can be continued."""
     place, model = new_place(), Model()
     objects = CountingObjects(place, lambda count: count >= number, late)
     try:
@@ -395,7 +395,7 @@ def test_a_store_that_dies_at_the_nth_operation(number: int, late: bool) -> None
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("number", range(1, LIFE + 1))
 def test_a_store_that_fails_once(number: int, late: bool) -> None:
-    """One operation fails: the call that it belongs to says so, and doing it again makes up for it."""
+    """One operation fails: its call raises, and repeating the call succeeds."""
     place, model = new_place(), Model()
     objects = CountingObjects(place, lambda count: count == number, late)
     try:
@@ -436,7 +436,7 @@ def damaged(group: Path, pattern: str) -> list[Path]:
 
 @pytest.mark.parametrize("compressor", [None, "zstd"])
 @pytest.mark.parametrize("array", ARRAYS)
-def test_a_flipped_bit_is_named_and_not_served(group: Path, array: str, compressor: str | None) -> None:
+def test_a_flipped_bit_is_detected_and_located(group: Path, array: str, compressor: str | None) -> None:
     make_file(group, 600, compressor=compressor).close()
     (path,) = damaged(group, f"layers/1/{array}/c/**/*")
     data = bytearray(path.read_bytes())
@@ -528,7 +528,7 @@ def test_a_hostile_root_is_refused(group: Path, name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("version", 2), ("codec", "int4"), ("transform", "hadamard"), ("compressor", "lz4")]
 )
-def test_what_a_later_version_makes_is_refused_by_name(group: Path, name: str, value: Any) -> None:
+def test_groups_of_later_versions_are_refused(group: Path, name: str, value: Any) -> None:
     from kvmmap.storage.zarr.root import _digest
 
     make_file(group, 300).close()
@@ -546,7 +546,7 @@ def test_what_a_later_version_makes_is_refused_by_name(group: Path, name: str, v
 # Locks
 
 
-def test_a_writer_that_was_killed_is_no_obstacle(group: Path) -> None:
+def test_a_killed_writer_does_not_block_the_next(group: Path) -> None:
     make_file(group, 10).close()
     code = (
         "import os, sys, kvmmap; from helpers.support import fill\n"
@@ -604,7 +604,7 @@ def test_object_locks() -> None:
         pass
 
 
-def test_a_writer_whose_lock_was_broken_finds_out() -> None:
+def test_a_writer_detects_that_its_lock_was_broken() -> None:
     place = new_place()
     first = make_group(place)
     fill(first, 5)
@@ -620,7 +620,7 @@ def test_a_writer_whose_lock_was_broken_finds_out() -> None:
     check_filled(reopen(place), 7)
 
 
-def test_a_server_without_conditions_is_told_from_one_that_has_them() -> None:
+def test_a_server_without_conditional_puts_is_detected() -> None:
     class Careless(CountingObjects):
         def put_if(self, key: str, data: bytes, tag: str | None) -> str:
             self.inner.put(key, [data])
@@ -658,8 +658,8 @@ def test_fetched_rows_are_bounded(group: Path) -> None:
 
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("lengths", [(300, 511, 700), (256, 512, 1100), (700, 701, 1200)])
-def test_a_reader_sees_what_it_has_grow(far: bool, lengths: tuple[int, ...]) -> None:
-    """What came whole, as it is kept from an object store, is no room to read more into."""
+def test_a_reader_sees_growing_rows(far: bool, lengths: tuple[int, ...]) -> None:
+    """A shard that was fetched whole has no room for further rows."""
     place = new_place(far=far)
     with make_group(place, shard_blocks=2) as cache, reopen(place) as reader:
         views = []
@@ -678,8 +678,8 @@ def test_a_reader_sees_what_it_has_grow(far: bool, lengths: tuple[int, ...]) -> 
         assert reader.verify().sound
 
 
-def test_rows_of_the_caller_are_his_own_again_after_a_commit() -> None:
-    """A copy hands over rows where they lie; what is appended to them, and what he does with them then, are apart."""
+def test_borrowed_rows_are_released_by_a_commit() -> None:
+    """A copy borrows the caller's rows until the commit; later appends and changes by the caller are independent."""
     place = new_place()
     own = kvmmap.QuantizedKvCache(2, 2048, 2, 8)
     fill(own, 1000)
@@ -706,7 +706,7 @@ def test_rows_of_the_caller_are_his_own_again_after_a_commit() -> None:
 
 
 def test_a_part_reads_a_part(group: Path) -> None:
-    """One position costs its block, and not the layer."""
+    """Reading one position fetches its block, not the layer."""
     with make_group(FolderObjects(str(group)), shard_blocks=4) as cache:
         fill(cache, 1200)
     objects = CountingObjects(FolderObjects(str(group)))

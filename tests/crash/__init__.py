@@ -1,1 +1,1 @@
-"""A simulated disk that loses power, and a machine that restarts on what is left of it."""
+"""A simulated disk that loses power, and a machine that restarts on the remaining state."""

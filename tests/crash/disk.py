@@ -24,7 +24,7 @@ class Inode:
     writes: list[tuple[int, bytes]] = field(default_factory=list)  # pending (offset, data)
 
     def settle(self) -> None:
-        """Everything pending is on the disk."""
+        """Make everything pending durable."""
         for size in self.sizes:
             self.durable = resized(self.durable, size)
         for offset, data in self.writes:
@@ -33,7 +33,7 @@ class Inode:
         self.writes.clear()
 
     def after_power_loss(self, random: Random) -> bytearray:
-        """One of the contents that a power loss may leave."""
+        """Return one of the contents that a power loss may leave."""
         content = bytearray(self.durable)
         if self.sizes and random.random() < 0.8:
             content = resized(content, random.choice(self.sizes))
@@ -104,7 +104,7 @@ class Disk:
         return {name: contents[inode] for name, inode in names.items()}
 
     def restart(self, folder: str, image: dict[str, bytearray]) -> None:
-        """Go on from an image: it is written to the folder, and is all that is durable."""
+        """Continue from an image: write it to the folder, as the only durable state."""
         for name in os.listdir(folder):
             os.unlink(os.path.join(folder, name))
         self.__init__()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Random histories of a cache on a machine that loses power, whose writers die, and what must hold at any moment.
+"""Random histories of a cache on a machine that loses power, whose writers die, and the states allowed at any moment.
 
 What a position holds is derived from a *tag*, given when it was appended, so that a row from before a truncation
 is told from its successor. A model (lists of tags) says what was promised:
@@ -37,7 +37,7 @@ GEOMETRIES = (
 
 
 class PromiseError(AssertionError):
-    """A promise was broken."""
+    """A guarantee was broken."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class History:
         return self._step(random.choice(steps))
 
     def _step(self, step: Any) -> None:
-        """Do a step; it may be cut off by the process's death or an interruption, and power lost in its middle."""
+        """Do a step; the process may die or be interrupted, or power may be lost, in its middle."""
         random, machine = self.random, self.machine
         before = self.now
         machine.new_process()
@@ -338,7 +338,7 @@ class History:
     # Looking
 
     def look_at_image(self, image: dict[str, bytearray]) -> None:
-        """Open what a power loss may leave now, beside the real thing."""
+        """Open an image that a power loss now may leave, beside the real file."""
         self.images += 1
         self.past = list(dict.fromkeys([*self.past, *[state for state in self.may if state is not None]]))
         boot, self.machine.boot = self.machine.boot, -self.images
@@ -416,7 +416,7 @@ class History:
     # A reader that stays open
 
     def follow(self) -> None:
-        """A reader is opened, or looks again."""
+        """Open a reader, or refresh it."""
         if not os.path.exists(self.path):
             return
         try:
@@ -430,7 +430,7 @@ class History:
         self.reader_state = self.check(self.reader, [self.now, *self._partly(self.now)], "a reader")
 
     def check_reader(self) -> None:
-        """It sees what it saw, or is told otherwise."""
+        """Assert that it sees its snapshot, or gets CacheChangedError."""
         if self.reader is None or self.reader_state is None:
             return
         if not self._same(self.reader, self.reader_state):

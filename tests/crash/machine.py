@@ -23,7 +23,7 @@ Mutation = Callable[[str, str], bool]
 
 
 class Killed(BaseException):
-    """The process is gone. Whatever it still tries fails likewise."""
+    """The process is dead; further operations raise the same."""
 
 
 class Machine:

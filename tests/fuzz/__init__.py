@@ -1,1 +1,1 @@
-"""Hostile files, made by the structure of sound ones with checksums made right again: `python -m fuzz.run`."""
+"""Hostile files: valid ones with changed fields and recomputed checksums. `python -m fuzz.run`."""

@@ -1,4 +1,4 @@
-"""What is done with a hostile file: all that a user would, and nothing but errors of kvmmap's own may come of it."""
+"""Use a hostile file in every way that a user would; only errors of kvmmap may result."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 
 def execute(path: str, *, shell: bool = False, copies: bool = False) -> str:
-    """Do everything with a file; return what came of it, in words without numbers: the same for the same way through.
+    """Use a file in every way; return the outcome in words without numbers, equal for equal code paths.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Hostile Zarr groups: the root's facts changed with its checksum made right again, and any other object damaged.
+"""Hostile Zarr groups: a root with changed facts and a recomputed checksum, and any other object damaged.
 
 What lies here makes them; what is done with them is in `execute`, as for files.
 """

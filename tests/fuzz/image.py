@@ -1,4 +1,4 @@
-"""A hostile file from a recipe: a sound file, some of whose fields are changed, and every checksum made right again.
+"""Build a hostile file from a recipe: a valid file with changed fields and every checksum recomputed.
 
 A recipe is plain JSON, so that a corpus of them is small and says what it is about.
 """

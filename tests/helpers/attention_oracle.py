@@ -1,4 +1,4 @@
-"""Attention in plain numpy, f64 throughout, over dequantised rows: what every kernel is held to. Slow and plain."""
+"""Attention in plain numpy, f64 throughout, over dequantised rows: the reference for every kernel."""
 
 from __future__ import annotations
 

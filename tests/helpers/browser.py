@@ -38,7 +38,7 @@ PATIENCE = 60.0
 
 
 class Browser:
-    """One Chromium with one tab. `requests` and `complaints` list what pages asked for and complained of."""
+    """One Chromium with one tab. `requests` and `complaints` list the URLs that pages requested, and their errors."""
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
@@ -109,7 +109,7 @@ class Browser:
             self._note(self._receive())
 
     def ask(self, script: str) -> Any:
-        """Return what an expression is worth in the page."""
+        """Return the value of an expression in the page."""
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")

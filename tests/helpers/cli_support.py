@@ -99,7 +99,7 @@ def offset_of(path: Path, layer: int, position: int) -> int:
 
 
 def told(*args: object) -> dict[str, Any]:
-    """Return what a command prints as JSON."""
+    """Return the JSON that a command prints."""
     result = run(*args, "--json")
     assert result.stderr == ""
     found: dict[str, Any] = json.loads(result.stdout)

@@ -45,7 +45,7 @@ def make(path: Path) -> kvmmap.QuantizedKvCache:
 
 
 def append_on_a_full_disk(path: Path, ballast: Path, append: Callable[[kvmmap.QuantizedKvCache], None]) -> None:
-    """Append until nothing goes; everything before is there, and once there is room again, so is what comes after."""
+    """Append until the disk is full: earlier rows remain, and once there is space again, appending works."""
     with make(path) as cache, kvmmap.open(path) as reader:
         fill(cache, 300)
         cache.flush()
@@ -144,7 +144,7 @@ def check_filled_until(cache: kvmmap.QuantizedKvCache, length: int) -> None:
 
 
 def fill_up(path: Path) -> None:
-    """Leave not a page free."""
+    """Use every free page."""
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))

@@ -1,4 +1,4 @@
-"""Places for objects that tests put in a real one's place: far ones, and such that count what is asked, and fail."""
+"""Object stores for tests: remote ones, and ones that count requests and fail."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _numbers = itertools.count()
 
 
 class FarObjects(MemoryObjects):
-    """A place in memory that is treated as an object store is."""
+    """Objects in memory that are treated like a remote store."""
 
     remote = True
 
 
 def new_place(*, far: bool = False) -> MemoryObjects:
-    """A place in memory that nobody else uses."""
+    """Return a new, empty store in memory."""
     return (FarObjects if far else MemoryObjects)(f"memory://test-{next(_numbers)}")
 
 
 class CountingObjects:
-    """A place whose operations are counted, and may fail: before they are done, or after (a lost answer)."""
+    """A store whose operations are counted, and may fail: before they are done, or after (a lost response)."""
 
     OPERATIONS = ("get", "get_tagged", "get_suffix", "read_into", "pieces", "put", "put_if", "delete", "settle")
 

@@ -1,4 +1,4 @@
-"""The row codec in plain numpy, IEEE f32 throughout: what every kernel is held to. Slow and plain."""
+"""The row codec in plain numpy, IEEE f32 throughout: the reference for every kernel."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def blocks(page: Path) -> list[Block]:
 
 @dataclass
 class Session:
-    """One reader who types a page's blocks, in one folder."""
+    """A session that runs a page's blocks in one folder."""
 
     folder: Path
     """Where everything runs; the present folder of this process must be it already."""
@@ -144,7 +144,7 @@ class Session:
         check(block, expected, printed, command)
 
     def close(self) -> None:
-        """End what still runs in the background."""
+        """Kill programs that still run in the background."""
         for group in self._groups:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on loopback, on free ports, with a user who may all and one who may read."""
+"""A real S3 server for tests: SeaweedFS on loopback, on free ports, with an administrator and a read-only user."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READER_KEYS = {"access_key_id": "reader", "secret_access_key": "only-for-reading
 
 
 class Server:
-    """One server and its folder; it may be killed and started again."""
+    """A server and its folder; it can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,7 +115,7 @@ class Server:
         )
 
     def kill(self) -> None:
-        """End it without a warning."""
+        """Kill it with SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -131,7 +131,7 @@ class Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody uses just now."""
+    """Return free ports of the loopback interface."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,4 +1,4 @@
-"""Libraries for LD_PRELOAD, that stand between Python and the system."""
+"""Libraries for LD_PRELOAD between Python and the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def build_shim(source: Path, folder: Path) -> Path:
-    """Return a library for LD_PRELOAD, built of a C file; skips the test where it can't be."""
+    """Return a library for LD_PRELOAD, compiled from a C file; skip the test where there is no compiler."""
     if not shutil.which("gcc") or sys.platform != "linux":
         pytest.skip("needs gcc and LD_PRELOAD")
     built = folder / "shim.so"

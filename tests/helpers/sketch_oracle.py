@@ -1,4 +1,4 @@
-"""Sketches and their bounds in plain numpy: what the kernels are held to."""
+"""Sketches and their bounds in plain numpy: the reference for the kernels."""
 
 from __future__ import annotations
 

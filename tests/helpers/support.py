@@ -1,4 +1,4 @@
-"""What tests share: rows to store, files that hold them, and processes to share them with."""
+"""Rows to store, files that hold them, and other processes that open them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_file(path: Path, length: int = 0, *, token_ids: bool = True, **more: An
 
 
 def fill(cache: kvmmap.QuantizedKvCache, length: int, *, token_ids: bool = True) -> None:
-    """Append positions up to `length`; what a position holds depends on the position alone."""
+    """Append positions up to `length`; a position's rows depend on the position alone."""
     start = cache.seq_len
     if length > start:
         geometry = cache.geometry.layers[0]
@@ -41,7 +41,7 @@ def fill(cache: kvmmap.QuantizedKvCache, length: int, *, token_ids: bool = True)
 
 
 def check_filled(cache: kvmmap.QuantizedKvCache, length: int, *, token_ids: bool = True) -> None:
-    """Assert that a cache holds just what `fill` puts there."""
+    """Assert that a cache holds exactly what `fill` appends."""
     assert cache.seq_len == length
     with kvmmap.QuantizedKvCache(
         cache.num_layers, length, cache.geometry.layers[0].num_kv_heads, cache.geometry.layers[0].head_dim
@@ -55,7 +55,7 @@ def check_filled(cache: kvmmap.QuantizedKvCache, length: int, *, token_ids: bool
 
 
 def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own, with `arguments` in sys.argv[1:]."""
+    """Run code in another process, with `arguments` in sys.argv[1:]."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
         capture_output=True,

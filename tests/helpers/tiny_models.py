@@ -121,7 +121,7 @@ def save_llama(folder: Path) -> None:
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """What is left of keys or values after the codec."""
+    """Quantise and dequantise keys or values."""
     kind = str(tensor.dtype).removeprefix("torch.")
     array = kvmmap.dequantize_rows(*kvmmap.quantize_rows(tensor.contiguous()), dtype=kind)
     if tensor.dtype is torch.bfloat16:

@@ -1,4 +1,4 @@
-"""A few numbers that all processes of a soak share: what readers may rely upon, and what each has counted."""
+"""Numbers that all processes of a soak share: what readers may expect, and what each has counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a soak's cache holds: rows that say themselves which position and which *epoch* they belong to.
+"""The rows of a soak's cache, which encode their position and their *epoch*.
 
 An epoch is a number that grows with every writer and every truncation, so that a row of a position that was taken back,
 or that a killed writer left half written, is told from the one that is there now. Everything is exact in the codec:
@@ -17,7 +17,7 @@ _DIGIT = 200  # epochs lie in codes 1 to 3 of each row, in this base
 
 
 class WrongBytesError(AssertionError):
-    """A cache served something that was never stored there."""
+    """A cache returned bytes that were never stored there."""
 
 
 def codes_of(layer: int, value: bool, positions: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.int8]:

@@ -1,4 +1,4 @@
-"""Kill writers with SIGKILL at random moments, and look what is left: `python -m soak.kills --kills 1000`.
+"""Kill writers with SIGKILL at random moments, and check the cache: `python -m soak.kills --kills 1000`.
 
 One process forks the readers, and then one writer after the other. After each death: the lock is free at once, what the
 writer had been told was published is there, what it had been told was committed is what a restarted machine would
@@ -34,7 +34,7 @@ from .writer import CAPACITIES, MUTATIONS, Writer
 
 
 class SoakError(AssertionError):
-    """A promise was broken."""
+    """A guarantee was broken."""
 
 
 class Soak:

@@ -1,4 +1,4 @@
-"""What must be in the cache: a plain model, the operations that change it, and a log of them that outlives a writer.
+"""The expected content of the cache: a plain model, its operations, and a log of them that outlives a writer.
 
 A writer logs each operation before it begins it and after it has returned. Whoever looks after its death knows what
 was acknowledged, and which one operation may or may not have happened.

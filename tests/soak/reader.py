@@ -1,4 +1,4 @@
-"""A process that reads beside the writer, and believes nothing: every byte, length and generation is checked."""
+"""A process that reads beside the writer, and checks every byte, length and generation."""
 
 from __future__ import annotations
 

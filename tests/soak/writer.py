@@ -1,4 +1,4 @@
-"""The process that is killed: it opens the cache, checks it, and does random things to it until the end."""
+"""The process that is killed: it opens the cache, checks it, and does random operations until then."""
 
 from __future__ import annotations
 
