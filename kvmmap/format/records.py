@@ -65,7 +65,7 @@ HEADER = Record(
     Field("magic", "8s", '"KVMMAP", 0x00, 0x01'),
     Field("format_version", "I", "1; a reader refuses a later one"),
     Field("superblock_bytes", "I", "header, layer entries, section entries and checksum together"),
-    Field("file_id", "16s", "random, made with the file; slots and sealed words are bound to it"),
+    Field("file_id", "16s", "random, made with the file; slots and checked words depend on it"),
     Field("created_ns", "Q", "when the file was made, nanoseconds since 1970"),
     Field("file_bytes", "Q", "size of the file; a shorter file is damaged"),
     Field("capacity", "Q", "token positions reserved in every layer"),
@@ -89,7 +89,7 @@ LAYER_ENTRY = Record(
 SECTION_ENTRY = Record(
     "Section entry",
     Field("kind", "H", "which section, by the table below"),
-    Field("flags", "H", "bit 0: who does not know the kind may ignore it to read, and must not write"),
+    Field("flags", "H", "bit 0: a program that does not know the kind may read, and must not write"),
     Field("layer", "I", "the layer it belongs to, or 0xFFFFFFFF"),
     Field("offset", "Q", "bytes from the start of the file; a multiple of 4096"),
     Field("bytes", "Q", "its size"),
@@ -105,7 +105,7 @@ SLOT = Record(
     Field("token_len", "Q", "positions, from 0, whose token ids are recorded; at most `seq_len`"),
     Field("generation", "Q", "writer generation at the commit"),
     Field("commit_ns", "Q", "when, nanoseconds since 1970"),
-    Field("metadata_half", "I", "which half of the metadata section counts, 0 or 1"),
+    Field("metadata_half", "I", "which half of the metadata section is valid, 0 or 1"),
     Field("metadata_bytes", "I", "length of the JSON in it"),
     Field("metadata_checksum", "Q", "xxh3_64 of the JSON"),
 )
@@ -114,15 +114,15 @@ LIVE = Record(
     "Live record",
     Field("boot_id_low", "Q", "boot id of the machine while lengths are live; 0 when closed"),
     Field("boot_id_high", "Q", "its other half"),
-    Field("generation", "Q", "sealed; changes when stored rows are taken back"),
-    Field("acknowledged", "Q", "sealed; sequence of the last commit known to be durable"),
-    Field("writer_pid", "Q", "sealed; process id of the last writer, to name it in messages"),
-    Field("superseded", "Q", "sealed; 1 when another file has taken this one's place"),
-    Field("token_len", "Q", "sealed; published token ids"),
-    Field("named", "Q", "sealed; stands for the name that was synced, see Committing; or 0"),
+    Field("generation", "Q", "checked; changes when published rows are truncated"),
+    Field("acknowledged", "Q", "checked; sequence of the last commit known to be durable"),
+    Field("writer_pid", "Q", "checked; process id of the last writer, for messages"),
+    Field("superseded", "Q", "checked; 1 when another file has replaced this one"),
+    Field("token_len", "Q", "checked; published token ids"),
+    Field("named", "Q", "checked; digest of the name that was synced, see Committing; or 0"),
 )
 LIVE_LENGTHS = LIVE.size
-"""Offset in the live record of the per-layer published lengths: sealed words, one a layer."""
+"""Offset in the live record of the per-layer published lengths: checked words, one a layer."""
 HOME_BYTES = 8
 """Size of the checked word `home`, which follows the live record within its last page."""
 
@@ -148,7 +148,7 @@ class Section(IntEnum):
 SECTION_ABOUT = {
     Section.SLOT_A: "commit slot: header, a tail checksum (u64) per layer and one for token ids, xxh3_64 of all before",
     Section.SLOT_B: "the other commit slot",
-    Section.LIVE: "live record: header, then one sealed word a layer, its published length; behind it, `home`",
+    Section.LIVE: "live record: header, then one checked word a layer, its published length; behind it, `home`",
     Section.METADATA: "two halves of equal size, each room for one JSON document",
     Section.TOKEN_IDS: "int32 [capacity]; -1 where none was given",
     Section.CHECKSUMS: "u64 [block, layer], of complete blocks",
@@ -158,7 +158,7 @@ SECTION_ABOUT = {
     Section.KEY_SCALES: "f32 [capacity, num_kv_heads]",
     Section.VALUE_CODES: "int8 [capacity, num_kv_heads, value_head_dim]",
     Section.VALUE_SCALES: "f32 [capacity, num_kv_heads]",
-    Section.KEY_SKETCHES: "optional; bf16 [block, num_kv_heads, 2, head_dim], of complete blocks: least key, greatest",
+    Section.KEY_SKETCHES: "optional; bf16 [block, num_kv_heads, 2, head_dim], of complete blocks: minimum, maximum",
 }
 SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
 """Sections of a layer's arrays, keys' two and values' two. A codec with one array leaves its second one out."""
@@ -171,7 +171,7 @@ def slab_sections(geometry: LayerGeometry) -> tuple[Section, ...]:
 
 
 CHECKSUM = struct.Struct("<Q")
-OPTIONAL = 1  # section flag: who does not know the kind may ignore it to read, and must not write
+OPTIONAL = 1  # section flag: a program that does not know the kind may read, and must not write
 OPTIONAL_SECTIONS = frozenset({Section.SKETCH_CHECKSUMS, Section.KEY_SKETCHES})
 """Sections that a file may lack: all of them, or none."""
 
@@ -190,7 +190,7 @@ def checksum_of(pieces: Iterable[bytes | memoryview]) -> int:
 
 
 class Extent(NamedTuple):
-    """A stretch of the file, in bytes."""
+    """A range of the file, in bytes."""
 
     offset: int
     size: int
