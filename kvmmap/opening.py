@@ -186,6 +186,8 @@ def remove(
 ) -> None:
     """Delete a cache, unless a writer holds it. Readers that have a file open go on reading what they see.
 
+    Of a symbolic link the link is removed, and the cache stays.
+
     Args:
         path: the cache, a file or a Zarr group.
         timeout: seconds to wait for a writer.

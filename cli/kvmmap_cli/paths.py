@@ -73,9 +73,34 @@ def _is_folder(path: str) -> bool:
     if path.rstrip("/").endswith(".zarr"):
         return False
     if _is_url(path):
-        return not glob.has_magic(path) and (path.endswith("/") or "/" not in path.partition("://")[2])
+        named = path.endswith("/") or "/" not in path.partition("://")[2]
+        return named and (not glob.has_magic(path) or _has_caches(path))
     return os.path.isdir(path)
 
 
 def _is_pattern(path: str) -> bool:
-    return glob.has_magic(path) and not os.path.exists(path)
+    """True if there is nothing of that very name."""
+    if not glob.has_magic(path):
+        return False
+    return not (_is_stored(path) if _is_url(path) else os.path.exists(path))
+
+
+def _is_stored(url: str) -> bool:
+    import kvmmap
+
+    try:
+        kvmmap.open(url).close()
+    except kvmmap.CacheNotFoundError:
+        return False
+    except kvmmap.KvmmapError:  # listing, or opening, says what is wrong
+        return url.rstrip("/").endswith(".zarr")
+    return True
+
+
+def _has_caches(folder: str) -> bool:
+    import kvmmap
+
+    try:
+        return bool(kvmmap.find(folder))
+    except kvmmap.KvmmapError:
+        return False

@@ -35,10 +35,13 @@ def store_arguments(scheme: str, storage_options: Mapping[str, Any] | None) -> d
     Raises:
         KvmmapError: an option that can't be one, or an endpoint that is no http address.
     """
-    options = dict(storage_options or {})
+    try:
+        options = dict(storage_options or {})
+        client = dict(options.pop("client_options", None) or {})
+    except (TypeError, ValueError):
+        raise KvmmapError("storage_options, and its client_options, are dictionaries by name") from None
     if wrong := [name for name in options if not isinstance(name, str)]:
         raise KvmmapError(f"storage_options are named by text, not {wrong[0]!r}", actual=wrong[0])
-    client = dict(options.pop("client_options", None) or {})
     retries = options.pop("retry_config", None) or RETRIES
     if scheme in ("s3", "s3a"):
         options = aws_options(options)

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...errors import CacheNotFoundError, NotACacheError
 from ..after_fork import close_in_children
-from ..posix import FILE_MODE, PosixFile, sync_folder
+from ..posix import FILE_MODE, PosixFile, closing_on_error, sync_folder
 from .lock import LOCK_KEY, decode_owner, is_dead, locked_by, new_owner, read_owner
 from .protocol import Buffer, MissingObjectError, ObjectChangedError, Pieces
 
@@ -110,8 +111,14 @@ class FolderObjects:
             if folder != self.path:
                 self._make_folders(os.path.dirname(folder))
             try:
-                with contextlib.suppress(FileExistsError):
+                try:
                     os.mkdir(folder, FOLDER_MODE)
+                except FileExistsError:
+                    if os.path.islink(folder) and not os.path.exists(folder):
+                        raise NotACacheError(
+                            f"{folder}: is a link to something that is not there: remove it, or make its target",
+                            path=folder,
+                        ) from None
             except FileNotFoundError:
                 raise CacheNotFoundError(
                     f"{os.path.dirname(folder)}: there is no such directory", path=folder
@@ -142,6 +149,13 @@ class FolderObjects:
             for name in names:
                 yield os.path.relpath(os.path.join(folder, name), self.path)
 
+    def unlink(self) -> bool:
+        if not os.path.islink(self.path):
+            return False
+        os.unlink(self.path)
+        sync_folder(self.path)
+        return True
+
     def remove(self) -> None:
         """Remove the folders, and the lock's file, which is of no use without them."""
         self.delete(LOCK_KEY)
@@ -164,20 +178,36 @@ class FolderObjects:
     def lock(self, timeout: float, *, break_lock: bool) -> FolderLock:
         """Take the lock. There is nothing to break: it died with its process."""
         path = os.path.join(self.path, LOCK_KEY)
+        deadline = time.monotonic() + timeout
         self._make_folders(os.path.dirname(path))
-        if not os.path.isdir(self.path):
-            raise NotACacheError(f"{self.path}: not a kvmmap cache (not a directory)", path=self.path)
-        file = PosixFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE), path)
-        try:
-            if not file.lock(timeout):
-                raise locked_by(self.url, decode_owner(file.read(0, 4096)), breakable=False)
-            file.resize(0)
-            file.write((0,), (json.dumps(new_owner()).encode(),))
-            self._sweep()
-        except BaseException:
+        while True:
+            if os.path.exists(self.path) and not os.path.isdir(self.path):
+                raise NotACacheError(f"{self.path}: not a kvmmap cache (not a directory)", path=self.path)
+            try:
+                file = PosixFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE), path)
+            except FileNotFoundError:
+                raise CacheNotFoundError(
+                    f"{self.path}: was removed while this process waited for its lock", path=self.path
+                ) from None
+            with closing_on_error(file):
+                if not file.lock(max(0.0, deadline - time.monotonic())):
+                    raise locked_by(self.url, decode_owner(file.read(0, 4096)), breakable=False)
+                if file.is_at(path) and file.stat().st_nlink > 1:
+                    # A copy by hard links (cp -l) has the same file, and would be locked with this one.
+                    self._renew_lock(path)
+                elif file.is_at(path):
+                    file.resize(0)
+                    file.write((0,), (json.dumps(new_owner()).encode(),))
+                    self._sweep()
+                    return FolderLock(file)
             file.close()
-            raise
-        return FolderLock(file)
+
+    def _renew_lock(self, path: str) -> None:
+        """Put a lock file of its own in place of one that has several names; its lock is held."""
+        file = PosixFile.create_beside(path)
+        with closing_on_error(file):
+            os.replace(file.path, path)
+        file.close()
 
     def _sweep(self) -> None:
         """Remove what an interrupted writer left under temporary names."""

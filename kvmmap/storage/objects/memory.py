@@ -84,6 +84,9 @@ class MemoryObjects:
     def list(self) -> Iterator[str]:
         yield from tuple(self._objects)
 
+    def unlink(self) -> bool:
+        return False
+
     def remove(self) -> None:
         """It is nothing but its objects."""
 

@@ -77,6 +77,9 @@ class Objects(Protocol):
     def list(self) -> Iterator[str]:
         """Yield the keys of all objects."""
 
+    def unlink(self) -> bool:
+        """If the place is reached by a symbolic link, remove the link, leave the place, and return True."""
+
     def remove(self) -> None:
         """Remove what there is of the place itself, once it is empty."""
 

@@ -90,7 +90,7 @@ def _store(url: str, scheme: str, storage_options: Mapping[str, Any] | None) -> 
     try:
         return library.store.from_url(url, **arguments)
     except BaseException as error:
-        if isinstance(error, (library.exceptions.BaseError, ValueError, TypeError)) or _is_panic(error):
+        if isinstance(error, Exception) or _is_panic(error):  # no request was made: it can only be the options
             raise KvmmapError(f"{url}: {_first_line(error)}", path=url) from None
         raise
 
@@ -180,6 +180,9 @@ class BucketObjects:
         with self._errors(folder):
             found: Sequence[str] = obstore().list_with_delimiter(self._store, folder or None)["common_prefixes"]
             return found
+
+    def unlink(self) -> bool:
+        return False
 
     def remove(self) -> None:
         """It is nothing but its objects."""

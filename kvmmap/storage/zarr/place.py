@@ -69,9 +69,6 @@ class GroupPlace(Place):
     def remove(self, *, timeout: float = 0, break_lock: bool = False) -> None:
         from .placement import remove_group
 
-        if not is_url(self.url) and os.path.islink(self.url):
-            os.unlink(self.url)  # of a link, the link goes
-            return
         remove_group(self.objects, timeout=timeout, break_lock=break_lock)
 
     @contextlib.contextmanager

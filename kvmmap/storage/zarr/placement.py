@@ -92,7 +92,7 @@ def open_locked(
 
 
 def remove_group(objects: Objects, *, timeout: float = 0, break_lock: bool = False) -> None:
-    """Remove a cache, unless a writer holds it.
+    """Remove a cache, unless a writer holds it. Of a symbolic link to one the link is removed, and not the cache.
 
     Raises:
         CacheNotFoundError, FormatError: there is none.
@@ -101,10 +101,11 @@ def remove_group(objects: Objects, *, timeout: float = 0, break_lock: bool = Fal
     read_root(objects)
     lock = objects.lock(timeout, break_lock=break_lock)
     try:
-        _clear(objects)
+        if not objects.unlink():
+            _clear(objects)
+            objects.remove()  # while it is locked: who waits for the lock finds out
     finally:
         lock.release()
-    objects.remove()
 
 
 def _refuse_what_is_there(objects: Objects, overwrite: bool) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...codecs import INT8, by_name, names
@@ -57,7 +58,10 @@ class Root:
     """Of each chunk of token ids, as far as they are recorded."""
 
     copying: str | None = None
-    """While a copy fills the cache: what of, so that the same copy, started again, goes on with it."""
+    """While a copy fills the cache: its stamp, so that the same copy, started again, continues it."""
+
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The rest of zarr.json, which belongs to the user and to other programs; its "attributes" without ours."""
 
     @classmethod
     def new(cls, layout: Layout, document: Document, *, copying: str | None = None) -> Root:
@@ -83,6 +87,11 @@ class Root:
     def successor(self, **changes: Any) -> Root:
         """The next commit."""
         return replace(self, sequence=self.sequence + 1, commit_ns=time.time_ns(), **changes)
+
+    @property
+    def commit_id(self) -> tuple[str, int, int, int]:
+        """What no other commit has, of this cache or of another."""
+        return self.cache_id, self.sequence, self.generation, self.commit_ns
 
     def encode(self) -> bytes:
         """Return the group's zarr.json.
@@ -114,8 +123,10 @@ class Root:
             "document": json.loads(self.document.encode()),
         }
         facts["checksum"] = _digest(facts)
-        attributes = {"kvmmap": facts}
-        return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
+        attributes = {**self.others.get("attributes", {}), "kvmmap": facts}
+        ours = {"zarr_format": 3, "node_type": "group"}
+        whole = {**ours, **self.others, **ours, "attributes": attributes}
+        return json.dumps(whole, indent=1).encode()
 
     @classmethod
     def decode(cls, data: Any, url: str) -> Root:
@@ -127,9 +138,10 @@ class Root:
             CorruptCacheError: it is damaged.
         """
         try:
-            facts = json.loads(bytes(data))["attributes"]["kvmmap"]
+            others = json.loads(bytes(data))
+            facts = others["attributes"].pop("kvmmap")
             version = facts["version"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise NotACacheError(f"{url}: not a kvmmap cache (its zarr.json does not say so)", path=url) from None
         if version != LAYOUT_VERSION:
             raise VersionMismatchError(
@@ -143,7 +155,7 @@ class Root:
             raise CorruptCacheError(f"{url}: the root's zarr.json is damaged: its checksum does not match", path=url)
         _refuse_unknown(facts, url)
         try:
-            return cls._of_facts(facts, url)
+            return replace(cls._of_facts(facts, url), others=others)
         except CorruptCacheError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, KvmmapError) as error:

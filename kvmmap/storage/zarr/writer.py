@@ -8,15 +8,17 @@ puts the shorter root before anything is written past it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import CacheChangedError
+from ...errors import CacheChangedError, FormatError, StoreError
 from ...format import checksum
 from ...geometry import LayerGeometry, check_room
 from ...metadata import Document
@@ -30,6 +32,9 @@ from .layout import NO_TOKEN, ROOT_KEY
 from .reader import CACHE_BYTES, ZarrReader
 from .root import Root
 from .upload import Upload
+
+ATTEMPTS = 8
+"""How often a commit is repeated because other programs have changed the group's attributes in between."""
 
 UNDER_WAY = 2**27
 """Bytes of rows that may be on their way out before an append waits."""
@@ -339,28 +344,48 @@ class ZarrWriter(ZarrReader):
             token_digests=tuple(checksum(part.tobytes()) for part in self._token_parts(tokens)),
             copying=self.copying,
         )
-        data = root.encode()
-        self._doubtful = root, data
-        try:
-            self.tag = self.objects.put_if(ROOT_KEY, data, self.tag)
-        except ObjectChangedError:
-            self._resolve_doubt()
-            if self.root is not root:
-                self._overtaken = True
-                self._refuse_overtaken()
+        for _ in range(ATTEMPTS):
+            data = root.encode()
+            self._doubtful = root, data
+            try:
+                self.tag = self.objects.put_if(ROOT_KEY, data, self.tag)
+                break
+            except ObjectChangedError:
+                if not self._resolve_doubt():
+                    self._overtaken = True
+                    self._refuse_overtaken()
+                if self.root.commit_id == root.commit_id:
+                    root = self.root  # it had arrived: the answer to an earlier attempt was lost
+                    break
+                root = replace(root, others=self.root.others)
+        else:
+            raise StoreError(f"{self.path}: other programs keep changing the group's attributes", path=self.path)
         self.objects.settle()
         self._doubtful = None
         self.root = root
         self._new_document = None
 
-    def _resolve_doubt(self) -> None:
-        """A root was put and the answer was an error, or never came: find out whether it counts."""
-        if self._doubtful is not None:
-            root, data = self._doubtful
-            present, tag = self.objects.get_tagged(ROOT_KEY)
-            if bytes(present) == data:
-                self.root, self.tag = root, tag
+    def _resolve_doubt(self) -> bool:
+        """Find out whether a root counts that was put with an error, or no answer; return True unless another writer
+        has committed. Attributes that others have changed are taken over."""
+        if self._doubtful is None:
+            return True
+        root, data = self._doubtful
+        present, tag = self.objects.get_tagged(ROOT_KEY)
+        if bytes(present) == data:
+            self.root, self.tag = root, tag
+        else:
+            with contextlib.suppress(FormatError):
+                found = Root.decode(present, self.path)
+                for ours in (self.root, root):
+                    if found.commit_id == ours.commit_id:
+                        self.root, self.tag = replace(ours, others=found.others), tag
+                        self._doubtful = None
+                        return True
             self._doubtful = None
+            return False
+        self._doubtful = None
+        return True
 
     def _refuse_overtaken(self) -> NoReturn:
         raise CacheChangedError(
