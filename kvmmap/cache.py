@@ -1,63 +1,28 @@
-"""A whole cache: push_step, extend, flush, truncate, close. A storage, its layers, and what they have in common.
+"""A whole cache: push_step, extend, flush, truncate, close. Reading is `CacheReader`'s.
 
 Which kind of storage it is, is not known here: `opening` decides that.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self, overload
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import LayerOutOfRangeError, PositionOutOfRangeError, ShapeMismatchError
+from .cache_reader import CacheReader
+from .errors import PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
-from .geometry import CacheGeometry, check_range, check_room, compression_ratio, index
-from .inputs import check_quantized, check_token_ids, one_step, per_layer
-from .layer import QuantizedKvLayer
+from .geometry import CacheGeometry, check_range, check_room, index
+from .inputs import check_token_ids, one_step, per_layer
 from .metadata import ModelInfo, document
 from .storage.memory import MemoryStorage
-from .storage.protocols import Progress, Storage, VerifyReport, not_pickled, seq_len
+from .storage.protocols import Storage, not_pickled
 
 
-class Layers(Sequence[QuantizedKvLayer]):
-    """A cache's layers, by index from 0; negative ones don't wrap."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._layers = [QuantizedKvLayer.of_store(storage, store) for store in storage.layers]
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __iter__(self) -> Iterator[QuantizedKvLayer]:
-        return iter(self._layers)
-
-    @overload
-    def __getitem__(self, layer: int) -> QuantizedKvLayer: ...
-    @overload
-    def __getitem__(self, layer: slice) -> list[QuantizedKvLayer]: ...
-    def __getitem__(self, layer: int | slice) -> QuantizedKvLayer | list[QuantizedKvLayer]:
-        if isinstance(layer, slice):
-            return self._layers[layer]
-        return self._layers[self.check(layer)]
-
-    def check(self, layer: int) -> int:
-        """Return `layer` if there is such a one."""
-        layer = index(layer, "layer")
-        if not 0 <= layer < len(self._layers):
-            raise LayerOutOfRangeError(
-                f"layer {layer} does not exist: there are {len(self._layers)}, counted from 0, and "
-                "negative ones do not wrap",
-                layer=layer,
-                expected=len(self._layers),
-            )
-        return layer
-
-
-class QuantizedKvCache:
+class QuantizedKvCache(CacheReader):
     """The keys and values of all layers, in memory; `kvmmap.create` and `kvmmap.open` give the same over a file.
 
     Args:
@@ -113,146 +78,6 @@ class QuantizedKvCache:
         cache = cls.__new__(cls)
         cache._attach(storage)
         return cache
-
-    def _attach(self, storage: Storage) -> None:
-        self._storage = storage
-        self._layers = Layers(storage)
-
-    # Dimensions
-
-    @property
-    def layers(self) -> Layers:
-        """The layers, by index from 0."""
-        return self._layers
-
-    @property
-    def geometry(self) -> CacheGeometry:
-        """The shape of everything."""
-        return self._storage.geometry
-
-    @property
-    def num_layers(self) -> int:
-        """Transformer layers."""
-        return len(self._layers)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key and value heads of every layer.
-
-        Raises:
-            ShapeMismatchError: layers differ; names them. `layers[i].num_kv_heads` is one layer's.
-        """
-        return self._storage.geometry.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers in a key row of every layer. Raises as `num_kv_heads`."""
-        return self._storage.geometry.head_dim
-
-    @property
-    def value_head_dim(self) -> int:
-        """Numbers in a value row of every layer. Raises as `num_kv_heads`."""
-        return self._storage.geometry.value_head_dim
-
-    @property
-    def seq_len(self) -> int:
-        """Positions complete in every layer, as of the last `refresh` where another process writes."""
-        return seq_len(self._storage)
-
-    def __len__(self) -> int:
-        """`seq_len`."""
-        return self.seq_len
-
-    @property
-    def capacity(self) -> int:
-        """Positions reserved."""
-        return self._storage.geometry.capacity
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of codes and scales over the whole capacity, all layers."""
-        return self._storage.geometry.memory_bytes
-
-    @property
-    def fp32_memory_bytes(self) -> int:
-        """Bytes that the same capacity takes as f32."""
-        return self._storage.geometry.fp32_memory_bytes
-
-    @property
-    def compression_ratio(self) -> float:
-        """`fp32_memory_bytes` over `memory_bytes`; 1.0 at capacity 0."""
-        return compression_ratio(self.fp32_memory_bytes, self.memory_bytes)
-
-    @property
-    def storage(self) -> Storage:
-        """Where its rows lie: for this package's own modules, and who extends it."""
-        return self._storage
-
-    @property
-    def path(self) -> str | None:
-        """Absolute path of its file; None in memory."""
-        return self._storage.path
-
-    @property
-    def writable(self) -> bool:
-        """True if this handle may append."""
-        return self._storage.writable
-
-    @property
-    def closed(self) -> bool:
-        """True after `close`."""
-        return self._storage.closed
-
-    def __repr__(self) -> str:
-        where = "in memory" if self.path is None else repr(self.path)
-        if self.closed:
-            return f"<QuantizedKvCache {where}, closed>"
-        return f"<QuantizedKvCache {where}: {self.num_layers} layers, {self.seq_len}/{self.capacity} positions>"
-
-    # What it says of itself
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """A copy of your own notes; assign to replace them (saved with the next commit).
-
-        Raises (on assignment):
-            MetadataError: not plain JSON, or more than there is room for; the old notes stay.
-        """
-        self._storage.check()
-        return copy.deepcopy(self._storage.document.metadata)
-
-    @metadata.setter
-    def metadata(self, metadata: Mapping[str, Any]) -> None:
-        self._storage.set_document(document(metadata, self._storage.document.model))
-
-    @property
-    def model(self) -> ModelInfo | None:
-        """What made the cache, if that was recorded; assign to replace it (saved with the next commit)."""
-        self._storage.check()
-        return self._storage.document.model
-
-    @model.setter
-    def model(self, model: ModelInfo | None) -> None:
-        self._storage.set_document(document(self._storage.document.metadata, model))
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """Token ids, int32 [seq_len], a copy; -1 where none was given."""
-        storage = self._storage
-        storage.check()
-        version = storage.version()
-        length = self.seq_len
-        recorded = min(storage.token_len, length)
-        found = storage.read_tokens(recorded)
-        storage.validate(version)
-        ids = np.full(length, NO_TOKEN, np.int32)
-        ids[:recorded] = found
-        return ids
-
-    @property
-    def token_len(self) -> int:
-        """Positions, from 0, whose token ids are recorded (as -1, where they were skipped); at most `seq_len`."""
-        return min(self._storage.token_len, self.seq_len)
 
     # Appending
 
@@ -333,12 +158,12 @@ class QuantizedKvCache:
         return starts[0]
 
     def push_token_ids(self, token_ids: Any, start: int | None = None) -> None:
-        """Record token ids of positions that have none: for who appends to layers one by one.
+        """Record token ids of positions that have none: for callers that append to layers one by one.
 
         Args:
             token_ids: n whole numbers from 0 to 2**31 - 1. They may run ahead of the layers, and count for positions
                 once these are complete.
-            start: the first one's position, `token_len` by default. Positions that are skipped get -1 for good.
+            start: the first one's position, `token_len` by default. Skipped positions keep -1 permanently.
 
         Raises:
             DtypeError, ShapeMismatchError: not such numbers.
@@ -370,17 +195,17 @@ class QuantizedKvCache:
     # Life
 
     def flush(self) -> None:
-        """Make all positions that are complete in every layer survive power loss. Nothing to do in memory.
+        """Make all positions that are complete in every layer survive power loss. No effect in memory.
 
         Raises:
             OSError: the disk is full or failing. After a failed sync the handle is poisoned: close and reopen.
-            CorruptCacheError: the incomplete block that would be signed does not match its last checksum.
+            CorruptCacheError: the incomplete last block does not match its checksum.
             ReadOnlyError, ClosedError, CacheLockedError, PoisonedError: this handle can't write.
         """
         self._storage.commit()
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` positions; what was committed beyond them is durably gone on return.
+        """Keep the first `length` positions; removal of committed positions is durable on return.
 
         Raises:
             PositionOutOfRangeError: fewer are stored.
@@ -391,34 +216,10 @@ class QuantizedKvCache:
         _, length = check_range(0, length, most)
         self._storage.truncate(length)
 
-    def refresh(self) -> bool:
-        """Look what other processes have published meanwhile; True if something is different.
-
-        Raises:
-            CacheChangedError: the file was replaced by another (resized): open it again.
-            ClosedError: the cache is closed.
-        """
-        return self._storage.refresh()
-
-    def verify(self, progress: Progress | None = None) -> VerifyReport:
-        """Compare every committed block with its checksum.
-
-        Args:
-            progress: called with (bytes done, bytes in all) now and then.
-
-        Returns:
-            What was looked at, and what was found damaged. Nothing is raised for damage.
-
-        Raises:
-            CacheChangedError: the writer took positions back meanwhile: refresh, and verify again.
-            ClosedError: the cache is closed.
-        """
-        return self._storage.verify(progress)
-
     def close(self) -> None:
-        """Commit what is complete, if this handle writes, and let go of everything. Closing twice is fine.
+        """Commit what is complete, if this handle writes, and release everything. Closing twice is allowed.
 
-        Views that were handed out stay valid as long as they live.
+        Views that were returned stay valid as long as they live.
 
         Raises:
             OSError: the commit failed; the cache is closed all the same, as of its last commit.
@@ -432,46 +233,3 @@ class QuantizedKvCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # Reading
-
-    def get_key(self, layer: int, position: int, head: int) -> NDArray[np.float32]:
-        """Return one dequantised key row, f32 [head_dim].
-
-        Raises:
-            LayerOutOfRangeError, PositionOutOfRangeError, HeadOutOfRangeError: there is none.
-        """
-        return self._row_layer(layer, position).get_key(position, head)
-
-    def get_value(self, layer: int, position: int, head: int) -> NDArray[np.float32]:
-        """Return one dequantised value row, f32 [value_head_dim]; raises as `get_key`."""
-        return self._row_layer(layer, position).get_value(position, head)
-
-    def _row_layer(self, layer: int, position: int) -> QuantizedKvLayer:
-        found = self._layers[self._layers.check(layer)]
-        length = self.seq_len
-        if index(position, "position") >= length:
-            # A position that only some layers have is not part of the cache.
-            raise PositionOutOfRangeError(
-                f"position {position} is not stored: {length} are complete in every layer",
-                position=position,
-                actual=length,
-                layer=layer,
-            )
-        return found
-
-    def facts(self) -> dict[str, Any]:
-        """What the storage tells of itself: kind, sizes on disk, commit state. For `inspect`."""
-        self._storage.check()
-        return self._storage.facts()
-
-    def _check(self) -> None:
-        """Assert what always holds."""
-        lengths = [store.length for store in self._storage.layers]
-        assert self.seq_len == min(lengths)
-        assert 0 <= min(lengths) <= max(lengths) <= self.capacity
-        assert 0 <= self._storage.token_len <= self.capacity
-        if not self.writable:
-            assert min(lengths) == max(lengths)
-        for layer in self._layers:
-            check_quantized(layer.read_quantized(), layer.geometry, None)

@@ -117,7 +117,7 @@ class LayerGeometry:
 
     @property
     def fp32_position_bytes(self) -> int:
-        """Bytes that the same position takes as unquantised f32."""
+        """Bytes that the same position takes as f32."""
         return self.num_kv_heads * (self.head_dim + self.value_head_dim) * 4
 
     def slab_bytes(self, capacity: int) -> tuple[int, ...]:
@@ -276,7 +276,7 @@ def _layer_list(numbers: list[int]) -> str:
 
 
 def compression_ratio(fp32_bytes: int, quantized_bytes: int) -> float:
-    """f32 bytes over quantised bytes; 1.0 where there is nothing."""
+    """f32 bytes over stored bytes; 1.0 where both are 0."""
     return fp32_bytes / quantized_bytes if quantized_bytes else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What users hand over, brought into shape: one array a layer, rows of the right shape, token ids.
+"""Arguments of callers, checked and brought to one form: one array a layer, rows of the right shape, token ids.
 
 Pure checks; nothing here knows where rows go.
 """

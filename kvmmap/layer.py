@@ -229,39 +229,39 @@ class QuantizedKvLayer(LayerReader):
         resident: Literal["keep", "stream"] = "keep",
         threads: int | None = None,
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Attend over the stored keys and values where they lie, without expanding them: softmax(q k^T) v, exactly.
+        """Compute exact attention, softmax(q k^T) v, over the stored keys and values without expanding them.
 
         Query head q uses KV head q // (num_q_heads // num_kv_heads) (GQA; Ainslie et al. 2023, arXiv:2305.13245).
 
         Args:
             queries: [n, num_q_heads, head_dim]; num_q_heads a multiple of num_kv_heads; f32, f16 or bf16, any strides;
                 numpy, torch or DLPack on the CPU.
-            scale: what q . k is multiplied by; head_dim ** -0.5 by default.
-            causal: query i sees no position beyond its own.
-            query_start: position of the first query; len(layer) - n by default, where their own keys are stored
-                already. At len(layer) or beyond, a query sees the past alone.
-            window: see only so many positions up to the query's own, its own included (a sliding window).
-            sinks: see so many first positions in spite of the window (Xiao et al. 2023, arXiv:2309.17453).
+            scale: factor of q . k; head_dim ** -0.5 by default.
+            causal: a query attends to no position after its own.
+            query_start: position of the first query. The default, len(layer) - n, is right where the queries' own keys
+                are stored already. From len(layer) on, queries attend to earlier positions only.
+            window: attend only to this many positions up to and including the query's own (a sliding window).
+            sinks: attend to this many first positions whatever the window (Xiao et al. 2023, arXiv:2309.17453).
             softcap: scores s become softcap * tanh(s / softcap).
-            positions: see only some: a pair (start, stop), a slice or range, or blocks, int [k] or
+            positions: attend only to these: a pair (start, stop), a slice or range, or blocks, int [k] or
                 [num_kv_heads, k].
             out: f32 [n, num_q_heads, value_head_dim] to put the result into, C-contiguous; new by default.
-            return_lse: give the log-sum-exp of the scores as well, for `merge_attention`.
-            resident: "stream" goes through a file larger than memory: stretch by stretch, and what is behind leaves
-                this process's memory. "keep" leaves it there, for the next call. Rows in memory stay there.
-            threads: at most so many; by default as many as there are processors. Results differ by f32 rounding alone.
+            return_lse: also return the log-sum-exp of the scores, for `merge_attention`.
+            resident: "stream" reads a file larger than memory: range by range, releasing the memory of each range
+                after use. "keep" leaves rows in memory, for the next call. Has no effect on a cache in memory.
+            threads: the most threads to use; all processors by default. Results differ only by f32 rounding.
 
         Returns:
-            f32 [n, num_q_heads, value_head_dim]; zeros where a query sees nothing. With `return_lse`, (that, f32
-            [n, num_q_heads]); natural logarithm, -inf where a query sees nothing.
+            f32 [n, num_q_heads, value_head_dim]; zeros where a query attends to nothing. With `return_lse`, (that, f32
+            [n, num_q_heads]); natural logarithm, -inf where a query attends to nothing.
 
         Raises:
             EmptyCacheError: nothing is stored.
             ShapeMismatchError, DtypeError: queries, `out` or `positions` don't fit.
             NonFiniteError: a NaN or an infinity in the queries; names query (`position`) and query head.
             PositionOutOfRangeError: `positions` are not all stored, or a negative number.
-            CacheChangedError: the writer took positions back since the last `refresh`.
-            CorruptCacheError: a block that is seen does not match its checksum (`verify` of `kvmmap.open`).
+            CacheChangedError: the writer truncated since the last `refresh`.
+            CorruptCacheError: a block that is attended to does not match its checksum (`verify` of `kvmmap.open`).
         """
         if not len(self):
             raise EmptyCacheError(f"nothing is stored{where(self._number())}: push or extend before attending")
@@ -285,12 +285,12 @@ class QuantizedKvLayer(LayerReader):
     def select_blocks(
         self, query: Any, k: int, *, scale: float | None = None, per_head: bool = False
     ) -> NDArray[np.int64]:
-        """Choose the blocks that a query needs most, for `attend(..., positions=...)`: attention over few of the rows.
+        """Select the blocks with the highest bounds on attention scores, for `attend(..., positions=...)`.
 
-        A block's keys are not read. What q . k is at most for any of them follows from the least and the greatest of
-        each channel (Quest; Tang et al. 2024, arXiv:2406.10774), which a file keeps of blocks that were flushed. Those
-        of other blocks, and of caches in memory or on Zarr, are computed from the keys on first use and kept with the
-        handle, in 1/64 of the keys' bytes.
+        Keys of a block are not read. An upper bound of q . k follows from the minimum and maximum of each channel
+        (Quest; Tang et al. 2024, arXiv:2406.10774), which a file stores for flushed blocks. For other blocks, and for
+        caches in memory or on Zarr, they are computed from the keys on first use and kept with the handle, in 1/64 of
+        the keys' bytes.
 
         Each query head spreads one vote over the blocks, by softmax of half its bounds; the k with the most votes are
         chosen. The last block, which holds the most recent positions and may be incomplete, is always among them.
@@ -298,9 +298,9 @@ class QuantizedKvLayer(LayerReader):
         Args:
             query: [num_q_heads, head_dim]; num_q_heads a multiple of num_kv_heads; f32, f16 or bf16; numpy, torch or
                 DLPack on the CPU.
-            k: blocks to choose, at least 1; all if there are no more.
-            scale: what q . k is multiplied by; head_dim ** -0.5 by default.
-            per_head: choose for each KV head its own, by the votes of its query heads.
+            k: blocks to select, at least 1; all blocks if there are fewer.
+            scale: factor of q . k; head_dim ** -0.5 by default.
+            per_head: select blocks for each KV head separately, by the votes of its query heads.
 
         Returns:
             Block indices in ascending order, int64 [k], or with `per_head` [num_kv_heads, k].
@@ -309,7 +309,7 @@ class QuantizedKvLayer(LayerReader):
             EmptyCacheError: nothing is stored.
             ShapeMismatchError, DtypeError: not such a query, or k is not a whole number from 1 on.
             NonFiniteError: a NaN or an infinity in the query; names the query head (`head`).
-            CacheChangedError: the writer took positions back since the last `refresh`.
+            CacheChangedError: the writer truncated since the last `refresh`.
         """
         sketches = functools.partial(layer_sketches, self._store)
         block_tokens = self._storage.geometry.block_tokens

@@ -124,7 +124,7 @@ class LayerReader:
 
         Raises:
             PositionOutOfRangeError: not all of them are stored.
-            CacheChangedError: the writer took positions back since the last `refresh`.
+            CacheChangedError: the writer truncated since the last `refresh`.
             CorruptCacheError: as in `read_keys`.
         """
         version = self._store.version()
@@ -182,7 +182,7 @@ class LayerReader:
         Raises:
             PositionOutOfRangeError: not all of them are stored.
             ShapeMismatchError, DtypeError: `out` or `dtype` does not fit.
-            CacheChangedError: the writer took positions back since the last `refresh`.
+            CacheChangedError: the writer truncated since the last `refresh`.
             CorruptCacheError: a block does not match its checksum (`verify` of `kvmmap.open`).
         """
         return self._read(self._keys, start, stop, dtype, out, threads)
@@ -242,10 +242,10 @@ class LayerReader:
     # Residency
 
     def prefetch(self, start: int = 0, stop: int | None = None) -> None:
-        """Start reading the rows of positions [start, stop) from the disk or the store, and don't wait for them.
+        """Start reading the rows of positions [start, stop) from the disk or the store, without waiting.
 
-        For rows that will be needed while this process does something else. What goes through a layer in order need
-        not call it: reading ahead is done already. Rows in memory are there.
+        Use it for rows that will be needed while this process does something else. Sequential reads prefetch by
+        themselves. Has no effect on rows in memory.
 
         Raises:
             PositionOutOfRangeError: not all of them are stored.
@@ -254,10 +254,10 @@ class LayerReader:
         self._store.prefetch(*check_stored_range(self._store, start, stop))
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
-        """Give back the memory that the rows of positions [start, stop) of a file take in this process.
+        """Release the memory that the rows of positions [start, stop) of a file take in this process.
 
-        They are read again when they are needed. Other processes keep theirs, and the system what it has read, until
-        it needs the room. Views stay valid. Rows in memory, which are nowhere else, stay.
+        They are read again when needed. Pages of other processes and the system's page cache are not affected. Views
+        stay valid. Has no effect on a cache in memory.
 
         Raises:
             PositionOutOfRangeError: not all of them are stored.

@@ -1,4 +1,4 @@
-"""What a cache says about itself, as JSON: the model that made it, and the user's own notes.
+"""Metadata of a cache as JSON: the model that made it, and the user's own.
 
 Pure: encodes, decodes and checks. It must not know where the bytes are kept.
 """
@@ -15,12 +15,12 @@ from .errors import CorruptCacheError, MetadataError
 
 MAX_METADATA_BYTES = 16 * 2**20
 MAX_DEPTH = 100
-"""Objects and arrays within one another: whoever copies or prints metadata does so recursively."""
+"""Nesting depth of objects and arrays: copying and printing metadata is recursive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What must agree before a saved cache may be given to a model again. Everything is optional."""
+    """Identity of the model that made a cache; compared before a saved cache is used with a model. All optional."""
 
     name: str | None = None
     """The model's name, such as a hub id."""

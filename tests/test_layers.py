@@ -25,7 +25,7 @@ TABLE = (
     ("storage",),
     ("states",),
     ("checks", "layer_reader", "layer"),
-    ("cache",),
+    ("layers", "cache_reader", "cache"),
     ("opening", "finding", "files"),
     ("transfer",),
     ("formats",),

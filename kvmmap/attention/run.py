@@ -1,6 +1,6 @@
-"""Attention over one layer's rows, wherever they lie: which of them are needed, taken piece by piece, and merged.
+"""Attention over one layer's store: selects the rows that are needed, attends to them part by part, and merges.
 
-What lives here: the way from a selection of positions to the pieces of a store. What does not: the arithmetic, and what
+What lives here: from a selection of positions to rows of a store. What does not: the arithmetic, and what
 kind of store it is.
 """
 

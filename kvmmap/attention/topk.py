@@ -1,4 +1,4 @@
-"""Which blocks a query needs most: bounds from sketches, and how the heads' wishes are put together.
+"""Block selection: upper bounds of scores from sketches, and how the votes of heads are combined.
 
 What lives here: `select_blocks`. What does not: how sketches are made and kept, and attention.
 """
@@ -70,8 +70,8 @@ def select_blocks(
 def block_bounds(
     sketches: NDArray[np.uint16], query: NDArray[np.float32], geometry: LayerGeometry
 ) -> NDArray[np.float32]:
-    """Return what q . k is at most, for any key k of each block: sum_d max(q_d * min_d, q_d * max_d), but for the
-    rounding of a sum in f32.
+    """Return an upper bound of q . k over the keys k of each block, sum_d max(q_d * min_d, q_d * max_d), up to the
+    rounding of an f32 sum.
 
     Args:
         sketches: [blocks, num_kv_heads, 2, head_dim], bf16 as uint16.
@@ -88,10 +88,10 @@ def block_bounds(
 
 
 def _shares(bounds: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Each query head's softmax over blocks: what part of its attention a block may get.
+    """Return each query head's softmax over blocks: the share of its attention that a block may get.
 
-    Every head has one vote to spread, so that none counts for more because its scores are larger, and one to which all
-    blocks are alike counts for little.
+    Shares of a head sum to 1, so a head with larger scores counts for no more than others, and a head that scores all
+    blocks alike has little influence.
     """
     with np.errstate(invalid="ignore"):
         height = bounds.astype(np.float64) / TEMPERATURE

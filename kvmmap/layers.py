@@ -1,0 +1,45 @@
+"""A cache's layers as a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from .errors import LayerOutOfRangeError
+from .geometry import index
+from .layer import QuantizedKvLayer
+from .storage.protocols import Storage
+
+
+class Layers(Sequence[QuantizedKvLayer]):
+    """A cache's layers, by index from 0; negative ones don't wrap."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._layers = [QuantizedKvLayer.of_store(storage, store) for store in storage.layers]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[QuantizedKvLayer]:
+        return iter(self._layers)
+
+    @overload
+    def __getitem__(self, layer: int) -> QuantizedKvLayer: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[QuantizedKvLayer]: ...
+    def __getitem__(self, layer: int | slice) -> QuantizedKvLayer | list[QuantizedKvLayer]:
+        if isinstance(layer, slice):
+            return self._layers[layer]
+        return self._layers[self.check(layer)]
+
+    def check(self, layer: int) -> int:
+        """Return `layer` if there is such a one."""
+        layer = index(layer, "layer")
+        if not 0 <= layer < len(self._layers):
+            raise LayerOutOfRangeError(
+                f"layer {layer} does not exist: there are {len(self._layers)}, counted from 0, and "
+                "negative ones do not wrap",
+                layer=layer,
+                expected=len(self._layers),
+            )
+        return layer
