@@ -63,6 +63,17 @@ def test_kv_heads_that_differ_by_layer() -> None:
     assert shapes(config) == [(2, 8, 12), (4, 8, 12)]
 
 
+def test_looped_layers_are_kept_once_a_loop() -> None:
+    settings = {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 3}
+    config = known("DoryConfig")(**SMALL | settings, num_key_value_heads=2, head_dim=8)
+    assert shapes(config) == [(2, 8, 8)] * (4 + 2 * 2)
+    windows = [kind.window for kind in layer_kinds(config)]
+    assert windows[4:] == windows[1:3] * 2
+    config.recurrent_kv_cache_mode = "last_loop"
+    with pytest.raises(kvmmap.UnsupportedModelError, match=r"dory reads a cache's tensors itself"):
+        KvmmapCache(config)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -112,6 +123,14 @@ def test_a_model_without_source_is_taken_for_an_ordinary_one() -> None:
 
     assert attends(Config()) == "interface"
     assert attends(None) == "interface"
+
+
+def test_a_layer_in_place_of_tensors_is_refused_as_one_of_ours() -> None:
+    """What a model without source runs into, if it uses keys before it attends."""
+    layer = KvmmapCache(tf.LlamaConfig(**SMALL, intermediate_size=48)).layers[0]
+    with pytest.raises(kvmmap.UnsupportedModelError, match=r"'repeat'.*can't attend in place"):
+        layer.repeat(1, 2, 1, 1)
+    assert not hasattr(layer, "repeat")
 
 
 @pytest.mark.parametrize("family", [tf.MptConfig, tf.GitConfig, tf.BloomConfig])

@@ -255,7 +255,9 @@ class KvmmapCache(OneSequence):
                 'place: model.set_attn_implementation("sdpa")'
             )
         result = layer.update(key_states, value_states, *args, **kwargs)
-        if layer_idx == len(self._layers) - 1:
+        if all(
+            len(other) == len(layer) for other in reversed(self._layers)
+        ):  # in models with loops the last is not last
             self._length = len(layer)
             self._end_patterns()
         return result

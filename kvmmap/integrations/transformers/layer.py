@@ -36,6 +36,10 @@ class Pattern:
     """True once this pass is known to ask for nothing but causal attention, from the function that attends in place."""
 
 
+class _NotATensorError(UnsupportedModelError, AttributeError):
+    """A layer was used as the tensor that it stands for. An AttributeError, because `hasattr` needs one."""
+
+
 class KvmmapLayer(CacheLayerMixin):
     """A layer of a `KvmmapCache`, on transformers' own interface of cache layers."""
 
@@ -196,9 +200,10 @@ class KvmmapLayer(CacheLayerMixin):
     # A layer that is handed on in the place of tensors must not be taken for one.
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
+        raise _NotATensorError(
             f"'KvmmapLayer' has no {name!r}; if it was to be a tensor of keys or values: this model uses these before "
-            'it attends, so it can\'t attend in place: model.set_attn_implementation("sdpa")'
+            'it attends, so it can\'t attend in place: model.set_attn_implementation("sdpa")',
+            actual=name,
         )
 
     @classmethod

@@ -37,6 +37,7 @@ _REFUSED = {
     "openai-gpt": _NO_CACHE,
     "paligemma": "counts positions from 1, and attends to its prompt in both directions",
     "prophetnet": "predicts several tokens at a time, and takes only one token a pass once it has a cache",
+    "recurrent_gemma": "keeps a recurrent state in its modules, beside the keys and values of some layers",
     "reformer": _NO_CACHE,
     "xlm": _NO_CACHE,
     "xlnet": _NO_CACHE,
@@ -94,7 +95,8 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     types, _ = get_layer_types_and_kwargs(config)
     if len(types) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{name} names {len(types)} kinds of layers for {config.num_hidden_layers} layers")
-    return [_kind(name, kind, layer) for kind, layer in zip(types, config.per_layer_config, strict=True)]
+    kinds = [_kind(name, kind, layer) for kind, layer in zip(types, config.per_layer_config, strict=True)]
+    return kinds + _repeated(config, kinds)
 
 
 def _kind(model: str, kind: str, config: Any) -> LayerKind:
@@ -120,6 +122,22 @@ def _kind(model: str, kind: str, config: Any) -> LayerKind:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         geometry = LayerGeometry(_kv_heads(model, kind, config), dim, getattr(config, "v_head_dim", None) or dim)
     return LayerKind(geometry=geometry, window=window, latent=latent is not None)
+
+
+def _repeated(config: Any, kinds: list[LayerKind]) -> list[LayerKind]:
+    """The layers that a model with loops (Dory) adds to its cache: its looped ones once more for each further loop."""
+    loops = getattr(config, "n_recurrent_loops", 1)
+    if loops == 1:
+        return []
+    if config.recurrent_kv_cache_mode != "per_loop":
+        raise UnsupportedModelError(
+            f"{config.model_type} reads a cache's tensors itself with recurrent_kv_cache_mode="
+            f"{config.recurrent_kv_cache_mode!r}: a KvmmapCache has none",
+            expected="per_loop",
+            actual=config.recurrent_kv_cache_mode,
+        )
+    first = config.n_input_layers
+    return kinds[first : first + config.n_recurrent_layers] * (loops - 1)
 
 
 def _kv_heads(model: str, kind: str, config: Any) -> int:
