@@ -1,0 +1,183 @@
+"""What small configs need beyond the rules of `configs`, by type: arguments that must fit one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}}
+_MHA = {"num_key_value_heads": 4}
+_MLA = {**_MHA, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+_DECODER = {"is_decoder": True}
+_BART = {"encoder_layers": 3}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_LINEAR = ["linear_attention", "linear_attention", "full_attention"]
+
+PATCHES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+        ),
+        _DECODER,
+    ),
+    "xmod": {**_DECODER, "default_language": "en_XX"},
+    **dict.fromkeys(
+        (
+            "bart",
+            "bigbird_pegasus",
+            "blenderbot",
+            "blenderbot-small",
+            "marian",
+            "mbart",
+            "mvp",
+            "pegasus",
+            "plbart",
+            "whisper",
+        ),
+        _BART,
+    ),
+    "big_bird": {**_DECODER, "attention_type": "original_full"},
+    "bigbird_pegasus": {**_BART, "attention_type": "original_full"},
+    "mistral_large4": {"text_config": _MHA},
+    "dots3_note_text": {**_MHA, "per_layer_config": {}, "head_dim": 12, "swa_head_dim": 12},
+    "longcat_flash": {**_MHA, "head_dim": 4},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "chameleon": {"vocabulary_map": {"<image>": 80}},
+    "emu3": {"vocabulary_map": {"<image>": 80}},
+    **{
+        kind: {"text_config": _MROPE}
+        for kind in (
+            "cosmos3_edge",
+            "glm46v",
+            "glm4v",
+            "glm_ocr",
+            "glmga",
+            "glm4v_moe",
+            "paddleocr_vl",
+            "qwen2_5_omni_thinker",
+            "qwen2_5_vl",
+            "qwen2_vl",
+        )
+    },
+    **{
+        kind: {"text_config": {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0]}}}
+        for kind in ("glm4v_moe",)
+    },
+    "hunyuan_vl": {"text_config": {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 1, 1]}}},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "layer_types": _MIXED},
+    "hy_v4_vl": {"text_config": {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0]}}},
+    "apertus1p5": {
+        "text_config": {"image_token_offset": 80, "audio_token_offset": 84},
+        "vision_config": {"codebook_size": 4},
+        "audio_config": {"codebook_size": 4, "codebook_dim": 32},
+        "image_token_offset": 80,
+        "audio_token_offset": 84,
+    },
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "dbrx": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32},
+    },
+    "bamba": {"mamba_n_heads": 8, "mamba_d_state": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "layer_types": ["mamba", "attention", "mamba"]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention", "conv"]}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"], "layer_types": ["full_attention"] * 3}
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 12},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "molmo2": {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [2, 1]}},
+    "moshi": {"audio_encoder_config": {"codebook_size": 64}},
+    "muse_spark": {
+        "audio_config": {
+            "num_hidden_layers": 4,
+            "patch_sizes": [16, 6, 5, 4],
+            "hidden_sizes": [8, 8, 8, 8],
+            "depths": [1, 1, 1, 1],
+        }
+    },
+    "step3p7": {
+        "text_config": {
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        }
+    },
+    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 64},
+        "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [1],
+        "qformer_config": {"num_attention_heads": 4, "hidden_size": 32},
+    },
+    "gemma4": {"text_config": {"hidden_size_per_layer_input": 8}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "prophetnet": {"num_encoder_layers": 3},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "layer_types": _MIXED}
+    },
+    "gemma4_unified_assistant": {"text_config": {"layer_types": _MIXED}},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 1,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    },
+    "roc_bert": {
+        **_DECODER,
+        "pronunciation_vocab_size": 8,
+        "shape_vocab_size": 8,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
+    "reformer": {**_DECODER, "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "glm5_next": {"text_config": {**_MHA, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": _LINEAR}},
+    "dots3_note": {
+        "text_config": {**_MHA, "per_layer_config": {}, "head_dim": 12, "swa_head_dim": 12},
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 32},
+        "audio_config": {"adapter_input_size": 32},
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": {"moe_intermediate_size": [16, 16], "moe_num_experts": 4, "num_hidden_layers": 3, **_MROPE}
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "evolla": {"aligner_num_add_layers": 1},
+    "idefics": {"cross_layer_interval": 1},
+    "hrm_text": {"H_cycles": 1, "L_cycles": 2, "num_hidden_layers": 1},
+    "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_start_token_id": 94},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 94},
+}
+
+WITHOUT = {
+    **dict.fromkeys(["blip-2", "instructblip", "instructblipvideo"], "it generates from an image only"),
+    **dict.fromkeys(["fast_vlm", "gemma3n", "perception_lm"], "its image encoder needs timm"),
+    **dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], "transformers rejects the config's own defaults"),
+    "inkling_mm_model": "its image encoder needs scipy",
+}
+"""Why a type can't be built, or tested, where the error does not say it."""

@@ -1,0 +1,69 @@
+"""Every family that the installed transformers knows is right through a KvmmapCache, or refused by name.
+
+A few families are tried here; with KVMMAP_FAMILIES=all, every one. What comes of each is compared with the record, so
+that a family that works by now, or is refused for another reason, shows as well: `python -m families` in tests/ writes
+the record, and the table of it in docs/transformers.md.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import outcomes
+from families.configs import types
+from families.trial import trial
+
+pytestmark = pytest.mark.torch
+
+FEW = [
+    "blip",  # refused: cross-attention
+    "deepseek_v3",  # latents
+    "falcon",  # multi-query; takes no other attention
+    "gemma3_text",  # windows of two kinds
+    "git",  # attends itself
+    "gpt2",
+    "gpt_oss",  # sinks
+    "jetmoe",  # uses keys before it attends
+    "llama",
+    "mamba",  # refused: a state
+    "mimo_v2_flash",  # heads differ by layer
+    "mpt",  # attends itself, and takes "kvmmap" only at first
+    "qwen2_5_vl",  # M-RoPE
+    "xlnet",  # refused: takes no cache
+]
+"""One family of each kind."""
+
+ALL = os.environ.get("KVMMAP_FAMILIES") == "all"
+RECORD = outcomes.load()
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", types() if ALL else FEW)
+def test_a_family_is_right_or_refused_as_recorded(tmp_path: Path, kind: str) -> None:
+    with torch.no_grad():
+        found = trial(kind, tmp_path).plain()
+    if outcomes.RELEASE in RECORD:
+        assert found == RECORD[outcomes.RELEASE][kind]
+
+
+@pytest.mark.skipif(not ALL or outcomes.RELEASE not in RECORD, reason="for all families of a release with a record")
+def test_the_record_has_every_family() -> None:
+    assert sorted(RECORD[outcomes.RELEASE]) == types()
+
+
+def test_the_page_shows_the_record() -> None:
+    page = outcomes.PAGE.read_text()
+    assert outcomes.table(RECORD) in page.split(outcomes.BEGIN)[1].split(outcomes.END)[0]
+
+
+def test_most_families_are_tested_and_every_reason_is_given() -> None:
+    for release, families in RECORD.items():
+        untested = [kind for kind, outcome in families.items() if outcome.get("why", "").startswith("not ")]
+        assert len(untested) < 0.05 * len(families), (release, untested)
+        assert all(outcome["in_place"] or outcome["why"] for outcome in families.values())

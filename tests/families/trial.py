@@ -1,0 +1,261 @@
+"""One family's trial: what its small model does through a KvmmapCache, beside transformers' cache of the same rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from helpers.tiny_models import RoundedCache, past
+
+from families.configs import TEXT, VOCABULARY, config, model
+from families.patches import WITHOUT
+from kvmmap.errors import UnsupportedModelError
+from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
+from kvmmap.integrations.transformers.dispatch import attends
+
+BOUND = 0.02
+"""How far logits may be off, in standard deviations of them: sums in another order push numbers over a code's edge."""
+
+ALIVE = 5 * BOUND
+"""How far they must be off at least with other tokens in the cache; else the model says nothing of the cache."""
+
+_NEVER = [0, *range(TEXT, VOCABULARY)]
+
+
+@dataclass
+class Outcome:
+    """What a trial showed."""
+
+    supported: bool = False
+    """A cache can be made for the family, and everything through it is right."""
+
+    in_place: bool = False
+    """It attends over the int8 rows in place."""
+
+    why: str = ""
+    """Why it is not supported, or not in place; without the type's name."""
+
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Stages in which transformers fails with its own cache, and its error."""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: no empty fields."""
+        return {name: value for name, value in vars(self).items() if value or isinstance(value, bool)}
+
+
+class WrongError(AssertionError):
+    """A result that is not the reference's, or an error that is not kvmmap's own."""
+
+
+def trial(kind: str, folder: Path) -> Outcome:
+    """Try a type.
+
+    Args:
+        kind: as AutoModelForCausalLM or AutoModelForImageTextToText has it.
+        folder: an empty one.
+
+    Raises:
+        WrongError: something is not as it must be.
+    """
+    try:
+        made = config(kind)
+        net = model(made, kind)
+    except Exception as error:
+        return Outcome(why=f"not built: {WITHOUT.get(kind) or _first_line(error)}")
+    try:
+        KvmmapCache(net)
+    except UnsupportedModelError as error:
+        _check_refusals(kind, net, folder)
+        return Outcome(why=_first_line(error))
+    references = _references(net)
+    outcome = Outcome(left_out={stage: _first_line(ref) for stage, ref in references.items() if _failed(ref)})
+    if _failed(references["generation"]):
+        outcome.why = f"not tested: {WITHOUT.get(kind) or outcome.left_out['generation']}"
+        outcome.left_out.clear()
+        return outcome
+    _check_alive(kind, net, references["generation"])
+    outcome.supported = True
+    _check_stages(kind, net, references, folder / "native")
+    net.set_attn_implementation(ATTENTION)
+    if net.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
+        try:  # transformers says no to a change, and may say yes at first
+            net = model(made, kind, attention=ATTENTION)
+        except Exception:
+            outcome.why = "its layers compute attention themselves"
+            return outcome
+    with _reads() as count:
+        _check_stages(kind, net, references, folder / "kvmmap")
+        outcome.in_place = not next(count)
+    outcome.why = "" if outcome.in_place else _why_tensors(net)
+    return outcome
+
+
+def _first_line(error: Any) -> str:
+    """An error without what differs from one machine to the next."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = lines[-1] if len(lines) > 1 and lines[-1].startswith("ValueError:") else lines[0] if lines else ""
+    return shown if isinstance(error, UnsupportedModelError) else f"{type(error).__name__}: {shown}"[:160]
+
+
+def _failed(reference: Any) -> bool:
+    return isinstance(reference, Exception)
+
+
+def _why_tensors(net: Any) -> str:
+    if any(layer.kind.latent for layer in KvmmapCache(net).layers):
+        return "its rows are latents, which become keys and values after the cache"
+    how = attends(net.config.get_text_config(decoder=True))
+    if how == "own":
+        return "its layers compute attention themselves"
+    if how == "tensors":
+        return "its layers use keys and values besides attending over them"
+    return "its masks are made by a function of its own"
+
+
+# Ways of generating
+
+
+def prompt(length: int, seed: int = 0) -> torch.Tensor:
+    """Random ids of text, [1, length]."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, TEXT, (1, length)))
+
+
+BRANCH = torch.cat([prompt(30)[:, :20], prompt(9, seed=1)], 1)
+"""A prompt that goes another way after 20 tokens."""
+
+
+def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens and every step's logits: [1, n + count], [count, vocabulary]."""
+    result = net.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        **past(cache),
+        max_new_tokens=count,
+        do_sample=False,
+        suppress_tokens=_NEVER,
+        return_dict_in_generate=True,
+        output_logits=True,
+        use_cache=True,
+        **more,
+    )
+    return result.sequences, torch.cat([step.reshape(1, -1) for step in result.logits])
+
+
+STAGES: dict[str, Callable[[Any, Any], Any]] = {
+    "generation": lambda net, cache: generate(net, prompt(30), cache, 8),
+    "chunked prefill": lambda net, cache: generate(net, prompt(30), cache, 4, prefill_chunk_size=7),
+    "prompt lookup": lambda net, cache: generate(net, prompt(14).repeat(1, 2), cache, 8, prompt_lookup_num_tokens=3),
+    "prefix": lambda net, cache: generate(net, BRANCH, cache, 3),
+}
+"""What is done alike with transformers' cache and with ours."""
+
+
+def _references(net: Any) -> dict[str, Any]:
+    """Results of the stages with transformers' own cache, or its errors."""
+    found: dict[str, Any] = {}
+    for stage, run in STAGES.items():
+        try:
+            found[stage] = run(net, RoundedCache(config=net.config))
+        except Exception as error:
+            found[stage] = error
+    return found
+
+
+def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path) -> None:
+    folder.mkdir()
+    for stage in ("generation", "chunked prefill", "prompt lookup"):
+        if not _failed(references[stage]):
+            with _own_errors(kind, stage):
+                _check(kind, stage, STAGES[stage](net, KvmmapCache(net)), references[stage])
+    path = folder / "cache.kvm"
+    with _own_errors(kind, "reopening"):
+        _check(kind, "reopening", _reopened(net, path), references["generation"])
+    if not _failed(references["chunked prefill"]):  # a model that takes one token a pass can't continue a prefix
+        with _own_errors(kind, "prefix"), KvmmapCache.open(path, net) as cache:
+            if reuse(cache, BRANCH) != 20:
+                raise WrongError(f"{kind}: 20 tokens agree, and reuse does not say so")
+            _check(kind, "prefix", generate(net, BRANCH, cache, 3), references["prefix"])
+
+
+def _reopened(net: Any, path: Path) -> Any:
+    """Generate as the first stage does, through three handles."""
+    with KvmmapCache.create(path, net) as cache:
+        tokens, first = generate(net, prompt(30), cache, 3)
+    with KvmmapCache.open(path, net, "a") as cache:
+        tokens, second = generate(net, tokens, cache, 3)
+    with KvmmapCache.open(path, net) as cache:
+        tokens, third = generate(net, tokens, cache, 2)
+    return tokens, torch.cat([first, second, third])
+
+
+# What must hold
+
+
+def gap(found: Any, expected: Any) -> float:
+    """How far logits are off at most, in standard deviations of the right ones."""
+    if found[1].shape != expected[1].shape:
+        raise WrongError(f"logits {list(found[1].shape)} in place of {list(expected[1].shape)}")
+    return float((found[1] - expected[1]).abs().max() / expected[1].std())
+
+
+def _check(kind: str, stage: str, found: Any, expected: Any) -> None:
+    off = gap(found, expected)
+    if not off <= BOUND:  # NaN, too
+        raise WrongError(f"{kind}: {stage} is off by {off:.3f} standard deviations")
+    if found[0].tolist() != expected[0].tolist():
+        raise WrongError(f"{kind}: {stage} gives other tokens")
+
+
+def _check_alive(kind: str, net: Any, expected: Any) -> None:
+    """Other tokens early in the prompt must show: else nothing in this trial could fail."""
+    other = torch.cat([prompt(15, seed=2), prompt(30)[:, 15:]], 1)
+    off = gap(generate(net, other, RoundedCache(config=net.config), 8), expected)
+    if not off > ALIVE:
+        raise WrongError(f"{kind}: other tokens in the cache change logits by {off:.3f} standard deviations only")
+
+
+def _check_refusals(kind: str, net: Any, folder: Path) -> None:
+    """A refusal is the same everywhere, names the type, and leaves no file."""
+    for make in (lambda: KvmmapCache(net.config), lambda: KvmmapCache.create(folder / "refused.kvm", net)):
+        try:
+            make()
+        except UnsupportedModelError as error:
+            if len(str(error)) < 30:
+                raise WrongError(f"{kind}: refused without a reason: {error}") from error
+        else:
+            raise WrongError(f"{kind}: refused once, and then not")
+    if any(folder.iterdir()):
+        raise WrongError(f"{kind}: a refusal left a file")
+
+
+@contextmanager
+def _own_errors(kind: str, stage: str) -> Iterator[None]:
+    """Nothing may be raised where transformers' own cache works."""
+    try:
+        yield
+    except WrongError:
+        raise
+    except Exception as error:
+        raise WrongError(f"{kind}: {stage}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _reads() -> Iterator[Iterator[int]]:
+    """Count how often layers are dequantised: `next` gives the number so far."""
+    read, calls = KvmmapLayer.read, []
+
+    def counted(self: KvmmapLayer, *args: Any) -> Any:
+        calls.append(1)
+        return read(self, *args)
+
+    KvmmapLayer.read = counted  # type: ignore[method-assign]
+    try:
+        yield (len(calls) for _ in itertools.count())
+    finally:
+        KvmmapLayer.read = read  # type: ignore[method-assign]
