@@ -30,7 +30,7 @@ import numpy as np
 
 import kvmmap
 from kvmmap.storage.objects.local import FolderObjects
-from kvmmap.storage.zarr.reader import LOCAL_THREADS, REMOTE_THREADS
+from kvmmap.storage.zarr.handle import LOCAL_THREADS, REMOTE_THREADS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

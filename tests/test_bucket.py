@@ -256,6 +256,6 @@ def test_later_layers_are_prefetched(url: str) -> None:
     storage = ZarrReader.open(objects_at(url))
     with kvmmap.QuantizedKvCache.of_storage(storage) as cache:
         cache.layers[0].read_keys()
-        assert set(storage._under_way) == {(1, 0)}
+        assert set(storage.shards._under_way) == {(1, 0)}
         check_filled(cache, 600)
-        assert not storage._under_way
+        assert not storage.shards._under_way

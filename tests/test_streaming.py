@@ -53,7 +53,7 @@ def copy(objects: Any, target: Path, **more: Any) -> tuple[kvmmap.CopyReport, in
     """Copy a place's group; return the report, and how many of its shards had to be kept in memory."""
     with kvmmap.QuantizedKvCache.of_storage(ZarrReader.open(objects)) as source:
         report = kvmmap.copy(source, target, **more)
-        return report, len(source.storage._kept)  # type: ignore[attr-defined]
+        return report, len(source.storage.shards._kept)  # type: ignore[attr-defined]
 
 
 def check_same(place: MemoryObjects, target: Path) -> None:

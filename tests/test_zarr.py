@@ -648,7 +648,7 @@ def test_fetched_rows_are_bounded(group: Path) -> None:
     with kvmmap.QuantizedKvCache.of_storage(storage) as cache:
         for layer in cache.layers:
             layer.read_keys()
-            assert len(storage._kept) <= 2
+            assert len(storage.shards._kept) <= 2
         check_filled(cache, 1200)
         view = cache.layers[0].key_codes
         kept = view.copy()

@@ -1,43 +1,54 @@
-"""One layer of a Zarr-backed cache, read: which shards its positions lie in. How they come is the reader's business."""
+"""One layer of a Zarr-backed cache, read: which shards its positions are in. The shard cache fetches them."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...geometry import LayerGeometry
 from ..protocols import Rows
-from ..readonly import ReadOnlyLayer
+from ..readonly import ReadOnlyLayer, ReadOnlyStorage
 from ..streaming import RowStream, WriteBytes
-
-if TYPE_CHECKING:
-    from .reader import ZarrReader
+from .handle import GroupHandle
+from .shard_cache import ShardCache
 
 
 class ZarrLayer(ReadOnlyLayer):
-    """One layer's rows in the group."""
+    """One layer's rows in the group.
+
+    Args:
+        storage: the storage that the layer belongs to.
+        index: the layer's number.
+        handle: the open group.
+        shards: its fetched shards.
+    """
 
     in_memory = False
 
-    def __init__(self, storage: ZarrReader, index: int, geometry: LayerGeometry) -> None:
+    def __init__(self, storage: ReadOnlyStorage, index: int, handle: GroupHandle, shards: ShardCache) -> None:
         self.index = index
-        self.geometry = geometry
-        self.capacity = storage.geometry.capacity
-        self.length = storage.root.seq_len
-        # Not a cycle: a writer that is simply dropped gives its lock back at once.
-        self._storage: ZarrReader = weakref.proxy(storage)
+        self.geometry = handle.geometry.layers[index]
+        self.capacity = handle.geometry.capacity
+        self._handle = handle
+        self._shards = shards
+        # No reference cycle, as in `LayerStore`.
+        self._storage = weakref.proxy(storage)
 
-    def slabs(self) -> Rows:
-        return self.rows(0, self.length)
+    @property
+    def length(self) -> int:
+        """Positions stored, as this handle sees them."""
+        return self._handle.lengths[self.index]
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._handle.lengths[self.index] = length
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Positions [start, stop): views where they lie in one shard, else a copy."""
+        """Return positions [start, stop): views where they are in one shard, else a copy."""
         self.check()
-        size = self._storage.layout.shard_tokens
+        size = self._handle.layout.shard_tokens
         if start < stop <= start - start % size + size:
             return next(self.iter_rows(start, stop))
         whole = Rows.allocate(self.geometry, stop - start)
@@ -48,40 +59,37 @@ class ZarrLayer(ReadOnlyLayer):
         return whole
 
     def iter_rows(self, start: int, stop: int) -> Iterator[Rows]:
-        """Yield positions [start, stop) piece by piece, while the next ones are fetched."""
+        """Yield positions [start, stop) shard by shard, while the next ones are fetched."""
         for _, rows in self._placed(start, stop):
             yield rows
 
     def _placed(self, start: int, stop: int) -> Iterator[tuple[int, Rows]]:
-        size = self._storage.layout.shard_tokens
+        size = self._handle.layout.shard_tokens
         for shard in range(start // size, -(-stop // size)):
-            self._storage.read_ahead(self.index, shard, start, stop)
+            self._read_ahead(shard, start, stop)
             first, last = max(start, shard * size), min(stop, (shard + 1) * size)
-            yield first, self._storage.shard_part(self.index, shard, first, last, streamed=stop - start > size)
+            yield first, self._part(shard, first, last, streamed=stop - start > size)
 
-    def scan(self, start: int, stop: int) -> Iterator[Rows]:
-        return self.iter_rows(start, stop)
+    def _read_ahead(self, shard: int, start: int, stop: int) -> None:
+        self._shards.read_ahead(self.index, shard, start, stop)
 
-    def is_verified(self, stop: int) -> bool:
-        return True
-
-    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
-        """Fetching did."""
+    def _part(self, shard: int, start: int, stop: int, *, streamed: bool) -> Rows:
+        return self._shards.part(self.index, shard, start, stop, streamed=streamed)
 
     def prefetch(self, start: int, stop: int) -> None:
-        self._storage.prefetch(self.index, start, stop)
+        self._shards.prefetch(self.index, start, stop)
 
     def stream_bytes(self, start: int, stop: int, write: WriteBytes) -> RowStream | None:
-        return self._storage.stream_bytes(self.index, start, stop, write)
+        return self._shards.stream_bytes(self.index, start, stop, write)
 
-    def release(self, start: int, stop: int) -> None:
-        """What is kept of shards is bounded as it is."""
+    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
+        """Fetching compares every block."""
 
     def version(self) -> int:
-        return self._storage.version()
+        return self._handle.truncations
 
     def validate(self, version: int) -> None:
-        self._storage.validate(version)
+        self._handle.validate(version)
 
     def check(self) -> None:
-        self._storage.check()
+        self._handle.check()

@@ -33,7 +33,8 @@ class GroupPlace(Place):
 
     def open(self, options: OpenOptions) -> Storage:
         from .placement import open_locked
-        from .reader import CACHE_BYTES, ZarrReader
+        from .reader import ZarrReader
+        from .shard_cache import CACHE_BYTES
 
         room = CACHE_BYTES if options.cache_bytes is None else index(options.cache_bytes, "cache_bytes")
         if options.mode == "r":

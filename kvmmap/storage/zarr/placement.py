@@ -9,8 +9,8 @@ from ...geometry import CacheGeometry
 from ...metadata import Document
 from ..objects.lock import LOCK_KEY
 from ..objects.protocol import MissingObjectError, ObjectChangedError, Objects
+from .handle import read_root
 from .layout import COMPRESSORS, ROOT_KEY, SHARD_BLOCKS, Layout
-from .reader import read_root
 from .root import Root
 from .writer import ZarrWriter
 
@@ -58,9 +58,9 @@ def create_group(
             writer.finish_describing()
             objects.settle()
         try:
-            writer.tag = objects.put_if(ROOT_KEY, data, None)
+            writer.handle.tag = objects.put_if(ROOT_KEY, data, None)
         except ObjectChangedError:
-            present, writer.tag = objects.get_tagged(ROOT_KEY)
+            present, writer.handle.tag = objects.get_tagged(ROOT_KEY)
             if bytes(present) != data:  # else it is ours, and the answer was lost
                 raise _exists(objects) from None
         objects.settle()

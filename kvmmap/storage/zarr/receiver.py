@@ -10,8 +10,8 @@ from ...errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, F
 from ..objects.protocol import Objects
 from ..protocols import Progress, VerifyReport, seq_len
 from ..receiving import CopyOptions, Incoming, Receiver
+from .handle import read_root
 from .placement import create_group, open_locked
-from .reader import read_root
 from .writer import ZarrWriter
 
 COMMIT_BYTES = 512 * 2**20
