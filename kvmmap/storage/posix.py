@@ -136,7 +136,7 @@ class PosixFile:
         status = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first
         if ctypes.CDLL(None).fstatfs(self._fd, status):
             return False
-        return ctypes.c_uint.from_buffer(status).value == _OVERLAY_MAGIC
+        return int.from_bytes(status.raw[:4], sys.byteorder) == _OVERLAY_MAGIC
 
     def inode_id(self) -> int:
         """Return 40 bits that no other file on this machine has at the same time, nor a later one under its number.

@@ -57,7 +57,7 @@ class Watch:
         if event == "open":
             path = arguments[0]
             if isinstance(path, str) and not path.startswith(
-                (self.folder, "/proc/", os.devnull, sys.prefix, sys.base_prefix, _HERE)
+                (self.folder, "/proc/", os.devnull, sys.prefix, sys.base_prefix, _LIBRARIES, _HERE)
             ):
                 raise ForbiddenError(f"opened {path}")
         elif event == "mmap.__new__":
@@ -65,10 +65,23 @@ class Watch:
             pages = -(-os.fstat(fd).st_size // mmap.PAGESIZE) * mmap.PAGESIZE
             if offset + length > pages:
                 raise ForbiddenError(f"mapped [{offset}, {offset + length}) of a file of {pages}")
-        elif event.startswith(_NEVER):
+        elif event.startswith(_NEVER) and not _asks_for_the_file_system(event, arguments):
             raise ForbiddenError(f"{event} {arguments}")
 
 
+def _asks_for_the_file_system(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Return whether this is part of calling libc's fstatfs, which tells whether a file is on overlayfs."""
+    match event:
+        case "ctypes.create_string_buffer":
+            return True
+        case "ctypes.dlopen":
+            return arguments == (None,)
+        case "ctypes.dlsym":
+            return bool(arguments[1] == "fstatfs")
+    return False
+
+
+_LIBRARIES = os.path.dirname(os.path.dirname(np.__file__))
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
