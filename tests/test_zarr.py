@@ -499,6 +499,7 @@ def test_every_byte_of_the_root_counts(group: Path) -> None:
         ("shard_blocks", 0),
         ("shard_blocks", 2**40),
         ("shard_blocks", 1.5),
+        ("shard_blocks", [[1, 1, 1]] * 2**20),  # it must not be multiplied by the positions in a block
         ("layers", []),
         ("layers", [[1]]),
         ("layers", [[2, 8, 2**70], [2, 8, 8]]),
@@ -518,6 +519,21 @@ def test_a_hostile_root_is_refused(group: Path, name: str, value: Any) -> None:
     document = json.loads(root.read_bytes())
     facts = document["attributes"]["kvmmap"]
     facts[name] = value
+    del facts["checksum"]
+    facts["checksum"] = _digest(facts)
+    root.write_text(json.dumps(document))
+    with pytest.raises(kvmmap.CorruptCacheError):
+        kvmmap.open(group)
+
+
+def test_a_list_in_place_of_a_count_is_not_multiplied(group: Path) -> None:
+    from kvmmap.storage.zarr.root import _digest
+
+    make_file(group, 0).close()
+    root = group / "zarr.json"
+    document = json.loads(root.read_bytes())
+    facts = document["attributes"]["kvmmap"]
+    facts |= {"shard_blocks": [0], "block_tokens": 2**60}
     del facts["checksum"]
     facts["checksum"] = _digest(facts)
     root.write_text(json.dumps(document))

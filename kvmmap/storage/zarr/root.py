@@ -185,7 +185,7 @@ class Root:
 
     def _check(self) -> None:
         """Refuse what can't be."""
-        geometry, size = self.layout.geometry, self.layout.shard_tokens
+        geometry = self.layout.geometry
         numbers = (self.created_ns, self.sequence, self.seq_len, self.token_len, self.generation, self.commit_ns)
         if not all(type(number) is int and number >= 0 for number in (*numbers, self.layout.shard_blocks)):
             raise ValueError("a number is not one")
@@ -197,7 +197,8 @@ class Root:
             raise ValueError("shards are larger than they can be")
         complete = self.seq_len // geometry.block_tokens
         counts = (len(self.tails), len(self.sums_digests), len(self.token_digests))
-        expected = (geometry.num_layers, -(-complete // self.layout.shard_blocks), -(-self.token_len // size))
+        shards = (-(-complete // self.layout.shard_blocks), -(-self.token_len // self.layout.shard_tokens))
+        expected = (geometry.num_layers, *shards)
         if counts != expected:
             raise ValueError(f"there are {counts} digests for {expected}")
 
