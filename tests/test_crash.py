@@ -24,6 +24,7 @@ import kvmmap
 from kvmmap.format import Section, Slot
 from kvmmap.storage.file.live_record import LiveRecord
 from kvmmap.storage.file.writer import MappedWriter
+from kvmmap.storage.file.writer_state import WriterState
 
 HISTORIES = int(os.environ.get("KVMMAP_HISTORIES", "450"))
 BATCH = 50
@@ -66,7 +67,7 @@ def test_every_image_opens_to_a_committed_state(folder: str, batch: int) -> None
 SYNCS = {
     ("sync", "_commit"): "data before the slot",
     ("sync", "_write_slot"): "the slot before it is acknowledged",
-    ("sync", "_assure"): "the counting slot, before the other one is overwritten",
+    ("sync", "_make_durable"): "the counting slot, before the other one is overwritten",
     ("sync", "build_file"): "a new file before it gets its name",
     ("sync_folder", "create"): "the name of a new file",
     ("sync_folder", "resize_file"): "the name of a resized file",
@@ -78,9 +79,9 @@ SYNCS = {
 def one_slot(self: MappedWriter, slot: Slot) -> None:
     """Write every commit over the previous one."""
     which = self.snapshot.which
-    self.slots.write(self.file, which, slot)
+    self.mapped.slots.write(self.file, which, slot)
     self._sync()
-    self.snapshot = self.snapshot._replace(slot=slot)
+    self.holder.current = self.snapshot._replace(slot=slot)
     self._document = None
 
 
@@ -102,7 +103,7 @@ def truncate_in_one_slot(self: MappedWriter, *arguments: Any, closed: bool, both
 
 
 def forget_to_settle(self: MappedWriter) -> None:
-    self._settled = True
+    self._state = WriterState.READY
 
 
 DECODE = Slot.decode
@@ -111,10 +112,10 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "one slot instead of two": lambda: mock.patch.object(MappedWriter, "_write_slot", one_slot),
     "no checksum of the slot": lambda: mock.patch("kvmmap.storage.file.commit_slots.Slot.decode", any_slot),
     "published lengths believed after a restart": lambda: mock.patch.object(LiveRecord, "trusted", LiveRecord.in_use),
-    "truncation without a new generation": lambda: mock.patch.object(MappedWriter, "_take_back", lower_without_telling),
-    "interruptions not settled": lambda: mock.patch.object(MappedWriter, "_settle", forget_to_settle),
+    "truncation without a new generation": lambda: mock.patch.object(MappedWriter, "_roll_back", lower_without_telling),
+    "interruptions not settled": lambda: mock.patch.object(MappedWriter, "_reload", forget_to_settle),
     "the counting slot not written again": lambda: mock.patch.object(
-        MappedWriter, "_assure", lambda self, which, slot: (which, slot)
+        MappedWriter, "_make_durable", lambda self, which, slot: (which, slot)
     ),
 }
 
@@ -158,7 +159,7 @@ def test_there_are_no_other_syncs(folder: str) -> None:
 
 
 def test_writing_sketches_is_necessary(folder: str) -> None:
-    assert caught(folder, "sketches", lambda kind, caller: (kind, caller) == ("write", "write_sketches"))
+    assert caught(folder, "sketches", lambda kind, caller: (kind, caller) == ("write", "_layer"))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -358,12 +358,12 @@ def unsealed(memory: Any, offset: int, count: int, index: int, salt: int) -> lis
 
 MUTATIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "rows not compared with their checksums": (
-        lambda: mock.patch("kvmmap.storage.file.reader_layer.prove_rows"),
+        lambda: mock.patch("kvmmap.storage.file.reader_layer.verify_rows"),
         "closed",
         "committed rows",
     ),
     "token ids not compared with theirs": (
-        lambda: mock.patch("kvmmap.storage.file.reader.prove_tokens"),
+        lambda: mock.patch("kvmmap.storage.file.reader.verify_tokens"),
         "closed",
         "token ids",
     ),

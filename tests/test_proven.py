@@ -12,7 +12,7 @@ from helpers.support import check_filled, fill, make_file, rows
 
 import kvmmap
 from kvmmap.format import SLAB_SECTIONS, Section
-from kvmmap.storage.file.verified_blocks import Proven
+from kvmmap.storage.file.verified_blocks import VerifiedBlocks
 
 LENGTH = 600
 """Two blocks of 256, and a tail of 88."""
@@ -242,7 +242,7 @@ def test_verified_blocks_match_a_plain_list() -> None:
     random = np.random.default_rng(0)
     size, capacity = 4, 50
     for _ in range(300):
-        proven, model, covered = Proven(1, capacity, size), [0] * 13, 0
+        proven, model, covered = VerifiedBlocks(1, capacity, size), [0] * 13, 0
         for _ in range(12):
             covered = int(random.integers(covered, capacity + 1))
             ranges = np.sort(random.integers(0, capacity + 1, (int(random.integers(0, 4)), 2)), axis=1)

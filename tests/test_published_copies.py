@@ -16,7 +16,7 @@ from helpers.cli_support import click_run
 from helpers.support import check_filled, fill, make_file, rows
 
 import kvmmap
-from kvmmap.storage.file.reader import open_file, read_superblock
+from kvmmap.storage.file.mapped_file import open_file, read_superblock
 from kvmmap.storage.posix import PosixFile
 
 COMMITTED, PUBLISHED = 300, 500

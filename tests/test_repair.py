@@ -14,7 +14,7 @@ from helpers.support import check_filled, fill, make_file, run_python
 
 import kvmmap
 from kvmmap.format import Section
-from kvmmap.storage.file.reader import open_file, read_superblock
+from kvmmap.storage.file.mapped_file import open_file, read_superblock
 
 LENGTH = 600
 """Two blocks, and a tail of 88 positions."""

@@ -51,12 +51,12 @@ class BlockHasher:
         self._length = length
         self._hashed = length - length % self._block_tokens
         self._states: list[list[Any]] | None = None
-        self._told: tuple[int, NDArray[np.uint64]] | None = None
+        self._precomputed: tuple[int, NDArray[np.uint64]] | None = None
 
-    def tell(self, length: int, sums: NDArray[np.uint64]) -> None:
+    def use_precomputed(self, length: int, sums: NDArray[np.uint64]) -> None:
         """Give the checksums of the blocks from the one that the present length ends in up to `length`, the last of
         them maybe incomplete; [blocks, tracks]. The next `advance` to this length takes them, and hashes nothing."""
-        self._told = length, sums
+        self._precomputed = length, sums
 
     def tails(self) -> tuple[int, ...]:
         """Return the checksum of the incomplete block of each track, at the present length."""
@@ -66,8 +66,8 @@ class BlockHasher:
         """Hash what lies between the present length and `length`, which becomes the present one."""
         size = self._block_tokens
         first = self._length // size
-        if self._told is not None and self._told[0] == length:
-            sums = self._told[1]
+        if self._precomputed is not None and self._precomputed[0] == length:
+            sums = self._precomputed[1]
             self.rewind(length)
             whole = length // size - first
             return Advance(first, sums[:whole], tuple(sums[whole].tolist()) if length % size else (0,) * sums.shape[1])

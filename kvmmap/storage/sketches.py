@@ -1,29 +1,25 @@
 """Sketches of blocks: what is kept of a complete block's keys so that one can tell which blocks a query needs.
 
 For each KV head and channel, the least and the greatest of the block's dequantised keys, as bf16 rounded outward
-(Quest; Tang et al. 2024, arXiv:2406.10774). What lives here: computing them from rows, keeping them with a handle where
-the storage has none, and comparing those in a file with its rows. What does not: what they are used for.
+(Quest; Tang et al. 2024, arXiv:2406.10774). What lives here: computing them from rows, and keeping them with
+a handle where the storage has none. What does not: what they are used for.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
 from ..codecs import INT8
-from ..format import Section, Slot, Superblock, block_checksum, checksum, slab_sections
+from ..format import block_checksum, checksum
 from ..geometry import LayerGeometry
-from .protocols import Damage, LayerStore, Rows
-
-if TYPE_CHECKING:
-    from .file.reader import MappedReader
+from .protocols import LayerStore, Rows
 
 STEP_BYTES = 8 << 20
 """Rows are gone through in steps of about this size."""
@@ -156,79 +152,6 @@ def layer_sketches(store: LayerStore, blocks: int, block_tokens: int, version: i
     return [computed.between(0, blocks, store, version)]
 
 
-class KeptSketches:
-    """Those of one layer that a file keeps: of complete blocks that are committed, and each with a checksum.
-
-    A sketch is compared with its checksum when it is first asked for. One that is damaged is as good as one that is not
-    kept, since it can be computed anew.
-    """
-
-    def __init__(self, superblock: Superblock, layer: int) -> None:
-        self._superblock = superblock
-        self._layer = layer
-        self._proven = 0, 0  # under which version, and how many from 0
-
-    def first(self, blocks: int, memory: mmap.mmap, version: int, *, prove: bool) -> NDArray[np.uint16]:
-        """Return those of the first `blocks` blocks, all committed; fewer if one is damaged."""
-        geometry, layers = self._superblock.geometry.layers[self._layer], self._superblock.geometry.num_layers
-        at = self._superblock.section(Section.KEY_SKETCHES, self._layer).offset
-        shape = (blocks, geometry.num_kv_heads, 2, geometry.head_dim)
-        found = np.ndarray(shape, np.dtype("<u2"), memory, at)
-        if not prove:
-            return found
-        at = self._superblock.section(Section.SKETCH_CHECKSUMS).offset
-        sums = np.ndarray((blocks, layers), np.dtype("<u8"), memory, at)
-        proven = self._proven[1] if self._proven[0] == version else 0
-        while proven < blocks and sketch_checksum(self._layer, proven, found[proven]) == sums[proven, self._layer]:
-            proven += 1
-        self._proven = version, proven
-        return found[:proven]
-
-
 def sketch_checksum(layer: int, block: int, sketch: NDArray[np.uint16]) -> int:
     """Return the checksum of a block's sketch."""
     return block_checksum(layer, block, 1, [checksum(sketch.data)])
-
-
-def check_sketches(reader: MappedReader, block: int, slot: Slot, spare: Container[int | None]) -> Iterator[Damage]:
-    """Yield the layers whose sketch of a committed block is not that of its keys, or does not match its checksum.
-
-    Args:
-        reader: the file.
-        block: which one; nothing is found in one that is not complete.
-        slot: the commit.
-        spare: layers whose rows are damaged there, so that nothing can be said.
-    """
-    size, superblock, layers = reader.geometry.block_tokens, reader.superblock, reader.geometry.num_layers
-    start, stop = block * size, (block + 1) * size
-    if stop > slot.seq_len or not superblock.has_sketches:
-        return
-    for number, layer in enumerate(reader.geometry.layers):
-        if number in spare:
-            continue
-        problem = None
-        try:
-            keys = []
-            for kind, slab in zip(slab_sections(layer), layer.key_slabs, strict=False):
-                at = superblock.sections[kind, number].offset + start * slab.row_bytes
-                data = reader.read_bytes(at, size * slab.row_bytes)
-                keys.append(np.frombuffer(data, slab.dtype).reshape(size, *slab.shape))
-            at = superblock.section(Section.KEY_SKETCHES, number).offset + layer.sketch_bytes(block)
-            found = reader.read_bytes(at, layer.sketch_bytes(1))
-            at = superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * (block * layers + number)
-            stored = int.from_bytes(reader.read_bytes(at, 8), "little")
-        except OSError as error:
-            problem = f"can't be read ({error.strerror})"
-        else:
-            expected = sketch_keys(keys, layer, size)
-            if expected.astype("<u2", copy=False).tobytes() != found:
-                problem = "is not that of its keys"
-            elif sketch_checksum(number, block, expected[0]) != stored:
-                problem = "does not match its checksum"
-        if problem:
-            what = (
-                f"layer {number}, positions [{start}, {stop}): the sketch {problem}, and is computed where it is needed"
-            )
-            yield Damage(
-                f"{what}; resize() the cache, to the same capacity if you like, to mend it", number, start, stop
-            )

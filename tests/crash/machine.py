@@ -87,7 +87,7 @@ class Machine:
             return self.boot
 
         with contextlib.ExitStack() as stack:
-            for module in ("file.reader", "file.placement"):
+            for module in ("file.mapped_file", "file.placement"):
                 stack.enter_context(mock.patch(f"kvmmap.storage.{module}.PosixFile", file))
             stack.enter_context(mock.patch("kvmmap.storage.file.live_record._core", core))
             stack.enter_context(mock.patch("kvmmap.storage.file.live_record.boot_id", boot_id))

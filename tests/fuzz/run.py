@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from kvmmap.storage.file.reader import MappedReader
+from kvmmap.storage.file.snapshot import SnapshotHolder
 
 from . import files, groups, tensors
 from .execute import Watch, execute
@@ -49,7 +49,7 @@ SHELL_EVERY, COPIES_EVERY = 500, 20
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "sections-unchecked": lambda: mock.patch("kvmmap.format.superblock._check_sections"),
-    "lengths-unchecked": lambda: mock.patch.object(MappedReader, "_contradiction", return_value=None),
+    "lengths-unchecked": lambda: mock.patch.object(SnapshotHolder, "_contradiction", return_value=None),
     "tensor-errors-let-through": lambda: mock.patch(
         "kvmmap.formats.safetensors_file._errors_of", return_value=nullcontext()
     ),

@@ -143,7 +143,7 @@ WRITE = WriterLayer.write
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "publish-first": lambda: mock.patch.object(WriterLayer, "write", publish_first),
-    "truncate-silently": lambda: mock.patch.object(MappedWriter, "_take_back", truncate_silently),
+    "truncate-silently": lambda: mock.patch.object(MappedWriter, "_roll_back", truncate_silently),
     "forget-lengths": lambda: mock.patch.object(WriterLayer, "publish", forget_lengths),
     "commit-nothing": lambda: mock.patch.object(MappedWriter, "commit", commit_nothing),
 }

@@ -17,8 +17,9 @@ from ...format import WHOLE_CACHE, Section, Slot, slab_sections
 from ...geometry import check_range, check_room
 from ..posix import PosixFile, closing_on_error
 from ..protocols import Durability, Progress, seq_len
+from .mapped_file import read_superblock
 from .placement import already_exists, build_file, place_of
-from .reader import MappedReader, read_superblock
+from .reader import MappedReader
 from .verify import check_blocks, check_tokens
 from .writer import MappedWriter
 
@@ -121,9 +122,9 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
 def _check_cut(old: MappedReader, rows: int, length: int, tokens: int, token_len: int) -> None:
     """What is committed from `rows` and `tokens` on gets new checksums: see first that its old ones hold."""
     size = old.geometry.block_tokens
-    damages = list(check_blocks(old, rows // size, rows // size + 1)) if length > rows else []
+    damages = list(check_blocks(old.mapped, rows // size, rows // size + 1, old.snapshot.slot)) if length > rows else []
     if token_len > tokens:
-        damages += [damage for damage in check_tokens(old, old.snapshot.slot) if damage.start == tokens]
+        damages += [damage for damage in check_tokens(old.mapped, old.snapshot.slot) if damage.start == tokens]
     for damage in damages:
         raise CorruptCacheError(
             f"{old.path}: {damage.what}; nothing was made: a fork of {damage.start} positions leaves the damage out",

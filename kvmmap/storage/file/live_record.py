@@ -15,7 +15,7 @@ from functools import cache
 
 from ... import _core
 from ...format import HOME_BYTES, LIVE, LIVE_LENGTHS, Superblock
-from ..posix import PosixFile
+from ..posix import PosixFile, expect_few_pages
 
 _OFFSETS = {field.name: offset for offset, _, field in LIVE.rows()}
 _BOOT_LOW = _OFFSETS["boot_id_low"]
@@ -139,3 +139,11 @@ class LiveRecord:
         broken = [name for name in sealed if self.get(name) < 0]
         broken += ["home"] if self.home() == -1 else []
         return broken + [f"length of layer {i}" for i, length in enumerate(self.lengths()) if length < 0]
+
+
+def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
+    """Map the pages of the live record alone."""
+    extent = superblock.live_record
+    memory, offset = file.map(extent.offset, extent.size, writable=writable)
+    expect_few_pages(memory, len(memory))
+    return LiveRecord(memory, offset, superblock, file)

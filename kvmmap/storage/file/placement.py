@@ -15,10 +15,10 @@ from ...errors import CacheExistsError, CacheLockedError, CacheNotFoundError, No
 from ...format import PAGE, Section, Slot, Superblock, checksum
 from ...geometry import CacheGeometry
 from ...metadata import Document
-from ..posix import PosixFile, closing_on_error, expect_few_pages
+from ..posix import PosixFile, closing_on_error
 from ..temporary import left_over_names
-from .live_record import LiveRecord
-from .reader import open_file, read_superblock
+from .live_record import map_live
+from .mapped_file import open_file, read_superblock
 
 YOUNG = 600.0
 """Seconds for which a half made file stays, whether or not its maker seems to live."""
@@ -200,11 +200,3 @@ def remove_file(path: str, timeout: float) -> None:
     with contextlib.closing(file):
         file.path = os.path.abspath(path)  # of a link, the link goes
         file.remove()
-
-
-def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:
-    """Map the pages of the live record alone."""
-    extent = superblock.live_record
-    memory, offset = file.map(extent.offset, extent.size, writable=writable)
-    expect_few_pages(memory, len(memory))
-    return LiveRecord(memory, offset, superblock, file)

@@ -68,7 +68,7 @@ class FileReceiver(Receiver):
         self._streams.pop(part, None)  # only now: until then it may have to be cancelled
         if sound:  # others are still on their way
             stop = part.position + part.stop - part.start
-            self._writer.sketch_ahead(part.layer, stop // self._writer.geometry.block_tokens)
+            self._writer.write_sketches_ahead(part.layer, stop // self._writer.geometry.block_tokens)
         return sound
 
     def put(self, layer: int, start: int, rows: Rows) -> None:
@@ -98,7 +98,7 @@ class FileReceiver(Receiver):
         if incoming.same_blocks and incoming.length == incoming.source.committed_len:
             size = incoming.geometry.block_tokens
             sums = incoming.source.committed_checksums(writer.committed_len // size, -(-incoming.length // size))
-            writer.tell_sums(incoming.length, sums)
+            writer.use_checksums(incoming.length, sums)
         writer.close()
 
     def verify(self, progress: Progress | None) -> VerifyReport:

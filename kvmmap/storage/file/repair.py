@@ -22,8 +22,8 @@ from ...metadata import Document
 from ...rows import zero_rows
 from ..posix import closing_on_error
 from ..protocols import Damage, Progress
+from .mapped_file import open_file, read_superblock
 from .placement import already_exists, build_file, place_of, refuse_locked
-from .reader import open_file, read_superblock
 from .recovery import Reach, Wreck
 from .writer import MappedWriter
 

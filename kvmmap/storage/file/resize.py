@@ -12,8 +12,8 @@ import os
 from ...errors import CapacityExceededError, CorruptCacheError
 from ...geometry import CacheGeometry
 from ..protocols import Progress, Rows, seq_len
+from .mapped_file import read_superblock
 from .placement import build_file
-from .reader import read_superblock
 from .reader_layer import MappedLayer
 from .verify import check_blocks
 from .writer import MappedWriter
@@ -68,7 +68,7 @@ def _copy(old: MappedWriter, new: MappedWriter, length: int, progress: Progress 
     for start in range(0, length, size):
         stop = min(start + size, length)
         # A damaged block must not get a new, good checksum.
-        for damage in check_blocks(old, start // size, start // size + 1):
+        for damage in check_blocks(old.mapped, start // size, start // size + 1, old.snapshot.slot):
             raise CorruptCacheError(
                 f"{old.path}: {damage.what}; nothing was changed",
                 path=old.path,

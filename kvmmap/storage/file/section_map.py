@@ -6,7 +6,7 @@ import contextlib
 from typing import NamedTuple
 
 from ...format import WHOLE_CACHE, Extent
-from .reader import open_file, read_superblock
+from .mapped_file import open_file, read_superblock
 
 
 class SectionExtent(NamedTuple):
@@ -22,7 +22,7 @@ class SectionExtent(NamedTuple):
 
 
 def read_extents(path: str) -> tuple[list[SectionExtent], int, list[Extent]]:
-    """Return the sections in the order of their offsets, the superblock's size, and the stretches that hold data.
+    """Return the sections in the order of their offsets, the superblock's size, and the ranges that hold data.
 
     Raises:
         FormatError, OSError: as in opening the file.

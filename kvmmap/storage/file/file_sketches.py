@@ -1,0 +1,151 @@
+"""Sketches in a file (experimental): reading the kept ones, writing those of new blocks, and verifying them.
+
+A file has sections for them, or none: then everything here does nothing. What a sketch is, and how it is computed from
+rows, is in `storage.sketches`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Container, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...format import Section, Slot, Superblock, slab_sections
+from ..posix import PosixFile
+from ..protocols import Damage, Rows
+from ..sketches import sketch_checksum, sketch_keys, sketch_stored
+from .mapped_file import MappedFile
+
+_NONE = np.zeros(0, np.uint64)
+
+
+class KeptSketches:
+    """The sketches of one layer that a file keeps: of complete blocks that are committed, each with a checksum.
+
+    A sketch is verified when it is first asked for. A damaged one counts as missing, since it can be computed again.
+    """
+
+    def __init__(self, superblock: Superblock, layer: int) -> None:
+        self._superblock = superblock
+        self._layer = layer
+        self._verified = 0, 0  # under which version, and how many from 0
+
+    def first(self, blocks: int, memory: mmap.mmap, version: int, *, verify: bool) -> NDArray[np.uint16]:
+        """Return the sketches of the first `blocks` blocks, all committed; fewer if one is damaged."""
+        geometry, layers = self._superblock.geometry.layers[self._layer], self._superblock.geometry.num_layers
+        at = self._superblock.section(Section.KEY_SKETCHES, self._layer).offset
+        shape = (blocks, geometry.num_kv_heads, 2, geometry.head_dim)
+        found = np.ndarray(shape, np.dtype("<u2"), memory, at)
+        if not verify:
+            return found
+        at = self._superblock.section(Section.SKETCH_CHECKSUMS).offset
+        sums = np.ndarray((blocks, layers), np.dtype("<u8"), memory, at)
+        verified = self._verified[1] if self._verified[0] == version else 0
+        while (
+            verified < blocks and sketch_checksum(self._layer, verified, found[verified]) == sums[verified, self._layer]
+        ):
+            verified += 1
+        self._verified = version, verified
+        return found[:verified]
+
+
+class SketchWriter:
+    """Writes the sketches of blocks that a commit completes.
+
+    Args:
+        file: the open file.
+        superblock: the file's.
+        slabs: the rows of each layer, over the whole capacity.
+        length: positions committed.
+    """
+
+    def __init__(self, file: PosixFile, superblock: Superblock, slabs: Sequence[Rows], length: int) -> None:
+        self._file = file
+        self._superblock = superblock
+        self._slabs = slabs
+        self._block_tokens = superblock.geometry.block_tokens
+        self.rewind(length)
+
+    def rewind(self, length: int) -> None:
+        """Continue from a commit of `length` positions."""
+        self._first_block = length // self._block_tokens
+        self._ahead: dict[int, NDArray[np.uint64]] = {}  # checksums by layer, from the first block on
+
+    def commit(self, length: int) -> None:
+        """Write the sketches of the blocks that a commit of `length` positions completes."""
+        self.write(self._first_block, length // self._block_tokens)
+        self.rewind(length)
+
+    def write(self, first: int, stop: int) -> None:
+        """Write the sketches, and their checksums, of blocks [first, stop) of every layer, whose rows are written."""
+        if not self._superblock.has_sketches or first >= stop:
+            return
+        layers = self._superblock.geometry.num_layers
+        sums = np.stack([self._layer(layer, first, stop) for layer in range(layers)], axis=1)
+        offset = self._superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * first * layers
+        self._file.write((offset,), (sums.astype("<u8", copy=False),))
+
+    def write_ahead(self, layer: int, stop: int) -> None:
+        """Write the sketches of a layer's blocks below `stop` before the commit that covers them; their rows are
+        written, and stay as they are."""
+        if self._superblock.has_sketches and stop > self._first_block:
+            self._ahead[layer] = self._layer(layer, self._first_block, stop)
+
+    def _layer(self, layer: int, first: int, stop: int) -> NDArray[np.uint64]:
+        known = self._ahead.get(layer, _NONE)[: stop - first] if first == self._first_block else _NONE
+        first += len(known)
+        geometry = self._superblock.geometry.layers[layer]
+        sums, block = np.zeros(stop - first, np.uint64), first
+        at = self._superblock.section(Section.KEY_SKETCHES, layer).offset
+        for part in sketch_stored(self._slabs[layer].part, geometry, first, stop, self._block_tokens):
+            self._file.write((at + geometry.sketch_bytes(block),), (part.astype("<u2", copy=False),))
+            for sketch in part:
+                sums[block - first] = sketch_checksum(layer, block, sketch)
+                block += 1
+        return np.concatenate([known, sums])
+
+
+def check_sketches(mapped: MappedFile, block: int, slot: Slot, skip: Container[int | None]) -> Iterator[Damage]:
+    """Yield the layers whose sketch of a committed block is not that of its keys, or does not match its checksum.
+
+    Args:
+        mapped: the file.
+        block: which one; nothing is found in one that is not complete.
+        slot: the commit.
+        skip: layers whose rows are damaged there.
+    """
+    size, superblock, layers = mapped.geometry.block_tokens, mapped.superblock, mapped.geometry.num_layers
+    start, stop = block * size, (block + 1) * size
+    if stop > slot.seq_len or not superblock.has_sketches:
+        return
+    for number, layer in enumerate(mapped.geometry.layers):
+        if number in skip:
+            continue
+        problem = None
+        try:
+            keys = []
+            for kind, slab in zip(slab_sections(layer), layer.key_slabs, strict=False):
+                at = superblock.sections[kind, number].offset + start * slab.row_bytes
+                data = mapped.read(at, size * slab.row_bytes)
+                keys.append(np.frombuffer(data, slab.dtype).reshape(size, *slab.shape))
+            at = superblock.section(Section.KEY_SKETCHES, number).offset + layer.sketch_bytes(block)
+            found = mapped.read(at, layer.sketch_bytes(1))
+            at = superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * (block * layers + number)
+            stored = int.from_bytes(mapped.read(at, 8), "little")
+        except OSError as error:
+            problem = f"can't be read ({error.strerror})"
+        else:
+            expected = sketch_keys(keys, layer, size)
+            if expected.astype("<u2", copy=False).tobytes() != found:
+                problem = "is not that of its keys"
+            elif sketch_checksum(number, block, expected[0]) != stored:
+                problem = "does not match its checksum"
+        if problem:
+            what = (
+                f"layer {number}, positions [{start}, {stop}): the sketch {problem}, and is computed where it is needed"
+            )
+            yield Damage(
+                f"{what}; resize() the cache, to the same capacity if you like, to replace it", number, start, stop
+            )
