@@ -31,7 +31,8 @@ from kvmmap import _core
 from kvmmap.format import LIVE, SLAB_SECTIONS, WHOLE_CACHE, Section
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document
-from kvmmap.storage.file.reader import MappedReader
+from kvmmap.storage.file.mapped_file import MappedFile
+from kvmmap.storage.file.snapshot import SnapshotHolder
 from kvmmap.storage.file.writer import MappedWriter
 
 GEOMETRY = CacheGeometry(100, (LayerGeometry(2, 8, 4), LayerGeometry(1, 16, 16)), block_tokens=16)
@@ -387,15 +388,15 @@ MUTATIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "metadata's checksum not checked": (
         lambda: mock.patch.object(
-            MappedReader,
-            "read_document",
+            MappedFile,
+            "document",
             lambda self, slot: Document.decode(metadata(self, slot), self.path),
         ),
         "closed",
         "metadata that counts",
     ),
     "acknowledged commits not missed": (
-        lambda: mock.patch.object(MappedReader, "_contradiction", return_value=None),
+        lambda: mock.patch.object(SnapshotHolder, "_contradiction", return_value=None),
         "down",
         "commit record that counts",
     ),

@@ -174,7 +174,7 @@ class History:
         start = cache._check_level(count)
         assert start == self.now.length, (start, self.now.length)
         for layer, part in zip(self.writer.layers, rows, strict=True):
-            layer.write(start, type(layer.slabs())(*[array[start:] for array in part]))
+            layer.write(start, type(layer.slabs())([array[start:] for array in part]))
         if with_ids:
             cache._record_tokens(start, np.arange(start, len(tags), dtype=np.int32) + tags[-1])
         self.writer.publish_step(start + count)
@@ -186,7 +186,7 @@ class History:
         if self.now.length < self.geometry.capacity and len(self.geometry.layers) > 1:
             layer, shape = self.writer.layers[0], self.geometry.layers[0]
             junk = expected_rows(State((9_999,) * (self.now.length + 1)), 0, shape)
-            layer.write(self.now.length, type(layer.slabs())(*[array[-1:] for array in junk]))
+            layer.write(self.now.length, type(layer.slabs())([array[-1:] for array in junk]))
             layer.publish(self.now.length + 1)
             self.writer.truncate(self.now.length)
 
