@@ -91,7 +91,8 @@ class Rows(tuple[NDArray[Any], ...]):
 
     def part(self, start: int, stop: int) -> Self:
         """Views of positions [start, stop)."""
-        return tuple.__new__(type(self), [array[start:stop] for array in self])
+        positions = slice(start, stop)
+        return tuple.__new__(type(self), [array[positions] for array in self])
 
     def named(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield each array with its name."""
