@@ -132,7 +132,13 @@ class LayerGeometry:
 def _slabs(part: str, codec: RowCodec, heads: int, dim: int) -> tuple[Slab, ...]:
     codec.check_dim(dim)
     arrays = codec.arrays(dim)
-    assert 1 <= len(arrays) <= MAX_ARRAYS
+    if not 1 <= len(arrays) <= MAX_ARRAYS:
+        raise ShapeMismatchError(
+            f"codec {codec.name} has {len(arrays)} arrays for rows of {dim}; a layer keeps 1 to {MAX_ARRAYS} of keys, "
+            "and of values",
+            expected=(1, MAX_ARRAYS),
+            actual=len(arrays),
+        )
     return tuple(
         Slab(f"{part}_{array.name}", array.dtype, (heads, *array.shape), heads * array.row_bytes) for array in arrays
     )

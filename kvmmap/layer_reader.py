@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .checks import check_head, check_position, check_stored_range
 from .codecs import RowCodec
+from .errors import DtypeError
 from .geometry import LayerGeometry, compression_ratio
 from .row_arrays import as_bits, output_array, target_dtype, thread_count
 from .rows import Rows
@@ -93,34 +94,40 @@ class LayerReader:
 
     @property
     def key_codes(self) -> NDArray[np.int8]:
-        """Read-only view, int8 [len, num_kv_heads, head_dim]; zero copy. Its memory stays valid as long as the array
-        lives; its contents are the cache's until `truncate`. Where rows are compared with their checksums (see
-        `kvmmap.open`), all of the layer's are before the first view is given, and those of a view not again; a view
-        of a part costs less: `read_quantized`."""
-        return self.read_quantized().key_codes
+        """Read-only view of int8 key codes, [len, num_kv_heads, head_dim]; zero copy.
+
+        The memory stays valid as long as the array lives; the contents are the cache's until `truncate`. If reads are
+        verified (see `kvmmap.open`), all of the layer's blocks are verified before the first view is returned. A view
+        of a part costs less: `read_quantized`.
+
+        Raises:
+            DtypeError: keys are stored by another codec.
+        """
+        return self._array("key_codes")
 
     @property
     def key_scales(self) -> NDArray[np.float32]:
         """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
-        return self.read_quantized().key_scales
+        return self._array("key_scales")
 
     @property
     def value_codes(self) -> NDArray[np.int8]:
         """Read-only view, int8 [len, num_kv_heads, value_head_dim]; as `key_codes`."""
-        return self.read_quantized().value_codes
+        return self._array("value_codes")
 
     @property
     def value_scales(self) -> NDArray[np.float32]:
         """Read-only view, f32 [len, num_kv_heads]; as `key_codes`."""
-        return self.read_quantized().value_scales
+        return self._array("value_scales")
 
     def read_quantized(self, start: int = 0, stop: int | None = None) -> Rows:
-        """Return the codes and scales of positions [start, stop): what `extend_quantized` takes.
+        """Return the arrays of positions [start, stop) as they are stored: what `extend_quantized` takes.
 
         Returns:
-            A named tuple of key_codes, int8 [n, num_kv_heads, head_dim], key_scales, f32 [n, num_kv_heads],
-            value_codes and value_scales; read-only. Views, as `key_codes` is, where the rows lie in memory or in a map;
-            elsewhere only these positions are fetched.
+            A tuple of the keys' and then the values' arrays, with their names as attributes; read-only. Of int8 they
+            are key_codes, int8 [n, num_kv_heads, head_dim], key_scales, f32 [n, num_kv_heads], value_codes and
+            value_scales. Views, as `key_codes` is, of a cache in memory or a mapped file; elsewhere only these
+            positions are fetched.
 
         Raises:
             PositionOutOfRangeError: not all of them are stored.
@@ -131,6 +138,19 @@ class LayerReader:
         rows = self._store.rows(*check_stored_range(self._store, start, stop))
         self._store.validate(version)
         return rows
+
+    def _array(self, name: str) -> NDArray[Any]:
+        rows = self.read_quantized()
+        if name not in rows._fields:
+            raise DtypeError(
+                f"this layer has no {name}: it stores keys by {self.geometry.key_codec.name} and values by "
+                f"{self.geometry.value_codec.name}, as {', '.join(rows._fields)}; read_quantized() returns these",
+                expected=rows._fields,
+                actual=name,
+                layer=self._store.index,
+            )
+        array: NDArray[Any] = getattr(rows, name)
+        return array
 
     # Rows, decoded
 

@@ -329,6 +329,13 @@ def test_dims_that_a_codec_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_views_of_arrays_that_a_layer_lacks() -> None:
+    layer = kvmmap.QuantizedKvLayer(4, HEADS, DIM, VALUE_DIM, key_codec="test-f32")
+    with pytest.raises(kvmmap.DtypeError, match=r"no key_codes.*as key_numbers, value_codes, value_scales"):
+        _ = layer.key_codes
+    assert layer.value_codes.shape == (0, HEADS, VALUE_DIM)
+
+
 def test_codecs_that_there_are_not(tmp_path: Path) -> None:
     with pytest.raises(kvmmap.DtypeError, match="no codec 'int9': this kvmmap has int8"):
         kvmmap.create(tmp_path / "a.kvm", **SHAPE, key_codec="int9")
