@@ -75,6 +75,20 @@ def test_charts_and_tables_are_those_of_the_measured_figures() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_map_of_the_modules_is_that_of_the_imports() -> None:
+    done = subprocess.run(
+        [sys.executable, DOCS / "tools" / "modules.py", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_design_page_names_modules_that_exist() -> None:
+    page = (DOCS / "design.md").read_text().partition("## What it is")[0]
+    for name in re.findall(r"`([\w/]+\.py|[\w/]+/)`", page):
+        found = [ROOT / "kvmmap" / name, ROOT / "kvmmap" / "storage" / "file" / name, ROOT / name]
+        assert any(path.exists() for path in found), name
+
+
 def test_every_command_is_tested() -> None:
     tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for name in COMMANDS:

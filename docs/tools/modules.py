@@ -23,6 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "figures" / "modules.svg"
 SOURCES = {"kvmmap": ROOT / "kvmmap", "kvmmap_cli": ROOT / "cli" / "kvmmap_cli"}
 
+TOGETHER = {
+    "arrays": "row_arrays",
+    "checks": "layer",
+    "layer_reader": "layer",
+    "cache_reader": "cache",
+    "layers": "cache",
+}
+"""Modules that share a box with another one, whose halves they are."""
+
 WIDTH, BOX, ROW, MARGIN = 720, 30, 66, 12
 """Pixels: the picture, a box's height, from one row of boxes to the next, at the edges."""
 
@@ -72,7 +81,9 @@ def part_of(module: str) -> str | None:
     if not inner:
         return None
     folder = SOURCES["kvmmap"].joinpath(*inner[:2])
-    return ".".join(inner[:2]) if inner[0] == "storage" and folder.is_dir() and len(inner) > 1 else inner[0]
+    if inner[0] == "storage" and len(inner) > 1 and folder.is_dir():
+        return ".".join(inner[:2])
+    return TOGETHER.get(inner[0], inner[0])
 
 
 def graph(known: dict[str, Path]) -> Graph:
