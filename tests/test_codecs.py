@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from contract.suite import StorageContract
 from helpers import attention_oracle as oracle
 from helpers.cli_support import click_run
 from numpy.typing import NDArray
@@ -23,6 +25,8 @@ from kvmmap.format import Section, Superblock
 from kvmmap.row_arrays import widened
 
 F32 = np.dtype("<f4")
+
+_numbers = itertools.count()
 
 
 class PlainFloats(RowCodec):
@@ -366,3 +370,38 @@ def test_a_codec_is_itself_wherever_it_goes() -> None:
     assert shape.position_bytes == 2 * (32 + 4 + 4)
     assert PAIRS.bits_per_number(8) == 8.0
     assert codecs.INT8.bits_per_number(128) == 8.25
+
+
+class CodecContract(StorageContract):
+    """The contract suite of storages, of layers whose keys and values are stored by codecs of this file."""
+
+    shape: ClassVar[dict[str, Any]] = StorageContract.shape | {
+        "key_codec": ["test-f32", "test-pairs", "int8"],
+        "value_codec": "test-pairs",
+    }
+
+
+class TestMemory(CodecContract):
+    persistent = False
+
+    @pytest.fixture
+    def place(self) -> Callable[[], Any]:
+        return lambda: None
+
+
+class TestFile(CodecContract):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Callable[[], Any]:
+        return lambda: tmp_path / f"{next(_numbers)}.kvm"
+
+
+class TestGroupInAFolder(CodecContract):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Callable[[], Any]:
+        return lambda: tmp_path / f"{next(_numbers)}.zarr"
+
+
+class TestGroupInMemory(CodecContract):
+    @pytest.fixture
+    def place(self) -> Callable[[], Any]:
+        return lambda: f"memory://codecs-{next(_numbers)}"
