@@ -39,6 +39,7 @@ from .errors import (
     ReadOnlyError,
     ShapeMismatchError,
     StoreError,
+    UnknownTokensError,
     UnsupportedModelError,
     VersionMismatchError,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "RepairReport",
     "ShapeMismatchError",
     "StoreError",
+    "UnknownTokensError",
     "UnsupportedModelError",
     "VerifyReport",
     "VersionMismatchError",

@@ -98,6 +98,11 @@ class UnsupportedModelError(KvmmapError):
     """A model, or a way of running it, that keeps or needs something else than keys and values by position."""
 
 
+class UnknownTokensError(KvmmapError):
+    """Positions that can't be judged, as their token ids aren't known, or that would be lost unasked; nothing has
+    changed. Has `position` (the first one), `actual` (positions stored), `path`."""
+
+
 class ModelMismatchError(KvmmapError):
     """A cache that was made by another model, config or weights. Has `expected` (the cache's facts that differ, by
     name), `actual` (the model's), `path`."""

@@ -8,7 +8,7 @@ tensors; the other attends over those. In every other case (no cache or another 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,11 +18,10 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from ...errors import UnsupportedModelError
 from .blocks import attend_in_blocks
 from .dispatch import attends
+from .graphs import outside_graph
 from .layer import KvmmapLayer
+from .sequence import MaskLength
 from .tensors import as_array, from_array
-
-if TYPE_CHECKING:
-    from .cache import KvmmapCache
 
 NAME = "kvmmap"
 """What `set_attn_implementation` takes."""
@@ -32,6 +31,7 @@ _HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
+        "assistant_tokenizer",
         "is_causal",  # what kind of mask was made is known
         "logits_to_keep",
         "max_length_k",
@@ -43,6 +43,8 @@ _HARMLESS = frozenset(
         "position_ids",
         "return_dict",
         "sliding_window",  # the layer knows its own, and the mask was made for that
+        "stop_strings",
+        "tokenizer",  # generate passes on what stop_strings= needs
         "use_cache",
     }
 )
@@ -51,24 +53,7 @@ _HARMLESS = frozenset(
 _SDPA = frozenset({"cache", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "position_bias"})
 
 
-class MaskLength(int):
-    """How many positions a mask is for, and which cache and layer it was asked of.
-
-    transformers asks the cache for the length, and hands it to the function that makes the mask unchanged, which so
-    learns what the mask is for. Where it is lost on the way, attention is computed from tensors.
-    """
-
-    cache: KvmmapCache
-    layer: KvmmapLayer
-
-    @classmethod
-    def of(cls, length: int, cache: KvmmapCache, layer: KvmmapLayer) -> MaskLength:
-        """Make one."""
-        made = cls(length)
-        made.cache, made.layer = cache, layer
-        return made
-
-
+@outside_graph
 def kvmmap_mask(**arguments: Any) -> torch.Tensor | None:
     """Make a mask as `sdpa_mask` does; none, if the cache's layers can be attended over in place.
 
@@ -80,20 +65,19 @@ def kvmmap_mask(**arguments: Any) -> torch.Tensor | None:
     length, how = arguments["kv_length"], attends(arguments.get("config"))
     if isinstance(length, MaskLength):
         length.cache.check_config(arguments.get("config"))
-        pattern, padding = length.layer.pattern, arguments.get("attention_mask")
-        # No function but the causal one (transformers then forbids to leave it to is_causal), the layer's own window,
-        # no padding.
+        padding = arguments.get("attention_mask")
+        # No function but the causal one (transformers then forbids to leave it to is_causal), no padding.
         plain = (
             how == "interface"
             and arguments.get("allow_is_causal_skip", True)
-            and arguments.get("local_size") == pattern.window
+            and (padding is None or bool(padding.all()))
         )
-        if plain and not pattern.latent and (padding is None or bool(padding.all())):
-            pattern.in_place = True
+        if length.cache.attend_in_place(arguments.get("local_size"), plain):
             return None
     return eager_mask(**arguments) if how == "own" else sdpa_mask(**arguments)
 
 
+@outside_graph
 def kvmmap_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -55,7 +55,6 @@ class KvmmapLayer(CacheLayerMixin):
     def __init__(
         self, kind: LayerKind, pattern: Pattern, saved: QuantizedKvLayer | None, own: QuantizedKvLayer, kept: int
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = kind
         """What the model's config says of the layer."""
         self.pattern = pattern
@@ -70,6 +69,19 @@ class KvmmapLayer(CacheLayerMixin):
         """True if the model sees a window of it."""
         self.is_initialized = True
         """Always."""
+        self._dtype = torch.float32  # of the last keys that came in
+
+    # transformers' layers have tensors of these names, and some models read them.
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
+        """All keys, dequantised anew at each access, [1, num_kv_heads, n, head_dim]: see `read`."""
+        return self.read(self._dtype)[0]
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        """All values, dequantised anew at each access, [1, num_kv_heads, n, value_head_dim]: see `read`."""
+        return self.read(self._dtype)[1]
 
     def __len__(self) -> int:
         """Positions that the layer has, also those of a pass that has not reached all layers yet."""
@@ -110,6 +122,7 @@ class KvmmapLayer(CacheLayerMixin):
                 actual=key_states.shape[0],
             )
         keys, values = to_host(key_states, value_states)
+        self._dtype = key_states.dtype
         if keys.shape[2] == 1:
             self.own.push(keys[0, :, 0], values[0, :, 0])
         else:

@@ -134,3 +134,9 @@ def record_known(cache: QuantizedKvCache, token_ids: NDArray[np.int32]) -> None:
     if len(known):
         for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
             cache.push_token_ids(token_ids[run[0] : run[-1] + 1], int(run[0]))
+
+
+def note_regimes(cache: QuantizedKvCache, regimes: list[list[int]]) -> None:
+    """Record by which frequencies keys were rotated."""
+    notes = cache.metadata
+    cache.metadata = notes | {NOTES: (notes.get(NOTES) or {}) | {"rope": regimes}}

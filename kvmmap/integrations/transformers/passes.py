@@ -1,25 +1,32 @@
-"""What a cache learns of a model's forward passes: which tokens are fed, at which positions, and whether a pass ended.
+"""Hooks on a model, which report its forward passes to the cache that they are run with.
 
-A cache receives keys and values layer by layer and sees no tokens; hooks on the model report them. They do nothing in
-passes without a `KvmmapCache`, and are registered once per model.
+A cache receives keys and values layer by layer and sees no tokens, positions or masks. The hooks find it among a pass's
+arguments under whatever name. They are on each part of a model that takes a cache: wrappers such as peft's call
+`forward` of the parts inside directly, past the hooks of the outer ones. They do nothing in passes without a
+`KvmmapCache`, and are registered once per model.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from .graphs import outside_graph
 from .sequence import OneSequence
+from .versions import CACHE_ARGUMENT
 
 _watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _signatures: weakref.WeakKeyDictionary[torch.nn.Module, Mapping[str, inspect.Parameter]] = weakref.WeakKeyDictionary()
-
 
 _NAMES = ("cache", "past_key_values", "cache_params")
 """What models call their cache: since transformers 5.24, before, and in state space models before."""
@@ -27,12 +34,68 @@ _NAMES = ("cache", "past_key_values", "cache_params")
 
 def watch(model: torch.nn.Module) -> None:
     """Report each forward pass of a model to the cache that it is run with."""
-    if model not in _watched:
-        _watched.add(model)
-        model.register_forward_pre_hook(_before, with_kwargs=True)
-        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+    if model in _watched:
+        return
+    _watched.add(model)
+    for part in parts(model):
+        if part is model or part not in _watched:
+            _watched.add(part)
+            part.register_forward_pre_hook(_before, with_kwargs=True)
+            part.register_forward_hook(_after, with_kwargs=True, always_call=True)
+    for part in parts(model):
+        if hasattr(part.config, "original_max_position_embeddings") and part.can_generate():
+            _keep_cache(part)
+    for attention in _attentions(model):
+        if attention not in _watched:
+            _watched.add(attention)
+            attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
 
 
+def parts(model: torch.nn.Module) -> Iterator[PreTrainedModel]:
+    """The transformers models in a model: itself, and what it wraps or has inside."""
+    return (part for part in model.modules() if isinstance(part, PreTrainedModel))
+
+
+def _attentions(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """A model's attention modules, the first one of each kind: all of a kind get the same mask."""
+    kinds = set()
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module):
+            kind = (
+                type(module),
+                *(getattr(module, name, None) for name in ("sliding_window", "layer_type", "is_sliding")),
+            )
+            if repr(kind) not in kinds:
+                kinds.add(repr(kind))
+                yield module
+
+
+def _keep_cache(model: PreTrainedModel) -> None:
+    """Have a model not drop a cache silently, as models with "longrope" do in the step from one regime to the other."""
+    own: Any = type(model).prepare_inputs_for_generation  # type: ignore[attr-defined]
+
+    @functools.wraps(own)
+    def prepare_inputs_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        prepared = own(self, *args, **kwargs)
+        cache = _cache_in(args, kwargs)
+        if cache is not None and _cache_in((), prepared) is None:
+            if cache.get_seq_length() == 0:
+                return prepared | {CACHE_ARGUMENT: cache}
+            warnings.warn(
+                f"{type(self).__name__} changes its rotary embeddings beyond "
+                f"{self.config.original_max_position_embeddings} positions, and goes on without the KvmmapCache, in "
+                f"a new cache of its own. {cache!r} keeps its {cache.get_seq_length()} positions, which are valid in "
+                "shorter sequences; to store a longer one, prefill all of it into a new KvmmapCache",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return prepared
+
+    # Of this name, a bound method can be copied and pickled with its model.
+    vars(model)["prepare_inputs_for_generation"] = types.MethodType(prepare_inputs_for_generation, model)
+
+
+@outside_graph
 def _before(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -41,15 +104,25 @@ def _before(
         return None
     parameters = _parameters(model)
     renamed = _renamed(model, parameters, kwargs)
-    given = dict(zip(parameters, args, strict=False)) | renamed
-    cache.begin_pass(given.get("input_ids"), given.get("position_ids"))
+    cache.begin_pass(model, dict(zip(parameters, args, strict=False)) | renamed)
     return args, renamed
 
 
+@outside_graph
 def _after(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
-        cache.end_pass()
+        cache.end_pass(model)
+
+
+@outside_graph
+def _before_attention(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cache_in(args, kwargs)
+    if cache is not None:
+        given = dict(zip(_parameters(module), args, strict=False)) | kwargs
+        hidden = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
+        count = 1 if hidden is None else hidden.shape[1]
+        cache.check_mask(module, given.get("attention_mask"), count)
 
 
 def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> OneSequence | None:

@@ -5,30 +5,65 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from ...errors import ShapeMismatchError
+from ...errors import DtypeError, ShapeMismatchError, UnknownTokensError
 from .cache import KvmmapCache
 
 
-def reuse(cache: KvmmapCache, input_ids: Any) -> int:
+def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) -> int:
     """Cut a cache back to the longest prefix that it shares with a prompt; then `generate` prefills only the rest.
 
     Give all of the prompt's ids to `generate` too, with the same cache. With mode="r" the file stays as it is, and so
-    many processes may go on from it; with mode="a" what it has beyond the prefix is taken back for good.
+    many processes may go on from it. With mode="a" the file loses what it has beyond the prefix, if other token ids are
+    recorded for it. `cache.fork(path)` makes a copy first; discard=False refuses to lose anything.
 
     Args:
         cache: the cache.
         input_ids: the whole prompt, [n] or [1, n].
+        discard: what of a file that is open for appending may be lost: None, what is known to differ from the prompt;
+            True, also positions whose token ids are not known; False, nothing.
 
     Returns:
         How many tokens are reused: those that agree one by one from the start, but for the prompt's last one, which is
         always fed again, because its logits are not stored. A placeholder, such as for an image, ends the prefix: two
-        images have the same ones.
+        images have the same ones. It is `cache.seq_len` afterwards.
 
     Raises:
         ShapeMismatchError: no tokens, or more than one sequence.
+        DtypeError: something else than whole numbers.
+        UnknownTokensError: it is not known which tokens the cache holds; or, with discard=False, positions of the file
+            would be lost. Nothing has changed.
     """
-    ids = np.asarray(input_ids)
+    ids = _one_sequence(input_ids)
+    stored = cache.token_ids
+    count = common_prefix(stored, ids[:-1], cache.placeholders)
+    length = min(count, cache.valid_prefix(len(ids)))
+    unknown = length == count and count < min(len(stored), len(ids) - 1) and stored[count] < 0
+    lost = len(stored) - length if cache.writable and cache.path is not None else 0
+    if not discard and ((unknown and (lost or not length)) or (lost and discard is False)):
+        where = cache.path or "the cache"
+        if unknown:
+            message = (
+                f"{where} holds {len(stored)} positions, and does not know the token ids of those from {count} on (it "
+                "was fed embeddings, with a mask of its own, or by a model that it was not opened with): give all ids "
+                "to cache.record_token_ids(input_ids), or drop these positions by discard=True"
+            )
+        else:
+            message = (
+                f"{where} holds {len(stored)} positions, and shares {length} with the prompt: the others would be "
+                f"lost. cache.fork(path, {length}) copies what is shared into another file; discard=True drops the "
+                "others"
+            )
+        raise UnknownTokensError(message, position=length, actual=len(stored), path=cache.path)
+    cache.truncate(length)
+    return length
+
+
+def _one_sequence(input_ids: Any) -> NDArray[Any]:
+    """Return the ids of a prompt, [n]."""
+    ids = input_ids.detach().cpu().numpy() if isinstance(input_ids, torch.Tensor) else np.asarray(input_ids)
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.ndim != 1 or not ids.size:
@@ -37,14 +72,14 @@ def reuse(cache: KvmmapCache, input_ids: Any) -> int:
             expected=(1, "n"),
             actual=ids.shape,
         )
-    length = common_prefix(cache.token_ids, ids[:-1], cache.placeholders)
-    cache.truncate(length)
-    return length
+    if ids.dtype.kind not in "iu":
+        raise DtypeError(f"input_ids must be whole numbers, not {ids.dtype}", expected="int", actual=str(ids.dtype))
+    return ids
 
 
 def common_prefix(stored: Any, ids: Any, placeholders: frozenset[int] = frozenset()) -> int:
     """Return how many ids two sequences share from their start."""
     count = min(len(stored), len(ids))
     ids = ids[:count]
-    same = (stored[:count] == ids) & ~np.isin(ids, list(placeholders))
+    same = (stored[:count] == ids) & (ids >= 0) & ~np.isin(ids, list(placeholders))
     return count if same.all() else int(np.argmin(same))

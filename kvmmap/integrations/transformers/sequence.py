@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache
@@ -13,12 +14,24 @@ from ...errors import UnsupportedModelError
 class OneSequence(Cache):
     """A cache whose batch is one sequence, and can't become another: beam search and the like are refused."""
 
-    def begin_pass(self, token_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+    def begin_pass(self, model: torch.nn.Module, given: Mapping[str, Any]) -> None:
         """Take note of what a forward pass is about to feed."""
         raise NotImplementedError
 
-    def end_pass(self) -> None:
+    def check_mask(self, module: torch.nn.Module, mask: Any, count: int) -> None:
+        """Take note of the mask that an attention module gets."""
+        raise NotImplementedError
+
+    def end_pass(self, model: torch.nn.Module) -> None:
         """Take note of the end of a forward pass."""
+        raise NotImplementedError
+
+    def check_config(self, config: Any) -> None:
+        """Refuse to go on if another config made the cache."""
+        raise NotImplementedError
+
+    def attend_in_place(self, window: int | None, plain: bool) -> bool:
+        """Take note of a mask, and return whether the layers that it is for can be attended over in place."""
         raise NotImplementedError
 
     @property
@@ -43,3 +56,20 @@ class OneSequence(Cache):
 
     def _refuse(self, what: str) -> NoReturn:
         raise UnsupportedModelError(f"a KvmmapCache holds one sequence; {what} would need several")
+
+
+class MaskLength(int):
+    """How many positions a mask is for, and which cache it was asked of.
+
+    transformers asks the cache for the length, and hands it to the function that makes the mask unchanged, which so
+    learns what the mask is for. Where it is lost on the way, attention is computed from tensors.
+    """
+
+    cache: OneSequence
+
+    @classmethod
+    def of(cls, length: int, cache: OneSequence) -> MaskLength:
+        """Make one."""
+        made = cls(length)
+        made.cache = cache
+        return made

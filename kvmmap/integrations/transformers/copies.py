@@ -1,0 +1,47 @@
+"""Caches in memory as plain data, to be copied and pickled, and back.
+
+Knows no files: those are copied by the cache itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...cache import QuantizedKvCache
+from .models import LayerKind
+from .opening import record_known, spread
+
+
+def in_memory(cache: QuantizedKvCache) -> dict[str, Any]:
+    """Return all that a cache in memory holds; arrays are copies."""
+    length = cache.seq_len
+    return {
+        "shapes": spread(cache.geometry.layers, cache.capacity) | {"metadata": cache.metadata, "model": cache.model},
+        "rows": [[array.copy() for array in layer.read_quantized(0, length)] for layer in cache.layers],
+        "token_ids": cache.token_ids[:length],
+    }
+
+
+def rebuilt(
+    kind: Any, held: dict[str, Any], kinds: Sequence[LayerKind], told: NDArray[np.int32], model: Any = None
+) -> Any:
+    """Return a cache of a class that holds what `in_memory` has returned.
+
+    Args:
+        kind: the class, `KvmmapCache` or one that is derived from it.
+        held: what the cache holds.
+        kinds: its layers.
+        told: token ids that only the cache object knew.
+        model: the model that the copied cache was opened with; None in another process.
+    """
+    own = QuantizedKvCache(**held["shapes"])
+    for layer, rows in zip(own.layers, held["rows"], strict=True):
+        layer.extend_quantized(*rows)
+    record_known(own, held["token_ids"])
+    made = kind._of(None, own, kinds, model)
+    made.record_token_ids(told) if len(told) else None
+    return made

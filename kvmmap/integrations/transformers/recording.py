@@ -1,0 +1,104 @@
+"""What a cache knows of the forward pass that runs: whose it is, which tokens it feeds, and if these can be recorded.
+
+One a cache; hooks on the model call it (`passes`), for the outermost part of a model that they are on and for those
+inside. What arguments mean is told by `arguments`; knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .arguments import check_padding, check_positions, is_plain, known_ids
+
+
+class PassRecord:
+    """The forward pass that a cache is in."""
+
+    def __init__(self, placeholders: frozenset[int], offset: int = 0) -> None:
+        self._placeholders = placeholders
+        self._offset = offset
+        self._running: list[int] = []  # ids of the parts of the model that are in their forward pass, outermost first
+        self._start = 0
+        self._ids: NDArray[np.int32] | None = None  # None: no part that got token ids has been entered yet
+        self._fed = 0
+        self._known = 0  # ids from the start of the pass that can be recorded
+
+    @property
+    def active(self) -> bool:
+        """Whether a pass runs."""
+        return bool(self._running)
+
+    def begin(self, model: torch.nn.Module, given: Mapping[str, Any], length: int, seen: bool) -> bool:
+        """Enter a part of a model.
+
+        Args:
+            model: the part.
+            given: its arguments by name.
+            length: positions stored.
+            seen: True if a placeholder is among them.
+
+        Returns:
+            True if it is the outermost part.
+
+        Raises:
+            UnsupportedModelError: padding, or tokens that are not those that come next.
+        """
+        if id(model) in self._running:  # an earlier pass ended without its hooks
+            self._running.clear()
+        outermost = not self._running
+        if outermost:
+            self._start, self._ids, self._known = length, None, 0
+        self._running.append(id(model))
+        if self._ids is None and given.get("input_ids") is not None:
+            self._ids = known_ids(given, length, self._placeholders, seen)
+            self._known, self._fed = len(self._ids), given["input_ids"].shape[-1]
+        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        count = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim > 1 else 0
+        check_padding(given.get("attention_mask"), length + count)
+        wrong = check_positions(given.get("position_ids"), length, self._offset)
+        check_positions(given.get("cache_position"), length)
+        if wrong is not None and not (seen or self._has_placeholder(wrong + 1)):
+            self._known = min(self._known, wrong)
+        return outermost
+
+    def check_mask(self, module: torch.nn.Module, mask: Any, count: int, window: int | None) -> None:
+        """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
+        if not self._known or (mask is None and count == 1):
+            return
+        if mask is None:
+            how = getattr(getattr(module, "config", None), "_attn_implementation", None)
+            plain = getattr(module, "is_causal", True) and how != "eager"
+        elif isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            plain = bool(mask.all())
+        else:
+            plain = is_plain(mask, self._start, count, window)
+        if not plain and not self._has_placeholder(self._known):
+            self._known = 0
+
+    def end(self, model: torch.nn.Module) -> bool:
+        """Leave a part of a model; True if it is the outermost part."""
+        if id(model) not in self._running:
+            return False
+        del self._running[self._running.index(id(model)) :]
+        return not self._running
+
+    def recordable(self, stored: int) -> tuple[int, NDArray[np.int32]]:
+        """Return the first position of a pass that has ended, and the ids to record from there on.
+
+        Args:
+            stored: positions stored now.
+        """
+        ids = self._ids
+        if ids is None or stored - self._start != self._fed:  # it did not reach all layers, or fed something besides
+            return self._start, np.empty(0, np.int32)
+        return self._start, ids[: self._known]
+
+    def _has_placeholder(self, stop: int) -> bool:
+        """Whether a placeholder is among the first `stop` tokens of the pass."""
+        ids = self._ids
+        return bool(self._placeholders) and ids is not None and bool(np.isin(ids[:stop], [*self._placeholders]).any())

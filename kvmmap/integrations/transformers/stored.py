@@ -1,0 +1,329 @@
+"""The positions of one sequence: in a file that is only read and after them, what was appended; and forward passes.
+
+What lives here: their length, token ids, truncation, and what a model does with a cache in a forward pass. Where they
+come from and are saved to is `cache`'s business; what a layer does with keys and values, `layer`'s.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...cache import QuantizedKvCache
+from ...errors import ModelMismatchError, UnsupportedModelError
+from ...geometry import check_range
+from ...metadata import ModelInfo
+from . import rope
+from .graphs import outside_graph
+from .layer import KvmmapLayer, Pattern
+from .models import LayerKind
+from .opening import NOTES, check_stored, note_regimes, own_notes, placeholders
+from .passes import watch
+from .recording import PassRecord
+from .sequence import MaskLength, OneSequence
+from .tensors import dtype_name
+from .versions import CACHE_ARGUMENT
+
+
+class StoredSequence(OneSequence):
+    """Keys and values of one sequence as transformers' models use them."""
+
+    def _attach(
+        self, saved: QuantizedKvCache | None, own: QuantizedKvCache, kinds: Sequence[LayerKind], model: Any
+    ) -> None:
+        kept = saved.seq_len if saved is not None else 0
+        patterns = {(kind.window, kind.latent): Pattern(kind.window, kind.latent) for kind in kinds}
+        self._layers = [
+            KvmmapLayer(
+                kind,
+                patterns[kind.window, kind.latent],
+                saved.layers[number] if saved is not None else None,
+                own.layers[number],
+                kept,
+            )
+            for number, kind in enumerate(kinds)
+        ]
+        super().__init__(layers=list(self._layers))
+        self._saved = saved
+        self._own = own
+        self._source = own if saved is None else saved
+        self._kept = kept
+        self._length = kept + own.seq_len  # complete in every layer; during a pass, as it was before
+        self._patterns = list(patterns.values())
+        self._config_checked = model is not None
+        self._dtype_checked = False
+        self._masks_asked = False
+        self.placeholders = placeholders(getattr(model, "config", model))
+        self._rope = rope.length_dependence(config) if (config := getattr(model, "config", model)) is not None else None
+        notes = (self._source.metadata.get(NOTES) or {}) if self._rope is not None else {}
+        self._regimes: list[list[int]] = notes.get("rope", [])
+        if self._rope is not None and not self._regimes and self._length > self._rope.original:
+            self._regimes = [[0, rope.MIXED]]
+        self._told = np.empty(0, np.int32)  # ids given by record_token_ids
+        self._model: Callable[[], Any] = weakref.ref(model) if isinstance(model, torch.nn.Module) else lambda: model
+        self._pass = PassRecord(self.placeholders)
+        self._watched = isinstance(model, torch.nn.Module)
+        if self._watched:
+            watch(model)
+
+    # What it holds
+
+    @property
+    def seq_len(self) -> int:
+        """Positions complete in every layer."""
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return self._kept + self._own.capacity
+
+    @property
+    def path(self) -> str | None:
+        """The file's absolute path; None in memory."""
+        return self._source.path
+
+    @property
+    def writable(self) -> bool:
+        """True if what is appended goes to where the cache came from: a file, or memory."""
+        return self._saved is None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """A copy of your own notes; assign to replace them (saved with the next commit; not with mode="r")."""
+        notes = self._source.metadata
+        notes.pop(NOTES, None)
+        return notes
+
+    @metadata.setter
+    def metadata(self, metadata: Mapping[str, Any]) -> None:
+        notes = self._source.metadata.get(NOTES)
+        self._source.metadata = own_notes(metadata) | ({} if notes is None else {NOTES: notes})
+
+    @property
+    def argument(self) -> dict[str, Self]:
+        """The cache as a keyword argument of `generate` or a model, by the name that the installed transformers has."""
+        return {CACHE_ARGUMENT: self}
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Token ids, int32 [seq_len], a copy; -1 where they are not known."""
+        ids = self._own.token_ids[: self._length - self._kept]
+        if self._saved is not None:
+            ids = np.concatenate([self._saved.token_ids[: self._kept], ids])
+        told = self._told[: len(ids)]
+        return (
+            np.where((ids < 0) & (np.arange(len(ids)) < len(told)), np.resize(told, len(ids)), ids)
+            if len(told)
+            else ids
+        )
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else repr(self.path)
+        return f"<KvmmapCache {where}: {len(self)} layers, {self._length}/{self.capacity} positions>"
+
+    # Forward passes
+
+    @outside_graph
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Append a layer's new keys and values; see `KvmmapLayer.update`.
+
+        Raises:
+            UnsupportedModelError: a batch of several sequences.
+            ModelMismatchError: keys of another dtype than those that are stored.
+            ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, OSError: nothing was appended.
+        """
+        layer = self._layers[layer_idx]
+        self._masks_asked = False
+        if len(layer) != self._length:
+            self._take_back(self._complete())  # an earlier pass stopped half way
+        if not self._dtype_checked:
+            self._check_dtype(key_states.dtype)
+        if len(self._patterns) > 1 and len({pattern.in_place for pattern in self._patterns}) > 1:
+            raise UnsupportedModelError(
+                "this model attends with one mask in layers whose windows differ by its config, so it can't attend in "
+                'place: model.set_attn_implementation("sdpa")'
+            )
+        if self._watched and not self._pass.active:
+            raise ModelMismatchError(
+                f"{self.path or 'the cache'} was opened for another model object than the one that runs: its "
+                "forward pass was not announced. Open the cache with the model that generates",
+                path=self.path,
+            )
+        result = layer.update(key_states, value_states, *args, **kwargs)
+        if all(len(other) == len(layer) for other in reversed(self._layers)):  # loops may end in any layer
+            self._length = len(layer)
+            self._end_patterns()
+        return result
+
+    def _complete(self) -> int:
+        """Positions complete in every layer, as the layers have it."""
+        return self._kept + self._own.seq_len
+
+    def _end_patterns(self) -> None:
+        for pattern in self._patterns:
+            pattern.in_place = False
+
+    @outside_graph
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Positions that a mask is for: all that are stored, and the new ones."""
+        if not self._masks_asked:  # the first one of a pass; an earlier pass may have failed
+            self._end_patterns()
+            self._masks_asked = True
+        return MaskLength.of(self._length + query_length, self), 0
+
+    def attend_in_place(self, window: int | None, plain: bool) -> bool:
+        """Note that a mask is made for the layers of one window; return whether these can be attended over in place.
+
+        Models may ask for masks that none of their layers uses, and in any order: what one mask says holds for the
+        layers of its own window only.
+
+        Args:
+            window: positions that a query sees by the mask, its own among them; None: all.
+            plain: True if the mask is causal within the window and hides nothing else.
+        """
+        found = [pattern for pattern in self._patterns if pattern.window == window]
+        for pattern in found:
+            pattern.in_place = plain and not pattern.latent
+        return bool(found) and all(pattern.in_place for pattern in found)
+
+    @outside_graph
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions complete in every layer: during a pass, as it was before."""
+        return self._length
+
+    def begin_pass(self, model: torch.nn.Module, given: Mapping[str, Any]) -> None:
+        """Note what a forward pass is about to feed; hooks call it before each pass of a model that was opened with.
+
+        Args:
+            model: the model, or a part of it.
+            given: the pass's arguments by name.
+
+        Raises:
+            UnsupportedModelError: the tokens are not those that come next (padding, packed sequences, or a prompt that
+                is fed again from its start).
+        """
+        if not self._pass.active and any(len(layer) != self._length for layer in self._layers):
+            self._take_back(self._complete())
+        self._pass.begin(model, given, self._length, self._has_placeholder)
+
+    def check_mask(self, module: Any, mask: Any, count: int) -> None:
+        """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
+        self._pass.check_mask(module, mask, count, self._layers[module.layer_idx].kind.window)
+
+    def end_pass(self, model: torch.nn.Module) -> None:
+        """Record the token ids of a pass that reached all layers; roll back one that did not."""
+        if not self._pass.end(model):
+            return
+        self._end_patterns()
+        if any(len(layer) != self._length for layer in self._layers):
+            self._take_back(self._complete())
+            return
+        start, ids = self._pass.recordable(self._length)
+        if start < self._length:
+            self._record_regime(start)
+        if len(ids):
+            self._own.push_token_ids(ids, start - self._kept)
+
+    @property
+    def _has_placeholder(self) -> bool:
+        return bool(self.placeholders) and bool(np.isin(self.token_ids, [*self.placeholders]).any())
+
+    def record_token_ids(self, token_ids: Any) -> None:
+        """Record token ids of positions whose ids are not known: those that hooks on the model did not see.
+
+        Ids that are beyond all that are recorded are kept with the cache. Others, and those of a file that is only
+        read, are known to this object alone.
+
+        Args:
+            token_ids: those of the whole sequence from its start, [n] or [1, n]; what is recorded already is not
+                looked at, and what is beyond `seq_len` not recorded.
+        """
+        ids = np.asarray(token_ids).reshape(-1)[: self._length]
+        self._told = ids.astype(np.int32)
+        recorded = self._kept + self._own.token_len
+        if len(ids) > recorded:
+            self._own.push_token_ids(ids[recorded:], recorded - self._kept)
+
+    def check_config(self, config: Any) -> None:
+        """Refuse to go on if another config made the cache; called in every forward pass that attends in place."""
+        if not self._config_checked:
+            if config is not None:
+                check_stored(self._source, config, None)
+            self._config_checked = True
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        name, info = dtype_name(dtype), self._own.model or ModelInfo()
+        if info.source_dtype is None:
+            self._own.model = replace(info, source_dtype=name)
+        elif info.source_dtype != name:
+            raise ModelMismatchError(
+                f"{self.path or 'the cache'} was made in {info.source_dtype}, and this model runs in {name}: load it "
+                f"with dtype={info.source_dtype!r}",
+                expected={"source_dtype": info.source_dtype},
+                actual={"source_dtype": name},
+                path=self.path,
+            )
+        self._dtype_checked = True
+
+    # Taking back
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` positions. With mode="r" this is only noted, and the file stays as it is.
+
+        Raises:
+            PositionOutOfRangeError: fewer are stored.
+            OSError, ReadOnlyError, ClosedError, CorruptCacheError: as in `kvmmap.QuantizedKvCache.truncate`.
+        """
+        _, length = check_range(0, length, self._length)
+        self._take_back(length)
+        self._end_patterns()
+
+    def _take_back(self, length: int) -> None:
+        self._own.truncate(max(length - self._kept, 0))
+        self._kept = min(self._kept, length)
+        for layer in self._layers:
+            layer.kept = self._kept
+        self._length = length
+        self._told = self._told[:length]
+        self._regimes = rope.cut(self._regimes, length)
+
+    def valid_prefix(self, length: int) -> int:
+        """Return how many of the stored positions are valid in a prompt of `length` tokens.
+
+        All, unless the model's RoPE depends on the length ("dynamic", "longrope"): see `rope`.
+        """
+        if self._rope is None:
+            return self._length
+        return rope.valid(self._regimes, self._length, self._rope.regime(length, rope.longest_of(self._model())))
+
+    def _record_regime(self, start: int) -> None:
+        """Note by which frequencies the keys from `start` on were rotated."""
+        if self._rope is None:
+            return
+        longest = rope.longest_of(self._model())
+        regimes = rope.extended(self._regimes, start, self._rope.regime(longest or self._length, longest))
+        if not self._rope.dynamic:
+            regimes = rope.extended(self._regimes, start, self._rope.regime(self._length))
+        if regimes != self._regimes:
+            self._regimes = regimes
+            note_regimes(self._own, regimes)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (assisted generation does): minus how many, as transformers counts."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        if tokens_to_remove:
+            self.truncate(max(self._length + tokens_to_remove, 0))
+
+    def reset(self) -> None:
+        """Take back everything: `truncate(0)`."""
+        self.truncate(0)
