@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip("needs Chromium")
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def namespace() -> list[str]:
+    """The command that runs another one in a mount namespace of its own."""
+    command = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        done = subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if done.returncode:
+        pytest.skip(f"may not mount here: {done.stderr.strip()}")
+    return command
 
 
 @pytest.fixture(params=_core.available_kernels())

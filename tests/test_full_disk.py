@@ -11,19 +11,6 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def namespace() -> list[str]:
-    """The command that runs another one where it may mount."""
-    command = ["unshare", "--user", "--map-root-user", "--mount"]
-    try:
-        done = subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("needs unshare")
-    if done.returncode:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
-    return command
-
-
 @pytest.mark.parametrize("scenario", ["push", "extend", "step", "flush", "flush again", "create"])
 def test_a_full_disk(namespace: list[str], tmp_path: Path, scenario: str) -> None:
     done = subprocess.run(

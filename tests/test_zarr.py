@@ -489,6 +489,19 @@ def test_every_byte_of_the_root_counts(group: Path) -> None:
     root.write_bytes(data)
 
 
+def change_root(group: Path, **changes: Any) -> None:
+    """Change facts of a group's root, and recompute its checksum."""
+    from kvmmap.storage.zarr.root import _digest
+
+    root = group / "zarr.json"
+    document = json.loads(root.read_bytes())
+    facts = document["attributes"]["kvmmap"]
+    del facts["checksum"]
+    facts |= changes
+    facts["checksum"] = _digest(facts)
+    root.write_text(json.dumps(document))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -512,31 +525,15 @@ def test_every_byte_of_the_root_counts(group: Path) -> None:
     ],
 )
 def test_a_hostile_root_is_refused(group: Path, name: str, value: Any) -> None:
-    from kvmmap.storage.zarr.root import _digest
-
     make_file(group, 300).close()
-    root = group / "zarr.json"
-    document = json.loads(root.read_bytes())
-    facts = document["attributes"]["kvmmap"]
-    facts[name] = value
-    del facts["checksum"]
-    facts["checksum"] = _digest(facts)
-    root.write_text(json.dumps(document))
+    change_root(group, **{name: value})
     with pytest.raises(kvmmap.CorruptCacheError):
         kvmmap.open(group)
 
 
 def test_a_list_in_place_of_a_count_is_not_multiplied(group: Path) -> None:
-    from kvmmap.storage.zarr.root import _digest
-
     make_file(group, 0).close()
-    root = group / "zarr.json"
-    document = json.loads(root.read_bytes())
-    facts = document["attributes"]["kvmmap"]
-    facts |= {"shard_blocks": [0] * 2**18, "block_tokens": 2**20}
-    del facts["checksum"]
-    facts["checksum"] = _digest(facts)
-    root.write_text(json.dumps(document))
+    change_root(group, shard_blocks=[0] * 2**18, block_tokens=2**20)
     with pytest.raises(kvmmap.CorruptCacheError):
         kvmmap.open(group)
 
@@ -545,16 +542,8 @@ def test_a_list_in_place_of_a_count_is_not_multiplied(group: Path) -> None:
     ("name", "value"), [("version", 2), ("codec", "int4"), ("transform", "hadamard"), ("compressor", "lz4")]
 )
 def test_groups_of_later_versions_are_refused(group: Path, name: str, value: Any) -> None:
-    from kvmmap.storage.zarr.root import _digest
-
     make_file(group, 300).close()
-    root = group / "zarr.json"
-    document = json.loads(root.read_bytes())
-    facts = document["attributes"]["kvmmap"]
-    facts[name] = value
-    del facts["checksum"]
-    facts["checksum"] = _digest(facts)
-    root.write_text(json.dumps(document))
+    change_root(group, **{name: value})
     with pytest.raises(kvmmap.VersionMismatchError, match=str(value)):
         kvmmap.open(group)
 
