@@ -1,4 +1,4 @@
-"""A commit slot: what one commit promises. Pure: bytes in, a dataclass out."""
+"""A commit slot: what one commit covers. Pure: bytes in, a dataclass out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The superblock: the geometry of a cache and where in its file everything lies; written once.
+"""The superblock: the geometry of a cache and its file's section map; written once.
 
 Pure: bytes in, dataclasses out. Every count, offset and size is checked before anyone maps anything.
 """
@@ -51,7 +51,7 @@ class Superblock:
     """(kind, layer or WHOLE_CACHE) -> extent."""
 
     def section(self, kind: Section, layer: int = WHOLE_CACHE) -> Extent:
-        """Where a section lies."""
+        """Return the extent of a section."""
         return self.sections[kind, layer]
 
     @property
@@ -74,7 +74,7 @@ class Superblock:
 
     @property
     def salt(self) -> int:
-        """What sealed words are sealed with."""
+        """The salt of checked words."""
         return int.from_bytes(self.file_id[:8], "little")
 
     @classmethod

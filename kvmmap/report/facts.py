@@ -6,7 +6,6 @@ Read through the public face of a cache, so any storage will do. Nothing is form
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from ..cache import QuantizedKvCache
 from ..geometry import compression_ratio
 from ..metadata import ModelInfo
+from ..storage.process import is_running
 
 State = Literal["closed", "open for writing", "interrupted"]
 
@@ -217,7 +217,7 @@ def _commit(facts: dict[str, Any], length: int) -> CommitReport:
     pid: int | None = facts["writer_pid"] or None
     state: State = facts["state"]
     # The file says that a writer has it until that writer closes it; one that was killed never does.
-    if state == "open for writing" and pid is not None and not _is_running(pid):
+    if state == "open for writing" and pid is not None and not is_running(pid):
         state = "interrupted"
     return CommitReport(
         state=state,
@@ -228,16 +228,6 @@ def _commit(facts: dict[str, Any], length: int) -> CommitReport:
         generation=facts["generation"],
         writer_pid=pid,
     )
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _time(nanoseconds: int) -> datetime:

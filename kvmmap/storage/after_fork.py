@@ -1,6 +1,6 @@
-"""What a fork means for a writer: the child inherits its descriptor, and with it the lock, and must let go of it.
+"""Forks of a writer's process: the child closes the descriptor that it inherits, and the lock with it.
 
-So the lock dies with the process that took it, and the child is told when it writes all the same.
+So the lock ends with the process that took it. Writes by the child raise.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
 
 
 class BlockHasher:
-    """Checksums of tracks numbered from `first_track`, at the length last asked for."""
+    """Checksums of tracks numbered from `first_track`, at the last length given."""
 
     def __init__(self, tracks: Sequence[Track], first_track: int, block_tokens: int, length: int) -> None:
         self._tracks = tracks
@@ -54,8 +54,12 @@ class BlockHasher:
         self._precomputed: tuple[int, NDArray[np.uint64]] | None = None
 
     def use_precomputed(self, length: int, sums: NDArray[np.uint64]) -> None:
-        """Give the checksums of the blocks from the one that the present length ends in up to `length`, the last of
-        them maybe incomplete; [blocks, tracks]. The next `advance` to this length takes them, and hashes nothing."""
+        """Use precomputed checksums in the next `advance` to `length`, instead of hashing.
+
+        Args:
+            length: the length that they cover.
+            sums: u64 [blocks, tracks], from the block that the present length ends in; the last may be incomplete.
+        """
         self._precomputed = length, sums
 
     def tails(self) -> tuple[int, ...]:
@@ -63,7 +67,7 @@ class BlockHasher:
         return self.advance(self._length).tails
 
     def advance(self, length: int) -> Advance:
-        """Hash what lies between the present length and `length`, which becomes the present one."""
+        """Hash the positions between the present length and `length`, which becomes the present one."""
         size = self._block_tokens
         first = self._length // size
         if self._precomputed is not None and self._precomputed[0] == length:

@@ -1,7 +1,7 @@
-"""The system calls on one cache file, and nothing else: open, write, sync, lock, map, put in place.
+"""The system calls on one cache file, and nothing else: open, write, sync, lock, map, rename.
 
-Everything that reaches the disk goes through a `PosixFile`, so that a test can put one in its place that records,
-fails, or forgets. What the bytes mean is not known here.
+Everything that reaches the disk goes through a `PosixFile`, so that a test can replace it by one that records, fails,
+or loses writes. What the bytes mean is not known here.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class PosixFile:
 
     @classmethod
     def create_beside(cls, path: str) -> PosixFile:
-        """Make a new, empty file of mode 0600 in the directory of `path`, under a name nobody else uses.
+        """Create an empty file of mode 0600 in the directory of `path`, under a temporary name.
 
-        It is locked, so that others know that its maker lives.
+        It is locked, so that other processes know that its creator runs.
         """
         temporary = temporary_path(path)
         try:
@@ -88,7 +88,7 @@ class PosixFile:
             file.try_lock()
             return file
         except (KeyboardInterrupt, SystemExit):
-            # A signal may come between making the file and knowing it. The name is random, so what has it is ours.
+            # A signal may come between creating the file and storing its descriptor. The random name is ours alone.
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
@@ -187,9 +187,9 @@ class PosixFile:
             done += count
 
     def read_ahead(self, offset: int, size: int) -> None:
-        """Ask the system to read `size` bytes from `offset` on, and don't wait for them."""
+        """Start reading `size` bytes from `offset` on into memory."""
         if hasattr(os, "posix_fadvise"):
-            # Linux cuts a request off at the disk's read-ahead size, which is rarely less than this.
+            # Linux limits a request to the disk's read-ahead size, which is rarely less than this.
             for start in range(offset, offset + size, _READ_AHEAD_BYTES):
                 count = min(_READ_AHEAD_BYTES, offset + size - start)
                 os.posix_fadvise(self._fd, start, count, os.POSIX_FADV_WILLNEED)
@@ -203,7 +203,7 @@ class PosixFile:
             raise
 
     def start_sync(self, offset: int, size: int) -> None:
-        """Have the system start to bring what was written there to the disk; the next `sync` waits the less."""
+        """Start writing a range to the disk, so that the next `sync` waits less."""
         _core.start_sync(self._fd, offset, size)
 
     @_names_file
@@ -253,7 +253,7 @@ class PosixFile:
 
     @_names_file
     def allocate(self, offset: int, size: int) -> None:
-        """Reserve disk space, so that storing through a map there can't run out of it."""
+        """Reserve disk space, so that a store through a map can't fail for lack of it."""
         try:
             os.posix_fallocate(self._fd, offset, size)
         except OSError as error:
@@ -262,7 +262,7 @@ class PosixFile:
             self.write((offset,), (bytes(size),))
 
     def data_extents(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of what lies on the disk; the whole file where the file system does not tell."""
+        """Yield (start, stop) of each allocated range; the whole file where the file system does not report them."""
         size, start = self.stat().st_size, 0
         while start < size:
             try:
@@ -290,7 +290,7 @@ class PosixFile:
         return memory, offset - start
 
     def _reopen(self, flags: int) -> int:
-        """Open the very same file anew, under whatever name it has by now."""
+        """Open the same file again, whatever its name is now."""
         by_number = f"{_BY_NUMBER}{self._fd}"
         flags |= os.O_CLOEXEC | (fcntl.fcntl(self._fd, fcntl.F_GETFL) & _NO_ACCESS_TIME)
         fd = os.open(by_number if os.path.exists(by_number) else self.path, flags)
@@ -300,7 +300,7 @@ class PosixFile:
         raise OSError(errno.ESTALE, "the file was replaced while it was being opened", self.path)
 
     def try_lock(self) -> bool:
-        """Take the writer's lock if it is free. It goes with the descriptor, so it dies with the process."""
+        """Take the writer's lock if it is free. It ends with the descriptor, and so with the process."""
         # flock and not lockf: POSIX locks are dropped when any descriptor of the file is closed.
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,7 +310,7 @@ class PosixFile:
 
     @_names_file
     def unlock(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     @_names_file
@@ -327,16 +327,16 @@ class PosixFile:
         return True
 
     def link_to(self, path: str) -> None:
-        """Give this file the name `path`, which must be free, in place of its own; durable on return.
+        """Rename this file to `path`, which must not exist; durable on return.
 
-        If the directory can't be synced, the name is taken back: the file is there for good, or not at all.
+        If the directory can't be synced, the name is removed: the file exists durably, or not at all.
         """
         try:
             self._link(self.path, path)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            # No hard links here (FAT): the check and the rename are not one step, and no more is to be had.
+            # No hard links here (FAT): the check and the rename are not atomic.
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
             self._rename(self.path, path)
@@ -351,7 +351,7 @@ class PosixFile:
             raise
 
     def replace(self, path: str) -> None:
-        """Give this file the name `path`, whoever has it now; durable on return."""
+        """Rename this file to `path`, replacing what is there; durable on return."""
         self._rename(self.path, path)
         self.path = path
         self._sync_folder(path)

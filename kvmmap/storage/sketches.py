@@ -81,9 +81,9 @@ def sketch_stored(
 
 
 class ComputedSketches:
-    """Sketches that a layer's storage does not keep: computed when they are asked for, and kept with the handle.
+    """Sketches that a layer's storage does not keep: computed on first use, and kept with the handle.
 
-    They are those of blocks that follow one another; which is the first, the storage says.
+    They are those of consecutive blocks; the storage chooses the first.
     """
 
     def __init__(self, geometry: LayerGeometry, block_tokens: int) -> None:
@@ -97,7 +97,7 @@ class ComputedSketches:
         """Return those of blocks [first, stop), all complete under a version; drop those before.
 
         Raises:
-            CacheChangedError: rows were taken back since the version.
+            CacheChangedError: positions were truncated since the version.
         """
         known = self._none
         with self._lock:

@@ -1,7 +1,7 @@
 """A private continuation of a cache: a new `.kvm` file that begins with another's rows.
 
 Rows are shared with the old file where the file system can (btrfs, XFS, bcachefs: a fork then costs no disk and next
-to no time), and copied within the kernel elsewhere. The old file is only read, beside any writer.
+to no time), and copied within the kernel elsewhere. The old file is only read, also beside its writer.
 
 Checksums of complete blocks go over as they are, so that damage in the old file stays damage in the new one. Only
 blocks that the fork cuts get new ones, and those are checked first.
@@ -24,7 +24,7 @@ from .verify import check_blocks, check_tokens
 from .writer import MappedWriter
 
 STEP_BYTES = 64 << 20
-"""Bytes that are copied between two looks at the progress."""
+"""Bytes that are copied between two calls of `progress`."""
 
 
 def fork_file(
@@ -43,7 +43,7 @@ def fork_file(
         PositionOutOfRangeError: fewer positions are stored.
         CapacityExceededError: `capacity` is less than `length`.
         CorruptCacheError: a block that is cut does not match its checksum.
-        CacheChangedError: the writer took positions back meanwhile.
+        CacheChangedError: the writer truncated the source meanwhile.
     """
     target = place_of(target, overwrite=False)
     with contextlib.closing(MappedReader.open(source, record_use=True)) as old:
@@ -55,7 +55,7 @@ def fork_file(
         )
         try:
             _share(old, file, length, progress)
-            old.check()  # were rows taken back meanwhile, what was copied may be others
+            old.check()  # after a truncation meanwhile, other rows may have been copied
             return _finish(old, file, target, length, durability)
         except BaseException:
             file.discard() if file.path != target else file.close()
@@ -63,7 +63,7 @@ def fork_file(
 
 
 def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress | None) -> None:
-    """Bring the rows and token ids of the first `length` positions over."""
+    """Copy the rows and token ids of the first `length` positions."""
     new = read_superblock(file)
     extents: list[tuple[tuple[int, int], int]] = [((Section.TOKEN_IDS, WHOLE_CACHE), 4 * min(old.token_len, length))]
     for number, layer in enumerate(old.geometry.layers):
@@ -86,7 +86,7 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
 def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durability: Durability) -> MappedWriter:
     """Commit what was copied, and put the file in its place."""
     slot, size = old.snapshot.slot, old.geometry.block_tokens
-    # These blocks have checksums, and sketches, that come along; the rest get theirs from their rows.
+    # The checksums, and sketches, of these blocks are copied; those of the rest are computed from their rows.
     rows = min(slot.seq_len, length) // size * size
     tokens = min(slot.token_len, length) // size * size
     _check_cut(old, rows, min(slot.seq_len, length), tokens, min(slot.token_len, length))
@@ -100,7 +100,7 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
             continue
         data = old.file.read(old.superblock.section(kind).offset, 8 * count)
         file.write((superblock.section(kind).offset,), (data,))
-    _promise(file, rows, tokens)
+    _record_length(file, rows, tokens)
     file.try_lock()
     with closing_on_error(file):
         new = MappedWriter(file, superblock, durability=durability)
@@ -120,7 +120,7 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
 
 
 def _check_cut(old: MappedReader, rows: int, length: int, tokens: int, token_len: int) -> None:
-    """What is committed from `rows` and `tokens` on gets new checksums: see first that its old ones hold."""
+    """Verify what is committed from `rows` and `tokens` on, because it gets new checksums."""
     size = old.geometry.block_tokens
     damages = list(check_blocks(old.mapped, rows // size, rows // size + 1, old.snapshot.slot)) if length > rows else []
     if token_len > tokens:
@@ -134,8 +134,8 @@ def _check_cut(old: MappedReader, rows: int, length: int, tokens: int, token_len
         )
 
 
-def _promise(file: PosixFile, rows: int, tokens: int) -> None:
-    """Make the new file's commit one of `rows` positions; both numbers are whole blocks."""
+def _record_length(file: PosixFile, rows: int, tokens: int) -> None:
+    """Make the new file's commit cover `rows` positions and `tokens` token ids, both whole blocks."""
     superblock = read_superblock(file)
     for section in (Section.SLOT_A, Section.SLOT_B):
         extent = superblock.section(section)

@@ -1,7 +1,7 @@
-"""The two commit slots: which one counts, and writing the other.
+"""The two commit slots: which one is current, and writing the other.
 
-A commit is believed if its slot's checksum holds; of two, the one with the higher sequence. A commit overwrites the
-one that does not count, so a torn write costs nothing that was promised.
+A slot is valid if its checksum matches. The current one is the valid slot with the higher sequence. A commit overwrites
+the other one, so a torn write loses nothing that was committed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Slots:
         self._extents = (superblock.section(Section.SLOT_A), superblock.section(Section.SLOT_B))
 
     def read(self) -> tuple[Slot | None, Slot | None]:
-        """Return what is in A and B; None for one that does not hold."""
+        """Return what is in A and B; None for one that is not valid."""
         a, b = self._extents
         return self._read_one(a), self._read_one(b)
 
@@ -32,10 +32,10 @@ class Slots:
         return Slot.decode(self._memory[extent.offset : extent.offset + extent.size], self._superblock)
 
     def newest(self) -> tuple[int, Slot]:
-        """Return (0 or 1, slot): the last commit.
+        """Return (0 or 1, slot): the current slot.
 
         Raises:
-            CorruptCacheError: neither slot holds.
+            CorruptCacheError: neither slot is valid.
         """
         for _ in range(3):  # a writer that commits twice may be caught in the middle of either
             a, b = self.read()
@@ -50,7 +50,7 @@ class Slots:
         )
 
     def settle(self) -> tuple[Slot | None, Slot | None]:
-        """Read both, again and again for a moment if one does not hold: a writer may just be writing it."""
+        """Read both; repeat for a moment if one is not valid, because a writer may just be writing it."""
         for _ in range(20):
             found = self.read()
             if None not in found:

@@ -1,4 +1,4 @@
-"""An open `.kvm` file as sections and bytes: its map, what lies where in it, and reads past the map.
+"""An open `.kvm` file as sections and bytes: its map, its section table, and reads past the map.
 
 Which positions count, and which of them were verified, is not known here: see `snapshot` and `verified_blocks`.
 
@@ -233,8 +233,12 @@ def open_file(path: str, *, writable: bool, used: bool = False) -> PosixFile:
         raise CacheNotFoundError(f"{path}: there is no such file; kvmmap.create() makes one", path=path) from None
 
 
-def read_superblock(file: PosixFile) -> Superblock:
+def read_superblock(file: PosixFile, *, cut_off: bool = False) -> Superblock:
     """Read and check a file's superblock.
+
+    Args:
+        file: the open file.
+        cut_off: accept a file that ends early, to save what is there.
 
     Raises:
         FormatError: it is no cache, damaged, or of a later version.
@@ -243,4 +247,5 @@ def read_superblock(file: PosixFile) -> Superblock:
     size = Superblock.peek(start[: HEADER.size], file.path)
     if size > len(start):
         start += file.read(len(start), size - len(start))
-    return Superblock.decode(start[:size], file.path, file.stat().st_size)
+    real_bytes = HEADER.unpack(start)["file_bytes"] if cut_off else file.stat().st_size
+    return Superblock.decode(start[:size], file.path, real_bytes)

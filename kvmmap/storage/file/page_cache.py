@@ -1,7 +1,7 @@
-"""Which pages of a mapped file are in memory: asking for them ahead, going through them, letting them go.
+"""Which pages of a mapped file are in memory: reading them ahead, scanning, and dropping them.
 
-Works on byte ranges of a file and its map; whose rows lie there is not known here. All of it is advice: no call here
-changes what is read, and where a system knows none of it, nothing happens.
+Works on byte ranges of a file and its map, whatever they contain. All calls are advice to the system: none changes what
+is read, and where a system does not support one, nothing happens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 Ranges = Sequence[tuple[int, int]]
 """(start, stop) in bytes of the file."""
 
-STRETCH_BYTES = 12 << 20
-"""A stretch of `stretches`. Two are in memory at a time; with smaller ones, disk and threads start too often."""
+SCAN_BYTES = 12 << 20
+"""Bytes of a part of `scan`. Two parts are in memory at a time; with smaller ones, disk and threads start too often."""
 
 _PAGE = mmap.PAGESIZE
 _DROP = getattr(mmap, "MADV_DONTNEED", None)
 
 
 def drop_pages(memory: mmap.mmap, ranges: Ranges) -> None:
-    """Let go of the pages that lie whole within byte ranges of a map. Touched again, they are read again.
+    """Drop the pages that are entirely within byte ranges of a map. They are read again when they are next used.
 
     This process's memory gets smaller; the system keeps what it has read until it needs the room, for all processes.
     """
@@ -38,15 +38,13 @@ def drop_pages(memory: mmap.mmap, ranges: Ranges) -> None:
             memory.madvise(_DROP, first, last - first)
 
 
-def stretches(
-    memory: mmap.mmap, offsets: Sequence[int], row_bytes: Sequence[int], start: int, stop: int
-) -> Iterator[range]:
-    """Yield positions [start, stop) in stretches that have been read already, letting go of those behind.
+def scan(memory: mmap.mmap, offsets: Sequence[int], row_bytes: Sequence[int], start: int, stop: int) -> Iterator[range]:
+    """Yield positions [start, stop) in parts whose pages are in memory already, and drop the pages of past parts.
 
-    While a stretch is used, two threads of their own touch the pages of the next, an array each, in the order in which
-    they lie: the system's read-ahead is then at its best. Measured with attention over cold files, one such
-    thread is 1.2 times as fast as none, and two are 1.3 times as fast as one. Asking for the next stretches by
-    MADV_WILLNEED is slower than asking for nothing, as what is asked for comes in single pages.
+    While a part is used, two threads touch the pages of the next one, an array each, in file order, which suits the
+    system's read-ahead best. Measured with attention over cold files, one such thread is 1.2 times as fast as none, and
+    two are 1.3 times as fast as one. MADV_WILLNEED for the next part is slower than nothing, because it reads single
+    pages.
 
     Args:
         memory: the map of the whole file.
@@ -55,18 +53,18 @@ def stretches(
         start: first position.
         stop: one past the last.
     """
-    step = max(1, STRETCH_BYTES // sum(row_bytes))
+    step = max(1, SCAN_BYTES // sum(row_bytes))
     parts = [range(first, min(first + step, stop)) for first in range(start, stop, step)]
 
     def ranges(part: range) -> Ranges:
-        # A page that two stretches share goes with the second: each begins with the page that it begins in.
+        # A page that two parts share belongs to the second: each begins with the page of its first byte.
         return [
             (_down(at + part.start * row), at + part.stop * row) for at, row in zip(offsets, row_bytes, strict=True)
         ]
 
     if not parts:
         return
-    # Here, and not above: it takes longer to load than opening a file does, and few programs come by.
+    # Imported here because it takes longer to load than a file to open, and few programs scan.
     from concurrent.futures import ThreadPoolExecutor, wait
 
     with ThreadPoolExecutor(2) as helpers:
@@ -90,7 +88,7 @@ def stretches(
 def touch_pages(memory: mmap.mmap, start: int, stop: int) -> None:
     """Read one byte of every page of a byte range, so that they are in memory; other threads run meanwhile."""
     if start < stop:
-        np.frombuffer(memory, np.uint8)[start:stop:_PAGE].max()  # numpy lets go of the GIL for it
+        np.frombuffer(memory, np.uint8)[start:stop:_PAGE].max()  # numpy releases the GIL for it
 
 
 def _down(offset: int) -> int:

@@ -1,7 +1,7 @@
-"""Making a `.kvm` file, putting it in its place, removing it, and taking the writer's lock on one.
+"""Creating a `.kvm` file, giving it its name, removing it, and taking the writer's lock of one.
 
-A file appears at its path whole and durable, or not at all; and it takes another's place only while it holds that
-one's lock.
+A file appears at its path complete and durable, or not at all. It replaces another one only while the other one's lock
+is held.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ METADATA_ROOM = 64 * 1024
 
 
 def place_of(path: str, *, overwrite: bool) -> str:
-    """Return where a new file is to stand. What a link names is replaced, and not the link.
+    """Return the path of a new file: of a link, the path of its target.
 
     Raises:
-        CacheExistsError: there is something, and it is not to be replaced.
+        CacheExistsError: the path exists, and `overwrite` is False.
     """
     if not os.path.lexists(path):
         return os.path.abspath(path)
@@ -53,12 +53,12 @@ def lock_file(path: str, timeout: float) -> tuple[PosixFile, Superblock]:
     while True:
         file = open_file(path, writable=True)
         with closing_on_error(file):
-            superblock = read_superblock(file)  # first: what is no cache is not locked
+            superblock = read_superblock(file)  # first, because a file that is no cache is not locked
             if not file.lock(max(0.0, deadline - time.monotonic())):
                 refuse_locked(file, superblock)
             if file.is_at(file.path):
                 return file, superblock
-        # While we waited, the file was replaced (resized) or removed: the lock is on one that nobody will open.
+        # The file was replaced (resized) or removed during the wait: the lock is that of a file without a name.
         file.close()
 
 
@@ -77,7 +77,7 @@ def refuse_locked(file: PosixFile, superblock: Superblock) -> NoReturn:
 
 
 def remove_left_overs(path: str) -> None:
-    """Remove what makers of the cache at `path` have left half made when they died: nobody holds its lock any more."""
+    """Remove the temporary files that dead creators of the cache at `path` left."""
     pattern = left_over_names(path)
     with contextlib.suppress(OSError), os.scandir(os.path.dirname(path) or ".") as entries:
         for entry in entries:
@@ -87,7 +87,7 @@ def remove_left_overs(path: str) -> None:
 
 
 def remove_dead(path: str, age: float = YOUNG) -> bool:
-    """Remove a temporary file whose creator is dead: nobody holds its lock, and nobody wrote to it lately.
+    """Remove a temporary file whose creator is dead: its lock is free, and it was not written to lately.
 
     Args:
         path: the file.
@@ -112,7 +112,7 @@ def remove_dead(path: str, age: float = YOUNG) -> bool:
 def build_file(
     path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
 ) -> PosixFile:
-    """Make a complete, empty, durable cache file beside `path`, under a name of its own."""
+    """Create a complete, empty, durable cache file beside `path`, under a temporary name."""
     data = document.encode()
     remove_left_overs(path)
     superblock = Superblock.plan(
@@ -128,7 +128,7 @@ def build_file(
     try:
         file.resize(superblock.file_bytes)
         live, metadata = superblock.section(Section.LIVE), superblock.section(Section.METADATA)
-        # Everything up to the live record is written in place or through a map later on: it has its room from now.
+        # Everything up to the live record is later written in place or through a map: allocate its disk space now.
         file.allocate(0, -(-(live.offset + live.size) // PAGE) * PAGE)
         file.write((0, metadata.offset), (superblock.encode(), data))
         slot = Slot(
@@ -160,11 +160,11 @@ def build_file(
 
 
 def place_file(partial: str, path: str, *, overwrite: bool = False, timeout: float = 0) -> None:
-    """Give a closed, whole file the name `path`.
+    """Rename a closed, complete file to `path`.
 
     Raises:
-        CacheExistsError: there is something at `path`, and it is not to be replaced or is no cache.
-        CacheLockedError: a writer holds what is to be replaced.
+        CacheExistsError: `path` exists, and is no cache or must not be replaced.
+        CacheLockedError: a writer holds the file that would be replaced.
     """
     with contextlib.closing(open_file(partial, writable=True)) as file:
         if overwrite and os.path.lexists(path):
@@ -177,10 +177,10 @@ def place_file(partial: str, path: str, *, overwrite: bool = False, timeout: flo
 
 
 def replace_file(new: PosixFile, path: str, timeout: float) -> None:
-    """Put `new` at `path` in place of a cache that nobody writes to, and tell who holds the old one.
+    """Replace a cache that has no writer by `new`, and mark the old file as superseded for those who have it open.
 
     Raises:
-        CacheExistsError: what is at `path` is no cache.
+        CacheExistsError: the file at `path` is no cache.
         CacheLockedError: a writer holds it.
     """
     try:
@@ -198,5 +198,5 @@ def remove_file(path: str, timeout: float) -> None:
     """Delete the cache at `path` while holding its lock, so never from under a writer; durable on return."""
     file, _ = lock_file(path, timeout)
     with contextlib.closing(file):
-        file.path = os.path.abspath(path)  # of a link, the link goes
+        file.path = os.path.abspath(path)  # of a link, remove the link
         file.remove()

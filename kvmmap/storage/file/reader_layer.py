@@ -61,7 +61,7 @@ class MappedLayer(ReadOnlyLayer):
 
     def scan(self, start: int, stop: int) -> Iterator[Rows]:
         memory, row_bytes = self._mapped.memory, self.geometry.slab_bytes(1)
-        for part in page_cache.stretches(memory, self._offsets, row_bytes, start, stop):
+        for part in page_cache.scan(memory, self._offsets, row_bytes, start, stop):
             yield self.rows(part.start, part.stop)
 
     def prefetch(self, start: int, stop: int) -> None:
@@ -72,7 +72,7 @@ class MappedLayer(ReadOnlyLayer):
         page_cache.drop_pages(self._mapped.memory, self._byte_ranges(start, stop))
 
     def _byte_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Where positions [start, stop) of each slab lie in the file."""
+        """Return the bytes of the file that hold positions [start, stop) of each slab."""
         row_bytes = self.geometry.slab_bytes(1)
         return [(at + start * row, at + stop * row) for at, row in zip(self._offsets, row_bytes, strict=True)]
 

@@ -1,7 +1,7 @@
-"""A damaged `.kvm` file, read without believing anything of it but its superblock.
+"""A damaged `.kvm` file, of which nothing but the superblock is taken for valid.
 
-All is read with `pread`, so that a file that ends early or a disk that can't read costs what lies there and nothing
-else. What is to be kept of it is decided in `repair`.
+Everything is read with `pread`, so that a file that ends early, or a disk that can't read, costs only the rows
+concerned. `repair` decides what is kept.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CorruptCacheError
-from ...format import HEADER, PAGE, WHOLE_CACHE, Section, Slot, Superblock, checksum, slab_sections
+from ...format import WHOLE_CACHE, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
 from ..checksums import digest
 from ..posix import PosixFile
 from ..protocols import Rows
 from .live_record import LiveRecord
+from .mapped_file import read_superblock
 
 
 class Reach(NamedTuple):
-    """How far a wreck goes, as far as it is known."""
+    """How many positions a damaged file has, as far as it can be known."""
 
     committed: int
-    """Positions that the last commit that holds promises."""
+    """Positions that the last valid commit covers."""
     tokens: int
-    """Token ids that it promises."""
+    """Token ids that it covers."""
     complete: int
     """Positions, from 0, whose complete blocks may have checksums: more than `committed` if later commits are lost."""
     published: int
-    """Positions that other processes of this machine would be shown; those from `committed` on have no checksum."""
+    """Positions that a reader on this machine would see; those from `committed` on have no checksum."""
     stored: int
-    """Positions that there seem to have been."""
+    """Positions that the file seems to have had."""
 
 
-class Wreck:
-    """An open file whose superblock holds."""
+class DamagedFile:
+    """An open file whose superblock is valid."""
 
     def __init__(self, file: PosixFile) -> None:
         self.file = file
@@ -46,18 +47,14 @@ class Wreck:
         self.geometry = self.superblock.geometry
         slots = [self._read_slot(kind) for kind in (Section.SLOT_A, Section.SLOT_B)]
         self.slots = sorted((slot for slot in slots if slot), key=lambda slot: -slot.sequence)
-        """Commit records that hold, the last one first."""
+        """Valid commit slots, the current one first."""
         live = self.superblock.live_record
         words = np.frombuffer(self.read(live.offset, live.size), np.uint64)
         self.live = LiveRecord(cast(Any, words), 0, self.superblock, file)
 
     def _read_superblock(self) -> Superblock:
-        start = self.file.read(0, PAGE)
-        size = Superblock.peek(start[: HEADER.size], self.path)
-        data = start[:size] if size <= len(start) else start + self.file.read(len(start), size - len(start))
         try:
-            # Where the file ends early, what lies beyond is lost, and no reason to give up the rest.
-            return Superblock.decode(data, self.path, HEADER.unpack(start)["file_bytes"])
+            return read_superblock(self.file, cut_off=True)
         except CorruptCacheError as error:
             raise CorruptCacheError(
                 f"{error}. Without it nobody knows where rows lie, so nothing of this file can be saved: restore it "
@@ -70,30 +67,30 @@ class Wreck:
         return Slot.decode(self.read(extent.offset, extent.size), self.superblock)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return bytes of the file; zeros where there are none to be had."""
+        """Return bytes of the file; zeros where they can't be read."""
         data = b""
         with contextlib.suppress(OSError):
             data = self.file.read(offset, size)
         return data.ljust(size, b"\0")
 
-    # What it says of itself
+    # Records
 
     def reach(self) -> Reach:
-        """Find out how far it goes."""
+        """Return how many positions the file has, as far as its records tell."""
         last = self.slots[0] if self.slots else None
         committed, tokens = (last.seq_len, last.token_len) if last else (0, 0)
         lengths, capacity = self.live.lengths(), self.geometry.capacity
         known = 0 <= min(lengths) <= max(lengths) <= capacity
         if last and self.live.get("acknowledged") <= last.sequence:
-            believed = known and self.live.trusted() and min(lengths) >= committed
-            published = min(lengths) if believed else committed
+            valid = known and self.live.trusted() and min(lengths) >= committed
+            published = min(lengths) if valid else committed
             return Reach(committed, tokens, committed, published, published)
         # A later commit is lost, or all are. Its blocks still have checksums; how many, the lengths tell best.
         most = min(lengths) if known else committed if last else capacity
         return Reach(committed, tokens, max(committed, most), committed, max(committed, min(lengths) if known else 0))
 
     def troubles(self) -> list[str]:
-        """What is wrong with the records that lead to the rows."""
+        """Name what is wrong with slots, live record and size."""
         found = []
         size = self.file.stat().st_size
         if size < self.superblock.file_bytes:
@@ -107,13 +104,13 @@ class Wreck:
             )
         elif len(self.slots) < 2 and last.closed and not self.live.in_use():
             found.append("one commit record is damaged; the other one says the same")
-        broken = self.live.broken_seals()
+        broken = self.live.damaged_words()
         if broken:
             found.append(f"live record: {', '.join(broken)} damaged")
         return found
 
     def document(self) -> tuple[Document | None, bool]:
-        """Return the metadata, and True if it is what the last commit says; None if there is none that holds."""
+        """Return the metadata, and True if it is that of the current commit; None if none is valid."""
         section = self.superblock.section(Section.METADATA)
         for number, slot in enumerate(self.slots):
             data = self.read(section.offset + slot.metadata_half * (section.size // 2), slot.metadata_bytes)
@@ -139,7 +136,7 @@ class Wreck:
         return np.frombuffer(self.read(offset + 4 * start, 4 * (stop - start)), "<i4")
 
     def expected(self, track: int, block: int, rows: int) -> int:
-        """Return the checksum that a block of a track should have: a layer's, or of token ids at index num_layers."""
+        """Return the stored checksum of a block of a track: a layer, or the token ids at index num_layers."""
         if rows < self.geometry.block_tokens:
             return self.slots[0].tail_checksums[track]
         layers = self.geometry.num_layers
@@ -148,7 +145,7 @@ class Wreck:
             kind, index = Section.TOKEN_CHECKSUMS, block
         return int.from_bytes(self.read(self.superblock.section(kind, WHOLE_CACHE).offset + 8 * index, 8), "little")
 
-    def holds(self, track: int, block: int, arrays: Rows | list[NDArray[np.int32]]) -> bool:
-        """True if what was read of a block matches its checksum."""
+    def matches(self, track: int, block: int, arrays: Rows | list[NDArray[np.int32]]) -> bool:
+        """True if the arrays of a block match its checksum."""
         rows = len(arrays[0])
         return digest(arrays, track, block, 0, rows) == self.expected(track, block, rows)

@@ -1,10 +1,10 @@
-"""Saving what is sound of a damaged `.kvm` file into a new one. The damaged file is only read.
+"""Copying the undamaged part of a damaged `.kvm` file to a new one. The damaged file is only read.
 
-Positions are kept from 0 up to the first block that does not match its checksum in some layer: what lies beyond would
-otherwise move, or leave a gap, and a position is what keys were rotated by and what queries count from. Who would
-rather have a block of zeros than lose what is behind it must name the block; the new file says so of itself.
+Positions are kept from 0 up to the first block that does not match its checksum in some layer. Later rows would
+otherwise move, or leave a gap, and keys are rotated by their position. A caller that prefers a block of zeros to losing
+what follows names the block; the new file's metadata lists such blocks.
 
-Rows are compared and written from the same bytes, so nothing gets a checksum that was not seen to hold.
+Rows are verified and written from the same bytes, so no unverified row gets a checksum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..posix import closing_on_error
 from ..protocols import Damage, Progress
 from .mapped_file import open_file, read_superblock
 from .placement import already_exists, build_file, place_of, refuse_locked
-from .recovery import Reach, Wreck
+from .recovery import DamagedFile, Reach
 from .writer import MappedWriter
 
 MARK = "kvmmap.repair"
@@ -66,7 +66,7 @@ class RepairReport:
     """What was found wrong, up to where positions end: see `VerifyReport`; `verify` lists all there is."""
 
     zeroed: list[Damage] = field(default_factory=list)
-    """Blocks that hold zeros now, as was asked for."""
+    """Blocks that were replaced by zeros on request."""
 
     @property
     def complete(self) -> bool:
@@ -85,7 +85,7 @@ def repair_file(
     zero: Collection[Place] = (),
     progress: Progress | None = None,
 ) -> RepairReport:
-    """Save what is sound of the file at `path` into a new one at `new_path`.
+    """Copy the undamaged part of the file at `path` to a new one at `new_path`.
 
     Raises:
         CacheExistsError: there is something at `new_path`.
@@ -94,34 +94,34 @@ def repair_file(
     """
     new_path = place_of(new_path, overwrite=False)
     with contextlib.closing(open_file(path, writable=False)) as file:
-        wreck = Wreck(file)
+        old = DamagedFile(file)
         if not file.try_lock():
-            refuse_locked(file, wreck.superblock)
-        return _Repair(wreck, frozenset(zero)).run(new_path, progress)
+            refuse_locked(file, old.superblock)
+        return _Repair(old, frozenset(zero)).run(new_path, progress)
 
 
 class _Repair:
     """One repair under way."""
 
-    def __init__(self, wreck: Wreck, zero: frozenset[Place]) -> None:
-        self.wreck = wreck
+    def __init__(self, old: DamagedFile, zero: frozenset[Place]) -> None:
+        self.old = old
         self.zero = zero
-        self.reach: Reach = wreck.reach()
-        self.damages = [Damage(trouble) for trouble in wreck.troubles()]
+        self.reach: Reach = old.reach()
+        self.damages = [Damage(trouble) for trouble in old.troubles()]
         self.zeroed: list[Damage] = []
 
     def run(self, new_path: str, progress: Progress | None) -> RepairReport:
-        """Build the new file, whole, and give it its name."""
-        wreck, reach = self.wreck, self.reach
-        document, newest = wreck.document()
+        """Build the complete new file, and rename it to its path."""
+        old, reach = self.old, self.reach
+        document, newest = old.document()
         if document is None or not newest:
             self.damages.append(
                 Damage("metadata damaged" + (": that of the commit before is kept" if document else ""))
             )
-        room = wreck.superblock.section(Section.METADATA).size // 2 + (PAGE if self.zero else 0)
-        file = build_file(new_path, wreck.geometry, document or Document(None, {}), metadata_room=room)
+        room = old.superblock.section(Section.METADATA).size // 2 + (PAGE if self.zero else 0)
+        file = build_file(new_path, old.geometry, document or Document(None, {}), metadata_room=room)
         try:
-            file.copy_access(wreck.file)
+            file.copy_access(old.file)
             file.try_lock()
             with closing_on_error(file):
                 new = MappedWriter(file, read_superblock(file), durability="publish")
@@ -131,8 +131,8 @@ class _Repair:
                 if reach.stored and not kept + unverified:
                     troubles = "; ".join(damage.what for damage in self.damages)
                     raise CorruptCacheError(
-                        f"{wreck.path}: {troubles}: not even the first block holds in every layer, so nothing was made",
-                        path=wreck.path,
+                        f"{old.path}: {troubles}: not even the first block holds in every layer, so nothing was made",
+                        path=old.path,
                         position=0,
                     )
                 tokens = self._copy_tokens(new, kept)
@@ -146,7 +146,7 @@ class _Repair:
                 raise already_exists(new_path) from None
             raise
         return RepairReport(
-            path=wreck.path,
+            path=old.path,
             new_path=new_path,
             stored=max(reach.stored, kept),
             seq_len=kept + unverified,
@@ -161,8 +161,8 @@ class _Repair:
     # Rows
 
     def _copy_rows(self, new: MappedWriter, progress: Progress | None) -> int:
-        """Copy blocks until one does not hold; return the positions copied."""
-        size, reach = self.wreck.geometry.block_tokens, self.reach
+        """Copy blocks up to the first that does not match; return the positions copied."""
+        size, reach = self.old.geometry.block_tokens, self.reach
         kept, most = 0, max(reach.complete, reach.committed)
         while kept < most:
             block = kept // size
@@ -179,8 +179,8 @@ class _Repair:
         return kept
 
     def _copy_block(self, new: MappedWriter, block: int) -> int:
-        """Copy a block of all layers, unpublished; return its positions, 0 if it does not hold."""
-        size, reach = self.wreck.geometry.block_tokens, self.reach
+        """Copy a block of all layers, unpublished; return its positions, 0 if it does not match."""
+        size, reach = self.old.geometry.block_tokens, self.reach
         start = block * size
         tail = min(reach.committed - start, size)
         if start + size <= reach.complete and self._copy_layers(new, block, size, counts=tail == size):
@@ -190,17 +190,17 @@ class _Repair:
         return 0
 
     def _copy_layers(self, new: MappedWriter, block: int, count: int, *, counts: bool) -> bool:
-        """Copy the first `count` positions of a block; False if some layer's don't hold.
+        """Copy the first `count` positions of a block; False if those of some layer don't match.
 
         Args:
-            counts: the last commit that holds promises them, so that it is damage if they don't.
+            counts: the last valid commit covers them, so that a mismatch is damage.
         """
-        start = block * self.wreck.geometry.block_tokens
+        start = block * self.old.geometry.block_tokens
         damages: list[Damage] = []
         zeroed: list[Damage] = []
         for layer, store in enumerate(new.layers):
-            rows = self.wreck.rows(layer, start, start + count)
-            if not self.wreck.holds(layer, block, rows):
+            rows = self.old.rows(layer, start, start + count)
+            if not self.old.matches(layer, block, rows):
                 what = f"layer {layer}, positions [{start}, {start + count}): checksum does not match"
                 damage = Damage(what, layer, start, start + count)
                 damages.append(damage)
@@ -220,10 +220,10 @@ class _Repair:
     def _copy_published(self, new: MappedWriter) -> int:
         """Copy what was published and never committed; return how many positions."""
         start, stop = self.reach.committed, self.reach.published
-        for first in range(start, stop, self.wreck.geometry.block_tokens):
-            last = min(first + self.wreck.geometry.block_tokens, stop)
+        for first in range(start, stop, self.old.geometry.block_tokens):
+            last = min(first + self.old.geometry.block_tokens, stop)
             for layer, store in enumerate(new.layers):
-                store.write(first, self.wreck.rows(layer, first, last))
+                store.write(first, self.old.rows(layer, first, last))
             for store in new.layers:
                 store.publish(last)
         return stop - start
@@ -231,18 +231,18 @@ class _Repair:
     # Token ids
 
     def _copy_tokens(self, new: MappedWriter, kept: int) -> int:
-        """Copy token ids up to the first block of them that does not hold; return how many."""
-        wreck, size = self.wreck, self.wreck.geometry.block_tokens
-        track, most = wreck.geometry.num_layers, self.reach.tokens
-        if not wreck.slots:  # how many were recorded is not known: take complete blocks that hold
+        """Copy token ids up to the first block of them that does not match; return how many."""
+        old, size = self.old, self.old.geometry.block_tokens
+        track, most = old.geometry.num_layers, self.reach.tokens
+        if not old.slots:  # how many were recorded is unknown: take complete blocks that match
             most = kept - kept % size
         done = 0
         while done < most:
             block, stop = done // size, min(done + size, most)
-            ids = wreck.tokens(done, stop)
-            if not wreck.holds(track, block, [ids]):
+            ids = old.tokens(done, stop)
+            if not old.matches(track, block, [ids]):
                 damage = Damage(f"token ids, positions [{done}, {stop}): checksum does not match", None, done, stop)
-                if wreck.slots:
+                if old.slots:
                     self.damages.append(damage)
                 if (None, block) not in self.zero:
                     break
@@ -250,7 +250,7 @@ class _Repair:
                 ids = np.full(stop - done, NO_TOKEN, np.int32)
             new.write_tokens(done, ids)
             done = stop
-        for damage in self.zeroed:  # nobody is to take rows of zeros for those of their tokens
+        for damage in self.zeroed:  # rows of zeros must not pass for those of their tokens
             if damage.start is not None and damage.stop is not None and damage.start < done:
                 new.write_tokens(damage.start, np.full(min(damage.stop, done) - damage.start, NO_TOKEN, np.int32))
         new.publish_tokens(min(done, kept))

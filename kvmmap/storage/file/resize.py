@@ -1,6 +1,6 @@
 """Another capacity for a `.kvm` file: a new file is built beside it and takes its place.
 
-The old file is never changed, so whoever has it mapped goes on reading it, and finds out at `refresh`.
+The old file is never changed, so whoever has it mapped goes on reading it, and learns of it at `refresh`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
         CorruptCacheError: a block does not match its checksum; nothing was changed.
     """
     with contextlib.closing(MappedWriter.open_locked(path, timeout=timeout)) as old:
-        # So that checksums cover all there is; and closed, because nothing can be saved in it once it is replaced.
+        # So that checksums cover everything; and closed, because nothing can be saved in it once it is replaced.
         old.commit(closing=True)
         length = seq_len(old)
         wanted = length if capacity is None else capacity

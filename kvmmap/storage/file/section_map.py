@@ -1,4 +1,4 @@
-"""Where the sections of a `.kvm` file lie, and which parts of them the disk really holds."""
+"""The section map of a `.kvm` file: the offsets and sizes of its sections, and how much of each is allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SectionExtent(NamedTuple):
     offset: int
     size: int
     data: int
-    """Bytes of it that lie on the disk; the rest is a hole."""
+    """Bytes of it that are allocated; the rest is a hole."""
 
 
 def read_extents(path: str) -> tuple[list[SectionExtent], int, list[Extent]]:

@@ -51,7 +51,7 @@ def verify_file(mapped: MappedFile, holder: SnapshotHolder, length: int, progres
     report.bytes = total
     if progress:
         progress(total, total)
-    holder.validate(snapshot.generation_word)  # were rows taken back meanwhile, the comparison was with the wrong ones
+    holder.validate(snapshot.generation_word)  # after a truncation, the comparison was with other rows
     return report
 
 
@@ -128,17 +128,17 @@ def _check_head(mapped: MappedFile, snapshot: Snapshot) -> Iterator[Damage]:
             yield Damage("the superblock has changed since the file was opened")
     except (FormatError, EOFError) as error:
         yield Damage(f"superblock: {error}")
-    # Only closing writes both. Before that, the one that does not count may be torn, and is the next to be written;
-    # whether the one that counts is the last promised, opening has seen.
+    # Only closing writes both slots. Before that, the other slot may be torn, and is the next to be written; that the
+    # current one is the last acknowledged commit was checked when the file was opened.
     if snapshot.slot.closed and not mapped.live.in_use():
         for name, slot in zip("AB", mapped.slots.settle(), strict=True):
             if slot is None:
                 yield Damage(f"commit record {name} does not hold; the other one does")
     if snapshot.live:
-        yield from (Damage(f"live record: {name} does not hold") for name in mapped.live.broken_seals())
+        yield from (Damage(f"live record: {name} does not hold") for name in mapped.live.damaged_words())
     try:
         mapped.document(snapshot.slot)
     except CorruptCacheError as error:
         yield Damage(str(error))
     except CacheChangedError:
-        pass  # commits since have written over it, and theirs is not what was asked about
+        pass  # later commits have overwritten it

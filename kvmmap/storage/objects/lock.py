@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from ...errors import CacheLockedError, KvmmapError
+from ..process import boot_text, is_running
 from .protocol import MissingObjectError, ObjectChangedError, Objects
 
 LOCK_KEY = "token_ids/.kvmmap.lock"
@@ -40,8 +41,7 @@ def new_owner() -> dict[str, Any]:
 def _machine() -> str:
     """Name this boot of this machine and this space of process ids; "" where that can't be told."""
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+        return f"{boot_text()}/{os.stat('/proc/self/ns/pid').st_ino}" if boot_text() else ""
     except OSError:
         return ""
 
@@ -69,15 +69,7 @@ def is_local(owner: dict[str, Any]) -> bool:
 
 def is_dead(owner: dict[str, Any]) -> bool:
     """True if the owner certainly no longer runs."""
-    if not is_local(owner):
-        return False
-    try:
-        os.kill(owner["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
+    return is_local(owner) and not is_running(owner["pid"])
 
 
 def locked_by(url: str, owner: dict[str, Any] | None, *, breakable: bool) -> CacheLockedError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ShapeMismatchError
+from ...format import NO_TOKEN
 from ...geometry import CacheGeometry, LayerGeometry
 from ..libraries import zarr
 
@@ -18,7 +19,6 @@ MAX_SHARD_BYTES = 2**32
 """A layer's rows in one shard, eight times what 128 heads x 256 take. Who reads a shard makes room for all of it."""
 
 ROOT_KEY = "zarr.json"
-NO_TOKEN = -1
 
 COMPRESSORS: dict[str | None, int | None] = {None: None, "zstd": 3}
 """Names that users give, and zstd's level."""

@@ -15,13 +15,12 @@ from concurrent.futures import Future, wait
 import numpy as np
 from numpy.typing import NDArray
 
-from ...format import checksum
+from ...format import NO_TOKEN, checksum
 from ...metadata import Document
 from ..after_fork import refuse_forked
 from ..checksums import digest
 from ..objects.protocol import Lock, Objects
 from ..protocols import Durability, Storage, seq_len
-from .layout import NO_TOKEN
 from .outgoing import OutgoingShards
 from .reader import ZarrReader
 from .root import Root
