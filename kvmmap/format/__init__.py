@@ -1,5 +1,6 @@
 """The `.kvm` file as bytes: encode, decode, validate. Pure: no file is touched here."""
 
+from .commit import Commit
 from .records import (
     FORMAT_VERSION,
     HEADER,
@@ -33,6 +34,7 @@ __all__ = [
     "SECTION_ABOUT",
     "SLAB_SECTIONS",
     "WHOLE_CACHE",
+    "Commit",
     "Extent",
     "Section",
     "Slot",

@@ -6,20 +6,15 @@ import struct
 from dataclasses import dataclass, replace
 
 from ..metadata import MAX_METADATA_BYTES
+from .commit import Commit
 from .records import CHECKSUM, SLOT, SLOT_MAGIC, Section, checksum
 from .superblock import Superblock
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One commit."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot(Commit):
+    """One commit of a file."""
 
-    sequence: int
-    seq_len: int
-    token_len: int
-    generation: int
-    commit_ns: int
-    closed: bool
     metadata_half: int
     metadata_bytes: int
     metadata_checksum: int

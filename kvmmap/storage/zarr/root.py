@@ -15,7 +15,7 @@ from typing import Any
 
 from ...codecs import INT8, by_name, names
 from ...errors import CorruptCacheError, KvmmapError, NotACacheError, VersionMismatchError
-from ...format import checksum
+from ...format import Commit, checksum
 from ...geometry import CacheGeometry, LayerGeometry
 from ...metadata import Document
 from .layout import COMPRESSORS, MAX_SHARD_BYTES, Layout
@@ -27,7 +27,7 @@ PER_LAYER = "per layer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Root:
+class Root(Commit):
     """A commit, and all that is fixed with the cache."""
 
     layout: Layout
@@ -36,16 +36,6 @@ class Root:
     """Random, made with the cache."""
 
     created_ns: int
-    sequence: int
-    """Grows with every commit."""
-
-    seq_len: int
-    token_len: int
-    generation: int
-    """Grows whenever committed positions are taken back."""
-
-    commit_ns: int
-    closed: bool
     document: Document
 
     tails: tuple[int, ...]
