@@ -45,9 +45,9 @@ def check_head(store: LayerStore, head: int, layer: int | None) -> int:
 def non_finite(store: LayerStore, name: str, start: int, row: int, layer: int | None) -> NonFiniteError:
     """Return the error for a flat row of what was to be appended at `start`."""
     position, head = divmod(row, store.geometry.num_kv_heads)
+    codec = store.geometry.key_codec if name == "keys" else store.geometry.value_codec
     return NonFiniteError(
-        f"{name} hold a NaN or an infinity at position {start + position}, head {head}{where(layer)}; nothing was "
-        "appended",
+        f"{name} hold {codec.refused} at position {start + position}, head {head}{where(layer)}; nothing was appended",
         position=start + position,
         head=head,
         layer=store.index,

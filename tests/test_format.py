@@ -81,8 +81,8 @@ def test_every_flipped_bit_of_the_superblock_is_detected() -> None:
 
 def test_unknown_codec_is_named() -> None:
     data = bytearray(plan().encode())
-    data[HEADER.size + 16 + 12] = 9  # the key codec of layer 1
-    with pytest.raises(VersionMismatchError, match=r"layer 1 has key codec 9.*int8-row") as caught:
+    data[HEADER.size + 16 + 12] = 99  # the key codec of layer 1
+    with pytest.raises(VersionMismatchError, match=r"layer 1 has key codec 99.*int8-row") as caught:
         Superblock.decode(resigned(data), "f", 2**40)
     assert caught.value.layer == 1
 

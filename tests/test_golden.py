@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import codec_oracle
 
 import kvmmap
 from kvmmap.format import LIVE, Section
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
-from make import LENGTH, golden_rows, make  # noqa: E402
+from make import LENGTH, codec_rows, golden_rows, make, make_codecs  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["v1.kvm", "v1-sketches.kvm"])
@@ -45,12 +47,33 @@ def test_version_1_is_appended_to(name: str, path: Path) -> None:
         assert cache.verify().sound
 
 
-def test_version_1_is_written_byte_for_byte(path: Path) -> None:
+def test_every_codec_of_version_1_opens() -> None:
+    """With rows that are those of plain numpy."""
+    with kvmmap.open(GOLDEN / "v1-codecs.kvm") as cache:
+        assert cache.seq_len == 10
+        assert cache.verify().sound
+        for number, layer in enumerate(cache.layers):
+            stored = layer.read_quantized()
+            keys, values = codec_rows(0)[number, :, 0], codec_rows(1)[number, :, 0]
+            expected = [
+                array
+                for codec, rows in ((layer.geometry.key_codec, keys), (layer.geometry.value_codec, values))
+                for array in codec_oracle.encode(codec.name, rows)
+                if array is not None
+            ]
+            for found, array in zip(stored, expected, strict=True):
+                np.testing.assert_array_equal(
+                    np.ascontiguousarray(found).view(np.uint8).reshape(-1), array.view(np.uint8).reshape(-1)
+                )
+
+
+@pytest.mark.parametrize(("name", "write"), [("v1-sketches.kvm", make), ("v1-codecs.kvm", make_codecs)])
+def test_version_1_is_written_byte_for_byte(path: Path, name: str, write: Callable[[Path], None]) -> None:
     """All but one word, which stands for the place that the file has its name in."""
-    make(path)
+    write(path)
     with kvmmap.open(path) as cache:
         live = cache.storage.superblock.section(Section.LIVE).offset  # type: ignore[attr-defined]
     named = live + next(offset for offset, _, field in LIVE.rows() if field.name == "named")
-    written, golden = path.read_bytes(), (GOLDEN / "v1-sketches.kvm").read_bytes()
+    written, golden = path.read_bytes(), (GOLDEN / name).read_bytes()
     assert written[:named] == golden[:named]
     assert written[named + 8 :] == golden[named + 8 :]

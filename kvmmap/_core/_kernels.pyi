@@ -2,10 +2,14 @@ from typing import Any
 
 def quantize_rows(x: Any, dtype: int, codes: Any, scales: Any, threads: int) -> int: ...
 def dequantize_rows(codes: Any, scales: Any, dim: int, out: Any, dtype: int, threads: int) -> None: ...
+def encode_rows(codec: int, transform: int, x: Any, dtype: int, arrays: tuple[Any, ...], threads: int) -> int: ...
+def decode_rows(
+    codec: int, transform: int, arrays: tuple[Any, ...], dim: int, out: Any, dtype: int, threads: int
+) -> None: ...
 def attend(
     queries: Any,
     dtype: int,
-    slabs: tuple[Any, Any, Any, Any],
+    slabs: tuple[Any, ...],
     kv_heads: int,
     value_dim: int,
     first_position: int,
@@ -19,6 +23,7 @@ def attend(
     out: Any,
     lse: Any,
     threads: int,
+    codecs: tuple[int, int, int, int] = (1, 0, 1, 0),
 ) -> int: ...
 def merge_part(state: Any, out: Any, lse: Any) -> None: ...
 def merge_end(state: Any, out: Any, lse: Any) -> None: ...

@@ -7,21 +7,22 @@
 #include <memory>
 #include <vector>
 
+#include "attend_decode.h"
 #include "cpu.h"
 #include "parallel.h"
 
 namespace kvmmap {
 namespace {
 
-const AttendKernel& attend_kernel() {
+const AttendKernel& attend_kernel(bool floats) {
     switch (current_isa()) {
 #if defined(__x86_64__)
-        case Isa::avx2: return attend_avx2;
-        case Isa::avx512: return attend_avx512;
+        case Isa::avx2: return floats ? attend_floats_avx2 : attend_avx2;
+        case Isa::avx512: return floats ? attend_floats_avx512 : attend_avx512;
 #elif defined(__aarch64__)
-        case Isa::neon: return attend_neon;
+        case Isa::neon: return floats ? attend_floats_neon : attend_neon;
 #endif
-        default: return attend_portable;
+        default: return floats ? attend_floats_portable : attend_portable;
     }
 }
 
@@ -140,9 +141,34 @@ AttendState from_row(AttendState state, int64_t row, int64_t width) {
     return {state.top + row, state.total + row, state.sums + row * width};
 }
 
+// The rows of a job, as they are stored.
+struct Pair {
+    const CodedRows &keys, &values;
+    AttendForms forms;
+};
+
+// Has the kernel walk over a range, what must be decoded for it a span at a time.
+void walk(const AttendJob& job, const AttendKernel& kernel, const AttendRange& range, int64_t coming, const char* prepared,
+          AttendState state, const Pair& pair, DecodedRows* decoded) {
+    if (!decoded) return kernel.walk(job, range, coming, prepared, state);
+    int64_t start = range.start;
+    if (kernel.walk_stored) start = kernel.walk_stored(job, pair.keys, pair.values, range, coming, prepared, state);
+    for (; start < range.stop; start += decoded->span()) {
+        const AttendRange span{range.head, range.head_end, start, std::min(range.stop, start + decoded->span())};
+        const AttendJob part = decoded->take(span);
+        kernel.walk(part, {span.head, span.head_end, 0, span.stop - span.start}, span.stop - span.start, prepared, state);
+    }
+}
+
 // Walks over ranges, with a state that was not used yet.
-void run_part(const AttendJob& job, const AttendKernel& kernel, const std::vector<AttendRange>& ranges,
+void run_part(const AttendJob& job, const AttendKernel& kernel, const Pair& pair, const std::vector<AttendRange>& ranges,
               const char* prepared, int64_t width, AttendState state) {
+    std::unique_ptr<DecodedRows> decoded;
+    if (pair.forms.any()) {
+        int64_t longest = 0;
+        for (const AttendRange& r : ranges) longest = std::max(longest, std::min(r.stop - r.start, part_positions));
+        decoded = std::make_unique<DecodedRows>(job, pair.keys, pair.values, kernel.tile, longest);
+    }
     for (int64_t row = 0; row < job.rows(); ++row) clear(state, row, width);
     std::unique_ptr<State> part;
     int64_t walked = 0;
@@ -150,11 +176,11 @@ void run_part(const AttendJob& job, const AttendKernel& kernel, const std::vecto
         for (int64_t start = r.start; start < r.stop; start += part_positions) {
             const AttendRange piece{r.head, r.head_end, start, std::min(r.stop, start + part_positions)};
             if (walked + (piece.stop - piece.start) <= part_positions) {
-                kernel.walk(job, piece, r.stop, prepared, state);
+                walk(job, kernel, piece, r.stop, prepared, state, pair, decoded.get());
             } else {
                 if (!part) part = std::make_unique<State>(job.rows(), width);
                 each_row(job, r.head, r.head_end, [&](int64_t row) { clear(part->view, row, width); });
-                kernel.walk(job, piece, r.stop, prepared, part->view);
+                walk(job, kernel, piece, r.stop, prepared, part->view, pair, decoded.get());
                 each_row(job, r.head, r.head_end, [&](int64_t row) { merge(state, part->view, row, width); });
             }
             walked += piece.stop - piece.start;
@@ -172,10 +198,25 @@ void finish(const AttendJob& job, const AttendKernel& kernel, AttendState state,
     }
 }
 
+void rotate(int64_t dim, int64_t rows, float* numbers, void (*run)(const Rotation&, int64_t, float*)) {
+    std::vector<float> factors(dim);
+    rotation_factors(dim, factors.data());
+    run({dim, factors.data()}, rows, numbers);
+}
+
 }  // namespace
 
-void attend(const AttendJob& job, int threads) {
-    const AttendKernel& kernel = attend_kernel();
+void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int threads) {
+    const Pair pair{keys, values, forms_of(keys, values)};
+    const AttendKernel& kernel = attend_kernel(pair.forms.floats());
+    job.key_rows = keys.codes, job.key_scales = reinterpret_cast<const float*>(keys.scales);
+    job.value_rows = values.codes, job.value_scales = reinterpret_cast<const float*>(values.scales);
+    std::vector<float> rotated;
+    if (keys.format.rotated) {
+        rotated.assign(job.queries, job.queries + job.rows() * job.dim);
+        rotate(job.dim, job.rows(), rotated.data(), codec_kernels().rotate);
+        job.queries = rotated.data();
+    }
     const int64_t width = kernel.width(job.value_dim), query_bytes = kernel.query_bytes(job.dim);
 
     constexpr float log2_e = 1.44269504088896341f;
@@ -197,12 +238,13 @@ void attend(const AttendJob& job, int threads) {
         const int64_t begin = job.n * block / cuts.blocks, end = job.n * (block + 1) / cuts.blocks;
         const AttendJob mine = for_queries(job, begin, end);
         const std::vector<AttendRange> seen = cuts.blocks == 1 ? ranges : visible(mine);
-        run_part(mine, kernel, part_of(seen, p, cuts.parts, kernel.tile), prepared + begin * job.q_heads * query_bytes,
+        run_part(mine, kernel, pair, part_of(seen, p, cuts.parts, kernel.tile), prepared + begin * job.q_heads * query_bytes,
                  width, from_row(states[p].view, begin * job.q_heads, width));
     });
     for (int64_t p = 1; p < cuts.parts; ++p)
         for (int64_t row = 0; row < job.rows(); ++row) merge(states[0].view, states[p].view, row, width);
     finish(job, kernel, states[0].view, width);
+    if (values.format.rotated) rotate(job.value_dim, job.rows(), job.out, codec_kernels().rotate_back);
 }
 
 }  // namespace kvmmap

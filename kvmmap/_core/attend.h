@@ -1,7 +1,10 @@
-// Attention over quantised rows where they lie: softmax(q k^T) v for int8 keys and values with one scale a row.
+// Attention over coded rows where they lie: softmax(q k^T) v for keys and values of int8 codes with one scale a row.
 //
 //   s_j   = scale * key_scale_j * (q . key_codes_j)              cap * tanh(s_j / cap) where there is a cap
 //   out   = sum_j e^(s_j - lse) * value_scale_j * value_codes_j,   lse = log(sum_j e^s_j)
+//
+// Other codecs reach the same kernels by way of attend_decode.h. Where keys are rotated, so are the queries, once, which leaves
+// products as they are; where values are, what comes out is rotated back, once.
 //
 // over the positions j that a query sees. Online softmax in one pass (Milakov & Gimelshein, arXiv:1805.02867), in tiles of
 // 64 or more positions (as FlashAttention, arXiv:2205.14135, cuts them), with the positions shared out over threads and
@@ -10,6 +13,8 @@
 
 #include <cstdint>
 
+#include "codec.h"
+
 namespace kvmmap {
 
 // Heads [head, head_end) attend over rows [start, stop).
@@ -17,15 +22,24 @@ struct AttendRange {
     int64_t head, head_end, start, stop;
 };
 
+// Keys or values as they are stored: [rows, kv_heads] of codes, and of scales where the codec has some.
+struct CodedRows {
+    RowFormat format;
+    const char* codes;
+    const char* scales;
+};
+
 struct AttendJob {
     const float* queries;  // [n, q_heads, dim], finite
     int64_t n, q_heads, kv_heads, dim, value_dim;
 
-    const int8_t* key_codes;    // [rows, kv_heads, dim]
+    // Set by attend(), for a kernel: int8 codes or f32 numbers, whichever it takes.
+    const void* key_rows;       // [rows, kv_heads, dim]
     const float* key_scales;    // [rows, kv_heads]
-    const int8_t* value_codes;  // [rows, kv_heads, value_dim]
+    const void* value_rows;     // [rows, kv_heads, value_dim]
     const float* value_scales;  // [rows, kv_heads]
-    int64_t first_position;     // of row 0
+
+    int64_t first_position;  // of row 0
 
     float scale;
     float softcap;  // 0: none
@@ -48,7 +62,7 @@ struct AttendJob {
     int64_t group() const { return q_heads / kv_heads; }
 };
 
-void attend(const AttendJob& job, int threads);
+void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int threads);
 
 // Sums are kept times this, so that no sum of 2^24 values overflows whose average does not.
 constexpr float sums_scale = 0x1p-24f;
@@ -74,14 +88,19 @@ struct AttendKernel {
     // Adds what `range` holds to the state. `prepared` has all rows of queries. What lies before row `coming` will be
     // walked next, and may be fetched.
     void (*walk)(const AttendJob& job, const AttendRange& range, int64_t coming, const char* prepared, AttendState state);
+    // The same for rows as they are stored, as far as the kernel can read them from the start of the range on; returns where
+    // it ended. Null where it can't read any but those of walk.
+    int64_t (*walk_stored)(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+                           int64_t coming, const char* prepared, AttendState state);
 };
 
-extern const AttendKernel attend_portable;
+// Over int8 codes, and over f32 numbers.
+extern const AttendKernel attend_portable, attend_floats_portable;
 #if defined(__x86_64__)
-extern const AttendKernel attend_avx2;
-extern const AttendKernel attend_avx512;
+extern const AttendKernel attend_avx2, attend_floats_avx2;
+extern const AttendKernel attend_avx512, attend_floats_avx512;
 #elif defined(__aarch64__)
-extern const AttendKernel attend_neon;
+extern const AttendKernel attend_neon, attend_floats_neon;
 #endif
 
 }  // namespace kvmmap

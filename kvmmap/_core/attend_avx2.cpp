@@ -4,5 +4,6 @@
 namespace kvmmap {
 
 const AttendKernel attend_avx2 = kernel_of<Floats<8>>();
+const AttendKernel attend_floats_avx2 = kernel_of<Floats<8, float>>();
 
 }  // namespace kvmmap

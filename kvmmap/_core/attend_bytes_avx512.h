@@ -10,6 +10,7 @@ namespace {
 class Bytes {
   public:
     static constexpr int lanes = 16;
+    using Number = int8_t;
 
     struct Weights {
         alignas(64) char digits[4][tile / 4 * step_digits];
@@ -42,7 +43,7 @@ class Bytes {
     template <int R>
     void scores(const char* const (&queries)[R], float (&out)[R][tile], Ahead& ahead) const {
         for (int64_t j = 0; j < tile; j += 16)
-            multiply_keys<R>(keys_ + j * key_stride_, key_stride_, dim_, queries, out[0] + j, tile, ahead);
+            multiply_keys<R>(Int8Rows(dim_), at(keys_ + j * key_stride_), key_stride_, dim_, queries, out[0] + j, tile, ahead);
     }
 
     static void set(Weights& weights, int r, const float* w) { weights.worth[r] = store_weights(w, tile, weights.digits[r]); }
@@ -51,10 +52,12 @@ class Bytes {
     void add(const Weights& weights, float* const (&sums)[R], Ahead& ahead) const {
         const WeightRows rows{weights.digits[0], sizeof weights.digits[0], weights.worth, sums};
         for (int64_t d = 0; d < value_dim_; d += 64)
-            multiply_values<R>(values_, 16 * value_stride_, value_stride_, tile / 16, rows, d, ahead);
+            multiply_values<R>(Int8Rows(value_dim_), at(values_), d, 16 * value_stride_, value_stride_, tile / 16, rows, ahead);
     }
 
   private:
+    static const char* at(const int8_t* codes) { return reinterpret_cast<const char*>(codes); }
+
     // Rows that are not 64, or not of a multiple of 64 numbers, are padded with zeros: they weigh nothing, or are hidden.
     static void whole(const int8_t* from, int64_t stride, int64_t count, int64_t dim, std::vector<int8_t>& padded,
                       const int8_t*& rows, int64_t& row_stride) {

@@ -1,5 +1,5 @@
-// The multiplications of attention in f32, W numbers at a time: what runs where there is no instruction for bytes.
-// Codes are widened as they are used; the numbers of a row lie in the lanes for keys as for values.
+// The multiplications of attention in f32, W numbers at a time: over rows of f32, and over int8 codes where there is no
+// instruction for bytes. Codes are widened as they are used; the numbers of a row lie in the lanes for keys as for values.
 #pragma once
 
 #include "attend_tiles.h"
@@ -8,11 +8,12 @@
 namespace kvmmap {
 namespace {
 
-template <int W>
+template <int W, class Row = int8_t>
 struct Floats {
     static constexpr int lanes = W;
     using L = Lanes<W>;
     using F = typename L::F;
+    using Number = Row;
 
     struct Weights {
         alignas(64) float w[4][tile];
@@ -36,7 +37,7 @@ struct Floats {
 
     Floats(int64_t dim, int64_t value_dim) : dim_(dim), value_dim_(value_dim) {}
 
-    void load(const int8_t* keys, int64_t key_stride, const int8_t* values, int64_t value_stride, int64_t count) {
+    void load(const Row* keys, int64_t key_stride, const Row* values, int64_t value_stride, int64_t count) {
         keys_ = keys, key_stride_ = key_stride, values_ = values, value_stride_ = value_stride, count_ = count;
     }
 
@@ -45,7 +46,7 @@ struct Floats {
         const float* q[R];
         for (int r = 0; r < R; ++r) q[r] = reinterpret_cast<const float*>(queries[r]);
         for (int64_t j = 0; j < count_; ++j) {
-            const int8_t* key = keys_ + j * key_stride_;
+            const Row* key = keys_ + j * key_stride_;
             F sums[R] = {};
             int64_t d = 0;
             for (; d + W <= dim_; d += W) {
@@ -73,9 +74,9 @@ struct Floats {
     }
 
   private:
-    static F widen_some(const int8_t* codes, int64_t count) {
-        int8_t padded[W] = {};
-        std::memcpy(padded, codes, count);
+    static F widen_some(const Row* codes, int64_t count) {
+        Row padded[W] = {};
+        std::memcpy(padded, codes, count * sizeof(Row));
         return widen<W>(padded);
     }
 
@@ -108,7 +109,7 @@ struct Floats {
     }
 
     int64_t dim_, value_dim_, key_stride_, value_stride_, count_;
-    const int8_t *keys_, *values_;
+    const Row *keys_, *values_;
 };
 
 }  // namespace

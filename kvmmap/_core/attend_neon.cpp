@@ -4,5 +4,6 @@
 namespace kvmmap {
 
 const AttendKernel attend_neon = kernel_of<Floats<4>>();
+const AttendKernel attend_floats_neon = kernel_of<Floats<4, float>>();
 
 }  // namespace kvmmap

@@ -4,5 +4,6 @@
 namespace kvmmap {
 
 const AttendKernel attend_portable = kernel_of<Floats<4>>();
+const AttendKernel attend_floats_portable = kernel_of<Floats<4, float>>();
 
 }  // namespace kvmmap

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attend_digits_avx512.h"
+#include "attend_rows_avx512.h"
 
 namespace kvmmap {
 namespace {
@@ -40,11 +41,11 @@ struct KeySums {
     }
 };
 
-// out[r * out_stride + i] = query r . keys at `keys + i * stride`, for 16 keys; `queries` as prepared. `ahead` fetches 16
-// lines of what comes next, every 64 numbers.
-template <int R, class Fetch>
-[[gnu::noinline]] void multiply_keys(const int8_t* keys, int64_t stride, int64_t dim, const char* const* queries, float* out,
-                                     int64_t out_stride, Fetch& ahead) {
+// out[r * out_stride + i] = query r . the key row at `keys + i * stride`, for 16 keys; `queries` as prepared. `ahead` fetches
+// 16 lines of what comes next, every 64 numbers.
+template <int R, class Rows, class Fetch>
+[[gnu::noinline]] void multiply_keys(const Rows& rows, const char* keys, int64_t stride, int64_t dim,
+                                     const char* const* queries, float* out, int64_t out_stride, Fetch& ahead) {
     static_assert(R >= 1 && R <= 4);
     const char *q0 = queries[0], *q1 = queries[R > 1 ? 1 : 0], *q2 = queries[R > 2 ? 2 : 0], *q3 = queries[R > 3 ? 3 : 0];
     const auto row = [](const char* query) -> const Digits& { return *reinterpret_cast<const Digits*>(query); };
@@ -54,7 +55,7 @@ template <int R, class Fetch>
         ahead.fetch(16);
         __m512i v[16];
         for (int64_t i = 0; i < 16; ++i)
-            v[i] = _mm512_xor_si512(_mm512_loadu_si512(keys + i * stride + d), _mm512_set1_epi8(-128));
+            v[i] = rows.load_unsigned(keys + i * stride, d);
         transpose_16(v);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
@@ -77,9 +78,10 @@ template <int R, class Fetch>
 struct FourRows {
     __m512i v0, v1, v2, v3;
 
-    [[gnu::always_inline]] FourRows(const int8_t* p, int64_t stride)
-        : v0(_mm512_loadu_si512(p)), v1(_mm512_loadu_si512(p + stride)), v2(_mm512_loadu_si512(p + 2 * stride)),
-          v3(_mm512_loadu_si512(p + 3 * stride)) {}
+    template <class Rows>
+    [[gnu::always_inline]] FourRows(const Rows& rows, const char* p, int64_t stride, int64_t d)
+        : v0(rows.load(p, d)), v1(rows.load(p + stride, d)), v2(rows.load(p + 2 * stride, d)),
+          v3(rows.load(p + 3 * stride, d)) {}
 
     template <bool second>
     [[gnu::always_inline]] void half(__m512i& a, __m512i& b) const {
@@ -129,20 +131,21 @@ struct WeightRows {
     float* const* sums;
 };
 
-// sums[r] += weights r . values, over `count` times 16 positions and 64 numbers. The i-th position of the j-th 16 is at
-// values + j * step + i * stride. `ahead` fetches 16 lines for each 16 positions.
-template <int R, bool second, class Fetch>
-[[gnu::always_inline]] inline void multiply_half(const int8_t* values, int64_t step, int64_t stride, int64_t count,
-                                                 const WeightRows& rows, int64_t first, Fetch* ahead) {
+// sums[r] += weights r . values, over `count` times 16 positions and 64 numbers from d on. The i-th position of the j-th 16 is
+// at values + j * step + i * stride. `ahead` fetches 16 lines for each 16 positions.
+template <int R, bool second, class Stored, class Fetch>
+[[gnu::always_inline]] inline void multiply_half(const Stored& stored, const char* values, int64_t d, int64_t step,
+                                                 int64_t stride, int64_t count, const WeightRows& rows, Fetch* ahead) {
     const char* weights = rows.digits;
+    const int64_t first = second ? d + 32 : d;
     HalfSums s0, s1, s2, s3;
     for (int64_t j = 0; j < count; ++j, values += step) {
-        const int8_t* p = values;
+        const char* p = values;
         if (ahead) ahead->fetch(16);
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q, p += 4 * stride, weights += step_digits) {
             __m512i a, b;
-            FourRows(p, stride).half<second>(a, b);
+            FourRows(stored, p, stride, d).half<second>(a, b);
             s0.add(a, b, weights);
             if constexpr (R > 1) s1.add(a, b, weights + rows.stride);
             if constexpr (R > 2) s2.add(a, b, weights + 2 * rows.stride);
@@ -155,12 +158,12 @@ template <int R, bool second, class Fetch>
     if constexpr (R > 3) s3.add_to(rows.sums[3] + first, rows.worth[3]);
 }
 
-// Number `first` and the 63 after it, in two halves: sums of four rows then fit the registers.
-template <int R, class Fetch>
-[[gnu::noinline]] void multiply_values(const int8_t* values, int64_t step, int64_t stride, int64_t count,
-                                       const WeightRows& rows, int64_t first, Fetch& ahead) {
-    multiply_half<R, false>(values + first, step, stride, count, rows, first, &ahead);
-    multiply_half<R, true, Fetch>(values + first, step, stride, count, rows, first + 32, nullptr);
+// Number d and the 63 after it, in two halves: sums of four rows then fit the registers.
+template <int R, class Stored, class Fetch>
+[[gnu::noinline]] void multiply_values(const Stored& stored, const char* values, int64_t d, int64_t step, int64_t stride,
+                                       int64_t count, const WeightRows& rows, Fetch& ahead) {
+    multiply_half<R, false>(stored, values, d, step, stride, count, rows, &ahead);
+    multiply_half<R, true, Stored, Fetch>(stored, values, d, step, stride, count, rows, nullptr);
 }
 
 }  // namespace

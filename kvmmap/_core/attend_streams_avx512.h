@@ -18,20 +18,87 @@
 namespace kvmmap {
 namespace {
 
-class Streams {
-    static constexpr int64_t lanes = 16, length = 17;
+// What does not depend on how rows are stored.
+struct StreamsShape {
+    static constexpr int64_t lanes = 16, length = 17, span = lanes * length;
+    static constexpr int64_t second_level = 640 * 1024;  // what may be fetched into that cache and stay there
 
-  public:
-    static constexpr int64_t span = lanes * length;
+    static bool few(const AttendJob& job) { return job.n * job.group() <= 2; }
 
     static bool suit(const AttendJob& job, const AttendRange& range) {
         return job.dim % 64 == 0 && job.value_dim % 64 == 0 && range.head == 0 && range.head_end == job.kv_heads &&
                (few(job) || span * job.kv_heads * std::max(job.dim, job.value_dim) <= second_level);
     }
 
-    Streams(const AttendJob& job, const char* prepared, AttendState state)
-        : job_(job), heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)),
-          value_parts_(job.value_dim / 64), key_row_(heads_ * job.dim), value_row_(heads_ * job.value_dim),
+    static constexpr int64_t distance = 1024;  // to fetch ahead within a stream
+
+    // One slab's share of a span.
+    struct Slab {
+        const char* codes = nullptr;
+        int64_t row = 0;  // bytes, of all heads
+
+        int64_t stream() const { return length * row; }
+        int64_t bytes() const { return lanes * stream(); }
+    };
+
+    // 16 lines to fetch at a time: one of each stream, or one after the other.
+    struct Lines {
+        const char* first;
+        int64_t apart, step;
+        int64_t left;  // times that there is something to fetch
+
+        // Inlined by force, as Ahead's.
+        [[gnu::always_inline]] void fetch(int) {
+            if (left <= 0) return;
+            --left;
+            for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(first + i * apart, 0, 2);
+            first += step;
+        }
+    };
+
+    // What is `distance` ahead of byte `at` of each stream, as much as a row has; behind the end of the streams come those of
+    // `then`.
+    static Lines streams_ahead(const Slab& now, const Slab& then, int64_t at, int64_t row_bytes) {
+        const int64_t lines = (row_bytes + 63) / 64;
+        at += distance;
+        if (at < now.stream()) return {now.codes + at, now.stream(), 64, lines};
+        at -= now.stream();
+        if (at < then.stream()) return {then.codes + at, then.stream(), 64, lines};
+        return {nullptr, 0, 0, 0};
+    }
+
+    // From byte `at` of a slab on, line by line, `times` 16 of them.
+    static Lines lines_at(const Slab& slab, int64_t at, int64_t times) {
+        if (at >= slab.bytes()) return {nullptr, 0, 0, 0};
+        return {slab.codes + at, 64, 64 * lanes, times};
+    }
+};
+
+// One query row, a position of every stream, 64 numbers from d on.
+template <class Values>
+[[gnu::noinline]] void add_16(const Values& stored, const char* values, int64_t d, int64_t stream, const char* weights,
+                              __m512i* sums) {
+    HalfSums first(sums), second(sums + HalfSums::registers);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q, values += 4 * stream, weights += step_digits) {
+        const FourRows four(stored, values, stream, d);
+        __m512i a, b;
+        four.half<false>(a, b);
+        first.add(a, b, weights);
+        four.half<true>(a, b);
+        second.add(a, b, weights);
+    }
+    first.keep(sums), second.keep(sums + HalfSums::registers);
+}
+
+// Keys and Values load rows as attend_rows_avx512.h says.
+template <class Keys, class Values>
+class Streams : public StreamsShape {
+  public:
+    // `keys` and `values` are rows as they are stored, with their scales.
+    Streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const char* prepared, AttendState state)
+        : job_(job), keys_(job.dim), values_(job.value_dim), stored_keys_(keys), stored_values_(values),
+          heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)), value_parts_(job.value_dim / 64), key_row_(heads_ * keys_.row_bytes), value_row_(heads_ * values_.row_bytes),
           softmax_(job.softcap, state, Bytes::width(job.value_dim)), worth_(heads_ * at_once_),
           queries_(heads_ * rows_), sums_(heads_ * rows_) {
         // Not push_back: what it grows by is a function that other objects share, and this one's needs AVX-512.
@@ -57,9 +124,10 @@ class Streams {
 
     // Adds the span at row `start` to the state. `more`: the span behind it is next.
     void run(int64_t start, bool more) {
-        take_scales(job_.key_scales + start * heads_, 1.0f, key_scales_);
-        take_scales(job_.value_scales + start * heads_, sums_scale, value_scales_);
-        const Slab keys{job_.key_codes + start * key_row_, key_row_}, values{job_.value_codes + start * value_row_, value_row_};
+        take_scales<Keys>(stored_keys_, start, 1.0f, key_scales_);
+        take_scales<Values>(stored_values_, start, sums_scale, value_scales_);
+        const Slab keys{stored_keys_.codes + start * key_row_, key_row_};
+        const Slab values{stored_values_.codes + start * value_row_, value_row_};
         const Slab next = more ? Slab{keys.codes + span * key_row_, key_row_} : Slab{};
         for (int64_t row = 0; row < rows_; row += at_once_) {
             const int64_t count = std::min(at_once_, rows_ - row);
@@ -73,63 +141,29 @@ class Streams {
 
   private:
     static constexpr int64_t most_rows = 16;               // of weights that are kept at a time, a head
-    static constexpr int64_t second_level = 640 * 1024;    // what may be fetched into that cache and stay there
-    static constexpr int64_t distance = 1024;              // to fetch ahead within a stream
     static constexpr int part_registers = 2 * HalfSums::registers;  // of sums over 64 numbers
-
-    static bool few(const AttendJob& job) { return job.n * job.group() <= 2; }
 
     // Row r of a head's queries, as the state counts them: over queries, and within a query over its query heads.
     int64_t row_of(int64_t head, int64_t r) const {
         return r / job_.group() * job_.q_heads + head * job_.group() + r % job_.group();
     }
 
-    // One slab's share of a span.
-    struct Slab {
-        const int8_t* codes = nullptr;
-        int64_t row = 0;  // bytes
-
-        int64_t stream() const { return length * row; }
-        int64_t bytes() const { return lanes * stream(); }
-    };
-
-    // 16 lines to fetch at a time: one of each stream, or one after the other.
-    struct Lines {
-        const int8_t* first;
-        int64_t apart, step;
-
-        // Inlined by force, as Ahead's.
-        [[gnu::always_inline]] void fetch(int) {
-            if (!apart) return;
-            for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(first + i * apart, 0, 2);
-            first += step;
-        }
-    };
-
-    // What is `distance` ahead of byte `at` of each stream; behind the end of the streams come those of `then`.
-    static Lines streams_ahead(const Slab& now, const Slab& then, int64_t at) {
-        at += distance;
-        if (at < now.stream()) return {now.codes + at, now.stream(), 64};
-        at -= now.stream();
-        if (at < then.stream()) return {then.codes + at, then.stream(), 64};
-        return {nullptr, 0, 0};
-    }
-
-    // From byte `at` of a slab on, line by line.
-    static Lines lines_at(const Slab& slab, int64_t at) {
-        if (at >= slab.bytes()) return {nullptr, 0, 0};
-        return {slab.codes + at, 64, 64 * lanes};
-    }
-
     // Scales of a span, times `factor`: [position][head] -> [head][position within its stream][stream].
-    void take_scales(const float* scales, float factor, float* out) const {
+    template <class Rows>
+    void take_scales(const CodedRows& rows, int64_t start, float factor, float* out) const {
         const int64_t stream = length * heads_;
+        const char* scales = rows.scales + start * heads_ * scale_size<Rows>;
         const __m512 by = _mm512_set1_ps(factor);
         int64_t h = 0, j = 0;
         for (int64_t f = 0; f < stream; f += 16) {
             const __mmask16 mask = stream - f >= 16 ? 0xffff : (1 << (stream - f)) - 1;
             __m512i v[16];
-            for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_maskz_loadu_epi32(mask, scales + i * stream + f);
+            for (int64_t i = 0; i < 16; ++i) {
+                const char* some = scales + (i * stream + f) * scale_size<Rows>;
+                if constexpr (Rows::half_scales)
+                    v[i] = _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, some)));
+                else v[i] = _mm512_maskz_loadu_epi32(mask, some);
+            }
             transpose_16(v);
             for (int64_t i = 0; i < 16 && f + i < stream; ++i) {
                 _mm512_store_ps(out + h * span + j * lanes, _mm512_mul_ps(_mm512_castsi512_ps(v[i]), by));
@@ -138,22 +172,26 @@ class Streams {
         }
     }
 
+    template <class Rows>
+    static constexpr int64_t scale_size = Rows::half_scales ? 2 : 4;
+
     // Products of queries and keys, in place of the weights they will become.
     void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
-        const auto* key_scales = reinterpret_cast<const char*>(job_.key_scales + (start + span) * heads_);
-        const auto* value_scales = reinterpret_cast<const char*>(job_.value_scales + (start + span) * heads_);
+        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * scale_size<Keys>;
+        const char* value_scales = stored_values_.scales + (start + span) * heads_ * scale_size<Values>;
         for (int64_t j = 0, step = 0; j < length; ++j) {
             for (int64_t h = 0; h < heads_; ++h, ++step) {
                 if (more) {  // a line holds the scales of 16 positions and heads
                     __builtin_prefetch(key_scales + step * 64, 0, 2);
                     __builtin_prefetch(value_scales + step * 64, 0, 2);
                 }
-                const int64_t at = step * job_.dim;
-                Lines ahead = few(job_) ? streams_ahead(keys, values, at) : lines_at(values, row == 0 ? at * lanes : values.bytes());
+                const int64_t at = step * keys_.row_bytes, times = job_.dim / 64;
+                Lines ahead = few(job_) ? streams_ahead(keys, values, at, keys_.row_bytes)
+                                        : lines_at(values, row == 0 ? step * times * 64 * lanes : values.bytes(), times);
                 in_fours(0, count, [&](auto n, int64_t r) {
-                    multiply_keys<decltype(n)::value>(keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
+                    multiply_keys<decltype(n)::value>(keys_, keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
                                                       weights_ + (h * at_once_ + r) * span + j * lanes, span, ahead);
-                    ahead.apart = 0;
+                    ahead.left = 0;
                 });
             }
         }
@@ -178,11 +216,11 @@ class Streams {
         int64_t at = 0;
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t d = 0; d < job_.value_dim; d += 64, at += length * 64 * lanes) {
-                Lines ahead = lines_at(next, at);
+                Lines ahead = lines_at(next, at, length);
                 in_fours(0, count, [&](auto n, int64_t r) {
-                    multiply_values<decltype(n)::value>(values.codes + h * job_.value_dim, values.row, values.stream(), length,
-                                                        weight_rows(h, row, r), d, ahead);
-                    ahead.apart = 0;
+                    multiply_values<decltype(n)::value>(values_, values.codes + h * values_.row_bytes, d, values.row,
+                                                        values.stream(), length, weight_rows(h, row, r), ahead);
+                    ahead.left = 0;
                 });
             }
     }
@@ -191,13 +229,13 @@ class Streams {
         std::fill_n(kept_, heads_ * rows_ * value_parts_ * part_registers, _mm512_setzero_si512());
         for (int64_t j = 0; j < length; ++j)
             for (int64_t h = 0; h < heads_; ++h) {
-                const int64_t at = (j * heads_ + h) * job_.value_dim;
-                Lines ahead = streams_ahead(values, next, at);
+                const int64_t at = (j * heads_ + h) * values_.row_bytes;
+                Lines ahead = streams_ahead(values, next, at, values_.row_bytes);
                 __m512i* sums = kept_ + h * rows_ * value_parts_ * part_registers;
                 for (int64_t d = 0; d < job_.value_dim; d += 64) {
                     ahead.fetch(16);
                     for (int64_t r = 0; r < rows_; ++r, sums += part_registers)
-                        add_16(values.codes + at + d, values.stream(), weight_rows(h, 0, r).digits + j * 64, sums);
+                        add_16(values_, values.codes + at, d, values.stream(), weight_rows(h, 0, r).digits + j * 64, sums);
                 }
             }
         const __m512i* sums = kept_;
@@ -210,22 +248,10 @@ class Streams {
                 }
     }
 
-    // One query row, a position of every stream, 64 numbers.
-    [[gnu::noinline]] static void add_16(const int8_t* values, int64_t stream, const char* weights, __m512i* sums) {
-        HalfSums first(sums), second(sums + HalfSums::registers);
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q, values += 4 * stream, weights += step_digits) {
-            const FourRows four(values, stream);
-            __m512i a, b;
-            four.half<false>(a, b);
-            first.add(a, b, weights);
-            four.half<true>(a, b);
-            second.add(a, b, weights);
-        }
-        first.keep(sums), second.keep(sums + HalfSums::registers);
-    }
-
     const AttendJob& job_;
+    Keys keys_;
+    Values values_;
+    CodedRows stored_keys_, stored_values_;
     int64_t heads_, rows_, at_once_, value_parts_, key_row_, value_row_;
     Softmax<Bytes> softmax_;
     std::vector<float> worth_;             // [head][row] of one unit of a weight

@@ -2,6 +2,7 @@
 // struct, in a namespace without a name, that multiplies:
 //
 //   lanes                               floats it works on at a time
+//   Number                              what keys and values are made of, int8_t or float
 //   Weights                             weights of four rows over a tile, as it wants them
 //   width, finish, query_bytes, prepare as in attend.h
 //   Engine(dim, value_dim)              with room for one tile
@@ -78,10 +79,12 @@ class Walk {
     static constexpr int W = Engine::lanes;
     using L = Lanes<W>;
     using F = typename L::F;
+    using Number = typename Engine::Number;
 
   public:
     Walk(const AttendJob& job, const char* prepared, AttendState state)
-        : job_(job), prepared_(prepared), state_(state), engine_(job.dim, job.value_dim),
+        : job_(job), keys_(static_cast<const Number*>(job.key_rows)), values_(static_cast<const Number*>(job.value_rows)),
+          prepared_(prepared), state_(state), engine_(job.dim, job.value_dim),
           query_bytes_(Engine::query_bytes(job.dim)), width_(Engine::width(job.value_dim)),
           softmax_(job.softcap, state, width_) {
         sights_.reserve(job.n);
@@ -103,8 +106,9 @@ class Walk {
     Ahead ahead(const AttendRange& range, int64_t start, int64_t head, int64_t coming) const {
         if (start + 2 * tile > coming || range.head_end - range.head != job_.kv_heads) return {};
         const int64_t keys = tile * job_.dim, values = tile * job_.value_dim, next = (start + tile) * job_.kv_heads;
-        return {job_.key_codes + next * job_.dim + head * keys, keys, job_.value_codes + next * job_.value_dim + head * values,
-                values};
+        constexpr int64_t bytes = sizeof(Number);
+        return {keys_ + next * job_.dim + head * keys, keys * bytes, values_ + next * job_.value_dim + head * values,
+                values * bytes};
     }
 
     void run_head(int64_t head, int64_t start, int64_t count, Ahead ahead) {
@@ -114,8 +118,8 @@ class Walk {
         if (first == last) return;
 
         const int64_t heads = job_.kv_heads;
-        engine_.load(job_.key_codes + (start * heads + head) * job_.dim, heads * job_.dim,
-                     job_.value_codes + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count);
+        engine_.load(keys_ + (start * heads + head) * job_.dim, heads * job_.dim,
+                     values_ + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count);
         alignas(64) float key_scales[tile], value_scales[tile];
         gather(job_.key_scales + start * heads + head, count, 1.0f, key_scales);
         gather(job_.value_scales + start * heads + head, count, sums_scale, value_scales);
@@ -168,6 +172,7 @@ class Walk {
     }
 
     const AttendJob& job_;
+    const Number *keys_, *values_;
     const char* prepared_;
     AttendState state_;
     Engine engine_;
@@ -184,7 +189,7 @@ void walk(const AttendJob& job, const AttendRange& range, int64_t coming, const 
 
 template <class Engine>
 constexpr AttendKernel kernel_of() {
-    return {tile, Engine::width, Engine::finish, Engine::query_bytes, Engine::prepare, walk<Engine>};
+    return {tile, Engine::width, Engine::finish, Engine::query_bytes, Engine::prepare, walk<Engine>, nullptr};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "attend.h"
+#include "codec_run.h"
 #include "cpu.h"
 #include "half.h"
 #include "io.h"
@@ -95,6 +96,71 @@ void dequantize_rows(nb::handle codes_object, nb::handle scales_object, int64_t 
     dequantize_grid(c, s, rows, dim, type, out.data(), threads);
 }
 
+// A codec and its transform, by the numbers of the superblock, for rows of `dim` numbers.
+RowFormat to_format(int codec, int transform, int64_t dim) {
+    if (codec < 1 || codec > static_cast<int>(Codec::int6) || transform < 0 || transform > 1)
+        throw nb::value_error("unknown codec or transform");
+    const RowFormat format{static_cast<Codec>(codec), transform == 1};
+    if (dim < 0 || !format.takes(dim)) throw nb::value_error("this codec does not take rows of so many numbers");
+    return format;
+}
+
+// The codes and scales of rows; a codec without scales has one array.
+class RowArrays {
+  public:
+    // From array `first` of some on.
+    RowArrays(RowFormat format, const nb::tuple& arrays, size_t first, int64_t dim, int flags)
+        : codes_(arrays[first], flags), scales_(arrays[first + count(format) - 1], flags),
+          row_bytes_(code_bytes(format.codec, dim)), scale_bytes_(scale_bytes(format.codec)) {}
+
+    static size_t count(RowFormat format) { return scale_bytes(format.codec) ? 2 : 1; }
+
+    char* codes() const { return codes_.data(); }
+    char* scales() const { return scale_bytes_ ? scales_.data() : nullptr; }
+    int64_t rows() const { return scale_bytes_ ? scales_.bytes() / scale_bytes_ : row_bytes_ ? codes_.bytes() / row_bytes_ : 0; }
+
+    void hold(int64_t rows) const {
+        codes_.at_least<char>(rows * row_bytes_, "codes: too small");
+        if (scale_bytes_ == 4) scales_.at_least<float>(rows * 4, "scales: too small or not aligned");
+        if (scale_bytes_ == 2) scales_.at_least<uint16_t>(rows * 2, "scales: too small or not aligned");
+    }
+
+  private:
+    Buffer codes_, scales_;
+    int64_t row_bytes_, scale_bytes_;
+};
+
+RowArrays to_arrays(RowFormat format, const nb::tuple& arrays, int64_t dim, int flags) {
+    if (arrays.size() != RowArrays::count(format)) throw nb::value_error("arrays: codes, and scales if the codec has some");
+    return RowArrays(format, arrays, 0, dim, flags);
+}
+
+int64_t encode_rows(int codec, int transform, nb::handle x_object, int dtype, nb::tuple arrays_object, int threads) {
+    Buffer x(x_object, reading);
+    const RowGrid grid = to_grid(x, to_dtype(dtype));
+    const RowFormat format = to_format(codec, transform, grid.dim);
+    const RowArrays arrays = to_arrays(format, arrays_object, grid.dim, writing);
+    const int64_t rows = grid.outer * grid.inner;
+    arrays.hold(rows);
+    if (rows == 0) return -1;
+    if (rows * grid.dim < 16384) return encode_grid(format, grid, arrays.codes(), arrays.scales(), 1);
+    nb::gil_scoped_release released;
+    return encode_grid(format, grid, arrays.codes(), arrays.scales(), threads);
+}
+
+void decode_rows(int codec, int transform, nb::tuple arrays_object, int64_t dim, nb::handle out_object, int dtype, int threads) {
+    const Dtype type = to_dtype(dtype);
+    const RowFormat format = to_format(codec, transform, dim);
+    const RowArrays arrays = to_arrays(format, arrays_object, dim, contiguous);
+    Buffer out(out_object, writing);
+    const int64_t rows = dim ? out.bytes() / (dim * dtype_bytes(type)) : 0;
+    if (out.bytes() != rows * dim * dtype_bytes(type)) throw nb::value_error("out: not a multiple of a row");
+    arrays.hold(rows);
+    if (rows * dim < 16384) return decode_grid(format, arrays.codes(), arrays.scales(), rows, dim, type, out.data(), 1);
+    nb::gil_scoped_release released;
+    decode_grid(format, arrays.codes(), arrays.scales(), rows, dim, type, out.data(), threads);
+}
+
 // Queries of any dtype and strides -> f32 side by side, or the first row that is not finite.
 int64_t widen_queries(const RowGrid& x, float* out) {
     for (int64_t row = 0; row < x.outer * x.inner; ++row) {
@@ -121,22 +187,22 @@ int64_t widen_queries(const RowGrid& x, float* out) {
 int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
                     int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
                     bool causal, int64_t window, int64_t sinks, nb::handle out_object, nb::handle lse_object,
-                    int threads) {
-    if (slabs.size() != 4 || kv_heads < 1) throw nb::value_error("four slabs of at least one head");
+                    int threads, const std::vector<int>& codecs) {
+    if (kv_heads < 1 || codecs.size() != 4) throw nb::value_error("at least one head; codec and transform of keys and of values");
     Buffer queries(queries_object, reading), ranges(ranges_object, contiguous);
-    Buffer key_codes(slabs[0], contiguous), key_scales(slabs[1], contiguous);
-    Buffer value_codes(slabs[2], contiguous), value_scales(slabs[3], contiguous);
     Buffer out(out_object, writing), lse(lse_object, writing);
     const RowGrid grid = to_grid(queries, to_dtype(dtype));
     if (grid.inner % kv_heads) throw nb::value_error("query heads must be a multiple of KV heads");
 
     AttendJob job{};
     job.n = grid.outer, job.q_heads = grid.inner, job.kv_heads = kv_heads, job.dim = grid.dim, job.value_dim = value_dim;
-    const int64_t rows = key_scales.bytes() / 4 / kv_heads;
-    job.key_codes = key_codes.at_least<int8_t>(rows * kv_heads * job.dim, "key codes: too small");
-    job.key_scales = key_scales.at_least<float>(rows * kv_heads * 4, "key scales: not aligned");
-    job.value_codes = value_codes.at_least<int8_t>(rows * kv_heads * value_dim, "value codes: too small");
-    job.value_scales = value_scales.at_least<float>(rows * kv_heads * 4, "value scales: too small or not aligned");
+    const RowFormat key_format = to_format(codecs[0], codecs[1], job.dim), value_format = to_format(codecs[2], codecs[3], value_dim);
+    const size_t of_keys = RowArrays::count(key_format);
+    if (slabs.size() != of_keys + RowArrays::count(value_format)) throw nb::value_error("slabs: the arrays of keys, then of values");
+    const RowArrays keys(key_format, slabs, 0, job.dim, contiguous), values(value_format, slabs, of_keys, value_dim, contiguous);
+    const int64_t rows = keys.rows() / kv_heads;
+    keys.hold(rows * kv_heads);
+    values.hold(rows * kv_heads);
     job.first_position = first_position;
     job.scale = scale, job.softcap = softcap, job.query_start = query_start;
     job.causal = causal, job.window = window, job.sinks = sinks;
@@ -155,7 +221,7 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     const int64_t bad = widen_queries(grid, wide.data());
     if (bad >= 0) return bad;
     job.queries = wide.data();
-    attend(job, threads);
+    attend(job, {key_format, keys.codes(), keys.scales()}, {value_format, values.codes(), values.scales()}, threads);
     return -1;
 }
 
@@ -329,9 +395,11 @@ void use_kernel(const std::string& name) {
 NB_MODULE(_kernels, m) {
     m.def("quantize_rows", &quantize_rows, "x"_a, "dtype"_a, "codes"_a, "scales"_a, "threads"_a);
     m.def("dequantize_rows", &dequantize_rows, "codes"_a, "scales"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
+    m.def("encode_rows", &encode_rows, "codec"_a, "transform"_a, "x"_a, "dtype"_a, "arrays"_a, "threads"_a);
+    m.def("decode_rows", &decode_rows, "codec"_a, "transform"_a, "arrays"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
-          "threads"_a);
+          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0});
     m.def("merge_part", &merge_part_into, "state"_a, "out"_a, "lse"_a);
     m.def("merge_end", &merge_end_of, "state"_a, "out"_a, "lse"_a);
     m.def("import_dlpack", &import_dlpack, "object"_a);

@@ -6,6 +6,8 @@
 #include <cstring>
 
 namespace kvmmap {
+// Every kernel file gets its own copies: one shared by the linker could hold instructions that this machine lacks.
+namespace {
 
 inline uint32_t f32_bits(float v) {
     uint32_t bits;
@@ -60,4 +62,5 @@ inline uint16_t f32_to_f16(float v) {
     return sign | static_cast<uint16_t>(kept);
 }
 
+}  // namespace
 }  // namespace kvmmap

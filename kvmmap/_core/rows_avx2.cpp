@@ -2,6 +2,7 @@
 // overlaps the one before; writing a code twice writes the same byte.
 #include <immintrin.h>
 
+#include "pack_avx2.h"
 #include "rows_batch.h"
 
 namespace kvmmap {
@@ -41,12 +42,6 @@ inline __m256i divide(__m256 x, __m256 scale) {
     const __m256 q = _mm256_div_ps(x, scale);
     const __m256 away = _mm256_or_ps(_mm256_set1_ps(below_half), _mm256_and_ps(q, _mm256_set1_ps(-0.0f)));
     return _mm256_cvttps_epi32(_mm256_add_ps(q, away));
-}
-
-// 32 numbers' codes side by side. The packs work within 128-bit lanes; the permutation undoes that.
-inline __m256i pack(__m256i a, __m256i b, __m256i c, __m256i d) {
-    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 inline uint32_t largest(__m256i v) {

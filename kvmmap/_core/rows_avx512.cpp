@@ -1,6 +1,7 @@
 // The row codec with AVX-512: rows of any length, the last vector of which is masked.
 #include <immintrin.h>
 
+#include "pack_avx512.h"
 #include "rows_batch.h"
 
 namespace kvmmap {
@@ -43,13 +44,6 @@ inline __m512i divide(__m512 x, __m512 scale) {
     const __m512 q = _mm512_div_ps(x, scale);
     const __m512 away = _mm512_or_ps(_mm512_set1_ps(below_half), _mm512_and_ps(q, _mm512_set1_ps(-0.0f)));
     return _mm512_cvttps_epi32(_mm512_add_ps(q, away));
-}
-
-// 64 numbers' codes side by side. The packs work within 128-bit lanes; the permutation undoes that.
-inline __m512i pack(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    return _mm512_permutexvar_epi32(order, packed);
 }
 
 inline __m512 widen(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }

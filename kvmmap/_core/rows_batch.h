@@ -13,15 +13,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "round.h"
 #include "rows.h"
 
 namespace kvmmap {
 // Every kernel file gets its own copies: one shared by the linker could hold instructions that this machine lacks.
 namespace {
-
-// The largest f32 below one half. For |q| < 2^22, trunc(q + copysign(below_half, q)) rounds halves away from zero: at
-// k + 1/2 the sum rounds up to k + 1, and at the number below that it stays below.
-[[maybe_unused]] constexpr float below_half = 0x1.fffffep-2f;
 
 constexpr uint32_t infinity_bits = 0x7f800000u;
 

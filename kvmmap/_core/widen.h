@@ -60,5 +60,11 @@ inline Lanes<4>::F widen<4>(const int8_t* codes) {
 
 #endif
 
+// Numbers that are wide already.
+template <int W>
+inline typename Lanes<W>::F widen(const float* numbers) {
+    return Lanes<W>::load(numbers);
+}
+
 }  // namespace
 }  // namespace kvmmap

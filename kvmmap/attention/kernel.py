@@ -6,6 +6,7 @@ and the arithmetic.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..codecs import INT8, RowCodec
+from ..codecs import COMPILED, INT8, RowCodec
 from ..errors import NonFiniteError
 from ..geometry import LayerGeometry
 from ..rows import Rows
@@ -25,7 +26,17 @@ _F32 = np.dtype(np.float32)
 Kernel = Callable[..., int]
 """A function with the arguments of `_core.attend`."""
 
-KERNELS: dict[tuple[RowCodec, RowCodec], Kernel] = {(INT8, INT8): _core.attend}
+
+def _kernel(keys: RowCodec, values: RowCodec) -> Kernel:
+    """Return the compiled kernel of a pair; that of int8 as it is, whose calls count where rows are few."""
+    if keys is INT8 and values is INT8:
+        return _core.attend
+    return functools.partial(_core.attend, codecs=(keys.id, keys.transform, values.id, values.transform))
+
+
+KERNELS: dict[tuple[RowCodec, RowCodec], Kernel] = {
+    (keys, values): _kernel(keys, values) for keys in COMPILED for values in COMPILED
+}
 """The compiled kernel for keys of one codec and values of another. Other pairs are decoded piece by piece."""
 
 

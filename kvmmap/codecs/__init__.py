@@ -1,10 +1,21 @@
 """Row codecs: what a codec is (`base`), which there are (`registry`), and one module for each."""
 
 from .base import RowArray, RowCodec
+from .float16 import BF16, F16
+from .fp8 import FP8
 from .int8 import INT8
+from .int8_rotated import INT8_ROTATED
+from .lloyd_max import LEVELS
 from .registry import by_id, by_name, known_ids, known_transforms, names, register
 
+COMPILED: tuple[RowCodec, ...] = (INT8, INT8_ROTATED, BF16, F16, *FP8, *LEVELS)
+"""Codecs that the compiled core knows; each of them has attention with each other one in place."""
+
+for _codec in COMPILED:
+    register(_codec)
+
 __all__ = [
+    "COMPILED",
     "INT8",
     "RowArray",
     "RowCodec",

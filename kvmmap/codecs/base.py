@@ -60,6 +60,9 @@ class RowCodec(ABC):
     transform_name: ClassVar[str] = "none"
     """What `transform` is called, in reports."""
 
+    refused: ClassVar[str] = "a NaN or an infinity"
+    """What rows must not hold, in words, as `encode` finds it."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "id_name" not in cls.__dict__ and "name" in cls.__dict__:
@@ -83,7 +86,7 @@ class RowCodec(ABC):
             threads: at most so many.
 
         Returns:
-            -1, or the flat index (position * heads + head) of the first row that holds a NaN or an infinity; `out` then
+            -1, or the flat index (position * heads + head) of the first row that holds what is `refused`; `out` then
             holds anything.
         """
 

@@ -80,10 +80,10 @@ LAYER_ENTRY = Record(
     Field("num_kv_heads", "I", "key and value heads"),
     Field("head_dim", "I", "numbers in a key row"),
     Field("value_head_dim", "I", "numbers in a value row"),
-    Field("key_codec", "B", "1 = `int8-row`"),
-    Field("key_transform", "B", "0 = `none`"),
-    Field("value_codec", "B", "1 = `int8-row`"),
-    Field("value_transform", "B", "0 = `none`"),
+    Field("key_codec", "B", "by the table in *Codecs*; 1 = `int8-row`"),
+    Field("key_transform", "B", "0 = `none`, 1 = `hadamard`"),
+    Field("value_codec", "B", "by the table in *Codecs*; 1 = `int8-row`"),
+    Field("value_transform", "B", "0 = `none`, 1 = `hadamard`"),
 )
 
 SECTION_ENTRY = Record(

@@ -1,7 +1,7 @@
-"""Make the golden file of the present format: `python tests/golden/make.py tests/golden/v1-sketches.kvm`.
+"""Make the golden files of the present format: `python tests/golden/make.py tests/golden/v1-sketches.kvm`.
 
-`v1.kvm` was made before there were sketches. Run it once, when something is new in the format; from then on the file
-that was committed is what must still open.
+`v1.kvm` was made before there were sketches; `v1-codecs.kvm` has a layer for each codec. Run it once, when something is
+new in the format; from then on the file that was committed is what must still open.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 
 import kvmmap
+from kvmmap import codecs
 
 LENGTH = 261  # a complete block, and a tail
 SHAPE = (2, LENGTH, 2, 5)
@@ -48,5 +49,34 @@ def make(path: Path) -> None:
         cache.extend(keys[:, 200:], values[:, 200:], np.arange(200, LENGTH))
 
 
+def make_codecs(path: Path) -> None:
+    """Write a file with a layer for each codec of keys, and the next one of values; the same bytes every time."""
+    names = [codec.name for codec in codecs.COMPILED]
+    with (
+        mock.patch("os.urandom", return_value=bytes(range(16))),
+        mock.patch("time.time_ns", return_value=1_700_000_000_000_000_000),
+        mock.patch("os.getpid", return_value=4242),
+        kvmmap.create(
+            path,
+            num_layers=len(names),
+            capacity=12,
+            num_kv_heads=1,
+            head_dim=80,
+            key_codec=names,
+            value_codec=names[1:] + names[:1],
+            metadata_room=1000,
+        ) as cache,
+    ):
+        cache.extend(codec_rows(0), codec_rows(1), np.arange(10))
+
+
+def codec_rows(start: int) -> np.ndarray:
+    """Rows of every layer of `make_codecs`."""
+    shape = (len(codecs.COMPILED), 10, 1, 80)
+    numbers = np.arange(start, start + np.prod(shape), dtype=np.int64) * 7919 % 2001 - 1000
+    return (numbers.astype(np.float32) / np.float32(64)).reshape(shape)
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    target = Path(sys.argv[1])
+    (make_codecs if "codecs" in target.name else make)(target)

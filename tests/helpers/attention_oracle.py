@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kvmmap
+from kvmmap import codecs
 
 F64 = np.float64
 
@@ -38,9 +39,9 @@ def attend(
     n, q_heads, dim = queries.shape
     keys, values = layer.read_keys().astype(F64), layer.read_values().astype(F64)
     stored = layer.read_quantized()
-    if "key_codes" in stored._fields:  # products in f64, which f32 would round
+    if layer.geometry.key_codec is codecs.INT8:  # products in f64, which f32 would round
         keys = stored.key_codes.astype(F64) * stored.key_scales[..., None].astype(F64)
-    if "value_codes" in stored._fields:
+    if layer.geometry.value_codec is codecs.INT8:
         values = stored.value_codes.astype(F64) * stored.value_scales[..., None].astype(F64)
     if sizes:
         values = np.abs(values)

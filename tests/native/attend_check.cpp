@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../kvmmap/_core/attend.h"
+#include "../../kvmmap/_core/codec_run.h"
 #include "../../kvmmap/_core/cpu.h"
 #include "random.h"
 
@@ -20,18 +21,30 @@ struct Case {
     bool causal;
     float softcap;
     int threads;
+    RowFormat keys, values;
+};
+
+// Rows of random numbers, coded, and what they are decoded to; codes and scales end where their allocations do.
+struct Coded {
+    std::unique_ptr<char[]> codes, scales;
+    std::vector<float> numbers;
+    CodedRows rows;
+
+    Coded(RowFormat format, int64_t n, int64_t dim)
+        : codes(new char[n * code_bytes(format.codec, dim)]), scales(new char[n * scale_bytes(format.codec)]),
+          numbers(n * dim), rows{format, codes.get(), scales.get()} {
+        for (auto& x : numbers) x = static_cast<float>(2 * uniform());
+        const RowGrid grid{numbers.data(), n, 1, dim, dim * 4, dim * 4, Dtype::f32};
+        encode_grid(format, grid, codes.get(), scales.get(), 1);
+        decode_grid(format, codes.get(), scales.get(), n, dim, Dtype::f32, reinterpret_cast<char*>(numbers.data()), 1);
+    }
 };
 
 // Returns the largest error over the largest number.
 double check(const Case& c) {
     const int64_t q_heads = c.heads * c.group;
-    const auto keys = std::make_unique<int8_t[]>(c.rows * c.heads * c.dim);
-    const auto values = std::make_unique<int8_t[]>(c.rows * c.heads * c.value_dim);
-    std::vector<float> key_scales(c.rows * c.heads), value_scales(key_scales.size()), queries(c.n * q_heads * c.dim);
-    for (int64_t i = 0; i < c.rows * c.heads * c.dim; ++i) keys[i] = static_cast<int8_t>(127 * uniform());
-    for (int64_t i = 0; i < c.rows * c.heads * c.value_dim; ++i) values[i] = static_cast<int8_t>(127 * uniform());
-    for (auto& x : key_scales) x = static_cast<float>(0.01 + 0.01 * std::fabs(uniform()));
-    for (auto& x : value_scales) x = static_cast<float>(0.01 + 0.01 * std::fabs(uniform()));
+    const Coded keys(c.keys, c.rows * c.heads, c.dim), values(c.values, c.rows * c.heads, c.value_dim);
+    std::vector<float> queries(c.n * q_heads * c.dim);
     for (auto& x : queries) x = static_cast<float>(3 * uniform());
     std::vector<float> out(c.n * q_heads * c.value_dim), lse(c.n * q_heads);
 
@@ -39,12 +52,10 @@ double check(const Case& c) {
     AttendJob job{};
     job.queries = queries.data(), job.n = c.n, job.q_heads = q_heads, job.kv_heads = c.heads;
     job.dim = c.dim, job.value_dim = c.value_dim;
-    job.key_codes = keys.get(), job.key_scales = key_scales.data();
-    job.value_codes = values.get(), job.value_scales = value_scales.data();
     job.scale = 1 / std::sqrt(static_cast<float>(c.dim)), job.softcap = c.softcap;
     job.query_start = c.query_start, job.causal = c.causal, job.window = c.window, job.sinks = c.sinks;
     job.ranges = &range, job.num_ranges = 1, job.out = out.data(), job.lse = lse.data();
-    attend(job, c.threads);
+    attend(job, keys.rows, values.rows, c.threads);
 
     double worst = 0, most = 0;
     std::vector<double> scores(c.rows), expected(c.value_dim);
@@ -55,8 +66,8 @@ double check(const Case& c) {
             for (int64_t j = 0; j < c.rows; ++j) {
                 double s = 0;
                 for (int64_t d = 0; d < c.dim; ++d)
-                    s += static_cast<double>(queries[(i * q_heads + q) * c.dim + d]) * keys[(j * c.heads + head) * c.dim + d];
-                s *= static_cast<double>(job.scale) * key_scales[j * c.heads + head];
+                    s += static_cast<double>(queries[(i * q_heads + q) * c.dim + d]) * keys.numbers[(j * c.heads + head) * c.dim + d];
+                s *= static_cast<double>(job.scale);
                 if (c.softcap > 0) s = c.softcap * std::tanh(s / c.softcap);
                 const bool seen = (!c.causal || j <= position) && (!c.window || j > position - c.window || j < c.sinks);
                 scores[j] = seen ? s : -std::numeric_limits<double>::infinity();
@@ -67,7 +78,7 @@ double check(const Case& c) {
                 const double p = std::exp(scores[j] - top);
                 total += p;
                 for (int64_t d = 0; d < c.value_dim; ++d)
-                    expected[d] += p * value_scales[j * c.heads + head] * values[(j * c.heads + head) * c.value_dim + d];
+                    expected[d] += p * values.numbers[(j * c.heads + head) * c.value_dim + d];
             }
             for (int64_t d = 0; d < c.value_dim; ++d) {
                 const double wanted = total > 0 ? expected[d] / total : 0;
@@ -104,14 +115,23 @@ int main() {
                 c.window = pick({0, 0, 500, 900});
             }
             c.softcap = static_cast<float>(pick({0, 0, 3})), c.threads = static_cast<int>(pick({1, 1, 2, 3}));
+            // Half of them int8, the others any pair of codecs that take such rows.
+            c.keys = c.values = {Codec::int8, false};
+            if (k % 2)
+                for (RowFormat* format : {&c.keys, &c.values}) {
+                    const int64_t dim = format == &c.keys ? c.dim : c.value_dim;
+                    const auto codec = static_cast<Codec>(pick({1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10, 10, 11}));
+                    const RowFormat wanted{codec, has_levels(codec) || pick({0, 1}) == 1};
+                    if (wanted.takes(dim)) *format = wanted;
+                }
             const double worst = check(c);
             // Where few values cancel out, what is left is small beside what was summed.
             if (!(worst <= 2e-5)) {
-                std::printf("%s: %g at rows %d n %d heads %d group %d dim %d value_dim %d query_start %d window %d sinks %d\n",
+                std::printf("%s: %g at rows %d n %d heads %d group %d dim %d value_dim %d query_start %d window %d sinks %d codecs %d %d\n",
                             isa_name(static_cast<Isa>(i)), worst, static_cast<int>(c.rows), static_cast<int>(c.n),
                             static_cast<int>(c.heads), static_cast<int>(c.group), static_cast<int>(c.dim),
                             static_cast<int>(c.value_dim), static_cast<int>(c.query_start), static_cast<int>(c.window),
-                            static_cast<int>(c.sinks));
+                            static_cast<int>(c.sinks), static_cast<int>(c.keys.codec), static_cast<int>(c.values.codec));
                 ++failures;
             }
         }

@@ -9,7 +9,7 @@ mkdir -p "$build"
 
 # Fences are none of what ThreadSanitizer knows; the words' acquire and release are.
 objects=
-for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.cpp "$core"/attend*.cpp "$here/parallel_check.cpp" \
+for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.cpp "$core"/codec*.cpp "$core"/attend*.cpp "$here/parallel_check.cpp" \
     "$here/race_check.cpp"; do
     unit=$(basename "$source" .cpp)
     case $(uname -m)/$unit in

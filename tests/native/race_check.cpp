@@ -89,11 +89,14 @@ int run(const Shape& s) {
             AttendJob job{};
             job.queries = queries.data(), job.n = 1, job.q_heads = q_heads, job.kv_heads = s.heads;
             job.dim = s.dim, job.value_dim = s.value_dim;
-            job.key_codes = keys.data(), job.key_scales = key_scales.data();
-            job.value_codes = values.data(), job.value_scales = value_scales.data();
+            const RowFormat int8{Codec::int8, false};
+            const CodedRows key_rows{int8, reinterpret_cast<const char*>(keys.data()),
+                                     reinterpret_cast<const char*>(key_scales.data())};
+            const CodedRows value_rows{int8, reinterpret_cast<const char*>(values.data()),
+                                       reinterpret_cast<const char*>(value_scales.data())};
             job.scale = 0.125f, job.query_start = range.stop - 1, job.causal = true;
             job.ranges = &range, job.num_ranges = 1, job.out = out.data(), job.lse = lse.data();
-            attend(job, threads);
+            attend(job, key_rows, value_rows, threads);
             looks.fetch_add(1, std::memory_order_relaxed);
             for (int64_t q = 0; q < q_heads; ++q)
                 for (int64_t d = 0; d < s.value_dim; ++d)

@@ -6,15 +6,23 @@ here=$(cd "$(dirname "$0")" && pwd)
 core=$here/../../kvmmap/_core
 build=${1:-$here/../../build/native}
 mkdir -p "$build"
-families="rows attend sketch"
+families="rows codec attend sketch"
 
 # compile NAME COMPILER FLAGS...: every kernel file with the flags CMakeLists.txt gives it, then a program of each family.
 compile() {
     name=$1 compiler=$2
     shift 2
+    built=
     for family in $families; do
         objects=
-        for source in "$core/cpu.cpp" "$core/parallel.cpp" "$core/$family.cpp" "$core/${family}"_*.cpp "$here/${family}_check.cpp"; do
+        case $family in
+            codec) parts="rows codec" ;;
+            attend) parts="rows codec attend" ;;
+            *) parts=$family ;;
+        esac
+        sources="$core/cpu.cpp $core/parallel.cpp $here/${family}_check.cpp"
+        for part in $parts; do sources="$sources $core/$part.cpp $(echo "$core/$part"_*.cpp)"; done
+        for source in $sources; do
             unit=$(basename "$source" .cpp)
             case $name/$unit in
                 aarch64/*avx*|native*/*neon|sanitized/*neon) continue ;;
@@ -26,9 +34,11 @@ compile() {
                 *_check) isa=-fno-tree-vectorize ;;  # GCC 12 for AArch64 fails on it, and nothing here is measured
                 *) isa= ;;
             esac
+            objects="$objects $build/$name-$unit.o"
+            case "$built " in *" $unit "*) continue ;; esac
+            built="$built $unit"
             # shellcheck disable=SC2086
             $compiler -std=c++17 -Wall -Wextra -ffp-contract=off "$@" $isa -c "$source" -o "$build/$name-$unit.o"
-            objects="$objects $build/$name-$unit.o"
         done
         # shellcheck disable=SC2086
         $compiler "$@" $objects -pthread -o "$build/$name-$family"

@@ -1,0 +1,17 @@
+// Whole numbers of 32 bits to bytes.
+#pragma once
+
+#include <immintrin.h>
+
+namespace kvmmap {
+namespace {
+
+// 64 numbers' codes side by side. The packs work within 128-bit lanes; the permutation undoes that.
+inline __m512i pack(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(order, packed);
+}
+
+}  // namespace
+}  // namespace kvmmap
