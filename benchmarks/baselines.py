@@ -1,4 +1,4 @@
-"""What a program would do instead of using kvmmap: keys and values in a file of np.memmap, safetensors or torch.
+"""Baselines: keys and values in a file of np.memmap, safetensors or torch.
 
 Each stands for one layer's (or a whole cache's) keys and values as f16, half their f32 size and the narrowest type that
 these formats' users keep them in.
@@ -16,7 +16,7 @@ F16 = np.dtype(np.float16)
 
 
 def new_memmap(path: Path, shape: tuple[int, ...], dtype: np.dtype = F16) -> np.memmap:
-    """A fresh, sparse file of its own for rows, mapped for writing."""
+    """Create a sparse file for rows, mapped for writing."""
     path.unlink(missing_ok=True)
     return np.memmap(path, dtype, "w+", shape=shape)
 
@@ -34,6 +34,6 @@ def save_torch(path: Path, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """Read such a file, or map it."""
+    """Read a file of torch.save, or map it."""
     tensors: dict[str, torch.Tensor] = torch.load(path, mmap=mmap, weights_only=True)
     return tensors

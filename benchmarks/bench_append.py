@@ -1,9 +1,9 @@
-"""A prompt's keys and values into a fresh file: one layer, [n, num_kv_heads, head_dim], f32 and bf16; nothing synced.
+"""Append a prompt's keys and values to a new file: one layer, [n, num_kv_heads, head_dim], f32 and bf16; not synced.
 
     python benchmarks/bench_append.py [--positions 16384] [--rounds 9] [--json FILE]
 
-Making the empty file is not timed, for anyone; converting and writing is. memcpy copies the input itself into memory
-that was touched before. Every run writes a new file, whose pages are fresh.
+Creating the empty file is not timed in any case; converting and writing is. memcpy copies the input into memory that is
+already in use. Every run writes a new file, whose pages are fresh.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 class Append:
-    """One input, and the ways to put it into a file."""
+    """One input, and the ways to append it to a file."""
 
     def __init__(self, folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
         self.folder, self.keys, self.values = folder, keys, values
@@ -55,7 +55,7 @@ class Append:
         self.maps: list[np.memmap] = []
 
     def tasks(self) -> list[Task]:
-        """What is timed."""
+        """Return the tasks to time."""
 
         def task(name: str, run: Callable[[], object], before: Callable[[], object] = self.close) -> Task:
             return Task(name=name, run=run, before=before, f32_bytes=2 * self.keys.size * 4)
@@ -97,7 +97,7 @@ class Append:
             out[:] = rows
 
     def close(self) -> None:
-        """Remove what the run before has made; a removed file is not written back while others are timed."""
+        """Remove the files of the last run, so that they are not written back while others are timed."""
         self.maps.clear()
         for path in list(self.folder.iterdir()):
             path.unlink()

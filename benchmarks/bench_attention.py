@@ -1,12 +1,12 @@
-"""How fast `layer.attend` is, beside reading the same bytes and beside torch, by length, by threads; and its error.
+"""The speed of `layer.attend` relative to reading the same bytes and to torch, by length and threads; and its error.
 
     python benchmarks/bench_attention.py [--rounds 15] [--length 32768] [--longest 1048576] [--json FILE]
 
 The limit of attention that reads every byte once is reading them: the sum of the same int8 codes and scales as 64-bit
 words, by numpy, in the same rounds. torch's `scaled_dot_product_attention` gets the same keys and values as f32 and as
-bf16, laid out as it likes them best ([head, position, dim], contiguous), with `enable_gqa` where heads are grouped.
+bf16, in its fastest layout ([head, position, dim], contiguous), with `enable_gqa` where heads are grouped.
 Where requirements-transformers.txt is installed, so are transformers' own quantised caches, at the same shapes.
-bench_llama_cpp.py has llama.cpp's attention beside.
+bench_llama_cpp.py compares with llama.cpp's attention.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def filled(length: int, heads: int, dim: int) -> kvmmap.QuantizedKvLayer:
-    """A layer in memory; long ones repeat a stretch of rows."""
+    """A layer in memory; long ones repeat the same rows."""
     layer = kvmmap.QuantizedKvLayer(length, heads, dim)
     part = min(length, 16_384)
     keys, values = gaussian(part, heads, dim), gaussian(part, heads, dim, seed=1)
@@ -63,7 +63,7 @@ def slabs(layer: kvmmap.QuantizedKvLayer) -> list[np.ndarray]:
 
 
 def decode(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
-    """One query: the step of a language model that generates."""
+    """One query, as in a decoding step."""
     words = slabs(layer)
     halves = [[array[: len(array) // 2] for array in words], [array[len(array) // 2 :] for array in words]]
     two = ThreadPoolExecutor(2)
@@ -143,7 +143,7 @@ def prompt(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
 
 
 def quantized_caches(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
-    """A step of one layer over transformers' own quantised caches: all is dequantised, and attended over by torch.
+    """A step of one layer over transformers' own quantised caches: dequantise everything, then attention by torch.
 
     The step that quantises everything anew, one in 128 with their settings, is left out in their favour.
     """
@@ -182,7 +182,7 @@ def quantized_caches(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int
 
 
 def by_length(report: Report, longest: int) -> None:
-    """Cost a position must not grow: printed from 1,024 positions on."""
+    """Time a position must not grow with the length; printed from 1,024 positions on."""
     layer = filled(longest, 2, DIM)
     queries = gaussian(1, 8, DIM, seed=2)
     lengths = [n for n in (1 << k for k in range(10, 21, 2)) if n <= longest]

@@ -3,8 +3,8 @@
     python benchmarks/bench_cli.py [--rounds 21] [--caches 1000] [--json FILE]
 
 Modules are byte-compiled first, as pip leaves them. Bars: `kvmmap inspect` takes at most 150 ms, and at most 3 times
-`python -c "import numpy"`; of a directory of 1,000 caches, at most 2 s. Ratios are medians of the rounds' own ratios: a
-machine that does other things too slows all of a round alike. Caches are those of a model of 30 layers, and lie in the
+`python -c "import numpy"`; of a directory of 1,000 caches, at most 2 s. Ratios are medians of the rounds' own ratios:
+other work on the machine slows all tasks of a round alike. Caches are those of a model of 30 layers, and are in the
 page cache.
 """
 
@@ -79,7 +79,7 @@ def make_caches(folder: Path, count: int) -> None:
 
 
 def measure(commands: dict[str, list[object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every command in every round; one round more, the first, is not counted."""
+    """Return seconds of every command in every round, after a first round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for name, command in commands.items():

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def bars(measured: Measured) -> list[Bar]:
-    """What one thread must reach."""
+    """The targets of one thread."""
     wanted = (("quantize f32", 1.5), ("quantize bf16", 1.5), ("dequantize f32", 1.0))
     return [
         Bar(f"{name} against memcpy f32, one thread", required, measured.ratio(name, MEMCPY).median, "x")
@@ -54,7 +54,7 @@ def bars(measured: Measured) -> list[Bar]:
 
 
 class Tasks:
-    """The arrays, every output written once so that no page is fresh when it counts, and what is done to them."""
+    """The arrays and the tasks; every output is written once before, so that no page is fresh while it is timed."""
 
     def __init__(self, positions: int, heads: int, dim: int) -> None:
         self.f32 = gaussian(positions, heads, dim)
@@ -65,7 +65,7 @@ class Tasks:
         self.some_codes, self.some_scales = self.codes[:SCRATCH_ROWS].copy(), self.scales[:SCRATCH_ROWS].copy()
 
     def tasks(self, threads: int) -> list[Task]:
-        """What is timed."""
+        """Return the tasks to time."""
         # numpy has no vectorised read that is as fast as the integer maximum of the bits.
         bits = self.f32.reshape(-1).view(np.int32)
 

@@ -1,24 +1,24 @@
-"""Attention, saving and reopening, beside llama.cpp's with the same context: SmolLM2-135M, 7,900 tokens of real text.
+"""Attention, saving and reopening compared with llama.cpp, for the same context: SmolLM2-135M, 7,900 tokens.
 
     make bench-llama-cpp
     python benchmarks/bench_llama_cpp.py [--rounds 40] [--prompt FILE] [--json FILE]
 
-llama.cpp computes the prompt once, with keys and values in f16. What it saves of that goes to a second context of its,
-as q8_0, and to a kvmmap file: all three hold the same rows, and those who take turns here do the same work.
+llama.cpp computes the prompt once, with keys and values in f16. Its saved state is loaded into a second
+context, as q8_0, and into a kvmmap file: all three hold the same rows, so all measured tasks do the same work.
 
 Attention within llama.cpp can't be timed from outside, but nothing else of a token's work grows with the context. So a
-token is computed after 7,900 others and after 32, and taken back at once, so that the next step is as long; the time
-between these two, in one round, is what attention over the 7,868 positions more took. (That takes in what else grows:
-its mask. The short one attends over 32.) kvmmap's is `attend` in all 30 layers, over all 7,900 positions of a mapped
+token is computed after 7,900 others and after 32, and removed at once, so that the next step is as long; the difference
+of the two, in one round, is the time of attention over the other 7,868 positions. (It includes the mask, which grows,
+too. The short step attends over 32.) kvmmap's is `attend` in all 30 layers, over all 7,900 positions of a mapped
 file, which has been compared with its checksums before.
 
-Files of llama.cpp's are those of a sequence, as llama-server saves a slot's. It leaves them in the page cache; kvmmap's
-`flush` and `copy` return when the disk has it all, so its time with an fsync is what these stand beside. It loads into
-a context that is there already; kvmmap opens from nothing. Files are in the page cache at first, as just after saving,
-and then on the disk alone, as a day later.
+llama.cpp's files are those of a sequence, as llama-server saves a slot. It leaves them in the page cache; kvmmap's
+`flush` and `copy` return when everything is on the disk, so they are compared with its time including an fsync. It
+loads into an existing context; kvmmap opens a new one. Files are in the page cache at first, as just after saving, and
+then only on the disk, as a day later.
 
-Computing the prompt takes a minute, and several where other processes want the processors too; `--prompt` keeps what
-came of it for the next run.
+Computing the prompt takes a minute, and several where other processes want the processors too; `--prompt` keeps the
+result for the next run.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Same:
-    """The same context, in all that is measured."""
+    """The same context in every measured program."""
 
     long: dict[str, Context]
     """llama.cpp's, by the type of its keys and values."""
@@ -92,7 +92,7 @@ class Same:
 
 
 def fill(report: Report, folder: Path, prompt: Path) -> Same:
-    """Let llama.cpp compute the prompt, unless it has done so before, and give it to all."""
+    """Compute the prompt with llama.cpp, unless it was kept, and load it everywhere."""
     model = Model(weights())
     ids = model.encode(read_text("source")[1])[:LENGTH]
     long = {kind: Context(model, kind, capacity=CAPACITY) for kind in BARS}
@@ -124,7 +124,7 @@ def fill(report: Report, folder: Path, prompt: Path) -> Same:
 
 
 def agreement(one: Context, other: Context) -> float:
-    """How alike two contexts go on: 1 if what was put into one is what the other computed."""
+    """How similar two contexts continue: 1 if one was loaded with what the other computed."""
     logits = []
     for context in (one, other):
         context.step(TOKEN)
@@ -164,7 +164,7 @@ def attend(layers: Sequence[kvmmap.QuantizedKvLayer], threads: int) -> None:
 
 
 def settle() -> None:
-    """Let threads of llama.cpp's, which wait busily for more work, go to sleep."""
+    """Wait until llama.cpp's threads, which spin for more work, sleep."""
     time.sleep(0.02)
 
 
@@ -173,7 +173,7 @@ def step_name(kind: str, length: int) -> str:
 
 
 def difference(found: Measured, kind: str) -> str:
-    """Add what the long step took more than the short one, round by round; return its name."""
+    """Add the difference of the long step and the short one, round by round; return its name."""
     name = f"llama.cpp {kind}"
     steps = [found.seconds[step_name(kind, length)] for length in (LENGTH, SHORT)]
     found.seconds[name] = [long - short for long, short in zip(*steps, strict=True)]
@@ -185,7 +185,7 @@ def difference(found: Measured, kind: str) -> str:
 
 
 def saving(report: Report, same: Same, folder: Path, rounds: int) -> None:
-    """All of it to a new file; and one token more."""
+    """Save everything to a new file; and append one token."""
     memory = kvmmap.QuantizedKvCache(**SHAPE)
     memory.extend(*same.rows)
     with kvmmap.create(folder / "grown.kvm", **SHAPE) as grown:
@@ -220,7 +220,7 @@ def save_durably(context: Context, path: Path) -> None:
 
 
 def loading(report: Report, same: Same, where: str, before: Callable[[], object], rounds: int) -> None:
-    """From a file to where attention may begin; and all of it attended over once, as the first token does."""
+    """From a file to the point where attention can begin; and with one attention over all positions."""
 
     def first() -> None:
         with kvmmap.open(same.kept) as cache:
@@ -240,7 +240,7 @@ def loading(report: Report, same: Same, where: str, before: Callable[[], object]
 
 
 def cold(same: Same) -> None:
-    """Put all files out of the page cache."""
+    """Evict all files from the page cache."""
     for path in (same.kept, *same.files.values()):
         make_cold(path)
 

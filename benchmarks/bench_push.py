@@ -1,10 +1,10 @@
-"""One token's keys and values appended to one layer, as decoding does, at a short and at a long cache.
+"""One token's keys and values appended to one layer, as in decoding, in a short and in a long cache.
 
     python benchmarks/bench_push.py [--rounds 15] [--json FILE]
 
 Each run pushes a few hundred positions in a Python loop, on from where the last one stopped, so that they land in fresh
 pages; a time is that of one push of keys and values together. memcpy is the same loop with np.copyto of the same rows
-into memory. What can't append (safetensors, torch.save) has to write all of it again.
+into memory. Formats that can't append (safetensors, torch.save) rewrite everything.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def filled(path: Path, length: int, room: int) -> kvmmap.QuantizedKvCache:
 
 
 class Memmaps:
-    """Keys and values as f16 in files of np.memmap, and a length that nobody else knows."""
+    """Keys and values as f16 in files of np.memmap, with a length that only this process knows."""
 
     def __init__(self, path: Path, length: int, room: int) -> None:
         self.keys, self.values = (
@@ -125,7 +125,7 @@ def stepping(name: str, cache: kvmmap.QuantizedKvCache) -> Task:
 
 
 def saving(folder: Path) -> list[Task]:
-    """Write one layer of the short cache again, whole."""
+    """Rewrite one layer of the short cache."""
     keys, values = (gaussian(SHORT, HEADS, DIM, seed=seed) for seed in (0, 1))
     tensors = [torch.from_numpy(rows) for rows in (keys, values)]
     return [

@@ -1,4 +1,4 @@
-"""A whole layer's keys and values back as tensors, from a file in the page cache.
+"""Read a layer's keys and values as tensors from a file in the page cache.
 
     python benchmarks/bench_read.py [--positions 16384] [--rounds 9] [--json FILE]
 

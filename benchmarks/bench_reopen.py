@@ -80,7 +80,7 @@ def first_row(path: Path) -> None:
 
 
 def writer(path: Path) -> None:
-    """Open it for appending, with all that this recovers and locks."""
+    """Open it for appending, including recovery and locking."""
     with kvmmap.open(path, "a") as cache:
         layer = cache.layers[LAYERS - 1]
         layer.get_keys_at(0)
@@ -88,7 +88,7 @@ def writer(path: Path) -> None:
 
 
 def memmap_tasks(folder: Path) -> list[Task]:
-    """What is lazy, too: one file of f16, a length of which nobody makes sure."""
+    """Other lazy formats: one file of f16, whose length is not validated."""
 
     def read(path: Path, shape: tuple[int, ...]) -> None:
         rows = np.memmap(path, np.float16, "r", shape=shape)
@@ -121,7 +121,7 @@ def memmap_tasks(folder: Path) -> list[Task]:
 
 
 def loader_tasks(folder: Path) -> list[Task]:
-    """What reads all of it: the short cache only, for the long one takes 17 GB of memory."""
+    """Loaders that read everything: for the short cache only, since the long one takes 17 GB of memory."""
     rows = gaussian(2, LAYERS, SHORT, HEADS, DIM).astype(np.float16)
     safetensors.numpy.save_file({"rows": rows}, folder / "st")
     torch.save({"rows": torch.from_numpy(rows)}, folder / "pt")

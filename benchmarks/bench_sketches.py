@@ -1,4 +1,4 @@
-"""How much of a real model's attention few blocks hold, when they are chosen by their sketches; and what sketches cost.
+"""The share of a real model's attention in few blocks, selected by their sketches; and the cost of sketches.
 
     python benchmarks/bench_sketches.py [--tokens 7900] [--text manual] [--json FILE]
 
@@ -151,7 +151,7 @@ def cost(folder: Path) -> dict[str, float]:
 
 
 def leave_out(cache: kvmmap.QuantizedKvCache) -> None:
-    """Take a file for one that has no sketches."""
+    """Treat a file as one without sketches."""
     sections = cache._storage.superblock.sections
     for kind, layer in list(sections):
         if kind in (Section.KEY_SKETCHES, Section.SKETCH_CHECKSUMS):

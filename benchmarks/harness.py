@@ -1,7 +1,8 @@
 """What the benchmarks share: timing in interleaved rounds, ratios within a round, bars, tables, JSON.
 
-On a shared machine only figures taken next to each other are comparable. So every round runs every task once, a ratio
-is the median of the rounds' own ratios, and nothing is judged by one absolute time. What is measured is not known here.
+On a shared machine only figures measured next to each other are comparable. So every round runs every task once, a
+ratio is the median of the rounds' ratios, and nothing is judged by one absolute time. This module does not know what is
+measured.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median, and how far the rounds lay apart."""
+    """A median, and the spread of the rounds."""
 
     median: float
     min: float
@@ -110,7 +111,7 @@ class Measured:
 
 
 def measure(tasks: Sequence[Task], rounds: int, clock: Callable[[], float] = time.perf_counter) -> Measured:
-    """Run every task once a round; one round more, the first, is not counted.
+    """Run every task once a round, after a first round that is not counted.
 
     Args:
         clock: `time.process_time` is what to take on a machine with others on it, where one thread does all.
@@ -173,7 +174,7 @@ class Report:
         self.tables.append({"title": title, "rows": rows})
 
     def note(self, name: str, value: Any) -> None:
-        """Print and keep a fact that the figures depend on."""
+        """Print and record a fact that the figures depend on."""
         self.notes[name] = value
         self.console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
 
@@ -192,7 +193,7 @@ class Report:
 
 
 def bar_table(bars: Sequence[Bar]) -> Table:
-    """Each bar, what was measured, and whether that is enough."""
+    """Each target, the measured value, and whether it is met."""
     table = Table("bar", title="bars", title_justify="left", title_style="bold")
     for column in ("required", "measured", ""):
         table.add_column(column, justify="right")
@@ -211,7 +212,7 @@ def duration(seconds: float) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine on which the figures were measured."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -250,7 +251,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
-    """f32 rows much like a model's; made in parts, so that no copy of them is held besides."""
+    """Gaussian f32 rows, made in parts, so that no second copy is in memory."""
     rng = np.random.default_rng(seed)
     rows = np.empty(shape, np.float32)
     for part in np.array_split(rows.reshape(-1, shape[-1]), 16):

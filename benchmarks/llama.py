@@ -1,6 +1,6 @@
 """llama.cpp by its C API: a model, contexts whose keys and values are of a type of one's own choice, and their files.
 
-Nothing is known here of kvmmap, nor of what is measured.
+This module knows neither kvmmap nor what is measured.
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ class Context:
         self.ids: list[int] = []
 
     def use(self, threads: int) -> None:
-        """Compute with so many threads from here on."""
+        """Set the number of threads."""
         api.llama_set_n_threads(self._handle, threads, threads)
 
     def feed(self, ids: Sequence[int]) -> None:
-        """Compute tokens after those that are there, and what may come after the last."""
+        """Compute tokens after the present ones, with the logits after the last."""
         for start in range(0, len(ids), BATCH):
             self._decode(ids[start : start + BATCH])
         self.ids += ids
 
     def step(self, token: int) -> None:
-        """Compute one token, and take it back: the context is as long afterwards as before."""
+        """Compute one token and remove it, so that the context keeps its length."""
         self._decode([token])
         api.llama_memory_seq_rm(self._memory, 0, len(self.ids), -1)
 
@@ -103,7 +103,7 @@ class Context:
         api.llama_synchronize(self._handle)
 
     def logits(self) -> np.ndarray:
-        """f32 [vocabulary]: of what was computed last."""
+        """f32 [vocabulary], of the token computed last."""
         pointer = api.llama_get_logits_ith(self._handle, -1)
         return np.ctypeslib.as_array(pointer, (self._vocab_size,)).copy()
 
@@ -114,7 +114,7 @@ class Context:
             raise RuntimeError(f"llama.cpp can't save to {path}")
 
     def load(self, path: Path) -> None:
-        """Take the sequence of a file in place of the one that is here."""
+        """Replace the sequence by that of a file."""
         ids = (api.llama_token * api.llama_n_ctx(self._handle))()
         count = ctypes.c_size_t()
         if not api.llama_state_seq_load_file(self._handle, str(path).encode(), 0, ids, len(ids), ctypes.byref(count)):

@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [NAME...]
 
-NAME is a topic, such as `append` for bench_append.py; by default all but `llama_cpp`, which wants an environment of its
-own (`make bench-llama-cpp`). Results go to bench-out/: a JSON file a topic, and bars.md, the last table as Markdown.
+NAME is a topic, such as `append` for bench_append.py; by default all but `llama_cpp`, which needs its own environment
+(`make bench-llama-cpp`). Results go to bench-out/: a JSON file a topic, and bars.md, the last table as Markdown.
 """
 
 from __future__ import annotations

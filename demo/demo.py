@@ -1,4 +1,4 @@
-"""kvmmap's main job, on a real model and real text, in two processes: prefill and save; reopen and go on.
+"""kvmmap's main use, on a real model and real text, in two processes: prefill and save; reopen and continue.
 
     python demo/demo.py [TEXT...]
 
@@ -51,7 +51,7 @@ def read(name: str) -> dict[str, object]:
 
 
 def inspect(path: Path) -> int:
-    """Run the installed command, as a person at a shell would."""
+    """Run the installed command."""
     command = shutil.which("kvmmap", path=sysconfig.get_path("scripts"))
     if command is None:
         print("the kvmmap command is not installed beside this Python: pip install .", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The demo's sizes, and the small sums that both of its processes do. No torch in here."""
+"""The demo's sizes, and calculations that both of its processes share. Does not import torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Have the kernel forget a file that is on the disk, where it can: the next read comes from there."""
+    """Evict a file from the page cache, where the system can: the next read comes from the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     fd = os.open(path, os.O_RDONLY)

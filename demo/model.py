@@ -70,7 +70,7 @@ class Model:
         return cache
 
     def greedy(self, last: int, cache: DynamicCache, count: int) -> tuple[list[int], list[list[float]]]:
-        """Go on after `last`, always with the most probable token; what this adds to the cache is taken out again.
+        """Continue after `last` with the most probable tokens; then remove them from the cache.
 
         Returns:
             `count` tokens, and for each the probabilities of the best two that there were to choose from.
@@ -86,7 +86,7 @@ class Model:
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int], cache: DynamicCache) -> tuple[list[float], list[int]]:
-        """Read on in a real text, of which `cache` has what comes before `ids`.
+        """Score the next tokens `ids` of a real text, of which `cache` has the beginning.
 
         Returns:
             For each token but the first: minus the log probability that the model gave it, and the token that it
@@ -105,7 +105,7 @@ def pairs_of(cache: DynamicCache) -> list[Pair]:
 
 
 def cache_of(pairs: Sequence[Pair], config: Any) -> DynamicCache:
-    """Make a cache of tensors; its model then goes on from there."""
+    """Make a cache of tensors, from which the model continues."""
     cache = DynamicCache(config=config)
     for number, (keys, values) in enumerate(pairs):
         # [n, heads, dim] -> [1, heads, n, dim]

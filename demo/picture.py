@@ -1,8 +1,8 @@
-"""What a command draws on a terminal, as an SVG: the pictures in README.md.
+"""Draw a command's output on a terminal as an SVG, for the picture in README.md.
 
     python demo/picture.py OUT.svg COMMAND...
 
-The command runs on a terminal of its own, with colours, in the present folder.
+The command runs on its own terminal, with colours, in the current folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The second process: open each saved cache, load it into the model, and go on where the first one stopped.
+"""The second process: open each saved cache, load it into the model, and continue where the first one stopped.
 
 python resume.py FOLDER TEXT...
 """

@@ -1,4 +1,4 @@
-"""The first process: prefill each text, save its KV cache, and note what the model says with the original one.
+"""The first process: prefill each text, save its KV cache, and record what the model generates with the original one.
 
 python save.py FOLDER TEXT...
 """

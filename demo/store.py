@@ -1,4 +1,4 @@
-"""What a program does with kvmmap around a model: save its cache to a file, load it back. The part to copy from."""
+"""Save a model's cache to a file with kvmmap, and load it. Copy this part into your own program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import kvmmap
 
 
 def save(path: Path, pairs: Sequence[Pair], token_ids: Sequence[int], model: Model, text: str) -> None:
-    """Write a prompt's keys and values to a new `.kvm` file, with what says whose they are; durable on return."""
+    """Write a prompt's keys and values to a new `.kvm` file, with the model's identity; durable on return."""
     config = model.config
     info = kvmmap.ModelInfo(
         name=NAME,
@@ -34,7 +34,7 @@ def save(path: Path, pairs: Sequence[Pair], token_ids: Sequence[int], model: Mod
 
 
 def load(cache: kvmmap.QuantizedKvCache, fingerprint: str, length: int) -> list[Pair]:
-    """Read the first `length` positions of every layer back as f32, if the same weights made them."""
+    """Read the first `length` positions of every layer as f32, if the same weights computed them."""
     if cache.model is None or cache.model.fingerprint != fingerprint:
         raise SystemExit(f"{cache.path} was made by another model")
     return [

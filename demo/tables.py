@@ -1,4 +1,4 @@
-"""What the demo prints: the two processes' facts side by side."""
+"""The demo's output: the two processes' facts side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show(console: Console, saved: Facts, resumed: Facts) -> None:
 
 
 def time_table(saved: Facts, resumed: Facts) -> Table:
-    """To the first new token: by prefilling, and by reopening the file."""
+    """Time to the first new token, by prefilling and by reopening the file."""
     table = _table("time to the first new token", "what", "time", "against prefill")
     prefill = median(saved["prefill_s"])
     warm = {name: median(values) for name, values in resumed["warm"].items()}
@@ -68,7 +68,7 @@ def size_table(saved: Facts, resumed: Facts) -> Table:
 
 
 def quality_table(saved: Facts, resumed: Facts) -> Table:
-    """What the model makes of the text that follows, and what it makes up itself."""
+    """How the model scores the text that follows, and what it generates."""
     table = _table(
         f"the {FOLLOWING_TOKENS} tokens that follow, and {len(saved['greedy'])} made up",
         "cache",

@@ -1,4 +1,4 @@
-"""The texts of the demo: real ones that every Python has, so that nothing is fetched."""
+"""The texts of the demo: real ones that are part of Python, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS: Mapping[str, tuple[str, Callable[[], str]]] = {
 
 
 def read_text(name: str) -> tuple[str, str]:
-    """Return what a text is, and the text: one of `TEXTS`, or else a file's path."""
+    """Return a text's description and the text: one of `TEXTS`, or the path of a file."""
     if name in TEXTS:
         title, get = TEXTS[name]
         return title, get()

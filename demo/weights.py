@@ -1,4 +1,4 @@
-"""Where the weights of SmolLM2-135M are. Knows no library that reads them."""
+"""The path of SmolLM2-135M's weights. Imports no library that reads them."""
 
 from __future__ import annotations
 

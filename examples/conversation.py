@@ -1,4 +1,4 @@
-"""Go on with a conversation that is kept in a file, today or tomorrow: only what is new is computed.
+"""Continue a conversation that is stored in a file: only new tokens are computed.
 
 python examples/conversation.py "What is a B-tree?"
 python examples/conversation.py "And who came up with it?"
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def answer(cache: KvmmapCache, model: Any, tokenizer: Any, message: str, tokens: int) -> None:
-    """Have the model answer, and keep message and answer in the cache."""
+    """Generate an answer, and store message and answer in the cache."""
     messages = [*cache.metadata.get("messages", []), {"role": "user", "content": message}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = inputs["input_ids"]

@@ -1,7 +1,7 @@
 """Ask a document many questions, in several processes at once, over one saved prompt.
 
 The document is prefilled once. Each process then opens the same file to read it, shares its pages with the others, and
-keeps what it adds itself; with --save, as a cache of its own that can be gone on from.
+keeps what it adds itself; with --save, in a new cache, which can be continued.
 
     python examples/document.py FILE "What is it about?" "Who wrote it?"
 """
@@ -56,7 +56,7 @@ state: tuple[argparse.Namespace, Path, Any, Any]
 
 
 def prepare(arguments: argparse.Namespace, saved: Path) -> None:
-    """Load the model; once a process."""
+    """Load the model, once in each process."""
     global state
     state = arguments, saved, *load(arguments.model)
 

@@ -1,4 +1,4 @@
-"""Bar charts as SVG, in colours that follow the page or the system, light or dark. What they show is not known here.
+"""Bar charts as SVG, in colours that follow the page or the system, light or dark.
 
 Labels stand above their bars, so that a chart can be as narrow as a phone. Marks say where a bar should have reached.
 """
@@ -11,7 +11,7 @@ from html import escape
 
 WIDTH = 460
 LEFT, RIGHT = 10, 118
-"""Room beside the bars; at their right stand the values."""
+"""Space beside the bars; their values are on the right."""
 
 TITLE, GROUP, ROW, GAP = 32, 24, 42, 10
 BAR = 12
@@ -48,7 +48,7 @@ class Row:
     """The value in words, at the bar's end."""
 
     own: bool = True
-    """True for kvmmap, False for what it is measured beside."""
+    """True for kvmmap, False for a baseline."""
 
     target: float | None = None
     """Where the bar should reach."""

@@ -1,4 +1,4 @@
-"""Check the built site: every link and anchor leads somewhere, nothing is loaded from elsewhere, and the API is whole.
+"""Check the built site: every link and anchor exists, nothing is loaded from other sites, and the API is complete.
 
     python docs/tools/check.py site
 
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def broken(site: Path, pages: dict[Path, Page]) -> Iterator[str]:
-    """Links within the site that lead nowhere."""
+    """Links within the site whose targets do not exist."""
     for path, page in pages.items():
         if path.name == "404.html":  # its links are those of a server's root
             continue
@@ -85,7 +85,7 @@ def broken(site: Path, pages: dict[Path, Page]) -> Iterator[str]:
 
 
 def foreign(site: Path, pages: dict[Path, Page]) -> Iterator[str]:
-    """What pages and style sheets load from elsewhere."""
+    """What pages and style sheets load from other sites."""
     loads = {path: page.loads for path, page in pages.items()}
     loads |= {path: urls(path.read_text()) for path in site.rglob("*.css")}
     for path, links in loads.items():

@@ -1,4 +1,4 @@
-"""What mkdocs does to our pages besides: charts become part of them, and nothing is loaded from elsewhere.
+"""Hooks of mkdocs: charts become part of the pages, and nothing is loaded from other sites.
 
 A chart is an image in Markdown, so that it is seen wherever Markdown is shown; put into the page itself it follows the
 colours that the reader chooses there.

@@ -28,7 +28,7 @@ def ask(url: str, layer: int, queries: np.ndarray) -> dict:
 
 
 def follow(url: str, layer: int, until: int) -> tuple[int, set[int]]:
-    """Ask again and again until the cache has so many positions; return the answers, and who gave them."""
+    """Ask repeatedly until the cache has `until` positions; return the number of answers and the processes."""
     rng = np.random.default_rng(layer)
     answers, processes = 0, set()
     while True:

@@ -1,4 +1,4 @@
-"""Serve attention over a cache that another process writes: many reading processes behind one HTTP port.
+"""Serve attention over a cache that another process writes, by many reading processes behind one HTTP port.
 
     python examples/serving/server.py chat.kvm --workers 4
 
@@ -29,7 +29,7 @@ class Reader:
         self.cache = kvmmap.open(path)
 
     def attend(self, layer: int, queries: np.ndarray) -> tuple[int, np.ndarray]:
-        """Attend over what is there now; return how many positions that was, and the output."""
+        """Refresh, and attend over all positions; return their number and the output."""
         for _ in range(ATTEMPTS):
             try:
                 self.cache.refresh()
@@ -74,13 +74,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(HTTPServer):
-    """Several processes may listen at one port; the system hands requests out to them."""
+    """Several processes listen at one port; the system distributes requests."""
 
     allow_reuse_port = True
 
 
 def work(path: str, port: int) -> None:
-    """Answer requests until the end."""
+    """Answer requests until the process ends."""
     Handler.reader = Reader(path)  # in this process: a cache is opened after a fork, not before
     Server(("127.0.0.1", port), Handler).serve_forever()
 

@@ -2,7 +2,7 @@
 
     python examples/serving/writer.py chat.kvm --tokens 3000
 
-The rows are a stand-in: keys are random, and every value is 1, so that attention over them must give 1 again.
+Keys are random, and every value is 1, so that attention over them must give 1.
 """
 
 import argparse
