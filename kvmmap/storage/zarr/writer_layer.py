@@ -28,6 +28,8 @@ class ZarrWriterLayer(ZarrLayer):
         self._outgoing = outgoing
         self.ahead = False
         """True from the first write of an append to its publication."""
+        self._staged: Rows | None = None
+        """What `stage` has returned last."""
 
     def begin(self, count: int) -> int:
         self._storage.check_writable()
@@ -43,13 +45,20 @@ class ZarrWriterLayer(ZarrLayer):
     def stage(self, start: int, count: int) -> Rows:
         size = self._handle.layout.shard_tokens
         shard, offset = divmod(start, size)
-        return self._outgoing.room(self.index, shard).memory.rows.part(offset, min(size, offset + count))
+        memory = self._outgoing.room(self.index, shard).memory
+        self._staged = memory.rows.part(offset, min(size, offset + count))
+        return self._staged
 
     def write(self, start: int, rows: Rows) -> None:
         """Write rows, staged or borrowed. Borrowed ones are stored from where they are if a shard begins with them."""
         self.ahead = True
         size = self._handle.layout.shard_tokens
         done, count = 0, len(rows[0])
+        if rows is self._staged:  # they are in place, within one shard
+            shard, offset = divmod(start, size)
+            if offset + count == size:
+                self._outgoing.send(self.index, shard, size)
+            return
         while done < count:
             shard, offset = divmod(start + done, size)
             stop = min(count, done + size - offset)
@@ -66,8 +75,9 @@ class ZarrWriterLayer(ZarrLayer):
 
     def publish(self, length: int) -> None:
         """Make positions below `length` this handle's; others see them from the next commit on."""
-        self.length = length
+        self._handle.lengths[self.index] = length
         self.ahead = False
+        self._staged = None
 
     def roll_back(self) -> None:
         """Forget what a failed append has written past the length."""
