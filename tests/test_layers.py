@@ -21,7 +21,10 @@ TABLE = (
     ("rows", "inputs"),
     ("format",),
     ("attention",),
-    ("storage.protocols", "storage.readonly", "storage.streaming", "storage.receiving", "storage.registry"),
+    (
+        *("storage.verify_report", "storage.protocols", "storage.readonly", "storage.streaming"),
+        *("storage.receiving", "storage.registry"),
+    ),
     ("storage",),
     ("states",),
     ("checks", "layer_reader", "layer"),

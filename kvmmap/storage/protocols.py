@@ -19,7 +19,6 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NoReturn, Protocol
 
 import numpy as np
@@ -30,6 +29,8 @@ from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 from ..rows import Rows as Rows
+from .verify_report import Damage as Damage
+from .verify_report import VerifyReport as VerifyReport
 
 Verify = Literal["read", "open", "none"]
 """When rows are compared with their checksums automatically: each block when a handle first reads it; all of them on
@@ -56,51 +57,6 @@ class Lock(Protocol):
 
 STAGE_BYTES = 2 * 1024 * 1024
 """Rows that `LayerStore.stage` allocates at most, by default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """One thing that `verify` found wrong."""
-
-    what: str
-    """In words."""
-
-    layer: int | None = None
-    """The layer, if it is in one."""
-
-    start: int | None = None
-    """First position of the damaged block, if it is in one."""
-
-    stop: int | None = None
-    """One past its last committed position."""
-
-
-@dataclass(slots=True)
-class VerifyReport:
-    """What `verify` looked at, and found."""
-
-    path: str | None
-    """The cache's path; None in memory."""
-
-    seq_len: int
-    """Positions stored."""
-
-    verified: int
-    """Positions, from 0, that checksums cover: those of the last commit. The rest is published and has none yet."""
-
-    blocks: int = 0
-    """Blocks looked at, over all layers and the token ids; the incomplete last one counts."""
-
-    bytes: int = 0
-    """Bytes of codes, scales and token ids looked at."""
-
-    damages: list[Damage] = field(default_factory=list)
-    """Empty if all is well."""
-
-    @property
-    def sound(self) -> bool:
-        """True if nothing is damaged."""
-        return not self.damages
 
 
 class LayerStore(ABC):
