@@ -50,3 +50,27 @@ def test_the_fuzzer_detects_missing_checks(mutation: str) -> None:
     done = fuzz("--executions", 20_000, "--seed", 1, "--mutation", mutation)
     assert done.returncode == 1, f"{done.stdout}\nwith {mutation}, and nothing happened"
     assert "see it again with" in done.stderr
+
+
+def test_random_command_lines_end_as_they_should() -> None:
+    """In short; `make fuzz` runs 20,000."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fuzz.commands", "--count", "200", "--process-every", "100"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_fuzzer_of_command_lines_sees_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kvmmap_cli.commands.verify
+    from fuzz.commands import LyingError, fuzz
+
+    monkeypatch.setattr(kvmmap_cli.commands.verify, "to_dict", None)
+    monkeypatch.setattr(kvmmap_cli.commands.verify, "render", None)
+    with pytest.raises(LyingError, match="exit code 70"):
+        fuzz(400, 1, 1_000_000, print)

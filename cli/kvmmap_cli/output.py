@@ -105,8 +105,8 @@ def crash(error: BaseException, variable: str) -> str:
 
 def drop_output() -> None:
     """Throw away what stdout has not taken yet: nobody will, and the interpreter would try again at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 def show(*parts: RenderableType) -> None:

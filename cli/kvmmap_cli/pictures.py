@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .output import can_show
+from .output import NARROWEST, can_show
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -90,7 +90,7 @@ def heat_maps(grids: Sequence[ScaleGrid], width: int, *, colours: bool) -> Itera
         cells = [getattr(grid, name).astype(np.float64) for grid in grids]
         over_positions = cells[0] if alone else np.stack([grid.mean(axis=0) for grid in cells])
         parts.append((name, None if alone else _heads(cells), over_positions))
-    wide = (width - LABEL_WIDTH - len(GAP)) // 2
+    wide = (max(width, NARROWEST) - LABEL_WIDTH - len(GAP)) // 2
     lines = [list(_panel(name, heads, cells, wide, blocks)) for name, heads, cells in parts]
     names = [str(head) for head in range(len(parts[0][2]))] if alone else [str(grid.layer) for grid in grids]
     labels = list(_labels(names, blocks))
@@ -117,7 +117,7 @@ def _panel(name: str, heads: Array | None, cells: Array, width: int, blocks: boo
     from rich.text import Text
 
     strip = 0 if heads is None else heads.shape[1] + 1
-    wide = _columns(cells, width - strip)
+    wide = _columns(cells, max(1, width - strip))
     shown = wide if heads is None else np.hstack([heads, np.full((len(cells), 1), np.nan), wide])
     shares, low, high = shares_of(merge(shown, MOST_LINES * (2 if blocks else 1)))
     yield Text(name, "bold")
@@ -175,7 +175,7 @@ def histograms(keys: RowStatistics, values: RowStatistics, width: int, height: i
     """Yield how often codes occur, keys and values side by side, -127 on the left."""
     from rich.text import Text
 
-    wide = width // 2 - 3
+    wide = max(width, NARROWEST) // 2 - 3
     yield Text.assemble(("codes of keys".ljust(wide + 4), "dim"), ("codes of values", "dim"))
     for left, right in zip(bars(keys.code_counts, wide, height), bars(values.code_counts, wide, height), strict=True):
         yield Text.assemble((left, "cyan"), "    ", (right, "cyan"))

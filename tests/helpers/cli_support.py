@@ -47,11 +47,14 @@ def click_run(*args: object) -> Result:
     return CliRunner().invoke(group, [str(arg) for arg in args])
 
 
-def in_terminal(*args: object, columns: int = 80, patience: float | None = None, **env: str) -> tuple[int, str]:
+def in_terminal(
+    *args: object, columns: int = 80, patience: float | None = None, keys: str = "", **env: str
+) -> tuple[int, str]:
     """Run the program with a terminal for stdout and stderr; return exit code and all that it drew.
 
     Args:
         patience: seconds until a progress bar appears; the program's own if None.
+        keys: what is typed.
     """
     command = [str(PROGRAM)] if patience is None else [sys.executable, "-c", WITH_PATIENCE.format(patience)]
     pid, fd = pty.fork()
@@ -59,6 +62,7 @@ def in_terminal(*args: object, columns: int = 80, patience: float | None = None,
         environment = PLAIN | {"COLUMNS": str(columns), "LINES": "24"} | env
         os.execve(command[0], [*command, *map(str, args)], environment)
     drawn = b""
+    os.write(fd, keys.encode())
     try:
         while select.select([fd], [], [], 60)[0] and (data := os.read(fd, 65536)):
             drawn += data
