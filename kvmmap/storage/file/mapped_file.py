@@ -22,6 +22,7 @@ from ...format import HEADER, PAGE, Section, Slot, Superblock, checksum, slab_se
 from ...metadata import Document
 from ..posix import PosixFile, expect_few_pages
 from ..protocols import Rows, closed_error
+from .block_reader import BlockReader
 from .commit_slots import Slots
 from .live_record import LiveRecord, map_live
 
@@ -164,6 +165,11 @@ class MappedFile:
         return Document.decode(data, self.path)
 
     # Past the map
+
+    @property
+    def blocks(self) -> BlockReader:
+        """Reads rows, token ids and checksums past the map."""
+        return BlockReader(self.superblock, self.read_into)
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill a buffer from the file itself, not through the map: what the disk can't read is an error then.

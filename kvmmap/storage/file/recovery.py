@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CorruptCacheError
-from ...format import WHOLE_CACHE, Section, Slot, Superblock, checksum, slab_sections
+from ...format import Section, Slot, Superblock, checksum
 from ...metadata import Document
 from ..checksums import digest
 from ..posix import PosixFile
 from ..protocols import Rows
+from .block_reader import BlockReader
 from .live_record import LiveRecord
 from .mapped_file import read_superblock
 
@@ -45,6 +46,7 @@ class DamagedFile:
         self.path = file.path
         self.superblock = self._read_superblock()
         self.geometry = self.superblock.geometry
+        self._blocks = BlockReader(self.superblock, self._read_into)
         slots = [self._read_slot(kind) for kind in (Section.SLOT_A, Section.SLOT_B)]
         self.slots = sorted((slot for slot in slots if slot), key=lambda slot: -slot.sequence)
         """Valid commit slots, the current one first."""
@@ -72,6 +74,9 @@ class DamagedFile:
         with contextlib.suppress(OSError):
             data = self.file.read(offset, size)
         return data.ljust(size, b"\0")
+
+    def _read_into(self, offset: int, target: memoryview) -> None:
+        target[:] = self.read(offset, target.nbytes)
 
     # Records
 
@@ -122,28 +127,21 @@ class DamagedFile:
     # Rows
 
     def rows(self, layer: int, start: int, stop: int) -> Rows:
-        """Read positions [start, stop) of a layer."""
-        geometry = self.geometry.layers[layer]
-        count, parts = stop - start, []
-        for kind, row in zip(slab_sections(geometry), geometry.slab_bytes(1), strict=True):
-            offset = self.superblock.section(kind, layer).offset
-            parts.append(self.read(offset + start * row, count * row))
-        return Rows.of_bytes(geometry, parts)
+        """Read positions [start, stop) of a layer; zeros where they can't be read."""
+        return self._blocks.rows(layer, start, stop)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Read the token ids of positions [start, stop)."""
-        offset = self.superblock.section(Section.TOKEN_IDS).offset
-        return np.frombuffer(self.read(offset + 4 * start, 4 * (stop - start)), "<i4")
+        """Read the token ids of positions [start, stop); zeros where they can't be read."""
+        return self._blocks.token_ids(start, stop)
 
     def expected(self, track: int, block: int, rows: int) -> int:
         """Return the stored checksum of a block of a track: a layer, or the token ids at index num_layers."""
         if rows < self.geometry.block_tokens:
             return self.slots[0].tail_checksums[track]
         layers = self.geometry.num_layers
-        kind, index = (Section.CHECKSUMS, block * layers + track)
         if track == layers:
-            kind, index = Section.TOKEN_CHECKSUMS, block
-        return int.from_bytes(self.read(self.superblock.section(kind, WHOLE_CACHE).offset + 8 * index, 8), "little")
+            return self._blocks.checksums(Section.TOKEN_CHECKSUMS, block, 1)[0]
+        return self._blocks.checksums(Section.CHECKSUMS, block * layers + track, 1)[0]
 
     def matches(self, track: int, block: int, arrays: Rows | list[NDArray[np.int32]]) -> bool:
         """True if the arrays of a block match its checksum."""

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from ...errors import CacheChangedError, CorruptCacheError, FormatError
-from ...format import Extent, Section, Slot, Superblock, block_checksum, checksum_of, slab_sections
+from ...format import Extent, Section, Slot, Superblock, block_checksum, checksum_of
 from ..protocols import Damage, Progress, VerifyReport
 from .file_sketches import check_sketches
 from .mapped_file import MappedFile
 from .snapshot import Snapshot, SnapshotHolder
-
-PIECE_BYTES = 1 << 20
-"""What is read at a time."""
 
 
 def verify_file(mapped: MappedFile, holder: SnapshotHolder, length: int, progress: Progress | None) -> VerifyReport:
@@ -63,13 +58,9 @@ def check_blocks(mapped: MappedFile, first: int, stop: int, slot: Slot) -> Itera
         start, end = block * size, min((block + 1) * size, slot.seq_len)
         expected = list(slot.tail_checksums[:-1])
         if end - start == size:
-            expected = _stored(mapped, Section.CHECKSUMS, block * layers, layers)
+            expected = mapped.blocks.checksums(Section.CHECKSUMS, block * layers, layers)
         for layer in range(layers):
-            row_bytes = geometry.layers[layer].slab_bytes(1)
-            extents = [
-                Extent(mapped.superblock.sections[kind, layer].offset + start * row, (end - start) * row)
-                for kind, row in zip(slab_sections(geometry.layers[layer]), row_bytes, strict=True)
-            ]
+            extents = mapped.blocks.row_extents(layer, start, end)
             problem = _compare(mapped, extents, layer, block, end - start, expected[layer])
             if problem:
                 yield Damage(f"layer {layer}, positions [{start}, {end}): {problem}", layer, start, end)
@@ -78,28 +69,21 @@ def check_blocks(mapped: MappedFile, first: int, stop: int, slot: Slot) -> Itera
 def check_tokens(mapped: MappedFile, slot: Slot, first: int = 0, stop: int | None = None) -> Iterator[Damage]:
     """Yield what is wrong in blocks [first, stop) of a commit's token ids; in all of them by default."""
     size, layers = mapped.geometry.block_tokens, mapped.geometry.num_layers
-    offset = mapped.superblock.section(Section.TOKEN_IDS).offset
     complete = slot.token_len // size
-    expected = [*_stored(mapped, Section.TOKEN_CHECKSUMS, 0, complete), slot.tail_checksums[-1]]
+    expected = [*mapped.blocks.checksums(Section.TOKEN_CHECKSUMS, 0, complete), slot.tail_checksums[-1]]
     blocks = -(-slot.token_len // size)
     for block in range(first, blocks if stop is None else min(stop, blocks)):
         start, end = block * size, min((block + 1) * size, slot.token_len)
-        extents = [Extent(offset + 4 * start, 4 * (end - start))]
-        problem = _compare(mapped, extents, layers, block, end - start, expected[block])
+        problem = _compare(
+            mapped, [mapped.blocks.token_extent(start, end)], layers, block, end - start, expected[block]
+        )
         if problem:
             yield Damage(f"token ids, positions [{start}, {end}): {problem}", None, start, end)
 
 
-def _stored(mapped: MappedFile, section: Section, first: int, count: int) -> list[int]:
-    data = bytearray(8 * count)
-    mapped.read_into(mapped.superblock.section(section).offset + 8 * first, memoryview(data))
-    values: list[int] = np.frombuffer(data, "<u8").tolist()
-    return values
-
-
 def _compare(mapped: MappedFile, extents: list[Extent], track: int, block: int, rows: int, expected: int) -> str | None:
     try:
-        digests = [checksum_of(_pieces(mapped, extent)) for extent in extents]
+        digests = [checksum_of(mapped.blocks.pieces(extent)) for extent in extents]
     except EOFError:
         return "the file ends before"
     except OSError as error:
@@ -107,15 +91,6 @@ def _compare(mapped: MappedFile, extents: list[Extent], track: int, block: int, 
     if block_checksum(track, block, rows, digests) != expected:
         return "checksum does not match"
     return None
-
-
-def _pieces(mapped: MappedFile, extent: Extent) -> Iterator[memoryview]:
-    """Yield a range of the file; each piece is to be used before the next."""
-    room = memoryview(bytearray(min(extent.size, PIECE_BYTES)))
-    for start in range(0, extent.size, PIECE_BYTES):
-        piece = room[: min(PIECE_BYTES, extent.size - start)]
-        mapped.read_into(extent.offset + start, piece)
-        yield piece
 
 
 def _check_head(mapped: MappedFile, snapshot: Snapshot) -> Iterator[Damage]:
