@@ -1,4 +1,4 @@
-"""Which positions a query sees: causal order, windows, sinks, and selections of positions; as ranges, or as a mask.
+"""Which positions a query attends to: causal order, windows, sinks and selections; as ranges, or as a mask.
 
 What lives here: `Mask` and the checks of what callers say. What does not: scores, and where rows lie.
 """
@@ -17,22 +17,22 @@ from ..geometry import check_range, index
 
 
 class Mask(NamedTuple):
-    """Which positions a query sees, and how scores become weights."""
+    """Which positions a query attends to, and how scores become weights."""
 
     scale: float | None = None
-    """What q . k is multiplied by; head_dim ** -0.5 if None."""
+    """Factor of q . k; head_dim ** -0.5 if None."""
 
     causal: bool = True
-    """Not beyond the query's own position."""
+    """A query attends to no position after its own."""
 
     query_start: int = 0
     """Position of the first query."""
 
     window: int | None = None
-    """Positions that are seen, up to the query's own; all if None."""
+    """Positions attended to, up to and including the query's own; all if None."""
 
     sinks: int = 0
-    """Positions from 0 that are seen in spite of the window."""
+    """First positions, attended to whatever the window."""
 
     softcap: float | None = None
     """Scores s become softcap * tanh(s / softcap)."""

@@ -46,7 +46,11 @@ class ScaleStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStatistics:
-    """Rows of keys or of values: of one layer, or of all."""
+    """Rows of keys or of values: of one layer, or of all.
+
+    Figures are of int8 rows. Rows of another codec are decoded first, so scales, codes and errors are those that int8
+    would have.
+    """
 
     rows: int
     """Rows looked at: positions times heads."""
