@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
+from .codecs.presets import preset_codecs
 from .errors import KvmmapError, NotACacheError
 from .geometry import CacheGeometry
 from .metadata import Document, ModelInfo, document
@@ -29,8 +30,9 @@ def create(
     num_kv_heads: int | Sequence[int],
     head_dim: int | Sequence[int],
     value_head_dim: int | Sequence[int] | None = None,
-    key_codec: str | Sequence[str] = "int8",
-    value_codec: str | Sequence[str] = "int8",
+    key_codec: str | Sequence[str] | None = None,
+    value_codec: str | Sequence[str] | None = None,
+    preset: str = "int8",
     metadata: Mapping[str, Any] | None = None,
     model: ModelInfo | None = None,
     durability: Durability = "publish",
@@ -52,7 +54,10 @@ def create(
         num_kv_heads: key and value heads; one number, or one a layer.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
-        key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer.
+        key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer; the
+            preset's unless given.
+        preset: a pair of codecs: "int8", "fidelity" (rotated int8), "compact" (keys of 8 bits, values of 4), "small" (5
+            and 4), "tiny" (4), or "lossless" (bfloat16).
         metadata: plain JSON of your own.
         model: what makes the cache, so that nothing else uses it.
         durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
@@ -75,14 +80,15 @@ def create(
         MissingLibraryError: a library that Zarr or a URL needs is not installed; says which.
         OSError: the file can't be made.
     """
+    preset_keys, preset_values = preset_codecs(preset)
     geometry = CacheGeometry.build(
         num_layers=num_layers,
         capacity=capacity,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_head_dim=value_head_dim,
-        key_codec=key_codec,
-        value_codec=value_codec,
+        key_codec=preset_keys if key_codec is None else key_codec,
+        value_codec=preset_values if value_codec is None else value_codec,
     )
     options = CreateOptions(
         durability=check_durability(durability),

@@ -407,3 +407,31 @@ class TestGroupInMemory(CodecContract):
     @pytest.fixture
     def place(self) -> Callable[[], Any]:
         return lambda: f"memory://codecs-{next(_numbers)}"
+
+
+@pytest.mark.parametrize(("preset", "bits"), [
+    ("int8", 8.5), ("fidelity", 8.5), ("compact", 6.375), ("small", 4.75), ("tiny", 4.25), ("lossless", 16),
+])  # fmt: skip
+def test_presets(tmp_path: Path, preset: str, bits: float) -> None:
+    shape = {"num_layers": 1, "capacity": 10, "num_kv_heads": 1, "head_dim": 64}
+    with kvmmap.create(tmp_path / "a.kvm", **shape, preset=preset) as cache:
+        layer = cache.geometry.layers[0]
+        assert (layer.key_codec.bits_per_number(64) + layer.value_codec.bits_per_number(64)) / 2 == bits
+    made = click_run("create", str(tmp_path / "b.kvm"), "--like", str(tmp_path / "a.kvm"))
+    assert made.exit_code == 0, made.output
+    other = click_run(
+        "create", str(tmp_path / "c.kvm"), "--like", str(tmp_path / "a.kvm"), "--preset", "tiny", "--key-codec", "f16"
+    )
+    assert other.exit_code == 0, other.output
+    with kvmmap.open(tmp_path / "b.kvm") as same, kvmmap.open(tmp_path / "c.kvm") as mixed:
+        assert same.geometry.layers == (layer,)
+        assert [mixed.geometry.layers[0].key_codec.name, mixed.geometry.layers[0].value_codec.name] == [
+            "f16",
+            "int4-rotated",
+        ]
+
+
+def test_presets_that_there_are_not(tmp_path: Path) -> None:
+    with pytest.raises(kvmmap.DtypeError, match="no preset 'huge': choose one of int8, fidelity"):
+        kvmmap.create(tmp_path / "a.kvm", **SHAPE, preset="huge")
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,9 @@ from ..output import INDEX, count, plain, size
 @click.option("--head-dim", metavar="N[,N...]", help="Numbers in a key row: one, or one a layer.")
 @click.option("--value-head-dim", metavar="N[,N...]", help="Numbers in a value row; as --head-dim unless given.")
 @click.option("--capacity", type=int, metavar="N", help="Positions to reserve; `kvmmap resize` changes it.")
+@click.option("--preset", help="Codecs: int8, fidelity, compact, small, tiny or lossless.")
+@click.option("--key-codec", metavar="NAME[,NAME...]", help="The codec of keys: one, or one a layer.")
+@click.option("--value-codec", metavar="NAME[,NAME...]", help="The codec of values, likewise.")
 @click.option("--model", metavar="NAME", help="The model's name.")
 @click.option("--revision", metavar="TEXT", help="The revision of its weights.")
 @click.option("--fingerprint", metavar="TEXT", help="A digest of config and weights.")
@@ -38,6 +41,7 @@ def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any)
     Examples:
       kvmmap create p.kvm --layers 30 --kv-heads 3 --head-dim 64 --capacity 8192
       kvmmap create p.kvm --config model/config.json --capacity 131072
+      kvmmap create p.kvm --config model/config.json --preset compact
       kvmmap create p.kvm --like other.kvm --metadata '{"user": 7}'
     """
     import kvmmap
@@ -70,6 +74,14 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     for option, name in (("kv_heads", "num_kv_heads"), ("head_dim", "head_dim"), ("value_head_dim", "value_head_dim")):
         if given[option] is not None:
             settings[name] = _numbers(given[option], option)
+    if given["preset"] is not None:  # other codecs than those of the cache that it is like
+        settings.pop("key_codec", None)
+        settings.pop("value_codec", None)
+        settings["preset"] = given["preset"]
+    for option in ("key_codec", "value_codec"):
+        if given[option] is not None:
+            names = given[option].split(",")
+            settings[option] = names[0] if len(names) == 1 else names
     missing = {"num_layers": "layers", "num_kv_heads": "kv-heads", "head_dim": "head-dim", "capacity": "capacity"}
     for name, option in missing.items():
         if name not in settings:
@@ -101,6 +113,8 @@ def _of_cache(path: str) -> dict[str, Any]:
             "num_kv_heads": [layer.num_kv_heads for layer in layers],
             "head_dim": [layer.head_dim for layer in layers],
             "value_head_dim": [layer.value_head_dim for layer in layers],
+            "key_codec": [layer.key_codec.name for layer in layers],
+            "value_codec": [layer.value_codec.name for layer in layers],
             "capacity": cache.capacity,
             "model": cache.model,
         }
