@@ -1,7 +1,7 @@
-"""The writer's lock where there is no file system to hold one: an object that only one can create.
+"""The writer's lock where there is no file system to hold one: an object that only one writer can create.
 
-It names its owner. A process that dies leaves it behind; the next writer on the same machine sees that its owner is
-gone and takes it over, anyone else is told whose it is and how old, and may break it.
+It names its owner. A process that dies leaves it behind. The next writer on the same machine finds the owner dead and
+takes the lock over; writers elsewhere get an error with the owner and the lock's age, and may break it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LOCK_KEY = "token_ids/.kvmmap.lock"
 
 
 _given_up: set[str] = set()
-"""Tokens of locks that this process took and needs no longer: one that a server failed to delete is nobody's."""
+"""Tokens of locks that this process has released: a lock that a server failed to delete is free."""
 
 
 def new_owner() -> dict[str, Any]:
-    """Say who we are, so that others can tell whether we still are."""
+    """Return the owner that this process writes into a lock: whether it still runs can be checked."""
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -47,7 +47,7 @@ def _machine() -> str:
 
 
 def read_owner(objects: Objects) -> dict[str, Any] | None:
-    """Return who holds the lock; what can't be read belongs to somebody all the same."""
+    """Return who holds the lock; {} if the lock can't be read, and None if there is none."""
     try:
         return decode_owner(objects.get(LOCK_KEY))
     except MissingObjectError:
@@ -109,7 +109,7 @@ class ObjectLock:
             try:
                 present, tag = objects.get_tagged(LOCK_KEY)
             except MissingObjectError:
-                continue  # given back just now
+                continue  # released just now
             other = decode_owner(present)
             if other.get("token") == owner["token"]:
                 return cls(objects, owner)  # our first attempt arrived, though its answer was lost
@@ -130,7 +130,7 @@ class ObjectLock:
             self._objects.delete(LOCK_KEY)
 
     def abandon(self) -> None:
-        """Nothing to do: the object is the parent's."""
+        """Do nothing: the object is the parent's."""
 
 
 def _check_that_conditions_count(objects: Objects, data: bytes) -> None:

@@ -88,10 +88,10 @@ class MemoryObjects:
         return False
 
     def remove(self) -> None:
-        """It is nothing but its objects."""
+        """There is nothing but the objects."""
 
     def settle(self) -> None:
-        """Memory survives nothing, and promises nothing."""
+        """Memory does not survive the process."""
 
     def without_sync(self) -> MemoryObjects:
         return self

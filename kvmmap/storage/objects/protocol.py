@@ -32,7 +32,7 @@ class Lock(Protocol):
     def release(self) -> None: ...
 
     def abandon(self) -> None:
-        """Forget it without giving it back: what a forked child does with its parent's."""
+        """Forget it without releasing it: what a forked child does with its parent's."""
 
 
 class Objects(Protocol):
@@ -56,7 +56,7 @@ class Objects(Protocol):
         """Return an object's last `size` bytes, all of it if it has fewer."""
 
     def read_into(self, key: str, pieces: Pieces) -> None:
-        """Fill buffers from places in an object. Raises EOFError where it is too short."""
+        """Fill buffers from offsets in an object. Raises EOFError if it is too short."""
 
     def pieces(self, key: str, size: int) -> Iterator[Buffer]:
         """Yield an object in pieces of about so many bytes; each is to be used before the next."""
@@ -81,10 +81,10 @@ class Objects(Protocol):
         """If the place is reached by a symbolic link, remove the link, leave the place, and return True."""
 
     def remove(self) -> None:
-        """Remove what there is of the place itself, once it is empty."""
+        """Remove the place itself, once it is empty."""
 
     def settle(self) -> None:
-        """Wait until everything put so far survives power loss."""
+        """Make everything put so far survive power loss."""
 
     def without_sync(self) -> Objects:
         """Return the same place, where `settle` promises nothing against power loss, if that makes a difference."""

@@ -185,10 +185,10 @@ class BucketObjects:
         return False
 
     def remove(self) -> None:
-        """It is nothing but its objects."""
+        """There is nothing but the objects."""
 
     def settle(self) -> None:
-        """What a server has taken it keeps."""
+        """Puts are durable when the server answers."""
 
     def without_sync(self) -> BucketObjects:
         return self

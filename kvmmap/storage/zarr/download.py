@@ -1,7 +1,6 @@
-"""Rows of one shard on their way into memory: four arrays read at once, each block compared with its checksum.
+"""Download one shard into memory: all arrays at once, each block compared with its checksum.
 
-What went wrong with a block is handed back and not raised: whether the cache is damaged, or was changed meanwhile, is
-for the reader to say.
+Failures of blocks are returned and not raised: the caller decides whether the cache is damaged or was changed.
 """
 
 from __future__ import annotations

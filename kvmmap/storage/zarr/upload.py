@@ -1,4 +1,4 @@
-"""Rows of one shard on their way out: four arrays put at once, each block hashed on the way."""
+"""Upload one shard: all arrays at once, each block hashed on the way."""
 
 from __future__ import annotations
 
