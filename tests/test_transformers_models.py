@@ -12,7 +12,7 @@ from helpers.tiny_models import past, prompt
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache
 from kvmmap.integrations.transformers.attention import kvmmap_attention
-from kvmmap.integrations.transformers.dispatch import attends
+from kvmmap.integrations.transformers.dispatch import attends, masks_windows
 from kvmmap.integrations.transformers.models import layer_kinds
 
 pytestmark = pytest.mark.torch
@@ -91,6 +91,10 @@ def test_looped_layers_are_kept_once_a_loop() -> None:
         ("Kosmos2", {}, "kosmos-2 does not name"),
         ("T5Gemma2", {}, "t5gemma2 is an encoder-decoder"),
         ("MusicgenDecoder", {}, "musicgen_decoder feeds one code"),
+        ("Qwen3OmniMoeText", {"sliding_window": 12}, "qwen3_omni_moe_text drops positions"),
+        ("Bert", {}, "bert attends in both directions"),
+        ("Roberta", {"is_decoder": False}, "roberta attends in both directions"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "gemma3_text attends in both directions"),
     ],
 )
 def test_models_that_can_not_be_kept_are_refused_by_name(name: str, settings: dict[str, Any], message: str) -> None:
@@ -117,11 +121,19 @@ def test_how_models_attend_is_read_from_their_source(name: str, how: str) -> Non
     assert attends(known(name).config_class()) == how
 
 
+def test_models_that_mask_no_windows_are_known_by_their_source() -> None:
+    assert not masks_windows(known("MoshiForCausalLM").config_class())
+    assert not masks_windows(tf.GPT2LMHeadModel.config_class())
+    assert masks_windows(tf.MistralForCausalLM.config_class())
+    assert masks_windows(tf.Gemma3ForCausalLM.config_class())
+
+
 def test_a_model_without_source_is_taken_for_an_ordinary_one() -> None:
     class Config:
         __module__ = "somewhere.configuration_new"
 
     assert attends(Config()) == "interface"
+    assert masks_windows(Config())
     assert attends(None) == "interface"
 
 

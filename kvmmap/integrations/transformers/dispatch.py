@@ -44,19 +44,43 @@ def attends(config: Any) -> Attends:
     Args:
         config: of the part of the model that has the layers. Its modeling module is looked for beside its own.
     """
+    return _attends(_source(config))
+
+
+def masks_windows(config: Any) -> bool:
+    """Return whether the model of a config ever asks for a mask with a window; True where its source is not known.
+
+    Args:
+        config: as for `attends`.
+    """
+    source = _source(config)
+    return not source or "sliding_window_causal_mask" in source or "create_masks_for_generate" in source
+
+
+def _source(config: Any) -> str:
+    """The source of a config's modeling module, if that is loaded."""
     folder, _, module = type(config).__module__.rpartition(".")
-    name = f"{folder}.{module.replace('configuration_', 'modeling_', 1)}"
-    return _attends(name) if name in sys.modules else "interface"
+    return _source_of(f"{folder}.{module.replace('configuration_', 'modeling_', 1)}")
+
+
+def _source_of(name: str) -> str:
+    found = _sources.get(name, "")
+    if not found and name in sys.modules:
+        try:
+            found = _sources[name] = inspect.getsource(sys.modules[name])
+        except (OSError, TypeError):
+            found = _sources[name] = ""
+    return found
+
+
+_sources: dict[str, str] = {}
 
 
 @cache
-def _attends(name: str) -> Attends:
-    """Read a loaded module: once a process, some 20 ms."""
-    try:
-        tree = ast.parse(inspect.getsource(sys.modules[name]))
-    except (OSError, TypeError):
-        return "interface"
-    found = (use for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for use in _uses(node))
+def _attends(source: str) -> Attends:
+    """Parse a module: once a process, some 20 ms."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    found = (use for function in functions for use in _uses(function))
     return max(found, key=_ORDER.index, default="interface")
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...errors import UnsupportedModelError
 from ...geometry import LayerGeometry
+from .dispatch import masks_windows
 
 _WINDOWED = ("sliding_attention",)
 _FULL = ("full_attention",)
@@ -30,8 +31,6 @@ _REFUSED = {
     "idefics": _CROSS,
     "kosmos-2": _UNNAMED,
     "kosmos-2.5": _UNNAMED,
-    "moshi": "drops positions behind its window in a cache and not in its masks: what it attends to depends on how the "
-    "tokens are split into passes",
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,
@@ -43,6 +42,9 @@ _REFUSED = {
     "xlnet": _NO_CACHE,
 }
 """Models by name that nothing in their configs tells from ordinary ones, and why they can't be kept."""
+
+_UNMASKED = frozenset(["moshi", "qwen3_omni_moe_text"])
+"""Models that mask no windows, known by name where their source is not loaded, or has masks of other models as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,12 @@ def layer_kinds(config: Any) -> list[LayerKind]:
                 "kept here",
                 actual=part.model_type,
             )
+    if _sees_ahead(config):
+        raise UnsupportedModelError(
+            f"{name} attends in both directions as configured (is_decoder=False, or use_bidirectional_attention): "
+            "keys and values depend on later tokens",
+            actual=name,
+        )
     if getattr(config, "cross_attention_layers", None):
         raise UnsupportedModelError(
             f"{name} has cross-attention layers, whose keys and values belong to an image and not to positions of the "
@@ -97,6 +105,12 @@ def layer_kinds(config: Any) -> list[LayerKind]:
         raise UnsupportedModelError(f"{name} names {len(types)} kinds of layers for {config.num_hidden_layers} layers")
     kinds = [_kind(name, kind, layer) for kind, layer in zip(types, config.per_layer_config, strict=True)]
     return kinds + _repeated(config, kinds)
+
+
+def _sees_ahead(config: Any) -> bool:
+    """True if tokens attend to later ones. GPT-NeoX has is_decoder=False, too, but not what encoders have besides."""
+    encoder = getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention")
+    return encoder or getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 
 def _kind(model: str, kind: str, config: Any) -> LayerKind:
@@ -113,6 +127,12 @@ def _kind(model: str, kind: str, config: Any) -> LayerKind:
             actual=model,
         )
     window = config.sliding_window if kind in _WINDOWED else None
+    if window is not None and (model in _UNMASKED or not masks_windows(config)):
+        raise UnsupportedModelError(
+            f"{model} drops positions behind its window in a cache and not in its masks: what it attends to depends on "
+            "how the tokens are split into passes",
+            actual=model,
+        )
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None:
         # Multi-head latent attention: transformers caches the compressed latent in the keys' place, and the rotated
