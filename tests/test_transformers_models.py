@@ -11,6 +11,7 @@ from helpers.tiny_models import past, prompt
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache
+from kvmmap.integrations.transformers.arguments import is_plain
 from kvmmap.integrations.transformers.attention import kvmmap_attention
 from kvmmap.integrations.transformers.dispatch import attends, masks_windows
 from kvmmap.integrations.transformers.models import layer_kinds
@@ -158,6 +159,19 @@ def test_models_that_attend_themselves_get_masks_of_numbers(family: Any) -> None
     cache = KvmmapCache(net)
     assert (net(ids, **past(cache)).logits - expected).std() < 0.1 * expected.std()
     assert cache.seq_len == 20
+
+
+@pytest.mark.parametrize(("length", "count", "window"), [(0, 5, None), (3, 1, None), (3, 4, 2), (9, 1, 4)])
+def test_masks_that_mark_what_is_hidden_are_plain_too(length: int, count: int, window: int | None) -> None:
+    """MPT's are such."""
+    positions = torch.arange(length, length + count)[:, None]
+    keys = torch.arange(length + count)
+    seen = (keys <= positions) & (keys > positions - (window or 99))
+    for mask in (seen, ~seen):
+        assert is_plain(mask[None, None], length, count, window)
+        wrong = mask.clone()
+        wrong[-1, -2] = ~wrong[-1, -2]
+        assert not is_plain(wrong[None, None], length, count, window)
 
 
 # Attention over tensors

@@ -33,6 +33,7 @@ FEW = [
     "mimo_v2_flash",  # heads differ by layer
     "mpt",  # attends itself, and takes "kvmmap" only at first
     "qwen2_5_vl",  # M-RoPE
+    "qwen2_moe",  # masks of two kinds, layers of one
     "xlnet",  # refused: takes no cache
 ]
 """One family of each kind."""
@@ -52,7 +53,7 @@ def test_a_family_is_right_or_refused_as_recorded(tmp_path: Path, kind: str) -> 
         assert found == RECORD[outcomes.RELEASE][kind]
 
 
-@pytest.mark.skipif(not ALL or outcomes.RELEASE not in RECORD, reason="for all families of a release with a record")
+@pytest.mark.skipif(outcomes.RELEASE not in RECORD, reason="this release of transformers has no record")
 def test_the_record_has_every_family() -> None:
     assert sorted(RECORD[outcomes.RELEASE]) == types()
 

@@ -136,8 +136,8 @@ def is_plain(mask: Any, length: int, count: int, window: int | None) -> bool:
     """Whether a mask for attention is the causal one, within a window.
 
     Args:
-        mask: bool [batch, heads, count, length + count], True where a query sees a key, or numbers that are added to
-            scores; anything else is not plain.
+        mask: bool [batch, heads, count, length + count], True where a query sees a key, or (MPT) where it does not; or
+            numbers that are added to scores. Anything else is not plain.
         length: positions stored before the pass.
         count: new ones.
         window: positions that a query sees, its own among them; None: all.
@@ -145,6 +145,8 @@ def is_plain(mask: Any, length: int, count: int, window: int | None) -> bool:
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2:] != (count, length + count):
         return False
     seen = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if mask.dtype is torch.bool and not bool(seen[..., -1, -1].any()):
+        seen = ~seen  # every query sees itself: so True says what is hidden
     if count == 1 and (window is None or window > length):
         return bool(seen.all())
     positions = torch.arange(length, length + count, device=mask.device)[:, None]
