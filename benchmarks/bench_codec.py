@@ -1,4 +1,4 @@
-"""The row codec next to memcpy and to reading alone.
+"""The row codecs next to memcpy and to reading alone.
 
     python benchmarks/bench_codec.py [--mib 256] [--rounds 15] [--dim 128] [--json FILE]
 
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from harness import Bar, Measured, Report, Task, arguments, gaussian, measure
 
-from kvmmap import dequantize_rows, quantize_rows
+from kvmmap import codecs, dequantize_rows, quantize_rows
 
 BF16 = ml_dtypes.bfloat16
 SCRATCH_ROWS = 1024
@@ -46,7 +46,13 @@ def main() -> None:
 
 def bars(measured: Measured) -> list[Bar]:
     """The targets of one thread."""
-    wanted = (("quantize f32", 1.5), ("quantize bf16", 1.5), ("dequantize f32", 1.0))
+    rotated = [codec.name for codec in codecs.COMPILED if codec.transform]
+    wanted = (
+        ("quantize f32", 1.5),
+        ("quantize bf16", 1.5),
+        ("dequantize f32", 1.0),
+        *((f"{name} encode f32", 0.8) for name in rotated),
+    )
     return [
         Bar(f"{name} against memcpy f32, one thread", required, measured.ratio(name, MEMCPY).median, "x")
         for name, required in wanted
@@ -88,6 +94,25 @@ class Tasks:
             task("dequantize f32", dequantize(self.out32)),
             task("dequantize f16", dequantize(self.out16)),
             task("dequantize bf16", dequantize(self.out_bf16)),
+            *(one for codec in codecs.COMPILED if codec is not codecs.INT8 for one in self.of_codec(codec, threads)),
+        ]
+
+    def of_codec(self, codec: codecs.RowCodec, threads: int) -> list[Task]:
+        """Encode f32 and decode to it."""
+        shape, dim = self.f32.shape[:2], self.f32.shape[2]
+        arrays = [np.zeros((*shape, *one.shape), one.dtype) for one in codec.arrays(dim)]
+        codec.encode(self.f32, 0, arrays, threads)  # what is decoded
+        return [
+            Task(
+                name=f"{codec.name} encode f32",
+                run=lambda: codec.encode(self.f32, 0, arrays, threads),
+                f32_bytes=self.f32.nbytes,
+            ),
+            Task(
+                name=f"{codec.name} decode f32",
+                run=lambda: codec.decode(arrays, dim, self.out32, 0, threads),
+                f32_bytes=self.f32.nbytes,
+            ),
         ]
 
     def quantize_to_scratch(self, threads: int) -> None:
