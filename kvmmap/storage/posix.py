@@ -7,7 +7,6 @@ or loses writes. What the bytes mean is not known here.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import functools
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from .. import _core
-from ..format import checksum
+from . import inode
 from .temporary import temporary_path
 
 FILE_MODE = 0o600  # a KV cache gives its prompt away
@@ -32,9 +31,6 @@ _READ_AHEAD_BYTES = 128 << 10
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _NO_ACCESS_TIME = getattr(os, "O_NOATIME", 0)
 _BY_NUMBER = "/proc/self/fd/"
-_ACCESS_LIST = "system.posix_acl_access"
-_OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
-_GET_GENERATION = 0x80007601 | (struct.calcsize("l") << 16)  # linux/fs.h: FS_IOC_GETVERSION, _IOR('v', 1, long)
 _CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
 
@@ -111,45 +107,16 @@ class PosixFile:
         os.utime(self._fd, ns=(nanoseconds, self.stat().st_mtime_ns))
 
     def copy_access(self, other: PosixFile) -> None:
-        """Give this file the owner, group, mode and access list of another one, as far as this user may.
-
-        Where the group can't be given, its permissions are not either: they would be another group's.
-        """
-        theirs, mine = other.stat(), self.stat()
-        mode = theirs.st_mode & 0o777
-        if (theirs.st_uid, theirs.st_gid) != (mine.st_uid, mine.st_gid):
-            with contextlib.suppress(PermissionError):
-                os.fchown(self._fd, theirs.st_uid, -1)
-            try:
-                os.fchown(self._fd, -1, theirs.st_gid)
-            except PermissionError:
-                mode &= ~0o070
-        os.fchmod(self._fd, mode)
-        if hasattr(os, "getxattr"):
-            with contextlib.suppress(OSError):  # there is none, or the file system knows none
-                os.setxattr(self._fd, _ACCESS_LIST, os.getxattr(other._fd, _ACCESS_LIST))
+        """Give this file the owner, group, mode and access list of another one: see `inode.copy_access`."""
+        inode.copy_access(other._fd, self._fd)
 
     def on_overlay(self) -> bool:
-        """True if the file lies on overlayfs, which gives a file another inode below when it is first changed."""
-        if sys.platform != "linux":
-            return False
-        status = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first
-        if ctypes.CDLL(None).fstatfs(self._fd, status):
-            return False
-        return int.from_bytes(status.raw[:4], sys.byteorder) == _OVERLAY_MAGIC
+        """True if the file is on overlayfs, which gives a file another inode below when it is first changed."""
+        return inode.on_overlay(self._fd)
 
     def inode_id(self) -> int:
-        """Return 40 bits that no other file on this machine has at the same time, nor a later one under its number.
-
-        A copy of the file has others; a link, or another name on the same file system, has the same.
-        """
-        status = self.stat()
-        generation = bytearray(8)
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # tmpfs has none, and no need: it does not use numbers again
-                fcntl.ioctl(self._fd, _GET_GENERATION, generation)
-        number = struct.pack("<QQI", status.st_dev, status.st_ino, int.from_bytes(generation[:4], sys.byteorder))
-        return max(1, checksum(number) >> 24)
+        """Return a number of this inode: see `inode.inode_id`."""
+        return inode.inode_id(self._fd)
 
     def is_at(self, path: str) -> bool:
         """True if `path` still names this very file."""
@@ -407,16 +374,6 @@ def _open(path: str, flags: int) -> int:
         if not flags & _NO_ACCESS_TIME:
             raise
         return os.open(path, flags & ~_NO_ACCESS_TIME)  # another user's file
-
-
-def expect_few_pages(memory: mmap.mmap, size: int) -> None:
-    """Tell the kernel not to read around what is touched in the first `size` bytes of a map.
-
-    It would, as far as the disk's read-ahead goes (128 KiB to 8 MiB), holes included: opening a thousand caches would
-    push gigabytes of zeros through the page cache.
-    """
-    if hasattr(mmap, "MADV_RANDOM"):
-        memory.madvise(mmap.MADV_RANDOM, 0, size)
 
 
 def sync_folder(path: str) -> None:

@@ -12,8 +12,9 @@ import mmap
 
 from ... import _core
 from ...format import HOME_BYTES, LIVE, LIVE_LENGTHS, Superblock
-from ..posix import PosixFile, expect_few_pages
+from ..posix import PosixFile
 from ..process import boot_id
+from .page_cache import expect_few_pages
 
 _OFFSETS = {field.name: offset for offset, _, field in LIVE.rows()}
 _BOOT_LOW = _OFFSETS["boot_id_low"]

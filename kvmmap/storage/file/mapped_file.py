@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from ...errors import CacheChangedError, CacheNotFoundError, ClosedError, CorruptCacheError, NotACacheError
 from ...format import HEADER, PAGE, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
-from ..posix import PosixFile, expect_few_pages
+from ..posix import PosixFile
 from ..protocols import Rows, closed_error
 from .block_reader import BlockReader
 from .commit_slots import Slots
 from .live_record import LiveRecord, map_live
+from .page_cache import expect_few_pages
 
 _LARGEST_HEAD = 256 << 20
 """Bytes before the rows that are mapped by themselves where there is no address space for the file."""

@@ -38,6 +38,16 @@ def drop_pages(memory: mmap.mmap, ranges: Ranges) -> None:
             memory.madvise(_DROP, first, last - first)
 
 
+def expect_few_pages(memory: mmap.mmap, size: int) -> None:
+    """Tell the kernel not to read around what is touched in the first `size` bytes of a map.
+
+    It would, as far as the disk's read-ahead goes (128 KiB to 8 MiB), holes included: opening a thousand caches would
+    push gigabytes of zeros through the page cache.
+    """
+    if hasattr(mmap, "MADV_RANDOM"):
+        memory.madvise(mmap.MADV_RANDOM, 0, size)
+
+
 def scan(memory: mmap.mmap, offsets: Sequence[int], row_bytes: Sequence[int], start: int, stop: int) -> Iterator[range]:
     """Yield positions [start, stop) in parts whose pages are in memory already, and drop the pages of past parts.
 
