@@ -54,6 +54,6 @@ def confirm_ending(path: str, yes: bool, endings: tuple[str, ...] = CACHES) -> N
     Raises:
         click.UsageError: there is no terminal to ask at.
     """
-    if not path.rstrip("/").endswith(endings) and "://" not in path.removeprefix("file://"):
+    if path and not path.rstrip("/").endswith(endings) and "://" not in path.removeprefix("file://"):
         known = ", ".join(endings[:-1]) + f" or {endings[-1]}"
         confirm(f"{plain(path)} does not end in {known}. Make a .kvm file of that name?", yes)

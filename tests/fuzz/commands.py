@@ -42,7 +42,7 @@ from kvmmap_cli.main import kvmmap as group
 import kvmmap
 
 PROGRAM = Path(sys.executable).with_name("kvmmap")
-SECONDS_EACH = 30
+SECONDS_EACH = 120
 MOST_DESCRIPTORS = 20
 """That libraries may keep open."""
 RESET_EVERY = 40
