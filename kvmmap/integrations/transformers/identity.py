@@ -8,16 +8,17 @@ revisions are compared only where digests can't be: the same weights may lie und
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import xxhash
 
 from ...errors import KvmmapError, ModelMismatchError
 from ...metadata import ModelInfo
 from .models import text_config
+from .weights import weights_fingerprint
+
+__all__ = ["check_same", "config_of", "describe", "weights_fingerprint"]
 
 # What a config also holds and keys and values don't depend on. All else is compared.
 _IRRELEVANT = frozenset(
@@ -134,53 +135,6 @@ def check_same(
 def _differing_names(stored: ModelInfo, info: ModelInfo) -> dict[str, tuple[Any, Any]]:
     pairs = {"name": (stored.name, info.name), "revision": (stored.revision, info.revision)}
     return {key: pair for key, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
-
-
-_fingerprints: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Return a digest of all of a model's weights, XXH3 with 128 bits, in hex.
-
-    It reads them all once, at memory speed; asked again for weights that have not been touched, it is remembered.
-
-    Raises:
-        KvmmapError: weights that have no bytes here (on the meta device, or of a kind torch can't show as bytes).
-    """
-    weights = list(_weights(model))
-    state = [(name, tensor.data_ptr(), _version(tensor)) for name, tensor in weights]
-    known = _fingerprints.get(model)
-    if known is not None and known[0] == state:
-        return known[1]
-    digest = xxhash.xxh3_128()
-    for name, tensor in weights:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        try:
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            raise KvmmapError(
-                f"the weights can't be read to tell whose cache it is ({name}, {tensor.dtype} on {tensor.device}: "
-                f"{error}): give fingerprint=, such as a digest of the weights' file"
-            ) from error
-        digest.update(data.data)
-    found = digest.hexdigest()
-    _fingerprints[model] = state, found
-    return found
-
-
-def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of the part that makes keys and values, by name, tied ones once: heads on top don't matter."""
-    body = getattr(model, "base_model", model)
-    seen = set()
-    for name, tensor in body.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """torch's count of changes in place; a tensor made in inference mode has none, and is not changed outside of it."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from .recording import PassRecord
 from .sequence import MaskLength, OneSequence
 from .tensors import dtype_name
 from .versions import CACHE_ARGUMENT
+from .weights import Weights, weights_of
 
 
 class StoredSequence(OneSequence):
@@ -57,7 +58,7 @@ class StoredSequence(OneSequence):
         self._length = kept + own.seq_len  # complete in every layer; during a pass, as it was before
         self._patterns = list(patterns.values())
         self._config_checked = model is not None
-        self._dtype_checked = False
+        self._dtype: torch.dtype | None = None  # that keys have been checked to have
         self._masks_asked = False
         self.placeholders = placeholders(getattr(model, "config", model))
         self._rope = rope.length_dependence(config) if (config := getattr(model, "config", model)) is not None else None
@@ -69,7 +70,9 @@ class StoredSequence(OneSequence):
         self._model: Callable[[], Any] = weakref.ref(model) if isinstance(model, torch.nn.Module) else lambda: model
         self._pass = PassRecord(self.placeholders)
         self._watched = isinstance(model, torch.nn.Module)
+        self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
+            self._weights = weights_of(model)
             watch(model)
 
     # What it holds
@@ -145,7 +148,7 @@ class StoredSequence(OneSequence):
         self._masks_asked = False
         if len(layer) != self._length:
             self._take_back(self._complete())  # an earlier pass stopped half way
-        if not self._dtype_checked:
+        if key_states.dtype is not self._dtype:
             self._check_dtype(key_states.dtype)
         if len(self._patterns) > 1 and len({pattern.in_place for pattern in self._patterns}) > 1:
             raise UnsupportedModelError(
@@ -213,7 +216,30 @@ class StoredSequence(OneSequence):
         """
         if not self._pass.active and any(len(layer) != self._length for layer in self._layers):
             self._take_back(self._complete())
-        self._pass.begin(model, given, self._length, self._has_placeholder)
+        if self._pass.begin(model, given, self._length, self._has_placeholder):
+            self._check_model(model)
+
+    def _check_model(self, model: torch.nn.Module) -> None:
+        """Refuse a pass of another model than the cache's, or after a change of its weights or adapters.
+
+        Raises:
+            ModelMismatchError: says what differs.
+        """
+        expected = (self._source.model or ModelInfo()).fingerprint
+        if expected is None:
+            return
+        weights = weights_of(model)
+        if weights is self._weights:
+            return
+        if self._weights is not None and self._weights.digest is None:
+            raise ModelMismatchError(
+                f"{self.path or 'the cache'} was opened with fingerprint={expected!r}, and the model, its weights or "
+                "its adapters have changed since: open it again, with the fingerprint of what they are now",
+                expected={"weights": expected},
+                path=self.path,
+            )
+        check_stored(self._source, model, None)
+        self._weights = weights
 
     def check_mask(self, module: Any, mask: Any, count: int) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
@@ -272,7 +298,7 @@ class StoredSequence(OneSequence):
                 actual={"source_dtype": name},
                 path=self.path,
             )
-        self._dtype_checked = True
+        self._dtype = dtype
 
     # Taking back
 

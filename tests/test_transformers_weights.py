@@ -1,0 +1,224 @@
+"""Whose cache it is: whatever changes keys and values is noticed when a cache is opened, and at each pass."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import generate, model, past, prompt
+
+import kvmmap
+from kvmmap.integrations.transformers import KvmmapCache, reuse
+from kvmmap.integrations.transformers.identity import weights_fingerprint
+from kvmmap.integrations.transformers.weights import weights_of
+
+pytestmark = pytest.mark.torch
+torch.set_num_threads(1)
+
+
+def data(net: Any) -> None:
+    net.model.layers[0].self_attn.k_proj.weight.data += 0.3
+
+
+def data_of_the_last_norm(net: Any) -> None:
+    net.model.layers[2].input_layernorm.weight.data.mul_(1.5)
+
+
+def in_place(net: Any) -> None:
+    with torch.no_grad():
+        net.model.layers[1].mlp.up_proj.weight[0, 0] += 1.0
+
+
+def loaded(net: Any) -> None:
+    net.load_state_dict(model("llama", seed=1).state_dict())
+
+
+def assigned(net: Any) -> None:
+    net.load_state_dict(model("llama", seed=1).state_dict(), assign=True)
+
+
+def replaced(net: Any) -> None:
+    net.model.layers[1].self_attn.v_proj.weight = model("llama", seed=1).model.layers[1].self_attn.v_proj.weight
+
+
+def layer_replaced(net: Any) -> None:
+    net.model.layers[1] = model("llama", "kvmmap", seed=1).model.layers[1]
+
+
+def halved(net: Any) -> None:
+    net.half()
+
+
+def narrowed_and_widened(net: Any) -> None:
+    net.half().float()
+
+
+CHANGES = [
+    data,
+    data_of_the_last_norm,
+    in_place,
+    loaded,
+    assigned,
+    replaced,
+    layer_replaced,
+    halved,
+    narrowed_and_widened,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_refused(path: Path, change: Any) -> None:
+    net = model("llama", "kvmmap")
+    ids = prompt(20)
+    with KvmmapCache.create(path, net) as cache:
+        net(ids, **past(cache))
+        change(net)
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+            net(prompt(2), **past(cache))
+        assert cache.seq_len == 20
+    with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+        KvmmapCache.open(path, net)
+    other = KvmmapCache(net)
+    net(ids, **past(other))
+    assert reuse(other, ids) == 19
+
+
+def test_a_change_that_is_undone_is_none(path: Path) -> None:
+    net = model("llama", "kvmmap")
+    with KvmmapCache.create(path, net) as cache:
+        net(prompt(20), **past(cache))
+        data(net)
+        net.model.layers[0].self_attn.k_proj.weight.data.copy_(model("llama").model.layers[0].self_attn.k_proj.weight)
+        net(prompt(2), **past(cache))
+        assert cache.seq_len == 22
+
+
+def test_the_model_that_runs_is_the_one_that_counts(path: Path) -> None:
+    net, same, other = model("llama", "kvmmap"), model("llama", "kvmmap"), model("llama", "kvmmap", seed=1)
+    twin = copy.deepcopy(net)
+    for watched in (same, other):
+        KvmmapCache(watched)
+    ids = prompt(20)
+    with KvmmapCache.create(path, net) as cache:
+        net(ids, **past(cache))
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights was"):
+            other(prompt(2), **past(cache))
+        assert cache.seq_len == 20
+        same(prompt(2), **past(cache))
+        net(prompt(2), **past(cache))
+        KvmmapCache(twin)
+        twin(prompt(2), **past(cache))
+        assert cache.seq_len == 26
+        assert (cache.token_ids >= 0).all()
+
+
+def test_a_given_fingerprint_holds_until_something_changes(path: Path) -> None:
+    net = model("llama", "kvmmap")
+    with KvmmapCache.create(path, net, fingerprint="mine") as cache:
+        net(prompt(20), **past(cache))
+        data(net)
+        with pytest.raises(kvmmap.ModelMismatchError, match="fingerprint='mine'"):
+            net(prompt(2), **past(cache))
+        assert cache.seq_len == 20
+
+
+def test_a_look_at_unchanged_weights_keeps_the_digest() -> None:
+    net = model("llama")
+    first = weights_of(net)
+    weights_fingerprint(net)
+    assert weights_of(net) is first
+    net(prompt(3))
+    assert weights_of(net) is first
+
+
+def quantised(seed: int = 0) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.ao.quantization.quantize_dynamic(model("llama", seed=seed), {torch.nn.Linear}, dtype=torch.qint8)
+    net.set_attn_implementation("kvmmap")
+    return net
+
+
+def test_packed_weights_count(path: Path) -> None:
+    if not torch.backends.quantized.supported_engines:
+        pytest.skip("no engine for quantised models")
+    nets = [quantised(), quantised(), quantised(seed=1)]
+    first, same, other = map(weights_fingerprint, nets)
+    assert first == same != other
+    with KvmmapCache.create(path, nets[0]) as cache:
+        nets[0](prompt(10), **past(cache))
+    KvmmapCache.open(path, nets[1]).close()
+    with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+        KvmmapCache.open(path, nets[2])
+    net = quantised()  # only linear layers inside differ, which have no tensors in the state dict
+    net.model.layers[1].self_attn.k_proj = quantised(seed=1).model.layers[1].self_attn.k_proj
+    with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+        KvmmapCache.open(path, net)
+
+
+# Adapters
+
+
+def adapted(seed: int = 3, **more: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False, **more)
+    base = model("llama", "kvmmap")
+    torch.manual_seed(seed)
+    return peft.get_peft_model(base, settings).eval().requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@torch.no_grad()
+def test_adapters_count(path: Path) -> None:
+    net, ids = adapted(), prompt(20)
+    with KvmmapCache.create(path, net) as cache:
+        net(input_ids=ids, **past(cache))
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights"), net.disable_adapter():
+            net(input_ids=prompt(2), **past(cache))
+        assert cache.seq_len == 20
+        net(input_ids=prompt(2), **past(cache))
+        net.base_model.model.model.layers[0].self_attn.k_proj.scaling["default"] *= 2
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+            net(input_ids=prompt(2), **past(cache))
+        net.base_model.model.model.layers[0].self_attn.k_proj.scaling["default"] /= 2
+        net.merge_adapter()
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+            net(input_ids=prompt(2), **past(cache))
+        assert cache.seq_len == 22
+    KvmmapCache.open(path, adapted()).close()
+    for other in (adapted(seed=4), adapted(lora_alpha=16), model("llama")):
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+            KvmmapCache.open(path, other)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@torch.no_grad()
+def test_a_disabled_adapter_leaves_the_base_model() -> None:
+    net, base = adapted(), model("llama", "kvmmap")
+    cache = KvmmapCache(base)
+    generate(base, prompt(20), cache, 1)
+    assert weights_fingerprint(net) != weights_fingerprint(base)
+    with net.disable_adapter():
+        assert weights_fingerprint(net) == weights_fingerprint(base)
+    inside = model("llama", "kvmmap")
+    torch.manual_seed(3)
+    import peft
+
+    inside.add_adapter(peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    inside.eval()
+    enabled = weights_fingerprint(inside)
+    inside.disable_adapters()
+    assert weights_fingerprint(inside) == weights_fingerprint(base) != enabled
+    inside.enable_adapters()
+    assert weights_fingerprint(inside) == enabled
+    torch.manual_seed(4)
+    inside.add_adapter(peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False), "second")
+    inside.set_adapter("second")
+    assert weights_fingerprint(inside) not in (enabled, weights_fingerprint(base))
+    inside.set_adapter("default")
+    assert weights_fingerprint(inside) == enabled
