@@ -77,7 +77,7 @@ int64_t encode_grid(RowFormat format, const RowGrid& x, char* codes, char* scale
     const std::vector<float> factors = factors_of(format, dim);
     std::atomic<int64_t> first_bad{rows};
     auto encode = [&](int64_t begin, int64_t end) {
-        std::vector<float> room(std::min(end - begin, batch_of(dim)) * dim);
+        std::vector<float> room(std::min(end - begin, batch_of(dim)) * dim + readable_behind);
         const bool even = x.outer_stride == x.inner * x.inner_stride;
         for (int64_t row = begin; row < end;) {
             const int64_t o = row / x.inner, i = row % x.inner;

@@ -34,6 +34,9 @@ constexpr int level_bits(Codec c) { return static_cast<int>(c) - static_cast<int
 // Numbers in a row of levels, at most; a multiple of 8.
 constexpr int64_t most_levels = 4096;
 
+// Numbers behind the last row that `CodecKernels::encode` may read, whatever they are.
+constexpr int64_t readable_behind = 8;
+
 // Bytes of a row's codes, and of its scale.
 constexpr int64_t code_bytes(Codec c, int64_t dim) {
     return has_levels(c) ? dim / 8 * level_bits(c) : c == Codec::bf16 || c == Codec::f16 ? 2 * dim : dim;
@@ -59,7 +62,8 @@ struct CodecKernels {
     void (*narrow[dtype_count])(const float* x, int64_t count, char* out);
     void (*rotate)(const Rotation& rotation, int64_t n, float* rows);
     void (*rotate_back)(const Rotation& rotation, int64_t n, float* rows);
-    // f32 -> codes and scales; returns the first row that the codec cannot hold, or n. Not for int8.
+    // f32, with `readable_behind` more, -> codes and scales; returns the first row that the codec cannot hold, or n. Not for
+    // int8.
     int64_t (*encode)(Codec codec, const float* x, int64_t n, int64_t dim, char* codes, char* scales);
     void (*decode)(Codec codec, const char* codes, const char* scales, int64_t n, int64_t dim, float* out);
     // Codes of levels -> the int8 values of the table, and their scales as f32.

@@ -189,7 +189,7 @@ template <int bits, class Simd>
 int64_t encode_levels(const float* rows, int64_t n, int64_t dim, char* codes, uint16_t* scales) {
     constexpr int W = Simd::lanes;
     constexpr int64_t most_rows = 16;
-    int8_t levels[most_levels];
+    int8_t levels[most_levels + readable_behind] = {};
     uint8_t numbers[most_levels];
     const int64_t batch = std::min(most_rows, most_levels / dim);
     for (int64_t first = 0; first < n; first += batch) {
