@@ -205,11 +205,20 @@ def test_a_disabled_adapter_leaves_the_base_model() -> None:
     assert weights_fingerprint(net) != weights_fingerprint(base)
     with net.disable_adapter():
         assert weights_fingerprint(net) == weights_fingerprint(base)
-    inside = model("llama", "kvmmap")
-    torch.manual_seed(3)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@torch.no_grad()
+def test_adapters_that_transformers_itself_adds_count_while_they_are_active() -> None:
     import peft
 
-    inside.add_adapter(peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    base, inside = model("llama", "kvmmap"), model("llama", "kvmmap")
+    torch.manual_seed(3)
+    try:
+        inside.add_adapter(peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    except (ImportError, ValueError) as error:  # a release of transformers may want a newer peft than there is
+        pytest.skip(f"transformers refuses this peft: {error}")
     inside.eval()
     enabled = weights_fingerprint(inside)
     inside.disable_adapters()
