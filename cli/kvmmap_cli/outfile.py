@@ -69,11 +69,13 @@ def write(path: str, data: bytes) -> None:
     Raises:
         OSError: names the file.
     """
-    path = os.path.realpath(path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         mode = None
+    target = os.path.realpath(path)
+    if mode is None or os.path.exists(target):  # a pipe behind /dev/stdout has no path of its own
+        path = target
     try:
         if mode is None or stat.S_ISREG(mode):
             _replace(path, data, mode)

@@ -57,4 +57,5 @@ def on_overlay(fd: int) -> bool:
     status = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first
     if ctypes.CDLL(None).fstatfs(fd, status):
         return False
-    return ctypes.c_uint.from_buffer(status).value == _OVERLAY_MAGIC
+    kind = int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
+    return kind & 0xFFFFFFFF == _OVERLAY_MAGIC
