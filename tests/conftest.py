@@ -77,12 +77,20 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A headless Chromium, for all tests of a session."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Browser:
+    """The same, without what other tests' pages requested and complained of."""
+    chromium.requests.clear()
+    chromium.complaints.clear()
+    return chromium
 
 
 @pytest.fixture(scope="session")
