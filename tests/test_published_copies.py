@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from helpers.cli_support import click_run
 from helpers.support import check_filled, fill, make_file, rows
 
 import kvmmap
+from kvmmap.format import HOME_BYTES, WHOLE_CACHE, Extent, Section
 from kvmmap.storage.file.mapped_file import open_file, read_superblock
 from kvmmap.storage.posix import PosixFile
 
@@ -166,15 +168,22 @@ def test_a_file_of_an_earlier_writer(live: Path) -> None:
         check_filled(cache, PUBLISHED)
 
 
-def test_a_record_that_fills_its_page_has_no_such_word(tmp_path: Path) -> None:
-    path = tmp_path / "cache.kvm"
+def test_a_record_that_fills_its_page(tmp_path: Path) -> None:
+    path, copy = tmp_path / "cache.kvm", tmp_path / "copy.kvm"
     with kvmmap.create(path, num_layers=504, capacity=2, num_kv_heads=1, head_dim=1) as cache:
         with contextlib.closing(open_file(str(path), writable=False)) as file:
             superblock = read_superblock(file)
-        assert superblock.live_record.size == 4096
         cache.push_step(rows(504, 1, 1), rows(504, 1, 1))
         with kvmmap.open(path) as reader:
             assert len(reader) == 1
+        shutil.copy(path, copy)
+        with kvmmap.open(copy) as reader:
+            assert len(reader) == 0
+    # In files of earlier writers another section begins where the word would be.
+    live, sections = superblock.live_record, dict(superblock.sections)
+    sections[Section.METADATA, WHOLE_CACHE] = Extent(live.offset + 4096, 4096)
+    assert live.size == 4096 + HOME_BYTES
+    assert replace(superblock, sections=sections).live_record.size == 4096
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -92,3 +95,21 @@ def test_gc_removes_temporary_files_of_the_dead_and_no_others(tmp_path: Path) ->
         assert result.exit_code == 0, result.stderr
         assert "removed 4 files" in result.stdout
         assert {str(entry) for entry in tmp_path.iterdir()} == {*mine, young, link, held}
+
+
+def test_gc_removes_what_a_killed_report_left(tmp_path: Path) -> None:
+    cache, page = tmp_path / "cache.kvm", tmp_path / "page.html"
+    kvmmap.create(cache, num_layers=1, capacity=8, num_kv_heads=1, head_dim=8).close()
+    killed = (
+        "import os, signal; from kvmmap_cli.main import main; "
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, "report", cache, "-o", page], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = (entry for entry in tmp_path.iterdir() if entry != cache)
+    assert is_temporary(left.name)
+    assert click_run("gc", tmp_path, "--max-bytes", "1G", "--yes").exit_code == 0
+    assert left.exists()  # whoever wrote it may be alive
+    os.utime(left, (time.time() - 2 * 86400,) * 2)
+    assert click_run("gc", tmp_path, "--max-bytes", "1G", "--yes").exit_code == 0
+    assert list(tmp_path.iterdir()) == [cache]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -90,7 +89,9 @@ def write(path: str, data: bytes) -> None:
 
 def _replace(path: str, data: bytes, mode: int | None) -> None:
     """Put a file in its place; it has the mode of the one that was there, or that of any new file."""
-    fd, beside = tempfile.mkstemp(".tmp", ".kvmmap-", os.path.dirname(path))
+    # `kvmmap gc` finds what a killed command leaves by this form of name.
+    beside = os.path.join(os.path.dirname(path), f".kvmmap-{os.urandom(6).hex()}.tmp")
+    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "wb") as file:
             file.write(data)

@@ -124,7 +124,7 @@ LIVE = Record(
 LIVE_LENGTHS = LIVE.size
 """Offset in the live record of the per-layer published lengths: checked words, one a layer."""
 HOME_BYTES = 8
-"""Size of the checked word `home`, which follows the live record within its last page."""
+"""Size of the checked word `home`, which follows the live record."""
 
 
 class Section(IntEnum):

@@ -66,10 +66,14 @@ class Superblock:
 
     @property
     def live_record(self) -> Extent:
-        """The live record, with the `home` word behind it where its last page has room for one."""
+        """The live record, with the `home` word behind it unless another section or the file's end is there."""
         extent = self.section(Section.LIVE)
         end = extent.offset + extent.size
-        fits = _to_page(end) - end >= HOME_BYTES and end + HOME_BYTES <= self.file_bytes
+        free = _to_page(end)
+        if free == end:  # a section may begin right there
+            following = (other.offset for other in self.sections.values() if other.offset >= end)
+            free = min(following, default=self.file_bytes)
+        fits = end + HOME_BYTES <= min(free, self.file_bytes)
         return Extent(extent.offset, extent.size + HOME_BYTES) if fits else extent
 
     @property
@@ -87,7 +91,7 @@ class Superblock:
         end = _to_page(size)
         for key, section_size in sizes.items():
             sections[key] = Extent(end, section_size)
-            end += _to_page(section_size)
+            end += _to_page(section_size + (HOME_BYTES if key[0] == Section.LIVE else 0))
         if end >= 2**63:
             raise ShapeMismatchError(f"the file would be {end:,} bytes: lower the capacity", actual=end)
         return cls(geometry, file_id, created_ns, end, size, sections)

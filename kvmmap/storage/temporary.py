@@ -2,6 +2,7 @@
 
     .NAME.RANDOM.tmp        a file that is being made, and gets the name NAME when it is whole
     NAME.STAMP.partial      a cache that is being filled; STAMP is random (an import), or says what is copied to it
+    .kvmmap-RANDOM.tmp      a page or picture that the command line writes: the name that it gets may be any
 
 NAME is cut where it is so long that the whole would exceed 255 bytes, the limit of most file systems.
 """
@@ -49,13 +50,13 @@ def left_over_names(path: str) -> re.Pattern[str]:
 
 
 def is_temporary(name: str) -> bool:
-    """True for the name of a temporary file of a cache or of an export, also one that an interrupted copy left."""
+    """True for the name of a temporary file of a cache, an export, a page or a picture, or of an interrupted copy."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 _TEMPORARY = re.compile(
     rf"\..+{_ENDINGS}\.{_RANDOM}\.tmp|\..+\.(?:{_RANDOM}|{_STAMP})\.partial\.{_RANDOM}\.tmp"
-    rf"|.+\.{_STAMP}\.partial|.+{_ENDINGS}\.{_RANDOM}\.partial",
+    rf"|.+\.{_STAMP}\.partial|.+{_ENDINGS}\.{_RANDOM}\.partial|\.kvmmap-{_RANDOM}\.tmp",
     re.DOTALL,
 )
 
