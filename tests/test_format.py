@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvmmap import CacheGeometry, CorruptCacheError, NotACacheError, VersionMismatchError, _core
-from kvmmap.format import HEADER, PAGE, Section, Slot, Superblock, checksum, tables
+from kvmmap.format import HEADER, PAGE, Extent, Section, Slot, Superblock, checksum, tables
 
 GEOMETRY = CacheGeometry.build(num_layers=3, capacity=1000, num_kv_heads=[2, 4, 2], head_dim=8, value_head_dim=6)
 
@@ -43,6 +44,23 @@ def test_sections_are_pages_of_their_own() -> None:
             assert offset >= end
             end = offset + size
         assert end <= superblock.file_bytes
+
+
+def test_a_section_table_of_layers_of_many_shapes() -> None:
+    heads, dims = [1 + number % 3 for number in range(60)], [8 * (1 + number % 2) for number in range(60)]
+    superblock = plan(CacheGeometry.build(num_layers=60, capacity=700, num_kv_heads=heads, head_dim=dims))
+    table = Superblock.decode(superblock.encode(), "f", superblock.file_bytes).sections
+    assert dict(table) == superblock.sections
+    assert len(table) == len(superblock.sections)
+    assert (Section.KEY_CODES, 60) not in table
+    assert table.get((Section.LIVE, 0)) is None
+    for number in range(60):  # a section of another layer's shape
+        sections = dict(superblock.sections)
+        offset, size = sections[Section.VALUE_CODES, number]
+        sections[Section.VALUE_CODES, number] = Extent(offset, size - 1)
+        wrong = replace(superblock, sections=sections).encode()
+        with pytest.raises(CorruptCacheError, match=rf"VALUE_CODES has {size - 1} bytes for {size}"):
+            Superblock.decode(wrong, "f", superblock.file_bytes)
 
 
 def test_a_capacity_beyond_four_gigabytes() -> None:

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..codecs import RowCodec, by_id, known_ids, known_transforms
 from ..errors import CorruptCacheError, NotACacheError, ShapeMismatchError, VersionMismatchError
 from ..geometry import MAX_LAYERS, CacheGeometry, LayerGeometry
@@ -32,8 +35,8 @@ from .records import (
     checksum,
     slab_sections,
 )
+from .section_table import KNOWN_SECTIONS, SectionTable
 
-KNOWN_SECTIONS = frozenset(int(kind) for kind in Section)
 REQUIRED_SECTIONS = KNOWN_SECTIONS - OPTIONAL_SECTIONS
 
 
@@ -84,10 +87,15 @@ class Superblock:
     @classmethod
     def plan(cls, geometry: CacheGeometry, *, file_id: bytes, created_ns: int, metadata_bytes: int) -> Superblock:
         """Lay out a new file; `metadata_bytes` is the room for one document."""
-        sizes = _section_sizes(geometry, metadata_bytes)
+        sizes: dict[tuple[int, int], int] = {
+            (kind, WHOLE_CACHE): bytes_ for kind, bytes_ in _sizes_of_cache(geometry, metadata_bytes).items()
+        }
+        by_layer = {layer: _sizes_of_layer(layer, geometry) for layer in set(geometry.layers)}
+        for number, layer in enumerate(geometry.layers):
+            sizes.update(((kind, number), bytes_) for kind, bytes_ in by_layer[layer].items())
         size = HEADER.size + LAYER_ENTRY.size * geometry.num_layers + SECTION_ENTRY.size * len(sizes)
         size += CHECKSUM.size
-        sections = {}
+        sections: dict[tuple[int, int], Extent] = {}
         end = _to_page(size)
         for key, section_size in sizes.items():
             sections[key] = Extent(end, section_size)
@@ -205,11 +213,8 @@ class Superblock:
                 actual=real_bytes,
             )
         sections_at = HEADER.size + LAYER_ENTRY.size * num_layers
-        shapes = _decode_layers(body[HEADER.size : sections_at], path)
         try:
-            # Most layers share one shape: one object serves them all, and opening stays under a millisecond.
-            distinct = {shape: LayerGeometry(*shape) for shape in set(shapes)}
-            layers = tuple([distinct[shape] for shape in shapes])
+            layers = _decode_layers(body[HEADER.size : sections_at], path)
             geometry = CacheGeometry(
                 capacity=header["capacity"],
                 layers=layers,
@@ -217,7 +222,7 @@ class Superblock:
             )
         except ShapeMismatchError as error:
             raise corrupt(str(error)) from error
-        sections = _decode_sections(body[sections_at:], path)
+        sections = SectionTable(body[sections_at:], path)
         _check_sections(sections, geometry, len(data), header["file_bytes"], corrupt)
         return cls(geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections)
 
@@ -226,35 +231,43 @@ def _to_page(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def _section_sizes(geometry: CacheGeometry, metadata_bytes: int) -> dict[tuple[int, int], int]:
+def _sizes_of_cache(geometry: CacheGeometry, metadata_bytes: int) -> dict[Section, int]:
+    """Return the sections that belong to no layer, in their order, with their sizes."""
     tracks = geometry.num_layers + 1
     slot = SLOT.size + 8 * tracks + CHECKSUM.size
-    sizes: dict[tuple[int, int], int] = {
-        (Section.SLOT_A, WHOLE_CACHE): slot,
-        (Section.SLOT_B, WHOLE_CACHE): slot,
-        (Section.LIVE, WHOLE_CACHE): LIVE_LENGTHS + 8 * geometry.num_layers,
-        (Section.METADATA, WHOLE_CACHE): 2 * _to_page(metadata_bytes),
-        (Section.TOKEN_IDS, WHOLE_CACHE): 4 * geometry.capacity,
-        (Section.CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_layers * geometry.num_blocks,
-        (Section.TOKEN_CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_blocks,
-        (Section.SKETCH_CHECKSUMS, WHOLE_CACHE): 8 * geometry.num_layers * geometry.num_blocks,
+    return {
+        Section.SLOT_A: slot,
+        Section.SLOT_B: slot,
+        Section.LIVE: LIVE_LENGTHS + 8 * geometry.num_layers,
+        Section.METADATA: 2 * _to_page(metadata_bytes),
+        Section.TOKEN_IDS: 4 * geometry.capacity,
+        Section.CHECKSUMS: 8 * geometry.num_layers * geometry.num_blocks,
+        Section.TOKEN_CHECKSUMS: 8 * geometry.num_blocks,
+        Section.SKETCH_CHECKSUMS: 8 * geometry.num_layers * geometry.num_blocks,
     }
-    slabs = {layer: layer.slab_bytes(geometry.capacity) for layer in set(geometry.layers)}
-    for number, layer in enumerate(geometry.layers):
-        for kind, size in zip(slab_sections(layer), slabs[layer], strict=True):
-            sizes[kind, number] = size
-        sizes[Section.KEY_SKETCHES, number] = layer.sketch_bytes(geometry.num_blocks)
-    return sizes
 
 
-def _decode_layers(data: memoryview, path: str) -> list[tuple[int, int, int, RowCodec, RowCodec]]:
+def _sizes_of_layer(layer: LayerGeometry, geometry: CacheGeometry) -> dict[int, int]:
+    """Return the sections of such a layer, in their order, with their sizes."""
+    slabs = zip(slab_sections(layer), layer.slab_bytes(geometry.capacity), strict=True)
+    return {**dict[int, int](slabs), Section.KEY_SKETCHES: layer.sketch_bytes(geometry.num_blocks)}
+
+
+def _decode_layers(data: memoryview, path: str) -> tuple[LayerGeometry, ...]:
+    """Return one object a shape, which all layers of that shape share."""
     entries = list(LAYER_ENTRY.struct.iter_unpack(data))
-    codecs: dict[tuple[int, ...], tuple[RowCodec, RowCodec]] = {}
-    for number, entry in enumerate(entries):
-        if (found := entry[3:]) not in codecs:
-            key, value = found[:2], found[2:]
-            codecs[found] = _codec("key", key, number, path), _codec("value", value, number, path)
-    return [(*entry[:3], *codecs[entry[3:]]) for entry in entries]
+    shapes: dict[tuple[int, ...], LayerGeometry] = {}
+    for entry in dict.fromkeys(entries):
+        heads, dim, value_dim, key, key_transform, value, value_transform = entry
+        number = entries.index(entry)
+        shapes[entry] = LayerGeometry(
+            heads,
+            dim,
+            value_dim,
+            _codec("key", (key, key_transform), number, path),
+            _codec("value", (value, value_transform), number, path),
+        )
+    return tuple([shapes[entry] for entry in entries])
 
 
 def _codec(part: str, place: tuple[int, int], layer: int, path: str) -> RowCodec:
@@ -274,24 +287,8 @@ def _codec(part: str, place: tuple[int, int], layer: int, path: str) -> RowCodec
     )
 
 
-def _decode_sections(data: memoryview, path: str) -> dict[tuple[int, int], Extent]:
-    sections = {}
-    for kind, flags, layer, offset, size in SECTION_ENTRY.struct.iter_unpack(data):
-        if kind not in KNOWN_SECTIONS and not flags & OPTIONAL:
-            raise VersionMismatchError(
-                f"{path}: has a section of kind {kind}, unknown here: use a newer kvmmap",
-                path=path,
-                expected=tuple(sorted(KNOWN_SECTIONS)),
-                actual=kind,
-            )
-        if (kind, layer) in sections:
-            raise CorruptCacheError(f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path)
-        sections[kind, layer] = Extent(offset, size)
-    return sections
-
-
 def _check_sections(
-    sections: Mapping[tuple[int, int], Extent],
+    sections: SectionTable,
     geometry: CacheGeometry,
     superblock_bytes: int,
     file_bytes: int,
@@ -301,16 +298,34 @@ def _check_sections(
     metadata = sections.get((Section.METADATA, WHOLE_CACHE))
     if metadata is None or metadata.size % (2 * PAGE):
         raise corrupt("the metadata section is missing or of odd size")
-    some = any(kind in OPTIONAL_SECTIONS for kind, _ in sections)
-    for key, size in _section_sizes(geometry, metadata.size // 2).items():
-        if key not in sections:
-            if key[0] in OPTIONAL_SECTIONS and not some:
-                continue
-            raise corrupt(f"section {Section(key[0]).name} of layer {key[1]} is missing")
-        if sections[key].size != size:
-            raise corrupt(f"section {Section(key[0]).name} has {sections[key].size} bytes for {size}")
-    end = superblock_bytes
-    for offset, size in sorted(sections.values()):
-        if offset % PAGE or offset < end or offset + size > file_bytes:
-            raise corrupt(f"the section at {offset} is off its page, overlaps another, or leaves the file")
-        end = offset + size
+    some = not OPTIONAL_SECTIONS.isdisjoint(sections.kinds.tolist())
+
+    def check(kind: int, layer: int, size: int | None, expected: int) -> None:
+        if size is None and (some or kind not in OPTIONAL_SECTIONS):
+            raise corrupt(f"section {Section(kind).name} of layer {layer} is missing")
+        if size is not None and size != expected:
+            raise corrupt(f"section {Section(kind).name} has {size} bytes for {expected}")
+
+    for kind, expected in _sizes_of_cache(geometry, metadata.size // 2).items():
+        extent = sections.get((kind, WHOLE_CACHE))
+        check(kind, WHOLE_CACHE, extent and extent.size, expected)
+    sizes = sections.sizes_by_layer(geometry.num_layers, max(Section) + 1)
+    wanted = _sizes_by_layer(geometry, max(Section) + 1)
+    for number, column in np.argwhere((wanted >= 0) & (sizes != wanted)).tolist():
+        size = int(sizes[number, column])
+        check(column, number, None if size < 0 else size, int(wanted[number, column]))
+    misplaced = sections.misplaced(superblock_bytes, file_bytes)
+    if misplaced is not None:
+        raise corrupt(f"the section at {misplaced} is off its page, overlaps another, or leaves the file")
+
+
+def _sizes_by_layer(geometry: CacheGeometry, num_kinds: int) -> NDArray[np.int64]:
+    """Return the sizes that layers' sections must have, int64 [num_layers, num_kinds]; -1 for none."""
+    rows: dict[int, int] = {}
+    shapes: list[list[int]] = []
+    for layer in geometry.layers:
+        if id(layer) not in rows:  # one object a shape, as they were decoded
+            rows[id(layer)] = len(shapes)
+            sizes = _sizes_of_layer(layer, geometry)
+            shapes.append([sizes.get(kind, -1) for kind in range(num_kinds)])
+    return np.array(shapes, np.int64)[[rows[id(layer)] for layer in geometry.layers]]

@@ -1,0 +1,92 @@
+"""The section table of a superblock: kinds, layers, offsets and sizes, checked as arrays.
+
+A cache of 80 layers has some 400 sections, of which a program that opens it uses a few. So the table is checked a
+column at a time, and an entry becomes an object when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptCacheError, VersionMismatchError
+from .records import OPTIONAL, PAGE, Extent, Section
+
+KNOWN_SECTIONS = frozenset(int(kind) for kind in Section)
+
+_ENTRY = np.dtype([("kind", "<u2"), ("flags", "<u2"), ("layer", "<u4"), ("offset", "<u8"), ("size", "<u8")])
+_LARGEST = 2**63
+
+
+class SectionTable(Mapping[tuple[int, int], Extent]):
+    """(kind, layer or WHOLE_CACHE) -> extent, of a file that exists.
+
+    Args:
+        data: the table's bytes.
+        path: for messages.
+
+    Raises:
+        VersionMismatchError: a section of a kind that this package does not know and must not ignore.
+        CorruptCacheError: an entry twice, or bounds that no file has.
+    """
+
+    def __init__(self, data: bytes | memoryview, path: str) -> None:
+        table = np.frombuffer(data, _ENTRY)
+        self.kinds = table["kind"].astype(np.int64)
+        self._layers = table["layer"].astype(np.int64)
+        offsets, sizes = table["offset"], table["size"]
+        for kind in sorted({*self.kinds.tolist()} - KNOWN_SECTIONS):
+            if not (table["flags"][self.kinds == kind] & OPTIONAL).all():
+                raise VersionMismatchError(
+                    f"{path}: has a section of kind {kind}, unknown here: use a newer kvmmap",
+                    path=path,
+                    expected=tuple(sorted(KNOWN_SECTIONS)),
+                    actual=kind,
+                )
+        self._keys = self.kinds << 32 | self._layers
+        ordered = np.sort(self._keys)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice):
+            kind, layer = divmod(int(twice[0]), 2**32)
+            raise CorruptCacheError(f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path)
+        for column in (offsets, sizes):
+            if len(column) and column.max() >= _LARGEST:
+                raise CorruptCacheError(f"{path}: superblock damaged: a section ends at 2**63 or later", path=path)
+        self._offsets, self._sizes = offsets.astype(np.int64), sizes.astype(np.int64)
+
+    @cached_property
+    def _rows(self) -> dict[int, int]:
+        return dict(zip(self._keys.tolist(), range(len(self._keys)), strict=True))
+
+    def __getitem__(self, key: tuple[int, int]) -> Extent:
+        row = self._rows[key[0] << 32 | key[1]]
+        return Extent(int(self._offsets[row]), int(self._sizes[row]))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and key[0] << 32 | key[1] in self._rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        yield from zip(self.kinds.tolist(), self._layers.tolist(), strict=True)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def sizes_by_layer(self, num_layers: int, num_kinds: int) -> NDArray[np.int64]:
+        """Return the sizes of layers' sections, int64 [num_layers, num_kinds]; -1 where there is none."""
+        found = np.full((num_layers, num_kinds), -1, np.int64)
+        mine = np.flatnonzero((self._layers < num_layers) & (self.kinds < num_kinds))
+        found[self._layers[mine], self.kinds[mine]] = self._sizes[mine]
+        return found
+
+    def misplaced(self, start: int, stop: int) -> int | None:
+        """Return the offset of a section that is off its page, overlaps another, or is not within [start, stop) of
+        the file; None if there is none."""
+        order = np.lexsort((self._sizes, self._offsets))
+        offsets = self._offsets[order]
+        ends = offsets + self._sizes[order]  # may overflow: negative then
+        before = np.concatenate([np.array([start], np.int64), ends[:-1]])
+        wrong = (offsets % PAGE != 0) | (offsets < before) | (ends > stop) | (ends < offsets)
+        return int(offsets[np.argmax(wrong)]) if wrong.any() else None
