@@ -19,7 +19,7 @@ from .inputs import check_quantized
 from .layer import QuantizedKvLayer
 from .layers import Layers
 from .metadata import ModelInfo, document
-from .storage.protocols import Progress, Storage, VerifyReport, seq_len
+from .storage.protocols import Progress, Storage, VerifyReport
 
 
 class CacheReader:
@@ -68,7 +68,7 @@ class CacheReader:
     @property
     def seq_len(self) -> int:
         """Positions complete in every layer, as of the last `refresh` where another process writes."""
-        return seq_len(self._storage)
+        return self._storage.seq_len
 
     def __len__(self) -> int:
         """`seq_len`."""

@@ -8,6 +8,7 @@ from typing import overload
 from .errors import LayerOutOfRangeError
 from .geometry import index
 from .layer import QuantizedKvLayer
+from .storage.on_demand import OnDemand
 from .storage.protocols import Storage
 
 
@@ -15,7 +16,10 @@ class Layers(Sequence[QuantizedKvLayer]):
     """A cache's layers, by index from 0; negative ones don't wrap."""
 
     def __init__(self, storage: Storage) -> None:
-        self._layers = [QuantizedKvLayer.of_store(storage, store) for store in storage.layers]
+        stores = storage.layers
+        self._layers = OnDemand(
+            len(stores), lambda number: QuantizedKvLayer.of_store(storage, stores[number]), storage.lock
+        )
 
     def __len__(self) -> int:
         return len(self._layers)

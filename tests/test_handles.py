@@ -13,6 +13,7 @@ import pytest
 from helpers.support import check_filled, fill, make_file, run_python
 
 import kvmmap
+from kvmmap.storage.on_demand import OnDemand
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -56,6 +57,27 @@ def test_a_reader_follows_a_writer_of_the_same_process(any_path: Path) -> None:
             writer.flush()
             assert late.refresh()
             check_filled(late, 210)
+
+
+def test_layers_are_made_when_they_are_first_asked_for(path: Path) -> None:
+    with make_file(path, 40) as writer, kvmmap.open(path) as reader:
+        layers = reader.storage.layers
+        assert isinstance(layers, OnDemand)
+        assert layers.made() == []
+        assert reader.seq_len == 40
+        first = reader.layers[0]
+        assert len(first) == 40
+        assert reader.layers[0] is first
+        assert layers.made() == [layers[0]]
+        fill(writer, 70)
+        assert reader.refresh()
+        assert len(first) == len(reader.layers[1]) == reader.seq_len == 70  # made before the refresh, and after
+        writer.truncate(10)
+        assert reader.refresh()
+        assert {len(layer) for layer in reader.layers} == {10}
+    with kvmmap.open(path, "a") as writer:
+        writer.layers[1].push(*(np.ones((writer.num_kv_heads, writer.head_dim), np.float32),) * 2)
+        assert (writer.seq_len, len(writer.layers[1]), len(writer.layers[0])) == (10, 11, 10)
 
 
 def test_closing_a_reader_leaves_the_writer_its_lock(any_path: Path) -> None:

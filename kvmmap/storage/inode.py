@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 import struct
 import sys
@@ -50,12 +51,17 @@ def copy_access(source: int, target: int) -> None:
             os.setxattr(target, _ACCESS_LIST, os.getxattr(source, _ACCESS_LIST))
 
 
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def on_overlay(fd: int) -> bool:
     """True if a file is on overlayfs."""
     if sys.platform != "linux":
         return False
     status = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first
-    if ctypes.CDLL(None).fstatfs(fd, status):
+    if _c_library().fstatfs(fd, status):
         return False
     kind = int.from_bytes(status.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
     return kind & 0xFFFFFFFF == _OVERLAY_MAGIC

@@ -54,9 +54,10 @@ def _names_file(method: Method) -> Method:
 class PosixFile:
     """An open file. Writes are positioned and whole; every failure is an OSError that names the file."""
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, *, read_only: bool = False) -> None:
         self.path = path
         self._fd = fd
+        self._read_only = read_only
 
     @classmethod
     def open(cls, path: str, *, writable: bool, used: bool = False) -> PosixFile:
@@ -69,7 +70,7 @@ class PosixFile:
                 ask for that (Linux) and the file is this user's.
         """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe must not hang us
-        return cls(_open(path, flags if used else flags | _NO_ACCESS_TIME), path)
+        return cls(_open(path, flags if used else flags | _NO_ACCESS_TIME), path, read_only=not writable)
 
     @classmethod
     def create_beside(cls, path: str) -> PosixFile:
@@ -248,7 +249,10 @@ class PosixFile:
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         # mmap keeps a duplicate of the descriptor it is given for as long as any view lives, and a lock goes only
-        # with the last duplicate. So it gets one of another open file, which never held the lock.
+        # with the last duplicate. So a writer's map gets one of another open file, which never held the lock. Files
+        # opened for reading are locked only where nothing maps them (`repair`, `remove_dead`).
+        if self._read_only and not writable:
+            return mmap.mmap(self._fd, size + offset - start, access=access, offset=start), offset - start
         fd = self._reopen(os.O_RDWR if writable else os.O_RDONLY)
         try:
             memory = mmap.mmap(fd, size + offset - start, access=access, offset=start)

@@ -214,6 +214,11 @@ class Storage(ABC):
     # State
 
     @property
+    def seq_len(self) -> int:
+        """Positions that are complete in every layer."""
+        return min([layer.length for layer in self.layers])
+
+    @property
     def closed(self) -> bool:
         """True after `close`."""
         return self._closed
@@ -279,7 +284,7 @@ class Storage(ABC):
             for layer in self.layers:
                 layer.publish(length)
         except BaseException:
-            self.truncate(seq_len(self))
+            self.truncate(self.seq_len)
             raise
 
     def appended(self) -> None:
@@ -320,7 +325,7 @@ class Storage(ABC):
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Compare every committed block with its checksum."""
         self.check()
-        return VerifyReport(path=self.path, seq_len=seq_len(self), verified=0)
+        return VerifyReport(path=self.path, seq_len=self.seq_len, verified=0)
 
     # Description
 
@@ -332,11 +337,6 @@ class Storage(ABC):
     def facts(self) -> dict[str, Any]:
         """Return what `inspect` shows of the storage itself."""
         return {"kind": self.kind}
-
-
-def seq_len(storage: Storage) -> int:
-    """Return the number of positions that are complete in every layer."""
-    return min([layer.length for layer in storage.layers])
 
 
 def closed_error(path: str | None) -> ClosedError:

@@ -19,7 +19,7 @@ from ..cache import QuantizedKvCache
 from ..errors import CorruptCacheError, FormatError
 from ..opening import file_path, open_cache, place_of
 from ..paths import PathLike
-from ..storage.protocols import Progress, Storage, VerifyReport, seq_len
+from ..storage.protocols import Progress, Storage, VerifyReport
 from ..storage.receiving import CopyOptions, Receiver
 from .filling import fill
 from .plan import Plan
@@ -150,7 +150,7 @@ def opened(source: PathLike | QuantizedKvCache, options: Mapping[str, Any] | Non
 def _run(plan: Plan, receiver: Receiver, options: CopyOptions, progress: Progress | None) -> CopyReport:
     """Copy what a plan says into a receiver."""
     try:
-        resumed = seq_len(receiver.storage)
+        resumed = receiver.storage.seq_len
         meter = _Meter(plan, options.verify, progress)
         for length in fill(plan, receiver):
             meter.reached(length)
@@ -197,7 +197,7 @@ def _refuse_damaged(report: VerifyReport) -> None:
 def _same(one: Storage, other: Storage) -> bool:
     """True if two caches certainly hold the same: rows, token ids, model and metadata."""
     length = one.committed_len
-    if not length == seq_len(one) == seq_len(other) == other.committed_len:
+    if not length == one.seq_len == other.seq_len == other.committed_len:
         return False
     shapes = [(storage.geometry.layers, storage.geometry.block_tokens, storage.token_len) for storage in (one, other)]
     if shapes[0] != shapes[1] or one.document.encode() != other.document.encode():

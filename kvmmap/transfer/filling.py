@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..storage.protocols import Rows, seq_len
+from ..storage.protocols import Rows
 from ..storage.receiving import CopyRange, Receiver
 from .plan import Plan
 
@@ -15,7 +15,7 @@ AHEAD_BYTES = 128 * 2**20
 def fill(plan: Plan, receiver: Receiver) -> Iterator[int]:
     """Append to the target what it lacks, and yield its length after every step."""
     source, target, first = plan.incoming.source, receiver.storage, plan.start
-    steps = plan.steps(seq_len(target))
+    steps = plan.steps(target.seq_len)
     ids = source.read_tokens(first + plan.tokens)[first:]
     ahead = _fetching_ahead([part for step in steps for part in step], receiver)
     for step in steps:

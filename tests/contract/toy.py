@@ -9,7 +9,7 @@ from kvmmap.errors import CacheExistsError, CacheNotFoundError, ReadOnlyError
 from kvmmap.geometry import CacheGeometry
 from kvmmap.metadata import Document
 from kvmmap.rows import Rows
-from kvmmap.storage.protocols import LayerStore, Storage, seq_len
+from kvmmap.storage.protocols import LayerStore, Storage
 from kvmmap.storage.registry import CreateOptions, OpenOptions, Place
 
 SAVED: dict[str, dict[str, Any]] = {}
@@ -40,7 +40,7 @@ class ToyStorage(Storage):
 
     def commit(self) -> None:
         self.check_writable()
-        length = seq_len(self)
+        length = self.seq_len
         rows = [[array.copy() for array in layer.rows(0, length)] for layer in self.layers]
         SAVED[str(self.path)] = {"rows": rows, "ids": self.read_tokens(self.token_len), "document": self.document}
         SAVED[str(self.path)] |= {"geometry": self.geometry, "length": length}
@@ -74,10 +74,10 @@ class ToyReader(ToyStorage):
 
     def refresh(self) -> bool:
         self.check()
-        before = seq_len(self)
+        before = self.seq_len
         self.load()
-        self._truncations += seq_len(self) < before
-        return seq_len(self) != before
+        self._truncations += self.seq_len < before
+        return self.seq_len != before
 
 
 class ToyPlace(Place):

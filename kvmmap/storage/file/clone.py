@@ -16,7 +16,7 @@ from ...errors import CorruptCacheError
 from ...format import WHOLE_CACHE, Section, Slot, slab_sections
 from ...geometry import check_range, check_room
 from ..posix import PosixFile, closing_on_error
-from ..protocols import Durability, Progress, seq_len
+from ..protocols import Durability, Progress
 from .mapped_file import read_superblock
 from .placement import already_exists, build_file, place_of
 from .reader import MappedReader
@@ -47,7 +47,7 @@ def fork_file(
     """
     target = place_of(target, overwrite=False)
     with contextlib.closing(MappedReader.open(source, record_use=True)) as old:
-        _, length = check_range(0, seq_len(old) if length is None else length, seq_len(old))
+        _, length = check_range(0, old.seq_len if length is None else length, old.seq_len)
         geometry = dataclasses.replace(old.geometry, capacity=old.geometry.capacity if capacity is None else capacity)
         check_room(0, length, geometry.capacity)
         file = build_file(

@@ -15,7 +15,7 @@ from ...format import Section, Slot, Superblock, checksum
 from ...metadata import Document
 from ..after_fork import close_in_children, refuse_forked
 from ..posix import PosixFile
-from ..protocols import Durability, Verify, seq_len
+from ..protocols import Durability, Verify
 from .commit_checksums import CommitChecksums
 from .file_sketches import SketchWriter
 from .reader import MappedReader
@@ -195,7 +195,7 @@ class Committer(MappedReader):
         """Make the positions complete in every layer survive power loss; nothing is done if they do already."""
         with self.lock:
             self.check_writable()
-            slot, length = self.snapshot.slot, seq_len(self)
+            slot, length = self.snapshot.slot, self.seq_len
             tokens = min(self.token_len, length)
             same = (slot.seq_len, slot.token_len) == (length, tokens) and self._new_document is None
             self._sync_name()
@@ -305,7 +305,7 @@ class Committer(MappedReader):
 
     def _close_commit(self) -> None:
         slot = self.snapshot.slot
-        changed = (slot.seq_len, slot.token_len) != (seq_len(self), min(self.token_len, seq_len(self)))
+        changed = (slot.seq_len, slot.token_len) != (self.seq_len, min(self.token_len, self.seq_len))
         if changed or self._new_document is not None or not slot.closed:
             self.commit(closing=True)
         self._sync_name()

@@ -7,7 +7,7 @@ opened or last refreshed. Several threads may share a handle.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import weakref
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ...errors import CacheChangedError, CorruptCacheError, ReadOnlyError
 from ...format import FORMAT_VERSION, Slot, Superblock
 from ...metadata import Document
+from ..on_demand import OnDemand
 from ..posix import PosixFile, closing_on_error
-from ..protocols import Progress, Verify, VerifyReport, seq_len
+from ..protocols import Progress, Verify, VerifyReport
 from ..readonly import ReadOnlyStorage
 from .first_read import WHAT_TO_DO, verify_tokens
 from .last_use import UseRecorder, last_use_ns
@@ -51,7 +52,9 @@ class MappedReader(ReadOnlyStorage):
         self._verify = verify
         use = UseRecorder(file) if record_use else None
         self.holder = SnapshotHolder(self.mapped, recover=recover, verify=verify == "read", use=use)
-        self.layers: Sequence[MappedLayer] = self._make_layers()
+        self._length = 0
+        """Length of layers that have not been made."""
+        self.layers: OnDemand[MappedLayer] = self._layers_on_demand()
         self.token_len = 0
         self._document: tuple[Slot, Document] | None = None
         self._show(self.holder.current)
@@ -74,8 +77,17 @@ class MappedReader(ReadOnlyStorage):
         with closing_on_error(open_file(path, writable=False, used=record_use)) as file:
             return cls(file, read_superblock(file), recover=recover, verify=verify, record_use=record_use)
 
-    def _make_layers(self) -> Sequence[MappedLayer]:
-        return [MappedLayer(self, number, self.mapped, self.holder) for number in range(self.geometry.num_layers)]
+    def _layers_on_demand(self) -> OnDemand[MappedLayer]:
+        me = weakref.proxy(self)  # no reference cycle: see `LayerStore`
+        return OnDemand(self.geometry.num_layers, lambda number: me._new_layer(number), self.lock)
+
+    def _new_layer(self, number: int) -> MappedLayer:
+        layer = self._make_layer(number)
+        layer.length = self._length
+        return layer
+
+    def _make_layer(self, number: int) -> MappedLayer:
+        return MappedLayer(self, number, self.mapped, self.holder)
 
     def _closed_cleanly(self) -> bool:
         """False after a machine crash or a failed sync while a writer had the file open."""
@@ -93,6 +105,13 @@ class MappedReader(ReadOnlyStorage):
             )
 
     # State
+
+    @property
+    def seq_len(self) -> int:
+        lengths = [layer.length for layer in self.layers.made()]
+        if len(lengths) < len(self.layers):
+            lengths.append(self._length)
+        return min(lengths)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -123,8 +142,8 @@ class MappedReader(ReadOnlyStorage):
 
     def _show(self, snapshot: Snapshot) -> None:
         """Make a snapshot this handle's view: positions complete in every layer."""
-        length = min(snapshot.lengths)
-        for layer in self.layers:
+        self._length = length = min(snapshot.lengths)
+        for layer in self.layers.made():
             layer.length = length
         self.token_len = min(snapshot.token_len, length)
         # Last: a read in another thread then has the version of the lengths before, or the lengths of this one.
@@ -175,7 +194,7 @@ class MappedReader(ReadOnlyStorage):
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         self.check()
-        return verify_file(self.mapped, self.holder, seq_len(self), progress)
+        return verify_file(self.mapped, self.holder, self.seq_len, progress)
 
     @property
     def committed_len(self) -> int:
@@ -228,5 +247,5 @@ class MappedReader(ReadOnlyStorage):
         with self.lock:
             if not self.closed:
                 self.mapped.close()
-                for layer in self.layers:
+                for layer in self.layers.made():
                     layer.forget_map()

@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ...errors import CacheNotFoundError, FormatError
-from ..protocols import Progress, Rows, VerifyReport, seq_len
+from ..protocols import Progress, Rows, VerifyReport
 from ..receiving import CopyOptions, CopyRange, Incoming, Receiver
 from ..streaming import RowStream, open_stream
 from ..temporary import partial_path
@@ -122,7 +122,7 @@ class FileReceiver(Receiver):
 def _open_partial(partial: str, incoming: Incoming) -> MappedWriter:
     try:
         writer = MappedWriter.open_locked(partial, timeout=0)
-        if writer.geometry == incoming.geometry and seq_len(writer) <= incoming.length:
+        if writer.geometry == incoming.geometry and writer.seq_len <= incoming.length:
             return writer
         writer.close()
         remove_file(partial, 0)

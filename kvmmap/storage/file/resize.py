@@ -11,7 +11,7 @@ import os
 
 from ...errors import CapacityExceededError, CorruptCacheError
 from ...geometry import CacheGeometry
-from ..protocols import Progress, Rows, seq_len
+from ..protocols import Progress, Rows
 from .mapped_file import read_superblock
 from .placement import build_file
 from .reader_layer import MappedLayer
@@ -30,7 +30,7 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
     with contextlib.closing(MappedWriter.open_locked(path, timeout=timeout)) as old:
         # So that checksums cover everything; and closed, because nothing can be saved in it once it is replaced.
         old.commit(closing=True)
-        length = seq_len(old)
+        length = old.seq_len
         wanted = length if capacity is None else capacity
         geometry = dataclasses.replace(old.geometry, capacity=wanted)
         _refuse_loss(geometry, length)

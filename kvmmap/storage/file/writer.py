@@ -7,7 +7,7 @@ lengths, then bumps the generation, and only then may rows be overwritten.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from ...errors import CorruptCacheError, KvmmapError
 from ...format import Section
 from ...geometry import CacheGeometry
 from ...metadata import Document
+from ..on_demand import OnDemand
 from ..posix import closing_on_error
-from ..protocols import Durability, Verify, seq_len
+from ..protocols import Durability, Verify
 from .committer import Committer
 from .mapped_file import read_superblock
 from .placement import METADATA_ROOM, already_exists, build_file, lock_file, place_of, replace_file
@@ -29,7 +30,7 @@ from .writer_layer import ScratchRows, WriterLayer
 class MappedWriter(Committer):
     """A `.kvm` file open for appending. Holds the writer's lock until it is closed or the process ends."""
 
-    layers: Sequence[WriterLayer]
+    layers: OnDemand[WriterLayer]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._publishing = False
@@ -88,10 +89,12 @@ class MappedWriter(Committer):
                 raise already_exists(path) from None
             raise
 
-    def _make_layers(self) -> Sequence[WriterLayer]:
-        scratch = ScratchRows(self.geometry.capacity)
-        layers = range(self.geometry.num_layers)
-        return [WriterLayer(self, number, self.mapped, self.holder, scratch) for number in layers]
+    @cached_property
+    def _scratch(self) -> ScratchRows:
+        return ScratchRows(self.geometry.capacity)
+
+    def _make_layer(self, number: int) -> WriterLayer:
+        return WriterLayer(self, number, self.mapped, self.holder, self._scratch)
 
     # Appending
 
@@ -190,7 +193,7 @@ class MappedWriter(Committer):
     def _reload(self) -> None:
         super()._reload()
         if self._publishing:
-            self._truncating = seq_len(self)
+            self._truncating = self.seq_len
             self._publishing = False
         if self._truncating is not None:
             self._roll_back(self._truncating)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import CacheExistsError, CacheNotFoundError, CorruptCacheError, FormatError
 from ..objects.protocol import Objects
-from ..protocols import Progress, VerifyReport, seq_len
+from ..protocols import Progress, VerifyReport
 from ..receiving import CopyOptions, Incoming, Receiver
 from .handle import read_root
 from .placement import create_group, open_locked
@@ -45,7 +45,7 @@ class GroupReceiver(Receiver):
                 )
         if continuing:
             writer = open_locked(objects, keep_copying=True, break_lock=options.break_lock)
-            if seq_len(writer) > incoming.length:
+            if writer.seq_len > incoming.length:
                 writer.truncate(incoming.length)
         else:
             writer = create_group(

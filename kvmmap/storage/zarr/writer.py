@@ -20,7 +20,7 @@ from ...metadata import Document
 from ..after_fork import refuse_forked
 from ..checksums import digest
 from ..objects.protocol import Lock, Objects
-from ..protocols import Durability, Storage, seq_len
+from ..protocols import Durability, Storage
 from .outgoing import OutgoingShards
 from .reader import ZarrReader
 from .root import Root
@@ -131,7 +131,7 @@ class ZarrWriter(ZarrReader):
             for layer in self.layers:
                 if layer.ahead:
                     layer.roll_back()
-            length = seq_len(self)
+            length = self.seq_len
             tokens = min(self.token_len, length)
             root = self.root
             same = (root.seq_len, root.token_len, root.copying) == (length, tokens, self.copying)
