@@ -29,6 +29,7 @@ from .errors import (
     HeadOutOfRangeError,
     KvmmapError,
     LayerOutOfRangeError,
+    LibraryFullError,
     MetadataError,
     MissingLibraryError,
     ModelMismatchError,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .finding import find, find_temporary, remove_temporary
     from .formats.safetensors import export_tensors
     from .formats.safetensors_import import import_tensors
+    from .library import Library, Namespace
     from .storage.file.repair import RepairReport
     from .transfer.copying import CopyReport, copy, fetch
 
@@ -65,6 +67,8 @@ __version__ = "0.1.0"
 # What few programs use, and takes long to load (hashlib and the like), is loaded when it is first used.
 _LATER = {
     "CopyReport": "transfer.copying",
+    "Library": "library",
+    "Namespace": "library",
     "RepairReport": "storage.file.repair",
     "copy": "transfer.copying",
     "fetch": "transfer.copying",
@@ -103,10 +107,13 @@ __all__ = [
     "KvmmapError",
     "LayerGeometry",
     "LayerOutOfRangeError",
+    "Library",
+    "LibraryFullError",
     "MetadataError",
     "MissingLibraryError",
     "ModelInfo",
     "ModelMismatchError",
+    "Namespace",
     "NonFiniteError",
     "NotACacheError",
     "PoisonedError",

@@ -136,6 +136,10 @@ class PoisonedError(KvmmapError, OSError):
     """An earlier sync failed, so nothing more can be promised: close and reopen; the last commit is intact."""
 
 
+class LibraryFullError(KvmmapError, OSError):
+    """No room in a library: its budget or the disk is used up, and nothing may be evicted. Has `path`, `actual`."""
+
+
 class StoreError(KvmmapError, OSError):
     """An object store failed or refused, and trying again did not help. Has `path`: its URL."""
 

@@ -14,6 +14,7 @@ from kvmmap_cli.docs import reference
 from kvmmap_cli.main import kvmmap as group
 
 import kvmmap
+from kvmmap import library
 from kvmmap.integrations import transformers
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,7 @@ def test_every_public_name_has_a_place_in_the_api_reference() -> None:
     public = {f"kvmmap.{name}" for name in kvmmap.__all__ if name != "report"}
     public |= {f"kvmmap.report.{name}" for name in kvmmap.report.__all__}
     public |= {f"kvmmap.integrations.transformers.{name}" for name in transformers.__all__}
+    public |= {f"kvmmap.library.{name}" for name in library.__all__ if name not in kvmmap.__all__}
     public |= {f"kvmmap.codecs.{name}" for name in ("RowArray", "RowCodec", "register")}  # to write one's own
     assert placed == public
 

@@ -57,6 +57,7 @@ FRAMEWORKS = {
     "llama_cpp": "integrations",
     "safetensors": "formats",
     "mmap": "storage",
+    "sqlite3": "library",
 }
 """The one package that may import each of these libraries."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 
 from ...errors import CacheChangedError, MetadataError, PoisonedError, VersionMismatchError
 from ...format import Section, Slot, Superblock, checksum
@@ -56,6 +57,10 @@ class Committer(MappedReader):
         self._new_document: tuple[Document, bytes] | None = None
         self._name_synced = False
         self._generation = 1
+        self.admitted = superblock.geometry.capacity
+        """Positions up to which rows may be written without asking `admit`."""
+        self.admit: Callable[[int], int] | None = None
+        """Called with the length that an append leads to, before it writes anything; returns `admitted`, or raises."""
         super().__init__(file, superblock, recover=recover, verify=verify, record_use=record_use)
         self._reopen()
         slot = self.snapshot.slot
@@ -89,6 +94,11 @@ class Committer(MappedReader):
             self._checksums.verify_tails(slot)
             self._note_verified(slot.seq_len, slot.token_len)
             self._state = WriterState.READY
+
+    def ask_admission(self, length: int) -> None:
+        """Raise unless rows up to `length` may be written."""
+        if self.admit is not None:
+            self.admitted = self.admit(length)
 
     def interrupt(self) -> None:
         """Mark interrupted: state is reloaded from the file before the next operation."""

@@ -62,8 +62,9 @@ class WriterLayer(MappedLayer):
     def begin(self, count: int) -> int:
         self._storage.check_writable()
         length = self.length
-        if length + count > self.capacity:
+        if length + count > self._storage.admitted:
             check_room(length, count, self.capacity, layer=self.index)
+            self._storage.ask_admission(length + count)
         return length
 
     def stage(self, start: int, count: int) -> Rows:

@@ -1,0 +1,12 @@
+"""Many caches as one store: which of them has the longest prefix of a prompt, within a budget, for many processes."""
+
+from .checking import CheckReport
+from .library import Library
+from .matching import Match
+from .metrics import LibraryStats
+from .namespace import Namespace
+from .policy import Choice
+from .segment import Segment
+from .session import Session
+
+__all__ = ["CheckReport", "Choice", "Library", "LibraryStats", "Match", "Namespace", "Segment", "Session"]

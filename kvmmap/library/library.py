@@ -1,0 +1,280 @@
+"""`Library`: many caches as one store, shared by any number of processes. `upkeep` has what looks after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from ..cache import QuantizedKvCache
+from ..cache_reader import CacheReader
+from ..errors import CacheNotFoundError, KvmmapError, MetadataError, ShapeMismatchError, UnknownTokensError
+from ..geometry import index as whole
+from ..inputs import check_token_ids
+from ..opening import open_cache
+from ..paths import PathLike
+from .contents import disk_bytes, read_own_tokens
+from .hashing import Prompt
+from .making import Tail, Vanished
+from .matching import Match, Search
+from .namespace import NOTES, Namespace
+from .segment import Segment
+from .session import Session
+from .upkeep import LibraryUpkeep
+
+LEAST_CAPACITY = 8192
+"""Positions that a new segment has room for, at least. It costs no disk."""
+
+ATTEMPTS = 16
+"""Matches whose segments vanish before they can be opened, before a session gives up."""
+
+COPY_POSITIONS = 1024
+"""Positions that `put` copies at a time."""
+
+
+class Library(LibraryUpkeep):
+    """A directory of caches that answers which of them has the longest prefix of a prompt.
+
+    Any number of processes and threads use it at once, without a server. Segments are ordinary `.kvm` files; the index
+    is an SQLite database that is rebuilt from them if it is lost.
+
+    Args:
+        path: of the directory. It is made if it is not there; one that has other things in it is refused.
+        max_bytes: bytes on the disk to keep at most. The library remembers it; None leaves it as it is, and a new
+            library without a limit.
+        ttl: seconds after their last use for which new segments are kept; remembered likewise.
+
+    It is a context manager that closes.
+
+    Raises:
+        NotACacheError: there is something else at the path.
+        VersionMismatchError: a newer kvmmap made the library.
+        CorruptCacheError: its settings are damaged.
+        OSError: the directory can't be made or written to.
+    """
+
+    # Looking up
+
+    def match(self, namespace: Namespace, token_ids: Any, *, limit: int | None = None) -> Match:
+        """Find the longest prefix of a prompt that can be restored. It is not a use of what is found.
+
+        Args:
+            namespace: only segments of this one count.
+            token_ids: the prompt, n whole numbers from 0 to 2**31 - 1.
+            limit: match at most so many of them. A model needs one position to compute logits from: len(token_ids) - 1.
+
+        Raises:
+            ShapeMismatchError, DtypeError: not such numbers.
+            MetadataError: the namespace's facts are no plain JSON.
+            ClosedError: the library is closed.
+        """
+        return self._match(namespace, self._prompt(namespace, token_ids, limit))
+
+    def _prompt(self, namespace: Namespace, token_ids: Any, limit: int | None) -> Prompt:
+        ids = check_token_ids(token_ids, None)
+        if limit is not None:
+            ids = ids[: max(0, whole(limit, "limit"))]
+        return Prompt(namespace.seed, ids)
+
+    def _match(self, namespace: Namespace, prompt: Prompt) -> Match:
+        number = self._open_index.namespace_id(namespace)
+        if number is None:
+            return Match(length=0, common=0, chain=())
+        return Search(self._open_index, number, prompt, read_own_tokens).run()
+
+    def open(self, match: Match) -> QuantizedKvCache:
+        """Open what a match found, for reading. Its first `match.length` positions are those of the prompt.
+
+        This is a use of it. What is evicted meanwhile can still be read until it is closed.
+
+        Raises:
+            CacheNotFoundError: nothing matched, or it was evicted since: match again.
+            FormatError, OSError: as in `kvmmap.open`.
+        """
+        if match.path is None:
+            raise CacheNotFoundError(f"{self.path}: nothing matched, so there is nothing to open", path=self.path)
+        cache = open_cache(match.path, record_use=False)
+        self._use(match, 0)
+        return cache
+
+    # Sessions
+
+    def session(
+        self,
+        namespace: Namespace,
+        token_ids: Any,
+        *,
+        limit: int | None = None,
+        capacity: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Session:
+        """Open a cache that begins with what the library has of a prompt, to be continued.
+
+            with library.session(namespace, token_ids, limit=len(token_ids) - 1) as cache:
+                keys, values = compute(token_ids[cache.reused :])
+                cache.extend(keys, values, token_ids[cache.reused :])
+
+        What is appended is private until `flush` or `close` makes it part of the library. Where a segment of the
+        library ends, it is appended to in place, unless another session does so already.
+
+        Args:
+            namespace, token_ids, limit: as in `match`.
+            capacity: positions that there is to be room for, with those of the prompt; by default twice the prompt's,
+                at least 8,192. Room costs no disk.
+            metadata: plain JSON, kept with a new segment; "library" is the library's own key.
+
+        Returns:
+            A cache open for appending that holds `reused` positions. Close it.
+
+        Raises:
+            ShapeMismatchError, DtypeError, MetadataError, ClosedError: as in `match`.
+            LibraryFullError: there is no room for a new segment.
+            OSError: the disk is failing.
+
+            While appending, besides what `extend` raises:
+            LibraryFullError: nothing more can be evicted; nothing was appended.
+        """
+        prompt = self._prompt(namespace, token_ids, None)
+        wanted = len(prompt) if limit is None else max(0, min(whole(limit, "limit"), len(prompt)))
+        room = max(LEAST_CAPACITY, 2 * len(prompt)) if capacity is None else whole(capacity, "capacity")
+        if room < len(prompt):
+            raise ShapeMismatchError(
+                f"capacity is {room} positions, and the prompt alone has {len(prompt)}",
+                expected=len(prompt),
+                actual=room,
+            )
+        number = self._number(namespace)
+        sought = Prompt(namespace.seed, prompt.ids[:wanted])
+        for attempt in range(ATTEMPTS):
+            match = self._match(namespace, sought)
+            try:
+                tail = self._maker.tail(
+                    namespace,
+                    number,
+                    match,
+                    sought,
+                    capacity=room,
+                    metadata=_own(metadata),
+                    ttl=self._settings.ttl,
+                )
+            except Vanished:
+                if attempt == ATTEMPTS // 2:
+                    self.check()
+                continue
+            self._use(match, len(prompt) - match.length)
+            return self._begin(namespace, match, tail, prompt)
+        raise KvmmapError(f"{self.path}: segments vanish as fast as they are found: is something else deleting them?")
+
+    def _begin(self, namespace: Namespace, match: Match, tail: Tail, prompt: Prompt) -> Session:
+        session = Session.of_storage(tail.cache.storage)
+        assert isinstance(session, Session)
+        session.begin(
+            self._owner,
+            name=tail.name,
+            namespace=namespace,
+            reused=match.length,
+            parent=tail.parent,
+            start=tail.start,
+            continues=tail.continues,
+            prompt=prompt.ids,
+        )
+        if not tail.continues:
+            self._open_index.set_bytes(tail.name, disk_bytes(session.path or ""))
+        return session
+
+    def _number(self, namespace: Namespace) -> int:
+        number = self._open_index.namespace_id(namespace)
+        if number is None:
+            os.makedirs(os.path.join(self.path, "caches", namespace.folder), mode=0o700, exist_ok=True)
+            number = self._open_index.add_namespace(
+                namespace.digest,
+                namespace.folder,
+                namespace.document,
+                namespace.model.name or "",
+                namespace.position_bytes,
+            )
+        return number
+
+    def _use(self, match: Match, computed: int) -> None:
+        self._open_index.use(match.chain, match.length, computed)
+        self._metrics.session(match, computed)
+
+    def put(
+        self,
+        cache: PathLike | CacheReader,
+        namespace: Namespace | None = None,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Segment:
+        """Take an existing cache into the library: its rows are copied, as far as the library does not have them.
+
+        Args:
+            cache: path or URL of a cache, or an open one, of which every position has a token id.
+            namespace: whose keys and values it holds; by default what the cache says, `Namespace.of(cache)`.
+            metadata: as in `session`; by default the cache's.
+
+        Returns:
+            The segment that has its last position.
+
+        Raises:
+            UnknownTokensError: a position has no token id.
+            ModelMismatchError: the namespace has other layers than the cache.
+            LibraryFullError: there is no room for it.
+            CorruptCacheError, FormatError, CacheNotFoundError, StoreError, OSError: as in `kvmmap.open` and `copy`.
+        """
+        with ExitStack() as stack:
+            if isinstance(cache, CacheReader):
+                source = cache
+            else:
+                source = stack.enter_context(open_cache(cache, record_use=False))
+            return self._take_in(source, namespace or Namespace.of(source), metadata)
+
+    def _take_in(self, source: CacheReader, namespace: Namespace, metadata: Mapping[str, Any] | None) -> Segment:
+        ids = source.token_ids
+        unknown = np.flatnonzero(ids < 0)
+        if len(unknown) or not len(ids):
+            where = int(unknown[0]) if len(unknown) else 0
+            raise UnknownTokensError(
+                f"{source.path or 'the cache'}: position {where} has no token id, so nothing could ever match it: give "
+                "token ids when appending",
+                position=where,
+                actual=len(ids),
+                path=source.path,
+            )
+        if source.geometry.layers != namespace.layers:
+            raise ShapeMismatchError(
+                f"{source.path or 'the cache'}: its layers or codecs are not those of the namespace",
+                expected=namespace.layers,
+                actual=source.geometry.layers,
+                path=source.path,
+            )
+        notes = source.metadata if metadata is None else metadata
+        notes = {key: value for key, value in notes.items() if key != NOTES}
+        with self.session(namespace, ids, capacity=max(len(ids), source.capacity), metadata=notes) as session:
+            for start in range(session.reused, len(ids), COPY_POSITIONS):
+                stop = min(start + COPY_POSITIONS, len(ids))
+                for layer, old in zip(session.layers, source.layers, strict=True):
+                    layer.extend_quantized(*old.read_quantized(start, stop))
+                session.push_token_ids(ids[start:stop])
+            name = session.name if len(ids) > session.reused or session.continues else None
+        found = self._open_index.segment(name) if name else self._match(namespace, Prompt(namespace.seed, ids)).segment
+        if found is None:
+            raise CacheNotFoundError(
+                f"{self.path}: what was put in is evicted already: raise max_bytes", path=self.path
+            )
+        return found
+
+
+def _own(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the metadata of a caller.
+
+    Raises:
+        MetadataError: it has the key that is the library's.
+    """
+    found = dict(metadata or {})
+    if NOTES in found:
+        raise MetadataError(f"the key {NOTES!r} of the metadata is the library's own")
+    return found

@@ -1,0 +1,89 @@
+"""What a session tells its library: that it needs room, what it committed, and that it is closed."""
+
+from __future__ import annotations
+
+import os
+
+from .contents import disk_bytes
+from .index import Contents, Index
+from .metrics import Metrics
+from .room import Room
+from .session import Session
+
+
+class SessionOwner:
+    """The library's side of sessions. It works on after the library's handle was closed.
+
+    Args:
+        folder: the library's.
+        index: its index.
+        room: keeps its budget.
+        metrics: counts.
+        ttl: of new segments.
+    """
+
+    def __init__(self, folder: str, index: Index, room: Room, metrics: Metrics, ttl: float | None) -> None:
+        self._folder = folder
+        self._index = index
+        self._room = room
+        self._metrics = metrics
+        self._ttl = ttl
+
+    def reserve(self, session: Session, size: int) -> None:
+        """Make room for bytes that are about to be appended."""
+        gone = self._room.reserve(session.name, size)
+        self._count_evicted([choice.segment.bytes for choice in gone])
+
+    def evict_for(self, session: Session, size: int) -> bool:
+        """Evict so many bytes, the disk being full; False if nothing could go."""
+        gone = self._room.evict(max(size, 1), keep=session.name)
+        self._count_evicted([choice.segment.bytes for choice in gone])
+        return bool(gone)
+
+    def record(self, session: Session, contents: Contents) -> None:
+        """Name what was committed in the index."""
+        if self._index.set_contents(session.name, contents):
+            return
+        # The index was rebuilt meanwhile, and files that are being written are left out.
+        namespace = session.namespace
+        number = self._index.add_namespace(
+            namespace.digest,
+            namespace.folder,
+            namespace.document,
+            namespace.model.name or "",
+            namespace.position_bytes,
+        )
+        parent = self._index.segment(session.parent) if session.parent else None
+        if session.parent and parent is None:
+            return  # `check` finds the file, and says what is missing
+        self._index.add(
+            session.name,
+            number,
+            parent=parent.id if parent else 0,
+            start=session.start,
+            size=contents.disk_bytes,
+            ttl=self._ttl,
+        )
+        self._index.set_contents(session.name, contents)
+
+    def finish(self, session: Session, size: int) -> None:
+        """The session's file is closed, and has so many bytes on the disk."""
+        self._index.end_writing(session.name, size)
+        if not session.continues:
+            self._metrics.add(segments_added=1, bytes_added=size)
+
+    def discard(self, session: Session) -> None:
+        """The session's file is closed, and holds nothing that counts."""
+        found = self._index.segment(session.name)
+        if found is not None:
+            self._room.remove(found)
+        elif session.path is not None and disk_bytes(session.path):
+            os.unlink(session.path)
+
+    def measured(self, session: Session, positions: int, seconds: float) -> None:
+        """So many positions took so long to compute."""
+        self._index.measured(session.namespace, positions, seconds)
+
+    def _count_evicted(self, sizes: list[int]) -> None:
+        if sizes:
+            self._metrics.add(evictions=len(sizes), bytes_evicted=sum(sizes))

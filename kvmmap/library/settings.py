@@ -1,0 +1,109 @@
+"""What a library is told once and keeps: `library.json` in its folder. It says that the folder is a library."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..errors import CorruptCacheError, NotACacheError, VersionMismatchError
+
+NAME = "library.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Settings of a library."""
+
+    version: int = VERSION
+    max_bytes: int | None = None
+    """Bytes on the disk to keep at most; None for no limit."""
+    ttl: float | None = None
+    """Seconds after its last use for which a segment is kept; None for ever."""
+    remote: str | None = None
+    """URL of the object store that the library shares segments through."""
+
+
+def load(folder: str, **changes: Any) -> Settings:
+    """Return a library's settings, with changes stored; make them where the folder is new or empty.
+
+    Args:
+        folder: the library's.
+        changes: new values by name; None leaves a setting as it is.
+
+    Raises:
+        NotACacheError: the folder has other things in it, or is none.
+        VersionMismatchError: a newer kvmmap made it.
+        CorruptCacheError: the settings can't be read.
+        OSError: the folder can't be made or written to.
+    """
+    path = os.path.join(folder, NAME)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise NotACacheError(f"{folder}: is no folder, and a library is one: give another path", path=folder)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        with open(path, "rb") as file:
+            stored = _decode(file.read(), path)
+    except FileNotFoundError:
+        others = [name for name in os.listdir(folder) if not _is_ours(name)]
+        if others:
+            raise NotACacheError(
+                f"{folder}: is no library of kvmmap, and has other things in it ({others[0]!r}): give the path of a "
+                "new or an empty folder",
+                path=folder,
+            ) from None
+        stored = None
+    wanted = {name: value for name, value in changes.items() if value is not None}
+    settings = replace(stored or Settings(), **wanted)
+    if settings != stored:
+        _store(path, settings)
+    return settings
+
+
+def is_library(folder: str) -> bool:
+    """True if a folder is a library."""
+    return os.path.isfile(os.path.join(folder, NAME))
+
+
+def _is_ours(name: str) -> bool:
+    return name in ("caches", "lost+found") or name.startswith(("index.sqlite3", ".library.json.", "lock"))
+
+
+def _decode(data: bytes, path: str) -> Settings:
+    try:
+        raw = json.loads(data)
+        version = raw["version"]
+        if not isinstance(version, int):
+            raise TypeError("its version is no number")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptCacheError(
+            f"{path}: the library's settings are damaged ({error}): remove this file, and give max_bytes again",
+            path=path,
+        ) from error
+    if version > VERSION:
+        raise VersionMismatchError(
+            f"{path}: is a library of version {version}, and this kvmmap knows {VERSION}: use a newer kvmmap",
+            path=path,
+            expected=VERSION,
+            actual=version,
+        )
+    return Settings(**{each.name: raw[each.name] for each in fields(Settings) if each.name in raw})
+
+
+def _store(path: str, settings: Settings) -> None:
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.urandom(6).hex()}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            os.chmod(temporary, 0o600)
+            json.dump(asdict(settings), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
