@@ -56,6 +56,8 @@ from .storage.protocols import Damage, VerifyReport
 
 if TYPE_CHECKING:
     from .finding import find, find_temporary, remove_temporary
+    from .formats.llama_cpp.exporting import export_llama_cpp
+    from .formats.llama_cpp.importing import import_llama_cpp
     from .formats.safetensors import export_tensors
     from .formats.safetensors_import import import_tensors
     from .library import Library, Namespace
@@ -75,7 +77,9 @@ _LATER = {
     "find": "finding",
     "find_temporary": "finding",
     "remove_temporary": "finding",
+    "export_llama_cpp": "formats.llama_cpp.exporting",
     "export_tensors": "formats.safetensors",
+    "import_llama_cpp": "formats.llama_cpp.importing",
     "import_tensors": "formats.safetensors_import",
 }
 
@@ -132,11 +136,13 @@ __all__ = [
     "copy",
     "create",
     "dequantize_rows",
+    "export_llama_cpp",
     "export_tensors",
     "fetch",
     "find",
     "find_temporary",
     "fork",
+    "import_llama_cpp",
     "import_tensors",
     "kernel",
     "merge_attention",

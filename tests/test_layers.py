@@ -56,6 +56,7 @@ FRAMEWORKS = {
     "transformers": "integrations",
     "llama_cpp": "integrations",
     "safetensors": "formats",
+    "gguf": "formats",
     "mmap": "storage",
     "sqlite3": "library",
 }

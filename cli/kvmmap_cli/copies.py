@@ -53,6 +53,23 @@ def target_options(command: F) -> F:
     return yes_option(command)
 
 
+def gguf_option(about: str) -> Callable[[F], F]:
+    """--gguf and --no-rotation: what is not in a state of llama.cpp."""
+
+    def add(command: F) -> F:
+        rotation = click.option(
+            "--no-rotation",
+            "rotated",
+            is_flag=True,
+            flag_value=False,
+            default=None,
+            help="Of a state with quantised rows: LLAMA_ATTN_ROT_DISABLE was set, or llama.cpp older than April 2026.",
+        )
+        return click.option("--gguf", metavar="MODEL", help=f"GGUF file of the model {about}.")(rotation(command))
+
+    return add
+
+
 def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     if text is None:
         return None

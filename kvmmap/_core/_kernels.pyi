@@ -6,6 +6,10 @@ def encode_rows(codec: int, transform: int, x: Any, dtype: int, arrays: tuple[An
 def decode_rows(
     codec: int, transform: int, arrays: tuple[Any, ...], dim: int, out: Any, dtype: int, threads: int
 ) -> None: ...
+def encode_ggml(type: int, group: int, interleaved: bool, x: Any, dtype: int, out: Any, threads: int) -> int: ...
+def decode_ggml(
+    type: int, group: int, interleaved: bool, rows: Any, dim: int, out: Any, dtype: int, threads: int
+) -> None: ...
 def attend(
     queries: Any,
     dtype: int,

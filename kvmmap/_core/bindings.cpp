@@ -12,6 +12,7 @@
 #include "attend.h"
 #include "codec_run.h"
 #include "cpu.h"
+#include "ggml.h"
 #include "half.h"
 #include "io.h"
 #include "merge.h"
@@ -159,6 +160,36 @@ void decode_rows(int codec, int transform, nb::tuple arrays_object, int64_t dim,
     if (rows * dim < 16384) return decode_grid(format, arrays.codes(), arrays.scales(), rows, dim, type, out.data(), 1);
     nb::gil_scoped_release released;
     decode_grid(format, arrays.codes(), arrays.scales(), rows, dim, type, out.data(), threads);
+}
+
+GgmlFormat to_ggml(int type, int64_t group, bool interleaved, int64_t dim) {
+    if (!ggml_known(type)) throw nb::value_error("unknown ggml type");
+    const GgmlFormat format{static_cast<Ggml>(type), group, interleaved};
+    if (group < 0 || (group & (group - 1)) || !ggml_takes(format, dim)) throw nb::value_error("this type does not take such rows");
+    return format;
+}
+
+int64_t encode_ggml_rows(int type, int64_t group, bool interleaved, nb::handle x_object, int dtype, nb::handle out_object,
+                         int threads) {
+    Buffer x(x_object, reading), out(out_object, writing);
+    const RowGrid grid = to_grid(x, to_dtype(dtype));
+    const GgmlFormat format = to_ggml(type, group, interleaved, grid.dim);
+    const int64_t rows = grid.outer * grid.inner;
+    char* to = out.at_least<char>(rows * ggml_row_bytes(format.type, grid.dim), "out: too small");
+    if (rows == 0) return -1;
+    nb::gil_scoped_release released;
+    return encode_ggml(format, grid, to, threads);
+}
+
+void decode_ggml_rows(int type, int64_t group, bool interleaved, nb::handle in_object, int64_t dim, nb::handle out_object,
+                      int dtype, int threads) {
+    Buffer in(in_object, contiguous), out(out_object, writing);
+    const Dtype kind = to_dtype(dtype);
+    const GgmlFormat format = to_ggml(type, group, interleaved, dim);
+    const int64_t rows = out.bytes() / (dim * dtype_bytes(kind));
+    const char* from = in.at_least<char>(rows * ggml_row_bytes(format.type, dim), "rows: too small");
+    nb::gil_scoped_release released;
+    decode_ggml(format, from, rows, dim, kind, out.data(), threads);
 }
 
 // Queries of any dtype and strides -> f32 side by side, or the first row that is not finite.
@@ -397,6 +428,9 @@ NB_MODULE(_kernels, m) {
     m.def("dequantize_rows", &dequantize_rows, "codes"_a, "scales"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
     m.def("encode_rows", &encode_rows, "codec"_a, "transform"_a, "x"_a, "dtype"_a, "arrays"_a, "threads"_a);
     m.def("decode_rows", &decode_rows, "codec"_a, "transform"_a, "arrays"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
+    m.def("encode_ggml", &encode_ggml_rows, "type"_a, "group"_a, "interleaved"_a, "x"_a, "dtype"_a, "out"_a, "threads"_a);
+    m.def("decode_ggml", &decode_ggml_rows, "type"_a, "group"_a, "interleaved"_a, "rows"_a, "dim"_a, "out"_a, "dtype"_a,
+          "threads"_a);
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
           "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0});

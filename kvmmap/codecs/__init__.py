@@ -3,6 +3,7 @@
 from .base import RowArray, RowCodec
 from .float16 import BF16, F16
 from .fp8 import FP8
+from .ggml import BLOCKS, PLAIN_F32
 from .int8 import INT8
 from .int8_rotated import INT8_ROTATED
 from .lloyd_max import LEVELS
@@ -11,7 +12,7 @@ from .registry import by_id, by_name, known_ids, known_transforms, names, regist
 COMPILED: tuple[RowCodec, ...] = (INT8, INT8_ROTATED, BF16, F16, *FP8, *LEVELS)
 """Codecs that the compiled core knows; each of them has attention with each other one in place."""
 
-for _codec in COMPILED:
+for _codec in (*COMPILED, PLAIN_F32, *BLOCKS):
     register(_codec)
 
 __all__ = [

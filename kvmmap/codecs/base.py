@@ -60,6 +60,9 @@ class RowCodec(ABC):
     transform_name: ClassVar[str] = "none"
     """What `transform` is called, in reports."""
 
+    offered: ClassVar[bool] = True
+    """Whether messages name it among those to choose from."""
+
     refused: ClassVar[str] = "a NaN or an infinity"
     """What rows must not hold, in words, as `encode` finds it."""
 

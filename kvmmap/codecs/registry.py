@@ -46,7 +46,7 @@ def by_name(name: str) -> RowCodec:
     codec = _by_name.get(name) if isinstance(name, str) else None
     if codec is None:
         raise DtypeError(
-            f"there is no codec {name!r}: this kvmmap has {', '.join(_by_name)}", expected=names(), actual=str(name)
+            f"there is no codec {name!r}: this kvmmap has {', '.join(offered())}", expected=offered(), actual=str(name)
         )
     return codec
 
@@ -59,6 +59,11 @@ def by_id(id: int, transform: int) -> RowCodec | None:
 def names() -> tuple[str, ...]:
     """Return the names of all codecs."""
     return tuple(_by_name)
+
+
+def offered() -> tuple[str, ...]:
+    """Return the names of the codecs that a user may want to choose."""
+    return tuple(name for name, codec in _by_name.items() if codec.offered)
 
 
 def known_ids() -> dict[int, str]:

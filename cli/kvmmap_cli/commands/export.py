@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from ..asking import CACHES, confirm_ending
-from ..copies import copied, layers_option, positions_options, target_options
+from ..copies import copied, gguf_option, layers_option, positions_options, target_options
 from ..output import plain
 from ..progress import no_progress_option, progress
 
+KINDS = ("slot", "session", "sequence", "context")
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
@@ -27,22 +28,68 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"
     show_default=True,
     help="For .safetensors: rows as numbers, or as the codes and scales that are stored.",
 )
+@gguf_option("that is to load DST: makes DST a file of llama.cpp")
+@click.option(
+    "--state", type=click.Choice(KINDS), help="With --gguf: what to write; as SRC was imported, or a slot file."
+)
+@click.option("--kv-type", metavar="K[:V]", help='With --gguf: types of keys and values, such as "f16" or "q8_0:f16".')
+@click.option("--transposed", is_flag=True, default=None, help="With --gguf: for a context without flash attention.")
+@click.option("--accept-weights", metavar="TYPE", help="With --gguf: go on with the model's weights of another type.")
 @no_progress_option
-def command(source: str, target: str, dtype: str, no_progress: bool, **options: Any) -> None:
-    """Export the cache SRC to DST: a Zarr group, a .kvm file, or a .safetensors file.
+def command(
+    source: str,
+    target: str,
+    dtype: str,
+    gguf: str | None,
+    rotated: bool | None,
+    state: str | None,
+    kv_type: str | None,
+    transposed: bool | None,
+    accept_weights: str | None,
+    no_progress: bool,
+    **options: Any,
+) -> None:
+    """Export the cache SRC to DST: a Zarr group, a .kvm file, a .safetensors file, or a file of llama.cpp.
 
     SRC and DST are paths or URLs, and what they end with says what they are. Codes, scales, token ids and metadata
     come along bit by bit, and everything is compared with its checksums. Interrupted, SRC is untouched; the same
     command again goes on where it broke off.
+
+    With --gguf, DST is a file that llama.cpp loads with that model. A cache that was imported from such a file gives
+    the same bytes again.
 
     \b
     Examples:
       kvmmap export prompt.kvm prompt.zarr
       kvmmap export prompt.kvm s3://bucket/prompt.zarr
       kvmmap export --dtype bf16 prompt.kvm prompt.safetensors
+      kvmmap export prompt.kvm slot.bin --gguf model.gguf
     """
     import kvmmap
 
+    about_states = {"rotated": rotated, "kind": state, "transposed": transposed, "accept_weights": accept_weights}
+    if gguf is not None:
+        if options["start"] or options["stop"] is not None or options["layers"] is not None:
+            raise click.UsageError("--gguf exports all positions and layers: leave out --start, --stop and --layers")
+        keys, colon, values = (kv_type or "").partition(":")
+        about_states |= {"key_type": keys or None, "value_type": (values if colon else keys) or None}
+        with progress("exporting", no_progress) as advance:
+            kvmmap.export_llama_cpp(
+                source,
+                target,
+                gguf=gguf,
+                overwrite=options["overwrite"],
+                progress=advance,
+                **about_states,  # type: ignore[arg-type]
+            )
+        click.echo(f"{plain(target)}: written", err=True)
+        return
+    if kv_type is not None or any(value is not None for value in about_states.values()):
+        raise click.UsageError(
+            "--state, --kv-type, --transposed, --accept-weights and --no-rotation are about files of llama.cpp, "
+            "which need "
+            "--gguf"
+        )
     if not target.endswith(".safetensors"):
         confirm_ending(target, options["yes"], (*CACHES, ".safetensors"))
         copied(source, target, no_progress, **options | {"yes": True})
