@@ -211,8 +211,16 @@ class CacheGeometry:
         names = spread(key_codec, "key_codec"), spread(value_codec, "value_codec")
         key_codecs, value_codecs = ([by_name(name) for name in part] for part in names)
         shapes = zip(heads, dims, value_dims, key_codecs, value_codecs, strict=True)
-        layers = tuple([LayerGeometry(*shape) for shape in shapes])
-        return cls(capacity=capacity, layers=layers)
+        # Most layers have the shape of the one before; building each anew took much of the time of opening a cache.
+        layers: list[LayerGeometry] = []
+        last: tuple[Any, ...] | None = None
+        for shape in shapes:
+            if last is None or any(one is not other for one, other in zip(shape, last, strict=True)):
+                layers.append(LayerGeometry(*shape))
+            else:
+                layers.append(layers[-1])
+            last = shape
+        return cls(capacity=capacity, layers=tuple(layers))
 
     @property
     def num_layers(self) -> int:

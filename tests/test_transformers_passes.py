@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from helpers.tiny_models import COMMON, generate, model, past, prompt, save_llama
+from helpers.tiny_models import COMMON, RoundedCache, generate, model, past, prompt, save_llama
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, reuse
+from kvmmap.integrations.transformers.rope import length_dependence
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -32,12 +33,16 @@ def built(kind: str, **more: Any) -> Any:
 
 
 def agrees(net: Any, cache: KvmmapCache, ids: torch.Tensor, reused: int, count: int = 6, **more: Any) -> None:
-    """Reuse and generate, and compare with generation that begins with an empty cache."""
+    """Reuse and generate, and compare with generation that begins with an empty cache, ours and transformers' own."""
     assert reuse(cache, ids) == reused == cache.seq_len
     tokens, logits = generate(net, ids, cache, count, **more)
     expected, expected_logits = generate(net, ids, KvmmapCache(net, capacity=256), count, **more)
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0.01)
     assert tokens.tolist() == expected.tolist()
+    if length_dependence(net.config) is None:  # otherwise generate drops transformers' own cache
+        expected, expected_logits = generate(net, ids, RoundedCache(config=net.config), count, **more)
+        assert float((logits - expected_logits).abs().max()) < 0.02 * float(expected_logits.std())
+        assert tokens.tolist() == expected.tolist()
 
 
 # Masks and positions
@@ -227,6 +232,18 @@ MIXED = {
     "Gemma3Text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["full_attention"] * 3},
     "Cohere2": {"sliding_window": 8, "layer_types": ["full_attention"] * 3},
     "Olmo3": {"sliding_window": 8, "layer_types": ["full_attention"] * 3},
+    "Afmoe": {
+        "sliding_window": 8,
+        "layer_types": ["full_attention"] * 3,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 
 
@@ -243,7 +260,7 @@ def test_masks_that_no_layer_uses_change_nothing(family: str, full: bool) -> Non
     longer = torch.cat([ids, prompt(5, seed=1)], 1)
     agrees(net, cache, longer, 40)
     agrees(net, KvmmapCache(net), longer, 0, prefill_chunk_size=7)
-    expected, _ = generate(net, longer, KvmmapCache(net), 8)
+    expected, _ = generate(net, longer, RoundedCache(config=net.config), 8)
     mask = torch.ones_like(longer)
     tokens = net.generate(
         longer,
@@ -357,6 +374,30 @@ def test_compiled_models(attention: str, whole: bool, shapes: bool | None) -> No
         tokens, _ = generate(net, ids, cache, 4)
     assert tokens.tolist() == expected.tolist()
     assert cache.token_ids.tolist() == tokens[0, :-1].tolist()
+
+
+@pytest.mark.parametrize("how", ["model", "forward", "module"])
+def test_a_full_graph_is_refused_when_the_cache_is_made(how: str) -> None:
+    net = model("llama", "kvmmap")
+    if how == "model":
+        whole = torch.compile(net, backend="eager", fullgraph=True)
+    elif how == "forward":
+        net.forward = torch.compile(net.forward, backend="eager", fullgraph=True)
+        whole = net
+    else:
+        net.compile(backend="eager", fullgraph=True)
+        whole = net
+    with pytest.raises(kvmmap.UnsupportedModelError, match="without fullgraph=True"):
+        KvmmapCache(whole)
+
+
+def test_a_full_graph_that_is_compiled_later_is_refused_by_torch() -> None:
+    net = model("llama", "kvmmap")
+    cache = KvmmapCache(net)
+    net.forward = torch.compile(net.forward, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="compile the model without fullgraph=True"), torch.no_grad():
+        net(prompt(5), **past(cache))
+    assert cache.seq_len == 0
 
 
 def test_stop_strings(tmp_path: Path) -> None:

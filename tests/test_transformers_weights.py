@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from helpers.tiny_models import generate, model, past, prompt
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache, reuse
 from kvmmap.integrations.transformers.identity import weights_fingerprint
+from kvmmap.integrations.transformers.memory import LEAST, TensorBytes
 from kvmmap.integrations.transformers.weights import weights_of
 
 pytestmark = pytest.mark.torch
@@ -26,6 +28,26 @@ def data(net: Any) -> None:
 
 def data_of_the_last_norm(net: Any) -> None:
     net.model.layers[2].input_layernorm.weight.data.mul_(1.5)
+
+
+def data_of_one_number(net: Any) -> None:
+    net.model.layers[1].mlp.up_proj.weight.data[7, 11] += 1.0
+
+
+def frequencies(net: Any) -> None:
+    net.model.rotary_emb.inv_freq.mul_(1.01)
+
+
+def data_of_frequencies(net: Any) -> None:
+    net.model.rotary_emb.inv_freq.data[3] *= 1.01
+
+
+def replaced_frequencies(net: Any) -> None:
+    net.model.rotary_emb.inv_freq = net.model.rotary_emb.inv_freq * 1.01
+
+
+def scaled_sines(net: Any) -> None:
+    net.model.rotary_emb.attention_scaling = 1.1
 
 
 def in_place(net: Any) -> None:
@@ -60,6 +82,11 @@ def narrowed_and_widened(net: Any) -> None:
 CHANGES = [
     data,
     data_of_the_last_norm,
+    data_of_one_number,
+    frequencies,
+    data_of_frequencies,
+    replaced_frequencies,
+    scaled_sines,
     in_place,
     loaded,
     assigned,
@@ -124,6 +151,114 @@ def test_a_given_fingerprint_holds_until_something_changes(path: Path) -> None:
         with pytest.raises(kvmmap.ModelMismatchError, match="fingerprint='mine'"):
             net(prompt(2), **past(cache))
         assert cache.seq_len == 20
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_follow_the_length_are_no_change(path: Path, kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 24}
+    net = model("llama", "kvmmap", max_position_embeddings=24, rope_parameters=rope)
+    before = weights_of(net)
+    fingerprint = weights_fingerprint(net)
+    with KvmmapCache.create(path, net, capacity=64) as cache:
+        net(prompt(40), **past(cache))
+        net(prompt(2), **past(cache))
+    assert weights_of(net) is before
+    net.model.rotary_emb.original_inv_freq.mul_(1.01)
+    assert weights_fingerprint(net) != fingerprint
+
+
+def test_frequencies_that_another_machine_computes_a_little_differently_are_the_same() -> None:
+    net = model("llama")
+    fingerprint = weights_fingerprint(net)
+    net.model.rotary_emb.inv_freq.mul_(1 + 1e-7)
+    assert weights_fingerprint(net) == fingerprint
+    net.half()
+    halved = weights_fingerprint(net)
+    net = model("llama").half()
+    net.model.rotary_emb.inv_freq = torch.nn.Buffer(net.model.rotary_emb.inv_freq.float(), persistent=False)
+    assert weights_fingerprint(net) != halved
+
+
+def test_tables_of_positions_are_refused_once_they_change(path: Path) -> None:
+    torch.manual_seed(0)
+    config = tf.GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
+    net = tf.GPTJForCausalLM(config).eval().requires_grad_(False)
+    with KvmmapCache.create(path, net) as cache:
+        net(prompt(20), **past(cache))
+        net.transformer.h[1].attn.embed_positions.data[5] += 0.1
+        with pytest.raises(kvmmap.ModelMismatchError, match="tables"):
+            net(prompt(2), **past(cache))
+
+
+def test_an_edit_of_any_byte_is_noticed_by_and_by() -> None:
+    tensor = torch.zeros(3 * LEAST)  # 4 bytes each
+    memory = TensorBytes([tensor, torch.zeros(5, dtype=torch.int8), torch.zeros(8, 8).T])
+    looks = tensor.nbytes // LEAST + 1
+    assert all(memory.unchanged() for _ in range(2 * looks))
+    tensor.data[2 * LEAST + 12345] = 1.0
+    assert not all(memory.unchanged() for _ in range(looks))
+    tensor.data[2 * LEAST + 12345] = 0.0
+    assert all(memory.unchanged() for _ in range(looks))
+    tensor.data[0] = 1.0
+    assert not memory.unchanged()
+
+
+def test_what_changes_before_it_was_looked_at_is_noticed_once_all_was_read() -> None:
+    tensor = torch.zeros(8 * LEAST)
+    memory = TensorBytes([tensor])
+    memory.read_all()
+    tensor.data[-10] = 1.0
+    assert not memory.unchanged(thorough=True) or not memory.unchanged(thorough=True)
+
+
+def dropout(net: Any) -> None:
+    net.train()
+    for layer in net.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+
+def module(net: Any) -> None:
+    net.model.layers[1].mlp.act_fn = torch.nn.Sequential(net.model.layers[1].mlp.act_fn, torch.nn.Dropout(0.2))
+    net.model.layers[1].mlp.train()
+
+
+@pytest.mark.parametrize("activate", [dropout, module])
+def test_dropout_is_refused_by_name(activate: Any) -> None:
+    net = model("llama", "sdpa")
+    activate(net)
+    cache = KvmmapCache(net)
+    with pytest.raises(kvmmap.UnsupportedModelError, match=r"dropout=0.1|\(p=0.2\)"):
+        net(prompt(5), **past(cache))
+    assert cache.seq_len == 0
+    net.eval()
+    net(prompt(5), **past(cache))
+    assert cache.seq_len == 5
+
+
+def test_training_mode_without_dropout_is_no_harm() -> None:
+    net = model("llama", "kvmmap").train()
+    cache = KvmmapCache(net)
+    net(prompt(5), **past(cache))
+    assert cache.token_ids.tolist() == prompt(5)[0].tolist()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_is_refused_for_keys_made_without_and_the_other_way_round(path: Path, first: bool) -> None:
+    net = model("llama")
+    with KvmmapCache.create(path, net) as cache, torch.autocast("cpu", torch.bfloat16, enabled=first):
+        net(prompt(5), **past(cache))
+    with KvmmapCache.open(path, net, "a") as cache:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=not first),
+            pytest.raises(kvmmap.ModelMismatchError, match="autocast"),
+        ):
+            net(prompt(2), **past(cache))
+        assert cache.seq_len == 5
+        with torch.autocast("cpu", torch.bfloat16, enabled=first):
+            net(prompt(2), **past(cache))
+        assert cache.seq_len == 7
 
 
 def test_a_look_at_unchanged_weights_keeps_the_digest() -> None:

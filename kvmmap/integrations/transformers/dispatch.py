@@ -57,6 +57,15 @@ def masks_windows(config: Any) -> bool:
     return not source or "sliding_window_causal_mask" in source or "create_masks_for_generate" in source
 
 
+def source_known(config: Any) -> bool:
+    """Return whether the code of a config's model is loaded, and so known.
+
+    Args:
+        config: as for `attends`.
+    """
+    return bool(_source(config))
+
+
 def _source(config: Any) -> str:
     """The source of a config's modeling module, if that is loaded."""
     folder, _, module = type(config).__module__.rpartition(".")

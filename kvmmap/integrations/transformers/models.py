@@ -12,7 +12,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ...errors import UnsupportedModelError
 from ...geometry import LayerGeometry
-from .dispatch import masks_windows
+from .dispatch import masks_windows, source_known
 
 _WINDOWED = ("sliding_attention",)
 _FULL = ("full_attention",)
@@ -70,11 +70,27 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     """Return what each layer of a model keeps.
 
     Args:
-        config: a `PreTrainedConfig`; of a model of several parts, its decoder's counts.
+        config: a `PreTrainedConfig`; of a model of several parts, its decoder's counts. Asked again for one with the
+            same contents, the result is remembered: configs of single layers are slow to build.
 
     Raises:
         UnsupportedModelError: the model keeps something else than keys and values for every layer and position.
     """
+    # What a model's code says counts as well, once it is loaded.
+    key = type(config), repr(config.to_dict()), source_known(text_config(config))
+    found = _found.get(key)
+    if found is None:
+        if len(_found) >= _MOST:
+            _found.clear()
+        found = _found[key] = tuple(_layer_kinds(config))
+    return list(found)
+
+
+_found: dict[tuple[type, str, bool], tuple[LayerKind, ...]] = {}
+_MOST = 256  # configs that are remembered
+
+
+def _layer_kinds(config: Any) -> list[LayerKind]:
     whole, config = config, text_config(config)
     name = config.model_type
     for part in (whole, config):

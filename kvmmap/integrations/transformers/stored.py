@@ -20,14 +20,14 @@ from ...errors import ModelMismatchError, UnsupportedModelError
 from ...geometry import check_range
 from ...metadata import ModelInfo
 from . import rope
-from .graphs import outside_graph
+from .graphs import check_graphs, outside_graph
 from .layer import KvmmapLayer, Pattern
 from .models import LayerKind
 from .opening import NOTES, check_stored, note_regimes, own_notes, placeholders
 from .passes import watch
 from .recording import PassRecord
 from .sequence import MaskLength, OneSequence
-from .tensors import dtype_name
+from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
 from .weights import Weights, weights_of
 
@@ -58,7 +58,7 @@ class StoredSequence(OneSequence):
         self._length = kept + own.seq_len  # complete in every layer; during a pass, as it was before
         self._patterns = list(patterns.values())
         self._config_checked = model is not None
-        self._dtype: torch.dtype | None = None  # that keys have been checked to have
+        self._dtype: tuple[Any, ...] = ()  # that keys have been checked to have, and autocast's beside
         self._masks_asked = False
         self.placeholders = placeholders(getattr(model, "config", model))
         self._rope = rope.length_dependence(config) if (config := getattr(model, "config", model)) is not None else None
@@ -72,6 +72,7 @@ class StoredSequence(OneSequence):
         self._watched = isinstance(model, torch.nn.Module)
         self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
+            check_graphs(model)
             self._weights = weights_of(model)
             watch(model)
 
@@ -148,8 +149,9 @@ class StoredSequence(OneSequence):
         self._masks_asked = False
         if len(layer) != self._length:
             self._take_back(self._complete())  # an earlier pass stopped half way
-        if key_states.dtype is not self._dtype:
-            self._check_dtype(key_states.dtype)
+        dtype = key_states.dtype, autocast_dtype(key_states)
+        if dtype != self._dtype:
+            self._check_dtype(*dtype)
         if len(self._patterns) > 1 and len({pattern.in_place for pattern in self._patterns}) > 1:
             raise UnsupportedModelError(
                 "this model attends with one mask in layers whose windows differ by its config, so it can't attend in "
@@ -225,11 +227,16 @@ class StoredSequence(OneSequence):
         Raises:
             ModelMismatchError: says what differs.
         """
-        expected = (self._source.model or ModelInfo()).fingerprint
-        if expected is None:
-            return
         weights = weights_of(model)
-        if weights is self._weights:
+        random = weights.random.active()
+        if random is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is in training mode, and {random} would make keys and values random: "
+                "model.eval()",
+                actual=random,
+            )
+        expected = (self._source.model or ModelInfo()).fingerprint
+        if expected is None or weights is self._weights:
             return
         if self._weights is not None and self._weights.digest is None:
             raise ModelMismatchError(
@@ -239,6 +246,14 @@ class StoredSequence(OneSequence):
                 path=self.path,
             )
         check_stored(self._source, model, None)
+        if self._weights is not None and weights.tables != self._weights.tables:
+            raise ModelMismatchError(
+                f"tables that the model computes from its config (positions, scales) have changed since {self!r} was "
+                "opened, and keys and values depend on them",
+                expected={"tables": self._weights.tables},
+                actual={"tables": weights.tables},
+                path=self.path,
+            )
         self._weights = weights
 
     def check_mask(self, module: Any, mask: Any, count: int) -> None:
@@ -286,19 +301,21 @@ class StoredSequence(OneSequence):
                 check_stored(self._source, config, None)
             self._config_checked = True
 
-    def _check_dtype(self, dtype: torch.dtype) -> None:
+    def _check_dtype(self, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
         name, info = dtype_name(dtype), self._own.model or ModelInfo()
+        if autocast is not None:
+            name += f" under autocast to {dtype_name(autocast)}"
         if info.source_dtype is None:
             self._own.model = replace(info, source_dtype=name)
         elif info.source_dtype != name:
             raise ModelMismatchError(
                 f"{self.path or 'the cache'} was made in {info.source_dtype}, and this model runs in {name}: load it "
-                f"with dtype={info.source_dtype!r}",
+                f"with dtype={info.source_dtype.partition(' ')[0]!r}, and use autocast for both or for neither",
                 expected={"source_dtype": info.source_dtype},
                 actual={"source_dtype": name},
                 path=self.path,
             )
-        self._dtype = dtype
+        self._dtype = dtype, autocast
 
     # Taking back
 

@@ -58,6 +58,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast has operations on a tensor's device compute in, None where it is off."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def from_array(array: NDArray[np.float32], like: torch.Tensor) -> torch.Tensor:
     """Return an f32 array as a tensor of another one's dtype, on its device; a view where that can be."""
     tensor = torch.from_numpy(array)

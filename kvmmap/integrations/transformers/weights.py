@@ -1,30 +1,22 @@
 """Weights: a digest of all that changes keys and values, and a cheap look at whether they are still what was digested.
 
-The look compares each tensor's address and version, which modules there are, the adapters' settings, and a few words of
-each tensor on the CPU: `.data` is edited without a trace in torch, but hardly without a change in any of these words.
+The look compares each tensor's address and version, which modules there are, the adapters' settings, and some of the
+bytes of tensors on the CPU (`memory`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 
 from ...errors import KvmmapError
-
-_SAMPLES = 8  # words of 8 bytes that are looked at in each tensor
-
-# The process's memory as words. Only words of tensors are read which have just told that they lie there.
-# It begins behind the first page, as numpy takes address 0 for no memory.
-_FIRST = 4096
-_words: Any = (ctypes.c_uint64 * ((1 << 44) - _FIRST)).from_address(_FIRST)
-_memory: NDArray[np.uint64] = np.frombuffer(_words, np.uint64)
+from .frequencies import deviating, scalings, watched_buffers
+from .memory import TensorBytes
+from .randomness import RandomParts
 
 
 def body_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -43,13 +35,17 @@ class Weights:
 
     def __init__(self, body: torch.nn.Module) -> None:
         self.digest: str | None = None
+        self.tables: str | None = None
+        """A digest of buffers that are not saved with the weights, but for rotary frequencies. It is compared only
+        within a process: two machines may compute these tables differently in the last bit."""
+        self.random = RandomParts(body)
         self._modules = [(module._modules, dict(module._modules)) for module in body.modules() if module._modules]
         self._tensors: list[tuple[dict[str, Any], str]] = [
             (held, name)
             for module in body.modules()
-            for held in (module._parameters, module._buffers)
-            for name, tensor in held.items()
-            if tensor is not None and name not in module._non_persistent_buffers_set
+            for held, names in ((module._parameters, [*module._parameters]), (module._buffers, watched_buffers(module)))
+            for name in names
+            if held[name] is not None
         ]
         self._packed = [
             (vars(module), name)
@@ -57,52 +53,50 @@ class Weights:
             for name, value in vars(module).items()
             if isinstance(value, torch.ScriptObject)
         ]
+        self._rotary = [module for module in body.modules() if scalings(module)]
         self._tuners = [module for _, module in tuners(body)]
         self._marks = self._look()
-        self._words = self._places()
-        self._sample = self._read()
+        self._bytes = TensorBytes(held[name] for held, name in self._tensors)
 
-    def unchanged(self) -> bool:
-        """Whether the weights still look as they did then."""
+    def unchanged(self, thorough: bool = False) -> bool:
+        """Whether the weights still look as they did then; `thorough` looks at more of their bytes."""
         for held, children in self._modules:
             if held != children:
                 return False
         try:
-            return self._look() == self._marks and self._read() == self._sample
+            return self._look() == self._marks and self._bytes.unchanged(thorough)
         except KeyError:
             return False
+
+    def compute_digests(self, body: torch.nn.Module) -> str:
+        """Compute the digests of everything; return the one that identifies the weights."""
+        self.tables = _digest_of_tables(body)
+        self._bytes.read_all()
+        self.digest = _digest(body)
+        return self.digest
 
     def _look(self) -> list[Any]:
         tensors = [held[name] for held, name in self._tensors]
         marks: list[Any] = [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]
         marks += [id(held[name]) for held, name in self._packed]
+        marks += [scalings(module) for module in self._rotary]
         marks += [_settings(module) for module in self._tuners]
         return marks
-
-    def _places(self) -> np.ndarray[Any, np.dtype[np.intp]]:
-        found = []
-        for held, name in self._tensors:
-            tensor = held[name]
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_quantized or tensor.is_sparse:
-                continue
-            words = tensor.numel() * tensor.element_size() // 8
-            if tensor.is_cpu and tensor.is_contiguous() and words and tensor.data_ptr() % 8 == 0:
-                steps = np.unique(np.linspace(0, words - 1, _SAMPLES).astype(np.intp))
-                found.append((tensor.data_ptr() - _FIRST) // 8 + steps)
-        return np.concatenate(found) if found else np.empty(0, np.intp)
-
-    def _read(self) -> bytes:
-        return bytes(_memory[self._words].tobytes())
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, Weights] = weakref.WeakKeyDictionary()
 
 
-def weights_of(model: torch.nn.Module) -> Weights:
-    """Return what the weights of a model are: the same object as long as they have not changed."""
+def weights_of(model: torch.nn.Module, thorough: bool = False) -> Weights:
+    """Return what the weights of a model are: the same object as long as no change is noticed.
+
+    Args:
+        model: the model.
+        thorough: look at more of their bytes, for half a millisecond.
+    """
     body = body_of(model)
     known = _known.get(body)
-    if known is None or not known.unchanged():
+    if known is None or not known.unchanged(thorough):
         known = _known[body] = Weights(body)
     return known
 
@@ -110,16 +104,14 @@ def weights_of(model: torch.nn.Module) -> Weights:
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """Return a digest of all of a model's weights, XXH3 with 128 bits, in hex.
 
-    It reads them all once, at memory speed; asked again for weights that have not changed, it is remembered. Adapters
-    count as far as they are active, with their scale.
+    It reads them all once, at memory speed; asked again, it is remembered as long as no change is noticed. Adapters
+    count as far as they are active, with their scale; rotary frequencies, where they are not what the config says.
 
     Raises:
         KvmmapError: weights that have no bytes here (on the meta device, or of a kind torch can't show as bytes).
     """
-    weights = weights_of(model)
-    if weights.digest is None:
-        weights.digest = _digest(body_of(model))
-    return weights.digest
+    weights = weights_of(model, thorough=True)
+    return weights.digest or weights.compute_digests(body_of(model))
 
 
 def _digest(body: torch.nn.Module) -> str:
@@ -136,6 +128,18 @@ def _digest(body: torch.nn.Module) -> str:
         disabled, active, merged, scaling = _settings(tuner)
         if not disabled and not merged:
             digest.update(f"{prefix} {[(name, dict(scaling).get(name)) for name in active]}\n".encode())
+    for name, value in deviating(body):
+        _add(digest, name, value)
+    return digest.hexdigest()
+
+
+def _digest_of_tables(body: torch.nn.Module) -> str:
+    digest = xxhash.xxh3_128()
+    for prefix, module in body.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            value = module._buffers.get(name)
+            if value is not None and not value.is_meta and not name.endswith("inv_freq"):
+                _add(digest, f"{prefix}.{name}", value)
     return digest.hexdigest()
 
 
