@@ -31,8 +31,14 @@ from texts import TEXTS, read_text  # noqa: E402
 
 PROMPT = 4000
 CONTEXTS = (4000, 8000)
+RESIDENT = (1000, 8000)
+"""Positions at which device-resident caches decode."""
+
+STEPS = 8
+"""Tokens that they decode at a time, so that rows written behind are part of what is measured."""
+
 SCORED = 2000
-PARTS = ("perplexity", "first", "decode", "memory")
+PARTS = ("perplexity", "first", "decode", "resident", "memory")
 LLAMA_CPP_LOAD_S = 0.6
 """Seconds that llama.cpp took to load its saved state of 7,900 tokens, f16, measured apart on 2 threads; beside
 ours, but without the model's identity, bench_llama_cpp.py measures it."""
@@ -82,6 +88,9 @@ def main() -> None:
         if "decode" in options.only:
             for length in options.contexts:
                 decoding(report, net, full, length, folder, options.rounds)
+        if "resident" in options.only:
+            for length in RESIDENT:
+                resident(report, net, full, length, folder, options.rounds)
         if "memory" in options.only:
             memory(report, saved)
     report.finish(options.json)
@@ -243,6 +252,33 @@ def decoding(report: Report, net: Any, full: DynamicCache, length: int, folder: 
             report.bars.append(Bar(what, required, ratio, "x", ceiling))
     for file in files:
         file.close()
+
+
+def resident(report: Report, net: Any, full: DynamicCache, length: int, folder: Path, rounds: int) -> None:
+    """Several tokens at a time with keys and values as tensors; new rows go to a file behind the model."""
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    tasks, files = [], []
+    for dtype, model in (("f32", net), ("bf16", half)):
+        model.set_attn_implementation("sdpa")
+        path = folder / f"resident-{dtype}.kvm"
+        files.append(KvmmapCache.create(path, model, resident="device", overwrite=True))
+        dynamic = DynamicCache(config=model.config)
+        for name, cache in ((f"device-resident, {dtype}", files[-1]), (f"DynamicCache, {dtype}", dynamic)):
+            fill(cache, full, length, model.dtype)
+            tasks.append(Task(name=name, run=partial(tokens, model, cache, STEPS)))
+    with torch.inference_mode():
+        measured = measure(tasks, rounds)
+    report.show(f"{STEPS} tokens, device-resident, at {length}", measured, ["DynamicCache, f32", "DynamicCache, bf16"])
+    for dtype in ("f32", "bf16"):
+        ratio = measured.ratio(f"device-resident, {dtype}", f"DynamicCache, {dtype}").median
+        report.bars.append(Bar(f"decode at {length}, {dtype}: device-resident, to DynamicCache", 0.97, ratio, "x"))
+    for file in files:
+        file.close()
+
+
+def tokens(net: Any, cache: Any, count: int) -> None:
+    for _ in range(count):
+        one_token(net, cache)
 
 
 def pack_every(cache: QuantizedCache, tokens: int) -> None:

@@ -15,6 +15,7 @@ from helpers.tiny_models import RoundedCache, past
 
 from families.configs import TEXT, VOCABULARY, config, model
 from families.patches import WITHOUT
+from families.resident import check_resident
 from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
 from kvmmap.integrations.transformers.dispatch import attends
@@ -82,6 +83,9 @@ def trial(kind: str, folder: Path) -> Outcome:
     _check_alive(kind, net, references["generation"])
     outcome.supported = True
     _check_stages(kind, net, references, folder / "native")
+    with _own_errors(kind, "device-resident"):
+        if wrong := check_resident(net, prompt(30), folder, BOUND):
+            raise WrongError(f"{kind}: device-resident: {wrong}")
     net.set_attn_implementation(ATTENTION)
     if net.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
         try:  # transformers says no to a change, and may say yes at first

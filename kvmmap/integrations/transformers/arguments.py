@@ -137,20 +137,24 @@ def is_plain(mask: Any, length: int, count: int, window: int | None) -> bool:
 
     Args:
         mask: bool [batch, heads, count, length + count], True where a query sees a key, or (MPT) where it does not; or
-            numbers that are added to scores. Anything else is not plain.
+            numbers that are added to scores. Keys before the first query's window may be left out. Anything else is not
+            plain.
         length: positions stored before the pass.
         count: new ones.
         window: positions that a query sees, its own among them; None: all.
     """
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2:] != (count, length + count):
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != count:
+        return False
+    first = length + count - mask.shape[3]
+    if first not in {0, 0 if window is None else max(length - window + 1, 0)}:
         return False
     seen = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
     if mask.dtype is torch.bool and not bool(seen[..., -1, -1].any()):
         seen = ~seen  # every query sees itself: so True says what is hidden
-    if count == 1 and (window is None or window > length):
+    if count == 1 and (window is None or window > length - first):
         return bool(seen.all())
     positions = torch.arange(length, length + count, device=mask.device)[:, None]
-    keys = torch.arange(length + count, device=mask.device)
+    keys = torch.arange(first, length + count, device=mask.device)
     expected = keys <= positions
     if window is not None:
         expected &= keys > positions - window

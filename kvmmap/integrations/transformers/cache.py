@@ -21,6 +21,7 @@ from . import rope
 from .copies import in_memory, rebuilt
 from .models import LayerKind
 from .opening import check_stored, note_regimes, record_known, room_beside, settings, spread
+from .resident import Resident, check_resident
 from .stored import StoredSequence
 
 
@@ -43,6 +44,10 @@ class KvmmapCache(StoredSequence):
         capacity: positions to reserve; by default as many as the model is made for.
         metadata: plain JSON of your own.
         fingerprint: a digest of the weights, if you have one; else it is computed of all of them.
+        resident: "device" keeps keys and values as tensors on the device that the model runs on, in its dtype, as
+            transformers' own cache does, for attention implementations of the model's own. What is stored is decoded
+            there in the first pass; new rows are written behind the model, and `flush`, `save`, `fork` and `close`
+            wait for them. A pass attends over the new rows as they were computed.
 
     Raises:
         UnsupportedModelError: the model keeps something else than keys and values.
@@ -56,9 +61,11 @@ class KvmmapCache(StoredSequence):
         *,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
+        resident: Resident = "host",
     ) -> None:
+        check_resident(resident)
         kinds, shapes = settings(model, capacity, metadata, fingerprint)
-        self._attach(None, QuantizedKvCache(**shapes), kinds, model)
+        self._attach(None, QuantizedKvCache(**shapes), kinds, model, resident)
 
     @classmethod
     def create(
@@ -69,6 +76,7 @@ class KvmmapCache(StoredSequence):
         capacity: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
+        resident: Resident = "host",
         durability: Durability = "publish",
         overwrite: bool = False,
         timeout: float = 0,
@@ -78,13 +86,14 @@ class KvmmapCache(StoredSequence):
 
         Args:
             path: where; what ends with ".zarr" is a group in a directory, a URL one in an object store.
-            model, capacity, metadata, fingerprint: as in the constructor.
+            model, capacity, metadata, fingerprint, resident: as in the constructor.
             durability, overwrite, timeout, storage_options: as in `kvmmap.create`.
 
         Raises:
             UnsupportedModelError, KvmmapError: as in the constructor.
             CacheExistsError, CacheNotFoundError, CacheLockedError, OSError: as in `kvmmap.create`.
         """
+        check_resident(resident)
         kinds, shapes = settings(model, capacity, metadata, fingerprint)
         stored = create(
             path,
@@ -94,7 +103,7 @@ class KvmmapCache(StoredSequence):
             timeout=timeout,
             storage_options=storage_options,
         )
-        return cls._of(None, stored, kinds, model)
+        return cls._of(None, stored, kinds, model, resident)
 
     @classmethod
     def open(
@@ -105,6 +114,7 @@ class KvmmapCache(StoredSequence):
         *,
         room: int | None = None,
         fingerprint: str | None = None,
+        resident: Resident = "host",
         durability: Durability = "publish",
         timeout: float = 0,
         storage_options: Mapping[str, Any] | None = None,
@@ -119,7 +129,7 @@ class KvmmapCache(StoredSequence):
             mode: "a" appends to the file. "r" reads it, beside any number of others, and keeps in memory what comes
                 after: the file does not change, whatever is generated, cropped or reused.
             room: with "r", positions to reserve in memory; by default what the model is made for, 32,768 at most.
-            fingerprint: as in the constructor.
+            fingerprint, resident: as in the constructor.
             durability, timeout: with "a", as in `kvmmap.open`.
             storage_options: as in `kvmmap.open`.
 
@@ -127,22 +137,30 @@ class KvmmapCache(StoredSequence):
             ModelMismatchError: another model, config or weights made it; says what differs.
             CacheNotFoundError, FormatError, CacheLockedError, OSError: as in `kvmmap.open`.
         """
+        check_resident(resident)
         stored = open_cache(path, mode, durability=durability, timeout=timeout, storage_options=storage_options)
         try:
             kinds = check_stored(stored, model, fingerprint)
             if mode == "a":
-                return cls._of(None, stored, kinds, model)
+                return cls._of(None, stored, kinds, model, resident)
             room = room_beside(stored) if room is None else room
             own = QuantizedKvCache(**spread(stored.geometry.layers, room), model=stored.model)
-            return cls._of(stored, own, kinds, model)
+            return cls._of(stored, own, kinds, model, resident)
         except BaseException:
             stored.close()
             raise
 
     @classmethod
-    def _of(cls, saved: QuantizedKvCache | None, own: QuantizedKvCache, kinds: Sequence[LayerKind], model: Any) -> Self:
+    def _of(
+        cls,
+        saved: QuantizedKvCache | None,
+        own: QuantizedKvCache,
+        kinds: Sequence[LayerKind],
+        model: Any,
+        resident: Resident = "host",
+    ) -> Self:
         cache = cls.__new__(cls)
-        cache._attach(saved, own, kinds, model)
+        cache._attach(saved, own, kinds, model, resident)
         return cache
 
     # Life
@@ -163,7 +181,8 @@ class KvmmapCache(StoredSequence):
         """
         _, length = check_range(0, self._length if length is None else length, self._length)
         self._copy(path, length, capacity)
-        return self._of(None, open_cache(path, "a"), [layer.kind for layer in self._layers], self._model())
+        kinds = [layer.kind for layer in self._layers]
+        return self._of(None, open_cache(path, "a"), kinds, self._model(), "host" if self._behind is None else "device")
 
     def save(self, path: str | os.PathLike[str], *, capacity: int | None = None) -> None:
         """Copy all positions into a new file or Zarr group, bit by bit; durable on return.
@@ -181,6 +200,7 @@ class KvmmapCache(StoredSequence):
         self._copy(path, self._length, capacity)
 
     def _copy(self, path: str | os.PathLike[str], length: int, capacity: int | None) -> None:
+        self._settle()
         source = self._source
         capacity = self.capacity if capacity is None else capacity
         if source.path is not None and os.path.isfile(source.path) and place_of(path).file_path is not None:
@@ -214,6 +234,7 @@ class KvmmapCache(StoredSequence):
                 f"{self!r} is that of a file, and can't be copied or pickled: cache.save(path) copies it into another "
                 'file, and KvmmapCache.open(path, model, mode="r") opens it in as many processes as you like'
             )
+        self._settle()
         kinds = [layer.kind for layer in self._layers]
         return rebuilt, (type(self), in_memory(self._own), kinds, self._told[: self._length])
 
@@ -228,13 +249,18 @@ class KvmmapCache(StoredSequence):
 
     def flush(self) -> None:
         """Make what was appended survive power loss. Nothing to do in memory, or with mode="r"."""
+        self._settle()
         self._own.flush()
 
     def close(self) -> None:
-        """Commit what is complete if this appends to a file, and let go of everything."""
-        for cache in (self._own, self._saved):
-            if cache is not None:
-                cache.close()
+        """Commit what is complete if this appends to a file, and release everything."""
+        try:
+            if self._behind is not None:
+                self._behind.stop()
+        finally:
+            for cache in (self._own, self._saved):
+                if cache is not None:
+                    cache.close()
 
     def __enter__(self) -> Self:
         return self

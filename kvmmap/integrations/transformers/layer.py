@@ -113,6 +113,15 @@ class KvmmapLayer(CacheLayerMixin):
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Quantise and append, all positions or none."""
+        self._check_batch(key_states)
+        keys, values = to_host(key_states, value_states)
+        self._dtype = key_states.dtype
+        if keys.shape[2] == 1:
+            self.own.push(keys[0, :, 0], values[0, :, 0])
+        else:
+            self.own.extend(keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
+
+    def _check_batch(self, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != 1:
             raise UnsupportedModelError(
                 f"a KvmmapCache holds one sequence, and this is a batch of {key_states.shape[0]} (several prompts, "
@@ -121,12 +130,6 @@ class KvmmapLayer(CacheLayerMixin):
                 expected=1,
                 actual=key_states.shape[0],
             )
-        keys, values = to_host(key_states, value_states)
-        self._dtype = key_states.dtype
-        if keys.shape[2] == 1:
-            self.own.push(keys[0, :, 0], values[0, :, 0])
-        else:
-            self.own.extend(keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
 
     def read(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantise all positions: two tensors [1, num_kv_heads, n, dim], views of [n, heads, dim]."""
@@ -172,6 +175,10 @@ class KvmmapLayer(CacheLayerMixin):
         options |= {"query_start": first, "positions": (oldest, kept)}
         before = self.saved.attend(queries, return_lse=True, **options)
         return merge_attention([before[0], own[0]], [before[1], own[1]])
+
+    def cut(self, length: int, kept: int) -> None:
+        """Note that the first `length` positions are kept, the first `kept` of these in the saved cache."""
+        self.kept = kept
 
     # What masks are made for
 

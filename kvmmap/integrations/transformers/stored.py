@@ -26,22 +26,30 @@ from .models import LayerKind
 from .opening import NOTES, check_stored, note_regimes, own_notes, placeholders
 from .passes import watch
 from .recording import PassRecord
+from .resident import Resident, ResidentLayer
 from .sequence import MaskLength, OneSequence
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
 from .weights import Weights, weights_of
+from .write_behind import WriteBehind
 
 
 class StoredSequence(OneSequence):
     """Keys and values of one sequence as transformers' models use them."""
 
     def _attach(
-        self, saved: QuantizedKvCache | None, own: QuantizedKvCache, kinds: Sequence[LayerKind], model: Any
+        self,
+        saved: QuantizedKvCache | None,
+        own: QuantizedKvCache,
+        kinds: Sequence[LayerKind],
+        model: Any,
+        resident: Resident,
     ) -> None:
         kept = saved.seq_len if saved is not None else 0
+        layer_class = ResidentLayer if resident == "device" else KvmmapLayer
         patterns = {(kind.window, kind.latent): Pattern(kind.window, kind.latent) for kind in kinds}
         self._layers = [
-            KvmmapLayer(
+            layer_class(
                 kind,
                 patterns[kind.window, kind.latent],
                 saved.layers[number] if saved is not None else None,
@@ -54,6 +62,11 @@ class StoredSequence(OneSequence):
         self._saved = saved
         self._own = own
         self._source = own if saved is None else saved
+        self._behind: WriteBehind | None = None
+        if resident == "device":
+            self._behind = WriteBehind(own, [layer for layer in self._layers if isinstance(layer, ResidentLayer)], kept)
+            # A cache that nobody closes is written to its end all the same, also at the end of the program.
+            self._end_of_life = weakref.finalize(self, WriteBehind.stop, self._behind)
         self._kept = kept
         self._length = kept + own.seq_len  # complete in every layer; during a pass, as it was before
         self._patterns = list(patterns.values())
@@ -118,6 +131,7 @@ class StoredSequence(OneSequence):
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """Token ids, int32 [seq_len], a copy; -1 where they are not known."""
+        self._settle()
         ids = self._own.token_ids[: self._length - self._kept]
         if self._saved is not None:
             ids = np.concatenate([self._saved.token_ids[: self._kept], ids])
@@ -147,6 +161,8 @@ class StoredSequence(OneSequence):
         """
         layer = self._layers[layer_idx]
         self._masks_asked = False
+        if self._behind is not None:
+            self._behind.check()
         if len(layer) != self._length:
             self._take_back(self._complete())  # an earlier pass stopped half way
         dtype = key_states.dtype, autocast_dtype(key_states)
@@ -167,11 +183,18 @@ class StoredSequence(OneSequence):
         if all(len(other) == len(layer) for other in reversed(self._layers)):  # loops may end in any layer
             self._length = len(layer)
             self._end_patterns()
+            if self._behind is not None:
+                self._behind.advance(self._length)
         return result
 
     def _complete(self) -> int:
         """Positions complete in every layer, as the layers have it."""
-        return self._kept + self._own.seq_len
+        return self._kept + self._own.seq_len if self._behind is None else min(map(len, self._layers))
+
+    def _settle(self) -> None:
+        """Wait until everything that the layers hold is written."""
+        if self._behind is not None:
+            self._behind.settle()
 
     def _end_patterns(self) -> None:
         for pattern in self._patterns:
@@ -179,10 +202,15 @@ class StoredSequence(OneSequence):
 
     @outside_graph
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Positions that a mask is for: all that are stored, and the new ones."""
+        """Positions that a mask is for, and the first of them: all that are stored and the new ones, unless `update`
+        returns fewer."""
         if not self._masks_asked:  # the first one of a pass; an earlier pass may have failed
             self._end_patterns()
             self._masks_asked = True
+        layer = self._layers[layer_idx]
+        if isinstance(layer, ResidentLayer):
+            first = layer.first_seen(self._length)
+            return self._length + query_length - first, first
         return MaskLength.of(self._length + query_length, self), 0
 
     def attend_in_place(self, window: int | None, plain: bool) -> bool:
@@ -197,7 +225,7 @@ class StoredSequence(OneSequence):
         """
         found = [pattern for pattern in self._patterns if pattern.window == window]
         for pattern in found:
-            pattern.in_place = plain and not pattern.latent
+            pattern.in_place = plain and not pattern.latent and self._behind is None
         return bool(found) and all(pattern.in_place for pattern in found)
 
     @outside_graph
@@ -271,7 +299,9 @@ class StoredSequence(OneSequence):
         start, ids = self._pass.recordable(self._length)
         if start < self._length:
             self._record_regime(start)
-        if len(ids):
+        if len(ids) and self._behind is not None:
+            self._behind.record(start, ids)
+        elif len(ids):
             self._own.push_token_ids(ids, start - self._kept)
 
     @property
@@ -288,6 +318,7 @@ class StoredSequence(OneSequence):
             token_ids: those of the whole sequence from its start, [n] or [1, n]; what is recorded already is not
                 looked at, and what is beyond `seq_len` not recorded.
         """
+        self._settle()
         ids = np.asarray(token_ids).reshape(-1)[: self._length]
         self._told = ids.astype(np.int32)
         recorded = self._kept + self._own.token_len
@@ -331,10 +362,12 @@ class StoredSequence(OneSequence):
         self._end_patterns()
 
     def _take_back(self, length: int) -> None:
+        if self._behind is not None:
+            self._behind.drop(length)
         self._own.truncate(max(length - self._kept, 0))
         self._kept = min(self._kept, length)
         for layer in self._layers:
-            layer.kept = self._kept
+            layer.cut(length, self._kept)
         self._length = length
         self._told = self._told[:length]
         self._regimes = rope.cut(self._regimes, length)

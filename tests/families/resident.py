@@ -1,0 +1,45 @@
+"""A family's trial with keys and values as tensors on the device: what a cache must give then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.tiny_models import past
+from transformers import DynamicCache
+
+from kvmmap.integrations.transformers import KvmmapCache
+
+
+def check_resident(net: Any, ids: torch.Tensor, folder: Path, bound: float) -> str | None:
+    """Prefill and decode through a device-resident cache, in one go and after reopening; return what is wrong.
+
+    Args:
+        net: the model, with its own attention.
+        ids: a prompt, [1, n].
+        folder: where a file may be made.
+        bound: how far logits may be off, in standard deviations: masks of another length are added up otherwise.
+    """
+    path = folder / "resident.kvm"
+    own, last = DynamicCache(config=net.config), ids.shape[1] - 4
+    with KvmmapCache.create(path, net, resident="device") as cache:
+        for start, stop in ((0, last), *((at, at + 1) for at in range(last, ids.shape[1] - 1))):
+            found, expected = (_logits(net, ids[:, start:stop], one) for one in (cache, own))
+            if not (off := float((found - expected).abs().max() / expected.std())) <= bound:
+                return f"logits from {start} on are off by {off:g} standard deviations"
+    with KvmmapCache.open(path, net) as saved, KvmmapCache.open(path, net, resident="device") as cache:
+        if cache.token_ids.tolist() != ids[0, :-1].tolist():
+            return "token ids are lost"
+        _logits(net, ids[:, -1:], cache)
+        for number, layer in enumerate(cache.layers):
+            stored = saved.layers[number].read(layer.keys.dtype)
+            for tensor, rows in zip((layer.keys, layer.values), stored, strict=True):
+                if not torch.equal(tensor[:, :, : rows.shape[2]], rows):
+                    return f"layer {number} does not have what is stored after reopening"
+    return None
+
+
+def _logits(net: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return net(ids, use_cache=True, **past(cache)).logits  # type: ignore[no-any-return]
