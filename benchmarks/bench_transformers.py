@@ -98,7 +98,7 @@ def main() -> None:
 
 def save(net: Any, ids: torch.Tensor, full: DynamicCache, path: Path) -> Path:
     """Save a prefilled prompt."""
-    with KvmmapCache.create(path, net) as cache:
+    with KvmmapCache.create(path, net.config, fingerprint=weights_fingerprint(net)) as cache:
         fill(cache, full, ids.shape[1])
         cache.record_token_ids(ids)
     return path
@@ -261,7 +261,7 @@ def resident(report: Report, net: Any, full: DynamicCache, length: int, folder: 
     for dtype, model in (("f32", net), ("bf16", half)):
         model.set_attn_implementation("sdpa")
         path = folder / f"resident-{dtype}.kvm"
-        files.append(KvmmapCache.create(path, model, resident="device", overwrite=True))
+        files.append(KvmmapCache.create(path, model.config, resident="device", overwrite=True))
         dynamic = DynamicCache(config=model.config)
         for name, cache in ((f"device-resident, {dtype}", files[-1]), (f"DynamicCache, {dtype}", dynamic)):
             fill(cache, full, length, model.dtype)

@@ -27,6 +27,7 @@ _UPPER_LEVELS = {
 """The upper halves of the symmetric tables of levels, by bits a code."""
 
 _FLOATS = {
+    "f32": torch.float32,
     "bf16": torch.bfloat16,
     "f16": torch.float16,
     "fp8-e4m3": torch.float8_e4m3fn,
