@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import click
 
 from .main import kvmmap
@@ -41,8 +43,19 @@ def reference() -> str:
     for name in kvmmap.list_commands(root):
         command = kvmmap.get_command(root, name)
         if command is not None:
-            sections.append(_section(command.make_context(name, [], root, resilient_parsing=True)))
+            sections += _sections(command, name, root)
     return "\n".join(sections)
+
+
+def _sections(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    """Yield the section of a command, and of those in it."""
+    context = command.make_context(name, [], parent, resilient_parsing=True)
+    yield _section(context)
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            if found is not None:
+                yield from _sections(found, inner, context)
 
 
 def _section(context: click.Context) -> str:

@@ -6,7 +6,17 @@ from .matching import Match
 from .metrics import LibraryStats
 from .namespace import Namespace
 from .policy import Choice
-from .segment import Segment
+from .segment import Segment, StoredNamespace
 from .session import Session
 
-__all__ = ["CheckReport", "Choice", "Library", "LibraryStats", "Match", "Namespace", "Segment", "Session"]
+__all__ = [
+    "CheckReport",
+    "Choice",
+    "Library",
+    "LibraryStats",
+    "Match",
+    "Namespace",
+    "Segment",
+    "Session",
+    "StoredNamespace",
+]

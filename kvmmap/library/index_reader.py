@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from .database import Database, IndexLostError
-from .namespace import Namespace
-from .segment import Segment, segment_path
+from .segment import Segment, StoredNamespace, segment_path
 
 _COLUMNS = """segments.id, segments.name, segments.parent, segments.start, segments.stop, segments.depth,
     segments.token_offset, segments.checkpoints, segments.bytes, segments.reserved, segments.writing, segments.broken,
@@ -65,10 +64,32 @@ class IndexReader:
         """Called when the index was lost, to fill the new one from the segments."""
 
     @recovering
-    def namespace_id(self, namespace: Namespace) -> int | None:
+    def namespaces(self) -> list[StoredNamespace]:
+        """Return all namespaces, by model."""
+        with self.database.reading() as connection:
+            rows = connection.execute(
+                "SELECT digest, namespaces.model, document, count(segments.id), coalesce(sum(segments.bytes), 0), "
+                "coalesce(sum(segments.stop - segments.start), 0), seconds / max(positions, 1) FROM namespaces "
+                "LEFT JOIN segments ON segments.namespace = namespaces.id GROUP BY namespaces.id ORDER BY 2, 1"
+            ).fetchall()
+        return [
+            StoredNamespace(
+                digest=digest,
+                model=model,
+                document=json.loads(document),
+                segments=segments,
+                bytes=size,
+                positions=positions,
+                seconds_per_position=seconds,
+            )
+            for digest, model, document, segments, size, positions, seconds in rows
+        ]
+
+    @recovering
+    def namespace_id(self, digest: str) -> int | None:
         """Return a namespace's number; None if nothing is stored of it."""
         with self.database.reading() as connection:
-            row = connection.execute("SELECT id FROM namespaces WHERE digest = ?", (namespace.digest,)).fetchone()
+            row = connection.execute("SELECT id FROM namespaces WHERE digest = ?", (digest,)).fetchone()
         return None if row is None else int(row[0])
 
     @recovering

@@ -46,11 +46,13 @@ class Library(LibraryUpkeep):
         max_bytes: bytes on the disk to keep at most. The library remembers it; None leaves it as it is, and a new
             library without a limit.
         ttl: seconds after their last use for which new segments are kept; remembered likewise.
+        create: make a library where there is none.
 
     It is a context manager that closes.
 
     Raises:
         NotACacheError: there is something else at the path.
+        CacheNotFoundError: there is no library, and `create` is False.
         VersionMismatchError: a newer kvmmap made the library.
         CorruptCacheError: its settings are damaged.
         OSError: the directory can't be made or written to.
@@ -58,11 +60,11 @@ class Library(LibraryUpkeep):
 
     # Looking up
 
-    def match(self, namespace: Namespace, token_ids: Any, *, limit: int | None = None) -> Match:
+    def match(self, namespace: Namespace | str, token_ids: Any, *, limit: int | None = None) -> Match:
         """Find the longest prefix of a prompt that can be restored. It is not a use of what is found.
 
         Args:
-            namespace: only segments of this one count.
+            namespace: only segments of this one count; or its digest, as `namespaces` has it.
             token_ids: the prompt, n whole numbers from 0 to 2**31 - 1.
             limit: match at most so many of them. A model needs one position to compute logits from: len(token_ids) - 1.
 
@@ -71,16 +73,17 @@ class Library(LibraryUpkeep):
             MetadataError: the namespace's facts are no plain JSON.
             ClosedError: the library is closed.
         """
-        return self._match(namespace, self._prompt(namespace, token_ids, limit))
+        digest = namespace if isinstance(namespace, str) else namespace.digest
+        return self._match(digest, self._prompt(digest, token_ids, limit))
 
-    def _prompt(self, namespace: Namespace, token_ids: Any, limit: int | None) -> Prompt:
+    def _prompt(self, digest: str, token_ids: Any, limit: int | None) -> Prompt:
         ids = check_token_ids(token_ids, None)
         if limit is not None:
             ids = ids[: max(0, whole(limit, "limit"))]
-        return Prompt(namespace.seed, ids)
+        return Prompt(bytes.fromhex(digest), ids)
 
-    def _match(self, namespace: Namespace, prompt: Prompt) -> Match:
-        number = self._open_index.namespace_id(namespace)
+    def _match(self, digest: str, prompt: Prompt) -> Match:
+        number = self._open_index.namespace_id(digest)
         if number is None:
             return Match(length=0, common=0, chain=())
         return Search(self._open_index, number, prompt, read_own_tokens).run()
@@ -137,7 +140,7 @@ class Library(LibraryUpkeep):
             While appending, besides what `extend` raises:
             LibraryFullError: nothing more can be evicted; nothing was appended.
         """
-        prompt = self._prompt(namespace, token_ids, None)
+        prompt = self._prompt(namespace.digest, token_ids, None)
         wanted = len(prompt) if limit is None else max(0, min(whole(limit, "limit"), len(prompt)))
         room = max(LEAST_CAPACITY, 2 * len(prompt)) if capacity is None else whole(capacity, "capacity")
         if room < len(prompt):
@@ -149,7 +152,7 @@ class Library(LibraryUpkeep):
         number = self._number(namespace)
         sought = Prompt(namespace.seed, prompt.ids[:wanted])
         for attempt in range(ATTEMPTS):
-            match = self._match(namespace, sought)
+            match = self._match(namespace.digest, sought)
             try:
                 tail = self._maker.tail(
                     namespace,
@@ -186,7 +189,7 @@ class Library(LibraryUpkeep):
         return session
 
     def _number(self, namespace: Namespace) -> int:
-        number = self._open_index.namespace_id(namespace)
+        number = self._open_index.namespace_id(namespace.digest)
         if number is None:
             os.makedirs(os.path.join(self.path, "caches", namespace.folder), mode=0o700, exist_ok=True)
             number = self._open_index.add_namespace(
@@ -260,7 +263,11 @@ class Library(LibraryUpkeep):
                     layer.extend_quantized(*old.read_quantized(start, stop))
                 session.push_token_ids(ids[start:stop])
             name = session.name if len(ids) > session.reused or session.continues else None
-        found = self._open_index.segment(name) if name else self._match(namespace, Prompt(namespace.seed, ids)).segment
+        found = (
+            self._open_index.segment(name)
+            if name
+            else self._match(namespace.digest, Prompt(namespace.seed, ids)).segment
+        )
         if found is None:
             raise CacheNotFoundError(
                 f"{self.path}: what was put in is evicted already: raise max_bytes", path=self.path

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 CACHES = "caches"
 """Name of the folder of all segments, within a library's."""
@@ -95,6 +97,32 @@ class Segment:
     def positions(self) -> int:
         """Positions of its own."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredNamespace:
+    """A namespace as the index knows it."""
+
+    digest: str
+    """32 hexadecimal digits."""
+
+    model: str
+    """Name of the model, "" where none was recorded."""
+
+    document: Mapping[str, Any]
+    """What was digested: weights, RoPE, facts, layers."""
+
+    segments: int
+    """Segments of it."""
+
+    bytes: int
+    """Their bytes on the disk."""
+
+    positions: int
+    """Positions of their own."""
+
+    seconds_per_position: float
+    """Time to compute a position, as measured; 0 where nothing was."""
 
 
 def segment_path(folder: str, namespace_folder: str, name: str) -> str:

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..errors import CorruptCacheError, NotACacheError, VersionMismatchError
+from ..errors import CacheNotFoundError, CorruptCacheError, NotACacheError, VersionMismatchError
 
 NAME = "library.json"
 VERSION = 1
@@ -27,15 +27,17 @@ class Settings:
     """URL of the object store that the library shares segments through."""
 
 
-def load(folder: str, **changes: Any) -> Settings:
+def load(folder: str, *, create: bool, **changes: Any) -> Settings:
     """Return a library's settings, with changes stored; make them where the folder is new or empty.
 
     Args:
         folder: the library's.
+        create: make a library where there is none.
         changes: new values by name; None leaves a setting as it is.
 
     Raises:
         NotACacheError: the folder has other things in it, or is none.
+        CacheNotFoundError: there is no library, and none is to be made.
         VersionMismatchError: a newer kvmmap made it.
         CorruptCacheError: the settings can't be read.
         OSError: the folder can't be made or written to.
@@ -43,6 +45,10 @@ def load(folder: str, **changes: Any) -> Settings:
     path = os.path.join(folder, NAME)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise NotACacheError(f"{folder}: is no folder, and a library is one: give another path", path=folder)
+    if not create and not is_library(folder):
+        raise CacheNotFoundError(
+            f"{folder}: is no library of kvmmap: there is no {NAME} in it; kvmmap.Library(path) makes one", path=folder
+        )
     os.makedirs(folder, mode=0o700, exist_ok=True)
     try:
         with open(path, "rb") as file:

@@ -20,19 +20,21 @@ from .metrics import LibraryStats, Metrics
 from .owner import SessionOwner
 from .policy import Choice
 from .room import Room, pin_path
-from .segment import Segment
+from .segment import Segment, StoredNamespace
 
 
 class LibraryUpkeep:
     """The half of `Library` that neither matches nor opens sessions."""
 
-    def __init__(self, path: PathLike, max_bytes: int | None = None, *, ttl: float | None = None) -> None:
+    def __init__(
+        self, path: PathLike, max_bytes: int | None = None, *, ttl: float | None = None, create: bool = True
+    ) -> None:
         if max_bytes is not None and whole(max_bytes, "max_bytes") < 1:
             raise ShapeMismatchError(f"max_bytes must be at least 1, not {max_bytes}", expected=1, actual=max_bytes)
         self.path = os.path.abspath(file_path(path))
         """Absolute path of the directory."""
         self._closed = False
-        self._settings = stored_settings.load(self.path, max_bytes=max_bytes, ttl=_seconds(ttl))
+        self._settings = stored_settings.load(self.path, create=create, max_bytes=max_bytes, ttl=_seconds(ttl))
         self._database = Database(self.path)
         self._index = Index(self._database, self.path)
         self._room = Room(self.path, self._index, self._limit, self._settle)
@@ -50,6 +52,10 @@ class LibraryUpkeep:
             raise
 
     # Looking after
+
+    def namespaces(self) -> list[StoredNamespace]:
+        """Return the namespaces of which the library has had segments."""
+        return self._open_index.namespaces()
 
     def entries(self) -> list[Segment]:
         """Return all segments, parents before their children."""

@@ -32,22 +32,30 @@ BINS = 240
 @click.option("--no-verify", is_flag=True, help="Don't compare checksums.")
 @no_progress_option
 def command(path: str, output: str | None, overwrite: bool, no_verify: bool, no_progress: bool) -> None:
-    """Write a report on the cache at PATH as one HTML page.
+    """Write a report on the cache at PATH as one HTML page, or on a library of caches.
 
     Geometry, state, the memory map of its file drawn to scale, charts of what int8 costs in every layer, what stands
     out, and whether all checksums hold. The page needs no network, can be read on a phone and in the dark, and holds
     neither token ids nor rows; model and metadata are in it.
 
+    Where PATH is the directory of a library, the page has its tree of segments, with their sizes, uses and ages.
+
     Exit code 1: damage was found, and the page says where.
 
     \b
-    Example:
+    Examples:
       kvmmap report prompt.kvm -o report.html
+      kvmmap report caches/ -o library.html
     """
     from .. import page
 
     target = _page_of(path) if output is None else output
     target = outfile.check(target, "--output", ENDINGS, path, overwrite=overwrite)
+    if os.path.isfile(os.path.join(path, "library.json")):
+        library_page = _of_library(path).encode()
+        outfile.write(target, library_page)
+        click.echo(f"{plain(target)}: {size(len(library_page))}")
+        return
     with progress("comparing checksums", no_progress) as verifying, progress("reading", no_progress) as reading:
         facts = read(path, lambda cache: _look(cache, None if no_verify else verifying or _quiet, reading), "none")
     written = page.build(facts).encode()
@@ -55,6 +63,25 @@ def command(path: str, output: str | None, overwrite: bool, no_verify: bool, no_
     click.echo(f"{plain(target)}: {size(len(written))}")
     damaged = facts.verified is not None and not facts.verified.sound
     click.get_current_context().exit(DAMAGED if damaged else SOUND)
+
+
+def _of_library(path: str) -> str:
+    """Return the page of a library."""
+    import kvmmap
+
+    from ..page.library import LibraryFacts, build
+
+    with kvmmap.Library(path, create=False) as library:
+        facts = LibraryFacts(
+            path=path,
+            stats=library.stats(),
+            namespaces=library.namespaces(),
+            entries=library.entries(),
+            going=library.evict((library.stats().bytes * 3) // 4, dry_run=True),
+            version=f"{kvmmap.__version__}, {kvmmap.kernel()} kernel",
+            made=datetime.now(UTC),
+        )
+    return build(facts)
 
 
 def _page_of(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -50,21 +50,42 @@ def build(facts: Facts) -> str:
     report = facts.report
     name = os.path.basename(report.path or "") or "A cache in memory"
     lead = f"{count(report.num_layers, 'layer')}, {count(report.seq_len, 'position')} of {report.capacity:,}"
+    verdict = join([f"A kvmmap cache: {lead}. ", _verdict(facts.verified)])
+    return whole(name, f"A kvmmap cache: {lead}", verdict, _sections(facts), facts.version, facts.made)
+
+
+def whole(
+    name: str,
+    about: str,
+    lead: Markup,
+    sections: Iterable[tuple[str, Sequence[Markup]]],
+    version: str,
+    made: datetime,
+) -> str:
+    """Return a page of sections.
+
+    Args:
+        name: its title.
+        about: what it is, for those who list pages.
+        lead: the line below the title.
+        sections: titles, and what is below them.
+        version: kvmmap's, and its kernel.
+        made: when.
+    """
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
         void("meta", charset="utf-8"),
         void("meta", name="viewport", content="width=device-width, initial-scale=1"),
         void("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        void("meta", name="description", content=f"A kvmmap cache: {lead}"),
+        void("meta", name="description", content=about),
         void("meta", name="referrer", content="no-referrer"),
         element("title", f"{name}: kvmmap report"),
         element("style", Markup(style)),
     )
-    verdict = element("p", f"A kvmmap cache: {lead}. ", _verdict(facts.verified), class_="lead")
-    top = element("header", element("h1", name), verdict)
-    main = element("main", *(element("section", element("h2", title), *parts) for title, parts in _sections(facts)))
-    foot = element("footer", f"Made {moment(facts.made)} by kvmmap {facts.version}. It loads nothing from anywhere.")
+    top = element("header", element("h1", name), element("p", lead, class_="lead"))
+    main = element("main", *(element("section", element("h2", title), *parts) for title, parts in sections))
+    foot = element("footer", f"Made {moment(made)} by kvmmap {version}. It loads nothing from anywhere.")
     return f"<!DOCTYPE html>\n{element('html', head, element('body', top, main, foot), lang='en')}\n"
 
 
