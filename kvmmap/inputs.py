@@ -6,7 +6,7 @@ Pure checks; nothing here knows where rows go.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +32,10 @@ def where(layer: int | None) -> str:
     return "" if layer is None else f" (layer {layer})"
 
 
-def check_pair(keys: Any, values: Any, geometry: LayerGeometry, layer: int | None) -> RowPair:
-    """Return `extend`'s arguments as rows, their shapes checked."""
-    key_rows, key_dtype = as_rows(keys)
-    value_rows, value_dtype = as_rows(values)
+def refuse_shapes(pair: RowPair, geometry: LayerGeometry, layer: int | None) -> NoReturn:
+    """Raise for rows of `extend` that do not fit a layer, or one another."""
     heads = geometry.num_kv_heads
-    for name, rows, dim in (("keys", key_rows, geometry.head_dim), ("values", value_rows, geometry.value_head_dim)):
+    for name, rows, dim in (("keys", pair.keys, geometry.head_dim), ("values", pair.values, geometry.value_head_dim)):
         if rows.ndim != 3 or rows.shape[1:] != (heads, dim):
             raise ShapeMismatchError(
                 f"{name} must be [n, {heads}, {dim}] (positions, KV heads, head_dim), not "
@@ -46,14 +44,12 @@ def check_pair(keys: Any, values: Any, geometry: LayerGeometry, layer: int | Non
                 actual=rows.shape,
                 layer=layer,
             )
-    if len(key_rows) != len(value_rows):
-        raise ShapeMismatchError(
-            f"{len(key_rows)} positions of keys and {len(value_rows)} of values: give as many of both{where(layer)}",
-            expected=len(key_rows),
-            actual=len(value_rows),
-            layer=layer,
-        )
-    return RowPair(key_rows, key_dtype, value_rows, value_dtype)
+    raise ShapeMismatchError(
+        f"{len(pair.keys)} positions of keys and {len(pair.values)} of values: give as many of both{where(layer)}",
+        expected=len(pair.keys),
+        actual=len(pair.values),
+        layer=layer,
+    )
 
 
 def check_position_rows(rows: NDArray[Any], name: str, shape: tuple[int, int], layer: int | None) -> NDArray[Any]:

@@ -16,9 +16,10 @@ from .attention.topk import select_blocks
 from .checks import non_finite
 from .errors import EmptyCacheError, KvmmapError
 from .geometry import CacheGeometry, check_range
-from .inputs import RowPair, check_pair, check_position_rows, check_quantized, where
+from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, where
 from .layer_reader import LayerReader
 from .row_arrays import as_rows
+from .rows import Rows
 from .storage.memory import MemoryStorage
 from .storage.protocols import LayerStore, Storage, not_pickled
 from .storage.sketches import layer_sketches
@@ -109,19 +110,9 @@ class QuantizedKvLayer(LayerReader):
         store = self._store
         with self._storage.lock:
             position = store.begin(1)
-            if self._paired:
-                # As int8 is. It takes microseconds, a tenth of which the general way below would add.
-                rows = store.stage(position, 1)
-                codes, scales, value_codes, value_scales = rows
-                bad = self._encode_keys(key_rows[None], key_dtype, codes, scales, 1)
-                if bad >= 0:
-                    raise non_finite(store, "keys", position, bad, self._number())
-                bad = self._encode_values(value_rows[None], value_dtype, value_codes, value_scales, 1)
-                if bad >= 0:
-                    raise non_finite(store, "values", position, bad, self._number())
-                store.write(position, rows)
-            else:
-                self.write_rows(position, RowPair(key_rows[None], key_dtype, value_rows[None], value_dtype))
+            rows = store.stage(position, 1)
+            self._encode(rows, position, key_rows[None], key_dtype, value_rows[None], value_dtype)
+            store.write(position, rows)
             store.publish(position + 1)
             self._storage.appended()
 
@@ -174,22 +165,41 @@ class QuantizedKvLayer(LayerReader):
 
     def check_input(self, keys: Any, values: Any) -> RowPair:
         """Return `extend`'s arguments as rows, their shapes checked."""
-        return check_pair(keys, values, self._store.geometry, self._number())
+        key_rows, key_dtype = as_rows(keys)
+        value_rows, value_dtype = as_rows(values)
+        fits = key_rows.shape[1:] == self._key_shape and value_rows.shape[1:] == self._value_shape
+        pair = RowPair(key_rows, key_dtype, value_rows, value_dtype)
+        if not fits or len(key_rows) != len(value_rows):
+            refuse_shapes(pair, self._store.geometry, self._number())
+        return pair
 
     def write_rows(self, start: int, pair: RowPair) -> None:
         """Encode and write rows at `start`, unpublished; the storage's lock is held."""
-        store, done, count = self._store, 0, len(pair.keys)
+        keys, key_dtype, values, value_dtype = pair
+        store, done, count = self._store, 0, len(keys)
         while done < count:
             rows = store.stage(start + done, count - done)
             stop = done + len(rows[0])
-            bad = self._encode_keys(pair.keys[done:stop], pair.key_dtype, *rows.keys, 1)
-            if bad >= 0:
-                raise non_finite(store, "keys", start + done, bad, self._number())
-            bad = self._encode_values(pair.values[done:stop], pair.value_dtype, *rows.values, 1)
-            if bad >= 0:
-                raise non_finite(store, "values", start + done, bad, self._number())
+            some, others = (keys, values) if stop - done == count else (keys[done:stop], values[done:stop])
+            self._encode(rows, start + done, some, key_dtype, others, value_dtype)
             store.write(start + done, rows)
             done = stop
+
+    def _encode(
+        self, out: Rows, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
+    ) -> None:
+        """Encode the rows of as many positions as `out` has, from `start` on."""
+        if self._paired:  # as with int8: a position takes microseconds, and cutting tuples would be a tenth of them
+            codes, scales, value_codes, value_scales = out
+            bad_key = self._encode_keys(keys, key_dtype, codes, scales, 1)
+            bad_value = self._encode_values(values, value_dtype, value_codes, value_scales, 1)
+        else:
+            bad_key = self._encode_keys(keys, key_dtype, *out.keys, 1)
+            bad_value = self._encode_values(values, value_dtype, *out.values, 1)
+        if bad_key >= 0:
+            raise non_finite(self._store, "keys", start, bad_key, self._number())
+        if bad_value >= 0:
+            raise non_finite(self._store, "values", start, bad_value, self._number())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` positions. For a layer that stands alone; a cache truncates all of its layers.

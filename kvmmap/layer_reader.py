@@ -172,11 +172,11 @@ class LayerReader:
         Raises:
             PositionOutOfRangeError: it is not stored.
         """
-        return self._one_position(self._keys, position, slice(None))
+        return self._one_position(self._keys, position)
 
     def get_values_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's decoded values, f32 [num_kv_heads, value_head_dim]; raises as `get_keys_at`."""
-        return self._one_position(self._values, position, slice(None))
+        return self._one_position(self._values, position)
 
     def read_keys(
         self,
@@ -223,19 +223,22 @@ class LayerReader:
         return self._read(self._values, start, stop, dtype, out, threads)
 
     def _one_row(self, part: _Part, position: int, head: int) -> NDArray[np.float32]:
-        position = check_position(self._store, position, self._number())
-        head = check_head(self._store, head, self._number())
-        row: NDArray[np.float32] = self._one_position(part, position, slice(head, head + 1))[0]
+        row: NDArray[np.float32] = self._one_position(part, position, head)[0]
         return row
 
-    def _one_position(self, part: _Part, position: int, heads: slice) -> NDArray[np.float32]:
-        version = self._store.version()  # before the length: see `LayerStore`
-        position = check_position(self._store, position, self._number())
-        rows = self._store.rows(position, position + 1)
+    def _one_position(self, part: _Part, position: int, head: int | None = None) -> NDArray[np.float32]:
+        store = self._store
+        version = store.version()  # before the length: see `LayerStore`
+        position = check_position(store, position, self._number())
+        heads = slice(None)
+        if head is not None:
+            head = check_head(store, head, self._number())
+            heads = slice(head, head + 1)
+        rows = store.rows(position, position + 1)
         arrays = [array[0, heads] for array in rows[part.arrays]]
         result = np.empty((len(arrays[0]), part.dim), np.float32)
         part.codec.decode(arrays, part.dim, result, 0, 1)
-        self._store.validate(version)  # the rows were still the cache's when they had been read
+        store.validate(version)  # the rows were still the cache's when they had been read
         return result
 
     def _read(
@@ -287,4 +290,4 @@ class LayerReader:
 
     def _number(self) -> int | None:
         """The layer's index, if there are others to tell it from."""
-        return self._store.index if len(self._storage.layers) > 1 else None
+        return self._store.index if self._storage.geometry.num_layers > 1 else None

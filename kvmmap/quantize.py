@@ -173,6 +173,8 @@ def _blocks(*arrays: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
 
 
 def _quantized(array: Any, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if type(array) is np.ndarray and array.dtype is dtype and array.flags.c_contiguous:
+        return array
     if isinstance(array, np.generic):  # the scale of a single row
         array = np.asarray(array)
     if not isinstance(array, np.ndarray) or array.dtype != dtype:

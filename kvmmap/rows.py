@@ -92,6 +92,9 @@ class Rows(tuple[NDArray[Any], ...]):
     def part(self, start: int, stop: int) -> Self:
         """Views of positions [start, stop)."""
         positions = slice(start, stop)
+        if len(self) == 4:  # as with int8, where a position is appended in microseconds
+            a, b, c, d = self
+            return tuple.__new__(type(self), (a[positions], b[positions], c[positions], d[positions]))
         return tuple.__new__(type(self), [array[positions] for array in self])
 
     def named(self) -> Iterator[tuple[str, NDArray[Any]]]:

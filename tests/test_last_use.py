@@ -46,7 +46,7 @@ def read_late(path: Path, use: Callable[[kvmmap.QuantizedKvCache], object], mode
     """Use a handle whose use at opening was long ago."""
     with kvmmap.open(path, mode) as cache:  # type: ignore[arg-type]
         age(path, 30)
-        cache.storage.holder._use._due = 0.0  # type: ignore[attr-defined]  # as if a minute had gone by
+        cache.storage.holder._use.due = 0.0  # type: ignore[attr-defined]  # as if a minute had gone by
         use(cache)
         assert days_unused(path) < 1
 

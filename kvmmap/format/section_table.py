@@ -7,7 +7,6 @@ column at a time, and an entry becomes an object when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,31 +34,25 @@ class SectionTable(Mapping[tuple[int, int], Extent]):
 
     def __init__(self, data: bytes | memoryview, path: str) -> None:
         table = np.frombuffer(data, _ENTRY)
-        self.kinds = table["kind"].astype(np.int64)
-        self._layers = table["layer"].astype(np.int64)
-        offsets, sizes = table["offset"], table["size"]
-        for kind in sorted({*self.kinds.tolist()} - KNOWN_SECTIONS):
-            if not (table["flags"][self.kinds == kind] & OPTIONAL).all():
+        kinds, flags, layers, offsets, sizes = (table[name] for name in _ENTRY.names or ())
+        unknown = set(kinds.tolist()) - KNOWN_SECTIONS
+        for kind in sorted(unknown):
+            if not (flags[kinds == kind] & OPTIONAL).all():
                 raise VersionMismatchError(
                     f"{path}: has a section of kind {kind}, unknown here: use a newer kvmmap",
                     path=path,
                     expected=tuple(sorted(KNOWN_SECTIONS)),
                     actual=kind,
                 )
-        self._keys = self.kinds << 32 | self._layers
-        ordered = np.sort(self._keys)
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(twice):
-            kind, layer = divmod(int(twice[0]), 2**32)
+        self.kinds, self._layers = kinds, layers
+        keys = (kinds.astype(np.int64) << 32 | layers).tolist()
+        self._rows = dict(zip(keys, range(len(keys)), strict=True))
+        if len(self._rows) < len(keys):
+            kind, layer = divmod(next(key for key in keys if keys.count(key) > 1), 2**32)
             raise CorruptCacheError(f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path)
-        for column in (offsets, sizes):
-            if len(column) and column.max() >= _LARGEST:
-                raise CorruptCacheError(f"{path}: superblock damaged: a section ends at 2**63 or later", path=path)
+        if len(keys) and (offsets | sizes).max() >= _LARGEST:
+            raise CorruptCacheError(f"{path}: superblock damaged: a section ends at 2**63 or later", path=path)
         self._offsets, self._sizes = offsets.astype(np.int64), sizes.astype(np.int64)
-
-    @cached_property
-    def _rows(self) -> dict[int, int]:
-        return dict(zip(self._keys.tolist(), range(len(self._keys)), strict=True))
 
     def __getitem__(self, key: tuple[int, int]) -> Extent:
         row = self._rows[key[0] << 32 | key[1]]
@@ -72,21 +65,22 @@ class SectionTable(Mapping[tuple[int, int], Extent]):
         yield from zip(self.kinds.tolist(), self._layers.tolist(), strict=True)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._rows)
 
     def sizes_by_layer(self, num_layers: int, num_kinds: int) -> NDArray[np.int64]:
         """Return the sizes of layers' sections, int64 [num_layers, num_kinds]; -1 where there is none."""
         found = np.full((num_layers, num_kinds), -1, np.int64)
-        mine = np.flatnonzero((self._layers < num_layers) & (self.kinds < num_kinds))
+        mine = (self._layers < num_layers) & (self.kinds < num_kinds)
         found[self._layers[mine], self.kinds[mine]] = self._sizes[mine]
         return found
 
     def misplaced(self, start: int, stop: int) -> int | None:
         """Return the offset of a section that is off its page, overlaps another, or is not within [start, stop) of
         the file; None if there is none."""
-        order = np.lexsort((self._sizes, self._offsets))
+        order = self._offsets.argsort(kind="stable")
         offsets = self._offsets[order]
         ends = offsets + self._sizes[order]  # may overflow: negative then
-        before = np.concatenate([np.array([start], np.int64), ends[:-1]])
+        before = np.empty_like(ends)
+        before[:1], before[1:] = start, ends[:-1]
         wrong = (offsets % PAGE != 0) | (offsets < before) | (ends > stop) | (ends < offsets)
-        return int(offsets[np.argmax(wrong)]) if wrong.any() else None
+        return int(offsets[wrong.argmax()]) if wrong.any() else None

@@ -37,6 +37,7 @@ from .records import (
 )
 from .section_table import KNOWN_SECTIONS, SectionTable
 
+_NUM_KINDS = max(Section) + 1
 REQUIRED_SECTIONS = KNOWN_SECTIONS - OPTIONAL_SECTIONS
 
 
@@ -309,9 +310,9 @@ def _check_sections(
     for kind, expected in _sizes_of_cache(geometry, metadata.size // 2).items():
         extent = sections.get((kind, WHOLE_CACHE))
         check(kind, WHOLE_CACHE, extent and extent.size, expected)
-    sizes = sections.sizes_by_layer(geometry.num_layers, max(Section) + 1)
-    wanted = _sizes_by_layer(geometry, max(Section) + 1)
-    for number, column in np.argwhere((wanted >= 0) & (sizes != wanted)).tolist():
+    sizes, wanted = sections.sizes_by_layer(geometry.num_layers, _NUM_KINDS), _sizes_by_layer(geometry)
+    wrong = (sizes != wanted) & (wanted >= 0)
+    for number, column in np.argwhere(wrong).tolist() if wrong.any() else ():
         size = int(sizes[number, column])
         check(column, number, None if size < 0 else size, int(wanted[number, column]))
     misplaced = sections.misplaced(superblock_bytes, file_bytes)
@@ -319,13 +320,13 @@ def _check_sections(
         raise corrupt(f"the section at {misplaced} is off its page, overlaps another, or leaves the file")
 
 
-def _sizes_by_layer(geometry: CacheGeometry, num_kinds: int) -> NDArray[np.int64]:
-    """Return the sizes that layers' sections must have, int64 [num_layers, num_kinds]; -1 for none."""
+def _sizes_by_layer(geometry: CacheGeometry) -> NDArray[np.int64]:
+    """Return the sizes that layers' sections must have, int64 [num_layers, _NUM_KINDS]; -1 for none."""
     rows: dict[int, int] = {}
     shapes: list[list[int]] = []
     for layer in geometry.layers:
         if id(layer) not in rows:  # one object a shape, as they were decoded
             rows[id(layer)] = len(shapes)
             sizes = _sizes_of_layer(layer, geometry)
-            shapes.append([sizes.get(kind, -1) for kind in range(num_kinds)])
+            shapes.append([sizes.get(kind, -1) for kind in range(_NUM_KINDS)])
     return np.array(shapes, np.int64)[[rows[id(layer)] for layer in geometry.layers]]

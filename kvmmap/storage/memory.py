@@ -26,9 +26,12 @@ class MemoryLayer(LayerStore):
     # Without a look at the storage: appending a position takes microseconds.
 
     def begin(self, count: int) -> int:
-        self.check()
-        check_room(self.length, count, self.capacity, layer=self.index)
-        return self.length
+        if self._views is None:
+            raise closed_error(None)
+        length = self.length
+        if length + count > self.capacity:
+            check_room(length, count, self.capacity, layer=self.index)
+        return length
 
     def stage(self, start: int, count: int) -> Rows:
         assert self._slabs is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar, overload
+from typing import Generic, TypeVar, cast, overload
 
 from .protocols import Lock
 
@@ -21,11 +21,14 @@ class OnDemand(Sequence[T_co], Generic[T_co]):
 
     def __init__(self, count: int, make: Callable[[int], T_co], lock: Lock) -> None:
         self._items: list[T_co | None] = [None] * count
+        self._missing = count
         self._make = make
         self._lock = lock
 
-    def made(self) -> list[T_co]:
+    def made(self) -> Sequence[T_co]:
         """Return those that have been made."""
+        if not self._missing:
+            return cast(Sequence[T_co], self._items)
         return [item for item in self._items if item is not None]
 
     def __len__(self) -> int:
@@ -45,8 +48,9 @@ class OnDemand(Sequence[T_co], Generic[T_co]):
                 if item is None:
                     number = range(len(self._items))[index]
                     item = self._items[number] = self._make(number)
+                    self._missing -= 1
         return item
 
     def __iter__(self) -> Iterator[T_co]:
-        for number in range(len(self._items)):
-            yield self[number]
+        # A step that is pushed to every layer goes through them several times.
+        return iter(self[:] if self._missing else cast(Sequence[T_co], self._items))

@@ -28,6 +28,9 @@ UNKNOWN_GENERATIONS = 2**16
 """Added to the last commit's generation where the present one can't be read: more truncations than there were."""
 
 
+_READY = WriterState.READY  # looking a member up takes longer
+
+
 class Committer(MappedReader):
     """A file that this handle holds the writer's lock of."""
 
@@ -76,7 +79,7 @@ class Committer(MappedReader):
 
     def check_writable(self) -> None:
         """Raise unless this process may write, and what it would continue is sound."""
-        if self._state is WriterState.READY and os.getpid() == self._pid:
+        if self._state is _READY and os.getpid() == self._pid:  # before every append
             return
         self.check()
         if os.getpid() != self._pid:

@@ -30,11 +30,8 @@ class UseRecorder:
 
     def __init__(self, file: PosixFile) -> None:
         self._file = file
-        self._due = 0.0
-
-    def due(self) -> bool:
-        """True if the use is to be stored again."""
-        return time.monotonic() >= self._due
+        self.due = 0.0
+        """When the use is to be stored again, by `time.monotonic`."""
 
     def record(self) -> None:
         """Store the present time. The caller ensures that nobody closes the file meanwhile.
@@ -43,7 +40,7 @@ class UseRecorder:
         overlayfs that is left to the system as well: to change anything of a file that lies in a lower layer would
         copy all of it, and leave this handle on the original.
         """
-        self._due = time.monotonic() + INTERVAL
+        self.due = time.monotonic() + INTERVAL
         if self._file.closed or self._file.on_overlay():
             return
         with contextlib.suppress(OSError):

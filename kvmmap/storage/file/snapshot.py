@@ -116,7 +116,9 @@ class SnapshotHolder:
             CacheChangedError: the writer truncated the cache.
             ClosedError: the handle is closed.
         """
-        self.note_use()  # every read ends here
+        use = self._use
+        if use is not None and time.monotonic() >= use.due:  # every read ends here
+            self.note_use()
         if self._mapped.live.generation_word() == version:
             return
         if self.current.generation_word != version:
@@ -129,7 +131,7 @@ class SnapshotHolder:
     def note_use(self) -> None:
         """Record that the cache is in use, if this handle records it and has not done so lately."""
         use, lock = self._use, self._mapped.lock
-        if use is not None and use.due() and lock.acquire(blocking=False):
+        if use is not None and time.monotonic() >= use.due and lock.acquire(blocking=False):
             try:
                 use.record()
             finally:

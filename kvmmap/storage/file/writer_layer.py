@@ -11,6 +11,7 @@ from typing import Any
 from ...geometry import LayerGeometry, check_room
 from ..protocols import Rows
 from .committer import Committer
+from .live_record import LiveRecord
 from .mapped_file import MappedFile
 from .reader_layer import MappedLayer
 from .snapshot import SnapshotHolder
@@ -52,6 +53,7 @@ class WriterLayer(MappedLayer):
     ) -> None:
         super().__init__(storage, index, mapped, holder)
         self._row_bytes = self.geometry.slab_bytes(1)
+        self._live: LiveRecord | None = mapped.live
         self._scratch_rows = scratch
 
     @cached_property
@@ -95,9 +97,14 @@ class WriterLayer(MappedLayer):
         for low, high in self._byte_ranges(start, stop):
             self._mapped.file.start_sync(low, high - low)
 
+    def forget_map(self) -> None:
+        super().forget_map()
+        self._live = None
+
     def publish(self, length: int) -> None:
+        live = self._live or self._mapped.live
         try:
-            self._mapped.live.publish(self.index, length)
+            live.publish(self.index, length)
             self.length = length
         except BaseException:  # Ctrl-C between the two
             self._storage.interrupt()
