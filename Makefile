@@ -29,11 +29,13 @@ test-model:  ## the transformers integration with the weights of a small model
 test-transformers:  ## the transformers integration on the oldest supported and the newest release of transformers
 	$(PYTHON) release/integrations.py
 
-soak:  ## 200,000 simulated power losses, 1,000 writers killed beside readers, 10,000 opens (IMAGES=, KILLS=)
+soak:  ## 200,000 simulated power losses, 1,000 writers and users of a library killed, 10,000 opens (IMAGES=, KILLS=)
 	@$(ENVIRONMENT) test --venv $(VENV)
 	KVMMAP_HISTORIES=$$(($(or $(IMAGES),200000) / 20)) $(VENV)/bin/pytest -s tests/test_crash.py  # some 23 images each
 	KVMMAP_OPENS=10000 $(VENV)/bin/pytest tests/test_handles.py -k nothing_behind
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.kills --kills $(or $(KILLS),1000)
+	PYTHONPATH=tests $(VENV)/bin/python -m soak.library --kills $(or $(KILLS),1000)
+	KVMMAP_LIBRARY_EXAMPLES=200 $(VENV)/bin/pytest tests/test_library_stateful.py
 
 fuzz:  ## a million hostile files, and hostile Zarr groups: only typed errors may result (EXECUTIONS=)
 	@$(ENVIRONMENT) test --venv $(VENV)
