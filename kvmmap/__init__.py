@@ -33,7 +33,9 @@ from .errors import (
     MetadataError,
     MissingLibraryError,
     ModelMismatchError,
+    NoCheckpointError,
     NonFiniteError,
+    NoRowsError,
     NotACacheError,
     PoisonedError,
     PositionOutOfRangeError,
@@ -52,6 +54,8 @@ from .metadata import ModelInfo
 from .opening import create, remove
 from .opening import open_cache as open
 from .quantize import dequantize_rows, quantization_error, quantize_rows
+from .state_spec import StateSpec
+from .storage.checkpoints import Checkpoint
 from .storage.protocols import Damage, VerifyReport
 
 if TYPE_CHECKING:
@@ -100,6 +104,7 @@ __all__ = [
     "CacheLockedError",
     "CacheNotFoundError",
     "CapacityExceededError",
+    "Checkpoint",
     "ClosedError",
     "CopyReport",
     "CorruptCacheError",
@@ -118,6 +123,8 @@ __all__ = [
     "ModelInfo",
     "ModelMismatchError",
     "Namespace",
+    "NoCheckpointError",
+    "NoRowsError",
     "NonFiniteError",
     "NotACacheError",
     "PoisonedError",
@@ -127,6 +134,7 @@ __all__ = [
     "ReadOnlyError",
     "RepairReport",
     "ShapeMismatchError",
+    "StateSpec",
     "StoreError",
     "UnknownTokensError",
     "UnsupportedModelError",

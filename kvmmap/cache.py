@@ -5,7 +5,7 @@ Which kind of storage it is, is not known here: `opening` decides that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -18,20 +18,24 @@ from .format import NO_TOKEN
 from .geometry import CacheGeometry, check_range, check_room, index
 from .inputs import check_token_ids, one_step, per_layer
 from .metadata import ModelInfo, document
+from .state_spec import CHECKPOINT_SLOTS, StateSpec
+from .states import StateWriter
 from .storage.memory import MemoryStorage
 from .storage.protocols import Storage, not_pickled
 
 
-class QuantizedKvCache(CacheReader):
+class QuantizedKvCache(CacheReader, StateWriter):
     """The keys and values of all layers, in memory; `kvmmap.create` and `kvmmap.open` give the same over a file.
 
     Args:
         num_layers: transformer layers.
         capacity: positions to reserve.
-        num_kv_heads: key and value heads; one number, or one a layer.
+        num_kv_heads: key and value heads; one number, or one a layer; 0 for a layer without rows.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
         key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer.
+        states: tensors of fixed size that layers overwrite at every position; see `write_states`.
+        checkpoint_slots: checkpoints of all states to keep.
         metadata: plain JSON of your own.
         model: what made the cache.
 
@@ -53,6 +57,8 @@ class QuantizedKvCache(CacheReader):
         *,
         key_codec: str | Sequence[str] = "int8",
         value_codec: str | Sequence[str] = "int8",
+        states: Iterable[StateSpec] = (),
+        checkpoint_slots: int = CHECKPOINT_SLOTS,
         metadata: Mapping[str, Any] | None = None,
         model: ModelInfo | None = None,
     ) -> None:
@@ -64,6 +70,8 @@ class QuantizedKvCache(CacheReader):
             value_head_dim=value_head_dim,
             key_codec=key_codec,
             value_codec=value_codec,
+            states=states,
+            checkpoint_slots=checkpoint_slots,
         )
         notes = document(metadata, model)
         notes.encode()
@@ -86,7 +94,7 @@ class QuantizedKvCache(CacheReader):
 
         Args:
             keys: [num_layers, num_kv_heads, head_dim]; f32, f16 or bf16; numpy, torch or DLPack on the CPU. Where
-                layers differ in shape: a sequence of one array a layer.
+                layers differ in shape: a sequence of one array a layer, None for a layer without rows.
             values: [num_layers, num_kv_heads, value_head_dim], likewise.
             token_id: the position's token, if you want it kept.
 
@@ -101,7 +109,7 @@ class QuantizedKvCache(CacheReader):
 
         Args:
             keys: [num_layers, n, num_kv_heads, head_dim]; f32, f16 or bf16; any strides; numpy, torch or DLPack on the
-                CPU. Where layers differ in shape: a sequence of one array a layer.
+                CPU. Where layers differ in shape: a sequence of one array a layer, None for a layer without rows.
             values: [num_layers, n, num_kv_heads, value_head_dim], likewise.
             token_ids: n whole numbers from 0 to 2**31 - 1, or None.
 
@@ -123,12 +131,18 @@ class QuantizedKvCache(CacheReader):
                     expected=self.num_layers,
                     actual=len(arrays),
                 )
-        pairs = [layer.check_input(key, value) for layer, key, value in zip(self._layers, keys, values, strict=True)]
-        count = len(pairs[0].keys)
-        for number, pair in enumerate(pairs):
+        pairs = [
+            (number, layer, layer.check_input(key, value))
+            for number, (layer, key, value) in enumerate(zip(self._layers, keys, values, strict=True))
+            if layer.geometry.has_rows or key is not None or value is not None
+        ]
+        first, _, pair = pairs[0]
+        count = len(pair.keys)
+        for number, _, pair in pairs:
             if len(pair.keys) != count:
                 raise ShapeMismatchError(
-                    f"layer {number} has {len(pair.keys)} positions and layer 0 has {count}: give as many to each",
+                    f"layer {number} has {len(pair.keys)} positions and layer {first} has {count}: give as many to "
+                    "each",
                     expected=count,
                     actual=len(pair.keys),
                     layer=number,
@@ -137,7 +151,7 @@ class QuantizedKvCache(CacheReader):
         storage = self._storage
         with storage.lock:
             start = self._check_level(count)
-            for layer, pair in zip(self._layers, pairs, strict=True):
+            for _, layer, pair in pairs:
                 layer.write_rows(start, pair)
             if ids is not None:
                 self._record_tokens(start, ids)
@@ -146,14 +160,14 @@ class QuantizedKvCache(CacheReader):
 
     def _check_level(self, count: int) -> int:
         """Return the position that the next step gets in every layer."""
-        starts = [store.begin(count) for store in self._storage.layers]
+        starts = [store.begin(count) for store in self._storage.row_layers]
         if starts.count(starts[0]) < len(starts):
             raise ShapeMismatchError(
                 f"layers are not level: they hold {min(starts)} to {max(starts)} positions; push to the others, or "
                 f"truncate({min(starts)})",
                 expected=max(starts),
                 actual=min(starts),
-                layer=starts.index(min(starts)),
+                layer=self._storage.row_layers[starts.index(min(starts))].index,
             )
         return starts[0]
 
@@ -197,6 +211,8 @@ class QuantizedKvCache(CacheReader):
     def flush(self) -> None:
         """Make all positions that are complete in every layer survive power loss. No effect in memory.
 
+        States that were written for the last position become a checkpoint, as in `checkpoint`; in memory, too.
+
         Raises:
             OSError: the disk is full or failing. After a failed sync the handle is poisoned: close and reopen.
             CorruptCacheError: the incomplete last block does not match its checksum.
@@ -204,17 +220,26 @@ class QuantizedKvCache(CacheReader):
         """
         self._storage.commit()
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
         """Keep the first `length` positions; removal of committed positions is durable on return.
+
+        A cache with states goes to its last checkpoint that is not beyond `length`, unless nothing is to be removed.
+
+        Returns:
+            The positions kept: `length`, or with states `restorable(length)`.
 
         Raises:
             PositionOutOfRangeError: fewer are stored.
             OSError, ReadOnlyError, ClosedError, CacheLockedError, PoisonedError, CorruptCacheError: as in `flush`.
         """
         self._storage.layers[0].begin(0)
-        most = max(store.length for store in self._storage.layers)
-        _, length = check_range(0, length, most)
-        self._storage.truncate(length)
+        with self._storage.lock:
+            most = max(store.length for store in self._storage.row_layers)
+            _, length = check_range(0, length, most)
+            if self.states and length < most:
+                length = self._storage.checkpoints.last(length)
+            self._storage.truncate(length)
+        return length
 
     def close(self) -> None:
         """Commit what is complete, if this handle writes, and release everything. Closing twice is allowed.

@@ -19,10 +19,11 @@ from .inputs import check_quantized
 from .layer import QuantizedKvLayer
 from .layers import Layers
 from .metadata import ModelInfo, document
+from .states import StateReader
 from .storage.protocols import Progress, Storage, VerifyReport
 
 
-class CacheReader:
+class CacheReader(StateReader):
     """The reading half of `QuantizedKvCache`."""
 
     def _attach(self, storage: Storage) -> None:
@@ -48,7 +49,7 @@ class CacheReader:
 
     @property
     def num_kv_heads(self) -> int:
-        """Key and value heads of every layer.
+        """Key and value heads of every layer that has rows.
 
         Raises:
             ShapeMismatchError: layers differ; names them. `layers[i].num_kv_heads` is one layer's.
@@ -231,5 +232,12 @@ class CacheReader:
         assert 0 <= self._storage.token_len <= self.capacity
         if not self.writable:
             assert min(lengths) == max(lengths)
+        for found in self.checkpoints:
+            assert 0 <= found.position <= self.seq_len
+        assert len(self.checkpoints) <= max(self.checkpoint_slots, 0)
+        if self.states and not self.writable:
+            assert self.seq_len == self.restorable()
         for layer in self._layers:
+            if not layer.geometry.has_rows:
+                continue
             check_quantized(layer.read_quantized(), layer.geometry, None)

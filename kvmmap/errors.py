@@ -90,6 +90,15 @@ class EmptyCacheError(KvmmapError, ValueError):
     """Nothing is stored, so there is nothing to attend over."""
 
 
+class NoRowsError(KvmmapError, ValueError):
+    """A layer that keeps no keys and values. Has `layer`."""
+
+
+class NoCheckpointError(KvmmapError, LookupError):
+    """States that were not written, or a position that has no checkpoint. Has `position`, and `expected`: the
+    positions that have one."""
+
+
 class MetadataError(KvmmapError, ValueError):
     """Metadata that is not plain JSON, or larger than the room reserved for it."""
 

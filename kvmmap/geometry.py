@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 from .codecs import INT8, RowCodec, by_name
 from .codecs.registry import MAX_ARRAYS
 from .errors import CapacityExceededError, PositionOutOfRangeError, ShapeMismatchError
+from .state_spec import CHECKPOINT_SLOTS, MAX_CHECKPOINT_SLOTS, StateSpec, aligned, check_states
 
 T = TypeVar("T", int, str)
 
@@ -28,6 +29,7 @@ MAX_HEADS = 65_535
 MAX_HEAD_DIM = 65_535
 MAX_CAPACITY = 2**40 - 1
 MAX_SLAB_BYTES = 2**56
+MAX_STATE_CAPACITY = 2**39 - 2
 
 
 def index(value: object, name: str) -> int:
@@ -73,10 +75,10 @@ class LayerGeometry:
     """The shape of one layer's rows, and how they are stored."""
 
     num_kv_heads: int
-    """Key and value heads (not query heads), 1 to 65,535."""
+    """Key and value heads (not query heads), 1 to 65,535; 0 for a layer without rows."""
 
     head_dim: int
-    """Numbers in a key row, 1 to 65,535."""
+    """Numbers in a key row, 1 to 65,535; 0 without rows."""
 
     value_head_dim: int
     """Numbers in a value row; the same as `head_dim` in most models."""
@@ -98,12 +100,25 @@ class LayerGeometry:
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
-        put("num_kv_heads", _bounded(self.num_kv_heads, "num_kv_heads", 1, MAX_HEADS))
+        put("num_kv_heads", _bounded(self.num_kv_heads, "num_kv_heads", 0, MAX_HEADS))
+        if not self.num_kv_heads:
+            # All layers without rows are equal, whatever dims and codecs the others have.
+            for name in ("head_dim", "value_head_dim"):
+                put(name, 0 * _bounded(getattr(self, name), name, 0, MAX_HEAD_DIM))
+            for name, value in (("key_codec", INT8), ("value_codec", INT8), ("key_slabs", ()), ("slabs", ())):
+                put(name, value)
+            put("position_bytes", 0)
+            return
         put("head_dim", _bounded(self.head_dim, "head_dim", 1, MAX_HEAD_DIM))
         put("value_head_dim", _bounded(self.value_head_dim, "value_head_dim", 1, MAX_HEAD_DIM))
         put("key_slabs", _slabs("key", self.key_codec, self.num_kv_heads, self.head_dim))
         put("slabs", (*self.key_slabs, *_slabs("value", self.value_codec, self.num_kv_heads, self.value_head_dim)))
         put("position_bytes", sum([slab.row_bytes for slab in self.slabs]))
+
+    @property
+    def has_rows(self) -> bool:
+        """False for a layer that keeps no keys and values: it has states, or shares another layer's."""
+        return self.num_kv_heads > 0
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -152,18 +167,29 @@ class CacheGeometry:
     """Token positions reserved in every layer, 0 to 2**40 - 1."""
 
     layers: tuple[LayerGeometry, ...]
-    """At least one."""
+    """At least one, and at least one with rows."""
 
     block_tokens: int = BLOCK_TOKENS
     """Positions in a block."""
+
+    states: tuple[StateSpec, ...] = ()
+    """States of fixed size, in the order in which they are stored."""
+
+    checkpoint_slots: int = CHECKPOINT_SLOTS
+    """Checkpoints of all states that are kept, 1 to 4,096; 0 without states."""
+
+    row_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Indices of the layers that have rows; at least one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "capacity", _bounded(self.capacity, "capacity", 0, MAX_CAPACITY))
         object.__setattr__(self, "block_tokens", _bounded(self.block_tokens, "block_tokens", 1, 2**20))
         _bounded(len(self.layers), "num_layers", 1, MAX_LAYERS)
+        object.__setattr__(self, "row_layers", tuple([n for n, layer in enumerate(self.layers) if layer.has_rows]))
+        self._check_states()
         # Layers of one shape share one object mostly, and comparing shapes takes longer than all else here.
         for layer in {id(layer): layer for layer in self.layers}.values():
-            largest = max(layer.slab_bytes(self.capacity))
+            largest = max(layer.slab_bytes(self.capacity), default=0)
             if largest > MAX_SLAB_BYTES:
                 number = self.layers.index(layer)
                 raise ShapeMismatchError(
@@ -173,6 +199,28 @@ class CacheGeometry:
                     actual=largest,
                     layer=number,
                 )
+
+    def _check_states(self) -> None:
+        if not self.row_layers:
+            raise ShapeMismatchError(
+                "no layer has rows (num_kv_heads is 0 in all of them): at least one must, since positions are counted "
+                "in rows",
+                expected=1,
+                actual=0,
+            )
+        if not self.states:
+            object.__setattr__(self, "states", ())
+            object.__setattr__(self, "checkpoint_slots", 0)
+            return
+        object.__setattr__(self, "states", check_states(self.states, len(self.layers)))
+        slots = _bounded(self.checkpoint_slots, "checkpoint_slots", 1, MAX_CHECKPOINT_SLOTS)
+        object.__setattr__(self, "checkpoint_slots", slots)
+        if self.capacity > MAX_STATE_CAPACITY:
+            raise ShapeMismatchError(
+                f"capacity must be at most {MAX_STATE_CAPACITY:,} in a cache with states, not {self.capacity:,}",
+                expected=MAX_STATE_CAPACITY,
+                actual=self.capacity,
+            )
 
     @classmethod
     def build(
@@ -185,6 +233,8 @@ class CacheGeometry:
         value_head_dim: int | Sequence[int] | None = None,
         key_codec: str | Sequence[str] = "int8",
         value_codec: str | Sequence[str] = "int8",
+        states: Iterable[StateSpec] = (),
+        checkpoint_slots: int = CHECKPOINT_SLOTS,
     ) -> CacheGeometry:
         """Build a geometry from numbers and names of codecs: one for all layers, or a sequence with one a layer.
 
@@ -220,7 +270,7 @@ class CacheGeometry:
             else:
                 layers.append(layers[-1])
             last = shape
-        return cls(capacity=capacity, layers=tuple(layers))
+        return cls(capacity=capacity, layers=tuple(layers), states=tuple(states), checkpoint_slots=checkpoint_slots)
 
     @property
     def num_layers(self) -> int:
@@ -229,7 +279,7 @@ class CacheGeometry:
 
     @property
     def num_kv_heads(self) -> int:
-        """Key and value heads of every layer.
+        """Key and value heads of every layer that has rows.
 
         Raises:
             ShapeMismatchError: layers differ; names them.
@@ -249,6 +299,8 @@ class CacheGeometry:
     def _of_every_layer(self, name: str) -> int:
         by_number: dict[int, list[int]] = {}
         for number, layer in enumerate(self.layers):
+            if not layer.has_rows:
+                continue
             by_number.setdefault(getattr(layer, name), []).append(number)
         if len(by_number) == 1:
             return next(iter(by_number))
@@ -258,6 +310,11 @@ class CacheGeometry:
             expected="one number for all layers",
             actual={value: tuple(layers) for value, layers in by_number.items()},
         )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint's tensors, as they are stored."""
+        return sum([aligned(spec.nbytes) for spec in self.states])
 
     @property
     def num_blocks(self) -> int:

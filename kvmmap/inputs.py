@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_numpy, in_plain_memory
-from .errors import DtypeError, NonFiniteError, ShapeMismatchError
+from .errors import DtypeError, NonFiniteError, NoRowsError, ShapeMismatchError
 from .geometry import LayerGeometry
 from .row_arrays import as_rows
 from .rows import Rows
@@ -30,6 +30,16 @@ class RowPair(NamedTuple):
 def where(layer: int | None) -> str:
     """Return " (layer i)", or nothing where there is only one."""
     return "" if layer is None else f" (layer {layer})"
+
+
+def require_rows(geometry: LayerGeometry, layer: int | None) -> None:
+    """Raise NoRowsError for a layer that keeps no keys and values."""
+    if not geometry.has_rows:
+        raise NoRowsError(
+            f"the layer keeps no keys and values{where(layer)}: it has num_kv_heads 0; in push_step and extend give "
+            "None for it",
+            layer=layer,
+        )
 
 
 def refuse_shapes(pair: RowPair, geometry: LayerGeometry, layer: int | None) -> NoReturn:
@@ -123,7 +133,7 @@ def per_layer(x: Any) -> Sequence[Any]:
 def one_step(x: Any) -> Sequence[Any]:
     """Split [num_layers, num_kv_heads, head_dim] into one [1, num_kv_heads, head_dim] a layer."""
     if isinstance(x, list | tuple):
-        return [_with_position_axis(array) for array in x]
+        return [None if array is None else _with_position_axis(array) for array in x]
     rows, _ = as_rows(x)
     if rows.ndim != 3:
         raise ShapeMismatchError(

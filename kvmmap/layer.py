@@ -16,7 +16,7 @@ from .attention.topk import select_blocks
 from .checks import non_finite
 from .errors import EmptyCacheError, KvmmapError
 from .geometry import CacheGeometry, check_range
-from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, where
+from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows, where
 from .layer_reader import LayerReader
 from .row_arrays import as_rows
 from .rows import Rows
@@ -101,6 +101,8 @@ class QuantizedKvLayer(LayerReader):
                 nothing was appended.
             OSError: the disk is full or failing; nothing was appended.
         """
+        if not self._key_shape[0]:
+            require_rows(self._store.geometry, self._number())
         key_rows, key_dtype = as_rows(keys)
         value_rows, value_dtype = as_rows(values)
         if key_rows.shape != self._key_shape:
@@ -149,6 +151,7 @@ class QuantizedKvLayer(LayerReader):
             NonFiniteError: arrays that the codec never makes.
             CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
         """
+        require_rows(self._store.geometry, self._number())
         source = check_quantized(arrays, self._store.geometry, self._number())
         count = len(source[0])
         with self._storage.lock:
@@ -165,6 +168,8 @@ class QuantizedKvLayer(LayerReader):
 
     def check_input(self, keys: Any, values: Any) -> RowPair:
         """Return `extend`'s arguments as rows, their shapes checked."""
+        if not self._key_shape[0]:
+            require_rows(self._store.geometry, self._number())
         key_rows, key_dtype = as_rows(keys)
         value_rows, value_dtype = as_rows(values)
         fits = key_rows.shape[1:] == self._key_shape and value_rows.shape[1:] == self._value_shape
@@ -211,7 +216,7 @@ class QuantizedKvLayer(LayerReader):
         if len(self._storage.layers) > 1:
             raise KvmmapError("a layer of a cache is truncated with its cache: call cache.truncate()")
         _, length = check_range(0, length, len(self))
-        self._storage.truncate(length)
+        self._storage.truncate(length if not self._storage.geometry.states else self._storage.checkpoints.last(length))
 
     # Attending
 
@@ -273,6 +278,7 @@ class QuantizedKvLayer(LayerReader):
             CacheChangedError: the writer truncated since the last `refresh`.
             CorruptCacheError: a block that is attended to does not match its checksum (`verify` of `kvmmap.open`).
         """
+        require_rows(self._store.geometry, self._number())
         if not len(self):
             raise EmptyCacheError(f"nothing is stored{where(self._number())}: push or extend before attending")
         result = attend_store(
@@ -321,6 +327,7 @@ class QuantizedKvLayer(LayerReader):
             NonFiniteError: a NaN or an infinity in the query; names the query head (`head`).
             CacheChangedError: the writer truncated since the last `refresh`.
         """
+        require_rows(self._store.geometry, self._number())
         sketches = functools.partial(layer_sketches, self._store)
         block_tokens = self._storage.geometry.block_tokens
         return select_blocks(self._store, sketches, block_tokens, query, k, scale=scale, per_head=per_head)

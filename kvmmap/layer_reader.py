@@ -14,6 +14,7 @@ from .checks import check_head, check_position, check_stored_range
 from .codecs import RowCodec
 from .errors import DtypeError
 from .geometry import LayerGeometry, compression_ratio
+from .inputs import require_rows
 from .row_arrays import as_bits, output_array, target_dtype, thread_count
 from .rows import Rows
 from .storage.protocols import LayerStore, Storage
@@ -227,6 +228,7 @@ class LayerReader:
         return row
 
     def _one_position(self, part: _Part, position: int, head: int | None = None) -> NDArray[np.float32]:
+        require_rows(self.geometry, self._number())
         store = self._store
         version = store.version()  # before the length: see `LayerStore`
         position = check_position(store, position, self._number())
@@ -250,6 +252,7 @@ class LayerReader:
         out: NDArray[Any] | None,
         threads: int | None,
     ) -> NDArray[Any]:
+        require_rows(self.geometry, self._number())
         version = self._store.version()
         start, stop = check_stored_range(self._store, start, stop)
         result = output_array((stop - start, self.num_kv_heads, part.dim), dtype, out)

@@ -7,7 +7,8 @@ package comes with.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
@@ -16,8 +17,9 @@ from .errors import KvmmapError, NotACacheError
 from .geometry import CacheGeometry
 from .metadata import Document, ModelInfo, document
 from .paths import PathLike, place_text
+from .state_spec import CHECKPOINT_SLOTS, StateSpec
 from .storage.file import place as _files  # noqa: F401  # registers .kvm files
-from .storage.protocols import Durability, Verify
+from .storage.protocols import Durability, Storage, Verify
 from .storage.registry import CreateOptions, OpenOptions, Place, place_at
 from .storage.zarr import place as _groups  # noqa: F401  # registers Zarr groups
 
@@ -33,6 +35,8 @@ def create(
     key_codec: str | Sequence[str] | None = None,
     value_codec: str | Sequence[str] | None = None,
     preset: str = "int8",
+    states: Iterable[StateSpec] = (),
+    checkpoint_slots: int = CHECKPOINT_SLOTS,
     metadata: Mapping[str, Any] | None = None,
     model: ModelInfo | None = None,
     durability: Durability = "publish",
@@ -51,13 +55,16 @@ def create(
             appears whole, has mode 0600, and is sparse: reserving costs no disk.
         num_layers: transformer layers.
         capacity: positions to reserve; `resize` changes it.
-        num_kv_heads: key and value heads; one number, or one a layer.
+        num_kv_heads: key and value heads; one number, or one a layer; 0 for a layer without rows.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
         key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer; the
             preset's unless given.
         preset: a pair of codecs: "int8", "fidelity" (rotated int8), "compact" (keys of 8 bits, values of 4), "small" (5
             and 4), "tiny" (4), or "lossless" (bfloat16).
+        states: tensors of fixed size that layers overwrite at every position, as recurrent layers do; see
+            `write_states`.
+        checkpoint_slots: checkpoints of all states to keep; each takes `checkpoint_bytes` of disk once it is written.
         metadata: plain JSON of your own.
         model: what makes the cache, so that nothing else uses it.
         durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
@@ -89,6 +96,8 @@ def create(
         value_head_dim=value_head_dim,
         key_codec=preset_keys if key_codec is None else key_codec,
         value_codec=preset_values if value_codec is None else value_codec,
+        states=states,
+        checkpoint_slots=checkpoint_slots,
     )
     options = CreateOptions(
         durability=check_durability(durability),
@@ -140,6 +149,9 @@ def open_cache(
 ) -> QuantizedKvCache:
     """Open a cache, in constant time.
 
+    A cache with states opens at its last checkpoint. Positions beyond it, of a writer that died or that goes on, are
+    not shown (`rows_beyond_checkpoint`); mode "a" drops them, with a RuntimeWarning.
+
     Args:
         path_or_url: the path of a `.kvm` file, or path or URL of a Zarr group: "prompt.zarr", "s3://bucket/prompt.zarr",
             "file:///data/prompt.zarr", "memory://prompt".
@@ -180,7 +192,27 @@ def open_cache(
         cache_bytes=cache_bytes,
         record_use=record_use,
     )
-    return QuantizedKvCache.of_storage(place_of(path_or_url, storage_options).open(options))
+    storage = place_of(path_or_url, storage_options).open(options)
+    if mode == "a" and storage.geometry.states:
+        try:
+            _resume(storage)
+        except BaseException:
+            storage.close()
+            raise
+    return QuantizedKvCache.of_storage(storage)
+
+
+def _resume(storage: Storage) -> None:
+    """Continue from the last checkpoint, and say so if positions are dropped."""
+    dropped = storage.resume()
+    if dropped:
+        kept = storage.seq_len
+        warnings.warn(
+            f"{storage.path}: the states of its last {dropped} positions were not saved, so it continues from its last "
+            f"checkpoint, at position {kept}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def remove(

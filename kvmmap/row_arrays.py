@@ -31,7 +31,7 @@ _ONE_THREAD = 1 << 18
 
 
 @functools.cache
-def _bf16() -> np.dtype[Any]:
+def bfloat16() -> np.dtype[Any]:
     """bfloat16, which is not numpy's own. Its library is loaded when it is first needed: most programs never do."""
     import ml_dtypes
 
@@ -45,7 +45,7 @@ def dtype_number(dtype: np.dtype[Any]) -> int | None:
         return 0
     if dtype == _F16:
         return 1
-    return 2 if dtype.kind == "V" and dtype == _bf16() else None
+    return 2 if dtype.kind == "V" and dtype == bfloat16() else None
 
 
 def as_rows(x: Any) -> tuple[NDArray[Any], int]:
@@ -61,7 +61,7 @@ def as_rows(x: Any) -> tuple[NDArray[Any], int]:
         dtype = x.dtype
         if dtype is _F32:
             return x, 0
-        if dtype.kind == "V" and dtype is _bf16():
+        if dtype.kind == "V" and dtype is bfloat16():
             return x.view(_UINT16), 2
     array, number = as_array(x)
     if array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
@@ -71,7 +71,7 @@ def as_rows(x: Any) -> tuple[NDArray[Any], int]:
 
 def widened(rows: NDArray[Any]) -> NDArray[np.float32]:
     """Return an array of `as_rows` as f32; itself if it is."""
-    return rows.view(_bf16()).astype(_F32) if rows.dtype == np.uint16 else rows.astype(_F32, copy=False)
+    return rows.view(bfloat16()).astype(_F32) if rows.dtype == np.uint16 else rows.astype(_F32, copy=False)
 
 
 def as_array(x: Any) -> tuple[NDArray[Any], int]:
@@ -161,7 +161,7 @@ def target_dtype(dtype: Any) -> tuple[np.dtype[Any], int]:
 def _unusual_target(dtype: Any) -> tuple[np.dtype[Any], int]:
     number = None
     with contextlib.suppress(TypeError):
-        dtype = _bf16() if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
+        dtype = bfloat16() if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
         number = dtype_number(dtype)
     if number is None:
         raise DtypeError(

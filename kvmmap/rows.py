@@ -76,8 +76,8 @@ class Rows(tuple[NDArray[Any], ...]):
 
     @property
     def num_positions(self) -> int:
-        """Positions that they are of."""
-        return len(self[0])
+        """Positions that they are of; 0 of a layer without rows."""
+        return len(self[0]) if self else 0
 
     @property
     def keys(self) -> tuple[NDArray[Any], ...]:

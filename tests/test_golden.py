@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from helpers import codec_oracle
 
 import kvmmap
@@ -16,7 +18,7 @@ from kvmmap.format import LIVE, Section
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
-from make import LENGTH, codec_rows, golden_rows, make, make_codecs  # noqa: E402
+from make import LENGTH, codec_rows, golden_rows, golden_states, make, make_codecs, make_states  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["v1.kvm", "v1-sketches.kvm"])
@@ -67,7 +69,41 @@ def test_every_codec_of_version_1_opens() -> None:
                 )
 
 
-@pytest.mark.parametrize(("name", "write"), [("v1-sketches.kvm", make), ("v1-codecs.kvm", make_codecs)])
+def test_states_of_version_1_open() -> None:
+    """As docs/format.md says, byte by byte, without the package's code for states."""
+    data = (GOLDEN / "v1-states.kvm").read_bytes()
+    layers, sections, features = struct.unpack_from("<III", data, 60)
+    assert (layers, features) == (3, 1)
+    at = 72 + 16 * layers
+    table = [struct.unpack_from("<HHIQQ", data, at + 24 * number) for number in range(sections)]
+    slots = {layer: offset for kind, _, layer, offset, _ in table if kind == 32}
+    assert sorted(slots) == [0, 1, 2, 3]
+    (slot_a,) = [offset for kind, _, _, offset, _ in table if kind == 1]
+    named = [struct.unpack_from("<QQ", data, slot_a + 80 + 8 * 4 + 16 * number) for number in range(4)]
+    assert sorted(word for word, _ in named) == [0, 0, 2 + 2 * 20, 1 + 2 * 50]
+    for number, (word, expected) in enumerate(named):
+        if word:
+            position, at = (word - 1) // 2, slots[number]
+            assert data[at : at + 4] == b"CKPT"
+            assert struct.unpack_from("<QQ", data, at + 24)[0] == position
+            head = data[at : at + 48 + 8 * 3]
+            assert struct.unpack_from("<Q", data, at + len(head))[0] == expected == xxhash.xxh3_64_intdigest(head)
+            at += 4096
+            for state, digest in zip(golden_states(position), struct.unpack_from("<3Q", head, 48), strict=True):
+                assert data[at : at + state.nbytes] == state.tobytes()
+                assert xxhash.xxh3_64_intdigest(state.tobytes()) == digest
+                at += -(-state.nbytes // 64) * 64
+    with kvmmap.open(GOLDEN / "v1-states.kvm") as cache:
+        assert (cache.seq_len, cache.rows_beyond_checkpoint, cache.checkpoints) == (50, 5, ((20, True), (50, False)))
+        for found, expected in zip(cache.read_states(20).values(), golden_states(20), strict=True):
+            assert found.tobytes() == expected.tobytes()
+        assert cache.verify().sound
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("v1-sketches.kvm", make), ("v1-codecs.kvm", make_codecs), ("v1-states.kvm", make_states)],
+)
 def test_version_1_is_written_byte_for_byte(path: Path, name: str, write: Callable[[Path], None]) -> None:
     """All but one word, which stands for the place that the file has its name in."""
     write(path)

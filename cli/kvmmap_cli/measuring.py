@@ -117,7 +117,7 @@ def _tasks(
         kvmmap.create(path, num_layers=1, capacity=tokens + BATCH, num_kv_heads=kv_heads, head_dim=head_dim)
     )
     cache.extend(x[None], x[None])
-    layer = cache.layers[0]
+    layer = cache.layers[cache.geometry.row_layers[0]]
 
     def extend() -> None:
         cache.truncate(0)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from kvmmap.report import CacheReport, CommitReport, LayerReport
+    from kvmmap.report import CacheReport, CommitReport, LayerReport, StatesReport
 
 BAR_WIDTH = 24
 MOST_NOTES = 5
@@ -62,6 +62,9 @@ def _fields(report: CacheReport) -> Table:
     add("token ids", f"{report.token_len:,} recorded" if report.token_len else "none recorded")
     add("stored", f"{size(report.stored_bytes)} of {size(report.memory_bytes)} reserved")
     add("compression", f"{report.compression_ratio:.2f}: f32 would reserve {size(report.fp32_memory_bytes)}")
+    if report.states is not None:
+        add("states", states_text(report.states))
+        add("checkpoints", checkpoints_text(report.states))
     if report.file_bytes is not None and report.disk_bytes is not None:
         add("on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}")
     if report.commit is not None:
@@ -72,6 +75,22 @@ def _fields(report: CacheReport) -> Table:
     for name, value in _about(report):
         add(name, value)
     return table
+
+
+def states_text(states: StatesReport) -> str:
+    """Say what states there are, and what a checkpoint of them takes."""
+    layers = count(len({tensor.layer for tensor in states.tensors}), "layer")
+    return f"{count(len(states.tensors), 'tensor')} in {layers}, {size(states.checkpoint_bytes)} a checkpoint"
+
+
+def checkpoints_text(states: StatesReport) -> str:
+    """Say where there are checkpoints."""
+    found = [f"{one.position:,}{' (pinned)' if one.pinned else ''}" for one in states.checkpoints]
+    text = f"at {', '.join(found)}" if found else "none"
+    text += f"; {states.checkpoint_slots:,} are kept"
+    if states.rows_beyond_checkpoint:
+        text += f"; {count(states.rows_beyond_checkpoint, 'position')} beyond the last one"
+    return text
 
 
 def fill_bar(length: int, capacity: int) -> Text:

@@ -21,6 +21,7 @@ from .records import (
     tables,
 )
 from .slot import Slot
+from .states import NO_CHECKPOINT, CheckpointEntry, CheckpointHeader, CheckpointLayout, num_slots
 from .superblock import Superblock
 
 __all__ = [
@@ -29,11 +30,15 @@ __all__ = [
     "HOME_BYTES",
     "LIVE",
     "LIVE_LENGTHS",
+    "NO_CHECKPOINT",
     "NO_TOKEN",
     "PAGE",
     "SECTION_ABOUT",
     "SLAB_SECTIONS",
     "WHOLE_CACHE",
+    "CheckpointEntry",
+    "CheckpointHeader",
+    "CheckpointLayout",
     "Commit",
     "Extent",
     "Section",
@@ -42,6 +47,7 @@ __all__ = [
     "block_checksum",
     "checksum",
     "checksum_of",
+    "num_slots",
     "slab_sections",
     "tables",
 ]

@@ -21,6 +21,8 @@ PAGE = 4096
 """Sections start on multiples of this."""
 
 SLOT_MAGIC = 0x544F4C53  # "SLOT"
+CHECKPOINT_MAGIC = 0x54504B43  # "CKPT"
+STATES_FEATURE = 1  # bit of `features`
 WHOLE_CACHE = 0xFFFFFFFF  # the `layer` of a section that belongs to no layer
 MAX_SUPERBLOCK_BYTES = 64 * 2**20
 NO_TOKEN = -1
@@ -72,12 +74,12 @@ HEADER = Record(
     Field("block_tokens", "I", "positions in a block (256)"),
     Field("num_layers", "I", "layer entries that follow the header"),
     Field("num_sections", "I", "section entries that follow the layer entries"),
-    Field("features", "I", "bits a reader must know to read the file; 0"),
+    Field("features", "I", "bits a reader must know to read the file; bit 0 = states, or layers without rows"),
 )
 
 LAYER_ENTRY = Record(
     "Layer entry",
-    Field("num_kv_heads", "I", "key and value heads"),
+    Field("num_kv_heads", "I", "key and value heads; 0 = the layer has no rows, and all else in the entry is 0 or 1"),
     Field("head_dim", "I", "numbers in a key row"),
     Field("value_head_dim", "I", "numbers in a value row"),
     Field("key_codec", "B", "by the table in *Codecs*; 1 = `int8-row`"),
@@ -108,6 +110,31 @@ SLOT = Record(
     Field("metadata_half", "I", "which half of the metadata section is valid, 0 or 1"),
     Field("metadata_bytes", "I", "length of the JSON in it"),
     Field("metadata_checksum", "Q", "xxh3_64 of the JSON"),
+)
+
+STATE_ENTRY = Record(
+    "State entry",
+    Field("layer", "I", "the layer that it belongs to"),
+    Field("dtype", "H", "by the table in *States*; 1 = float32"),
+    Field("dims", "H", "axes, 1 to 8"),
+    Field("shape", "64s", "u64 by axis, and 0 for those that it does not have"),
+    Field("name", "48s", "ASCII, then zeros"),
+)
+
+CHECKPOINT_HEADER = Record(
+    "Checkpoint header",
+    Field("magic", "I", '"CKPT"'),
+    Field("num_states", "I", "as many as there are state entries"),
+    Field("file_id", "16s", "as in the superblock"),
+    Field("position", "Q", "positions that the states have seen"),
+    Field("generation", "Q", "writer generation when it was written"),
+    Field("written_ns", "Q", "when, nanoseconds since 1970"),
+)
+
+CHECKPOINT_ENTRY = Record(
+    "Checkpoint entry",
+    Field("checkpoint", "Q", "0 = none; else 1 + 2 * position, and 1 more if it is pinned"),
+    Field("checksum", "Q", "of the checkpoint's header, which has those of its tensors; 0 where there is none"),
 )
 
 LIVE = Record(
@@ -143,12 +170,15 @@ class Section(IntEnum):
     VALUE_CODES = 18
     VALUE_SCALES = 19
     KEY_SKETCHES = 20
+    CHECKPOINT = 32
 
 
 SECTION_ABOUT = {
-    Section.SLOT_A: "commit slot: header, a tail checksum (u64) per layer and one for token ids, xxh3_64 of all before",
+    Section.SLOT_A: "commit slot: header, a tail checksum (u64) per layer and one for token ids, a checkpoint "
+    "entry per checkpoint slot, xxh3_64 of all before",
     Section.SLOT_B: "the other commit slot",
-    Section.LIVE: "live record: header, then one checked word a layer, its published length; behind it, `home`",
+    Section.LIVE: "live record: header, then one checked word a layer, its published length, and one a checkpoint "
+    "slot; behind it, `home`",
     Section.METADATA: "two halves of equal size, each room for one JSON document",
     Section.TOKEN_IDS: "int32 [capacity]; -1 where none was given",
     Section.CHECKSUMS: "u64 [block, layer], of complete blocks",
@@ -159,6 +189,8 @@ SECTION_ABOUT = {
     Section.VALUE_CODES: "int8 [capacity, num_kv_heads, value_head_dim]",
     Section.VALUE_SCALES: "f32 [capacity, num_kv_heads]",
     Section.KEY_SKETCHES: "optional; bf16 [block, num_kv_heads, 2, head_dim], of complete blocks: minimum, maximum",
+    Section.CHECKPOINT: "checkpoint slot, whose number stands in `layer`: header, xxh3_64 (u64) per state, xxh3_64 of "
+    "all before; from the next page on the tensors, see *States*",
 }
 SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
 """Sections of a layer's arrays, keys' two and values' two. A codec with one array leaves its second one out."""
@@ -208,8 +240,11 @@ def block_checksum(track: int, block: int, rows: int, digests: Sequence[int]) ->
         rows: positions in it; fewer than block_tokens for a tail.
         digests: xxh3_64 of the block's part of each of its arrays, in the order of the sections.
 
-    The track, the block and the row count are part of it, so that a sound block in a wrong place does not pass.
+    The track, the block and the row count are part of it, so that a sound block in a wrong place does not pass. That of
+    a layer without rows is 0.
     """
+    if not digests:
+        return 0
     head = BLOCK_CHECKSUM.pack(track, rows, block)
     return xxhash.xxh3_64_intdigest(head + struct.pack(f"<{len(digests)}Q", *digests))
 
@@ -217,7 +252,8 @@ def block_checksum(track: int, block: int, rows: int, digests: Sequence[int]) ->
 def tables() -> str:
     """Return the layout as Markdown tables, for docs/format.md."""
     parts = []
-    for record in (HEADER, LAYER_ENTRY, SECTION_ENTRY, SLOT, LIVE):
+    records = (HEADER, LAYER_ENTRY, SECTION_ENTRY, STATE_ENTRY, SLOT, CHECKPOINT_ENTRY, CHECKPOINT_HEADER, LIVE)
+    for record in records:
         parts += [f"### {record.title} ({record.size} bytes)", "", "| offset | bytes | field | meaning |"]
         parts.append("|---:|---:|---|---|")
         parts += [f"| {offset} | {size} | `{f.name}` | {f.about} |" for offset, size, f in record.rows()]

@@ -29,6 +29,8 @@ from .records import (
     PAGE,
     SECTION_ENTRY,
     SLOT,
+    STATE_ENTRY,
+    STATES_FEATURE,
     WHOLE_CACHE,
     Extent,
     Section,
@@ -36,6 +38,7 @@ from .records import (
     slab_sections,
 )
 from .section_table import KNOWN_SECTIONS, SectionTable
+from .states import SPARE_SLOTS, CheckpointLayout, checkpoint_entries_size, decode_states, encode_states, num_slots
 
 _NUM_KINDS = max(Section) + 1
 REQUIRED_SECTIONS = KNOWN_SECTIONS - OPTIONAL_SECTIONS
@@ -57,6 +60,11 @@ class Superblock:
     def section(self, kind: Section, layer: int = WHOLE_CACHE) -> Extent:
         """Return the extent of a section."""
         return self.sections[kind, layer]
+
+    @property
+    def checkpoint_layout(self) -> CheckpointLayout:
+        """Where a checkpoint slot has what."""
+        return CheckpointLayout.of(self.geometry.states)
 
     @property
     def has_sketches(self) -> bool:
@@ -94,8 +102,9 @@ class Superblock:
         by_layer = {layer: _sizes_of_layer(layer, geometry) for layer in set(geometry.layers)}
         for number, layer in enumerate(geometry.layers):
             sizes.update(((kind, number), bytes_) for kind, bytes_ in by_layer[layer].items())
+        sizes.update(_sizes_of_slots(geometry))
         size = HEADER.size + LAYER_ENTRY.size * geometry.num_layers + SECTION_ENTRY.size * len(sizes)
-        size += CHECKSUM.size
+        size += STATE_ENTRY.size * len(geometry.states) + CHECKSUM.size
         sections: dict[tuple[int, int], Extent] = {}
         end = _to_page(size)
         for key, section_size in sizes.items():
@@ -121,7 +130,7 @@ class Superblock:
                     "block_tokens": geometry.block_tokens,
                     "num_layers": geometry.num_layers,
                     "num_sections": len(self.sections),
-                    "features": 0,
+                    "features": _features(geometry),
                 }
             )
         ]
@@ -140,6 +149,7 @@ class Superblock:
             )
             for (kind, layer), extent in self.sections.items()
         )
+        parts.append(encode_states(geometry.states))
         body = b"".join(parts)
         return body + CHECKSUM.pack(checksum(body))
 
@@ -192,18 +202,19 @@ class Superblock:
             raise corrupt(f"it is cut off at {len(data)} of {header['superblock_bytes']} bytes")
         if CHECKSUM.unpack_from(data, len(body))[0] != checksum(body):
             raise corrupt("its checksum does not match")
-        if header["features"]:
+        if header["features"] & ~STATES_FEATURE:
             raise VersionMismatchError(
                 f"{path}: needs features {header['features']:#x}, unknown here: use a newer kvmmap",
                 path=path,
-                expected=0,
+                expected=STATES_FEATURE,
                 actual=header["features"],
             )
         num_layers, num_sections = header["num_layers"], header["num_sections"]
         if not 1 <= num_layers <= MAX_LAYERS:
             raise corrupt(f"{num_layers} layers")
-        tables = LAYER_ENTRY.size * num_layers + SECTION_ENTRY.size * num_sections
-        if HEADER.size + tables != len(body):
+        states_at = HEADER.size + LAYER_ENTRY.size * num_layers + SECTION_ENTRY.size * num_sections
+        with_states = bool(header["features"] & STATES_FEATURE) and states_at <= len(body)
+        if (len(body) - states_at) % STATE_ENTRY.size if with_states else states_at != len(body):
             raise corrupt(f"{num_layers} layers and {num_sections} sections do not fill its size")
         if real_bytes < header["file_bytes"]:
             raise CorruptCacheError(
@@ -214,16 +225,20 @@ class Superblock:
                 actual=real_bytes,
             )
         sections_at = HEADER.size + LAYER_ENTRY.size * num_layers
+        sections = SectionTable(body[sections_at:states_at], path)
         try:
             layers = _decode_layers(body[HEADER.size : sections_at], path)
             geometry = CacheGeometry(
                 capacity=header["capacity"],
                 layers=layers,
                 block_tokens=header["block_tokens"],
+                states=decode_states(bytes(body[states_at:]), path),
+                checkpoint_slots=int((sections.kinds == Section.CHECKPOINT).sum()) - SPARE_SLOTS,
             )
         except ShapeMismatchError as error:
             raise corrupt(str(error)) from error
-        sections = SectionTable(body[sections_at:], path)
+        if header["features"] != _features(geometry):
+            raise corrupt(f"features {header['features']:#x} are not those of its layers and states")
         _check_sections(sections, geometry, len(data), header["file_bytes"], corrupt)
         return cls(geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections)
 
@@ -232,14 +247,20 @@ def _to_page(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+def _features(geometry: CacheGeometry) -> int:
+    """Return the bits of what readers before states do not know."""
+    has = bool(geometry.states) or len(geometry.row_layers) < geometry.num_layers
+    return STATES_FEATURE if has else 0
+
+
 def _sizes_of_cache(geometry: CacheGeometry, metadata_bytes: int) -> dict[Section, int]:
     """Return the sections that belong to no layer, in their order, with their sizes."""
     tracks = geometry.num_layers + 1
-    slot = SLOT.size + 8 * tracks + CHECKSUM.size
+    slot = SLOT.size + 8 * tracks + checkpoint_entries_size(geometry) + CHECKSUM.size
     return {
         Section.SLOT_A: slot,
         Section.SLOT_B: slot,
-        Section.LIVE: LIVE_LENGTHS + 8 * geometry.num_layers,
+        Section.LIVE: LIVE_LENGTHS + 8 * (geometry.num_layers + num_slots(geometry)),
         Section.METADATA: 2 * _to_page(metadata_bytes),
         Section.TOKEN_IDS: 4 * geometry.capacity,
         Section.CHECKSUMS: 8 * geometry.num_layers * geometry.num_blocks,
@@ -248,8 +269,16 @@ def _sizes_of_cache(geometry: CacheGeometry, metadata_bytes: int) -> dict[Sectio
     }
 
 
+def _sizes_of_slots(geometry: CacheGeometry) -> dict[tuple[int, int], int]:
+    """Return the checkpoint slots, whose numbers stand in the layers' place, with their sizes."""
+    size = CheckpointLayout.of(geometry.states).size
+    return {(Section.CHECKPOINT, number): size for number in range(num_slots(geometry))}
+
+
 def _sizes_of_layer(layer: LayerGeometry, geometry: CacheGeometry) -> dict[int, int]:
     """Return the sections of such a layer, in their order, with their sizes."""
+    if not layer.has_rows:
+        return {}
     slabs = zip(slab_sections(layer), layer.slab_bytes(geometry.capacity), strict=True)
     return {**dict[int, int](slabs), Section.KEY_SKETCHES: layer.sketch_bytes(geometry.num_blocks)}
 
@@ -310,8 +339,11 @@ def _check_sections(
     for kind, expected in _sizes_of_cache(geometry, metadata.size // 2).items():
         extent = sections.get((kind, WHOLE_CACHE))
         check(kind, WHOLE_CACHE, extent and extent.size, expected)
+    for place, expected in _sizes_of_slots(geometry).items():
+        extent = sections.get(place)
+        check(*place, extent and extent.size, expected)
     sizes, wanted = sections.sizes_by_layer(geometry.num_layers, _NUM_KINDS), _sizes_by_layer(geometry)
-    wrong = (sizes != wanted) & (wanted >= 0)
+    wrong = (sizes != wanted) & (wanted >= 0)  # checkpoint slots, which are numbered by slot, have none wanted
     for number, column in np.argwhere(wrong).tolist() if wrong.any() else ():
         size = int(sizes[number, column])
         check(column, number, None if size < 0 else size, int(wanted[number, column]))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..codecs import INT8
-from ..errors import CacheExistsError, CacheNotFoundError, DtypeError
+from ..errors import CacheExistsError, CacheNotFoundError, DtypeError, FormatError
 from ..geometry import check_range
 from ..paths import PathLike, place_text
 from ..row_arrays import output_array
@@ -44,6 +44,15 @@ VERSION = 1
 
 IDS = "token_ids"
 """The tensor that holds the token ids."""
+
+
+def _refuse_states(cache: QuantizedKvCache) -> None:
+    if cache.states or len(cache.geometry.row_layers) < cache.num_layers:
+        raise FormatError(
+            f"{cache.path or 'the cache'}: has states, or layers without rows, and an export has no place for them: "
+            "kvmmap.copy() keeps everything; read_states() and read_keys() give tensors to save",
+            path=cache.path,
+        )
 
 
 class _Tensor(NamedTuple):
@@ -99,6 +108,7 @@ def export_tensors(
         raise CacheExistsError(f"{path}: exists already; overwrite=True replaces a file", path=path)
     path = os.path.realpath(path)  # what a link names is replaced, and not the link
     with opened(source, storage_options) as cache:
+        _refuse_states(cache)
         start, stop = check_range(start, cache.seq_len if stop is None else stop, cache.seq_len)
         chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
         tensors = _plan(cache, chosen, stop - start, dtype)

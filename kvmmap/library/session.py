@@ -136,7 +136,7 @@ class Session(QuantizedKvCache):
                 if error.errno != errno.ENOSPC or self._owner is None or not self._owner.evict_for(self, size):
                     raise
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
         """Keep the first `length` positions, at least `reused`; what is removed is durable on return.
 
         Raises:
@@ -152,7 +152,7 @@ class Session(QuantizedKvCache):
                 expected=self.reused,
                 path=self.path,
             )
-        super().truncate(length)
+        return super().truncate(length)
 
     # Life
 

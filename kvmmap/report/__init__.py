@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .filemap import FileMap, FileSection, file_map
     from .gathering import CacheStatistics, LayerStatistics, Outliers, statistics
     from .grids import ScaleGrid, scale_grids
+    from .states import CheckpointReport, StateReport, StatesReport
     from .tally import ChannelOutlier, PositionOutlier, RowStatistics, ScaleStatistics
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "tally": ("ChannelOutlier", "PositionOutlier", "RowStatistics", "ScaleStatistics"),
     "grids": ("ScaleGrid", "scale_grids"),
     "difference": ("CacheDifference", "LayerDifference", "PartDifference", "compare"),
+    "states": ("CheckpointReport", "StateReport", "StatesReport"),
     "filemap": ("FileMap", "FileSection", "file_map"),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
@@ -37,6 +39,7 @@ __all__ = [
     "CacheReport",
     "CacheStatistics",
     "ChannelOutlier",
+    "CheckpointReport",
     "CommitReport",
     "FileMap",
     "FileSection",
@@ -49,6 +52,8 @@ __all__ = [
     "RowStatistics",
     "ScaleGrid",
     "ScaleStatistics",
+    "StateReport",
+    "StatesReport",
     "compare",
     "file_map",
     "inspect",

@@ -15,6 +15,7 @@ from ..codecs import INT8, RowCodec
 from ..errors import ShapeMismatchError
 from ..storage.protocols import Progress
 from .gathering import stretches
+from .states import first_different_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,9 @@ class CacheDifference:
     layers: tuple[LayerDifference, ...]
     """One a layer, in order."""
 
+    first_checkpoint: int | None = None
+    """The first position at which both have a checkpoint, with other states; None if there is none."""
+
     @property
     def first(self) -> int | None:
         """The first position that differs in any layer."""
@@ -85,8 +89,10 @@ class CacheDifference:
 
     @property
     def same(self) -> bool:
-        """True if length, token ids and every row are the same; model and metadata need not be."""
-        return self.lengths[0] == self.lengths[1] and self.first_token is None and self.first is None
+        """True if length, token ids, every row, and the states of checkpoints that both have are the same; model and
+        metadata need not be."""
+        differing = (self.first_token, self.first, self.first_checkpoint)
+        return self.lengths[0] == self.lengths[1] and differing == (None, None, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain JSON types."""
@@ -108,7 +114,7 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
         CacheChangedError: a writer took positions back meanwhile: refresh, and compare again.
         ClosedError: one of them is closed.
     """
-    if a.geometry.layers != b.geometry.layers:
+    if (a.geometry.layers, a.states) != (b.geometry.layers, b.states):
         raise _unlike(a, b)
     length = min(a.seq_len, b.seq_len)
     total = length * sum(layer.position_bytes for layer in a.geometry.layers)
@@ -118,7 +124,7 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
         keys = _Differences(geometry.key_codec, geometry.num_kv_heads, geometry.head_dim)
         values = _Differences(geometry.value_codec, geometry.num_kv_heads, geometry.value_head_dim)
         mine, others = (stretches(cache.layers[number], length) for cache in (a, b))
-        for (start, x), (_, y) in zip(mine, others, strict=True):
+        for (start, x), (_, y) in zip(mine, others, strict=True) if geometry.has_rows else ():
             keys.add(start, x.keys, y.keys)
             values.add(start, x.values, y.values)
             done += x.num_positions * geometry.position_bytes
@@ -132,6 +138,7 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
         first_token=int(ids[0]) if len(ids) else None,
         same_about=(a.model, a.metadata) == (b.model, b.metadata),
         layers=tuple(layers),
+        first_checkpoint=first_different_checkpoint(a, b),
     )
 
 
@@ -203,6 +210,8 @@ def _unlike(a: QuantizedKvCache, b: QuantizedKvCache) -> ShapeMismatchError:
 
 
 def _shapes(a: QuantizedKvCache, b: QuantizedKvCache) -> Iterator[str]:
+    if a.geometry.layers == b.geometry.layers:
+        yield f"they have {len(a.states)} states, and {len(b.states)}, or others"
     for number, (mine, others) in enumerate(zip(a.geometry.layers, b.geometry.layers, strict=True)):
         if mine != others:
             yield f"layer {number} has {_shape(mine)}, and {_shape(others)}"

@@ -14,6 +14,7 @@ from ..cache import QuantizedKvCache
 from ..geometry import compression_ratio
 from ..metadata import ModelInfo
 from ..storage.process import is_running
+from .states import StatesReport, inspect_states
 
 State = Literal["closed", "open for writing", "interrupted"]
 
@@ -26,7 +27,7 @@ class LayerReport:
     """Which one, from 0."""
 
     num_kv_heads: int
-    """Key and value heads."""
+    """Key and value heads; 0 for a layer without rows."""
 
     head_dim: int
     """Numbers in a key row."""
@@ -148,6 +149,9 @@ class CacheReport:
     layers: tuple[LayerReport, ...]
     """One a layer, in order."""
 
+    states: StatesReport | None = None
+    """States and checkpoints; None if it has no states."""
+
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain JSON types: nested dicts and lists, times as ISO 8601 in UTC."""
         plain = asdict(self)
@@ -191,6 +195,7 @@ def inspect(cache: QuantizedKvCache) -> CacheReport:
         metadata=cache.metadata,
         commit=_commit(facts, length) if "state" in facts else None,
         layers=layers,
+        states=inspect_states(cache),
     )
 
 
@@ -202,9 +207,9 @@ def _layer(cache: QuantizedKvCache, index: int, length: int) -> LayerReport:
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         value_head_dim=geometry.value_head_dim,
-        key_codec=geometry.key_codec.id_name,
+        key_codec=geometry.key_codec.id_name if geometry.has_rows else "none",
         key_transform=geometry.key_codec.transform_name,
-        value_codec=geometry.value_codec.id_name,
+        value_codec=geometry.value_codec.id_name if geometry.has_rows else "none",
         value_transform=geometry.value_codec.transform_name,
         memory_bytes=memory,
         stored_bytes=length * geometry.position_bytes,

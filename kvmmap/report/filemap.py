@@ -86,6 +86,15 @@ def file_map(cache: QuantizedKvCache) -> FileMap | None:
 
 def _section(extent: SectionExtent) -> FileSection:
     known = Section(extent.kind) if extent.kind in SECTION_ABOUT else None
+    if known is Section.CHECKPOINT:
+        return FileSection(
+            name=f"checkpoint-{extent.layer}",
+            layer=None,
+            offset=extent.offset,
+            bytes=extent.size,
+            disk_bytes=extent.data,
+            about="checkpoint slot: all states at one position",
+        )
     return FileSection(
         name=f"section-{extent.kind}" if known is None else known.name.lower().replace("_", "-"),
         layer=extent.layer,

@@ -95,7 +95,9 @@ class CacheStatistics:
 def statistics(
     cache: QuantizedKvCache, layers: list[int] | None = None, *, progress: Progress | None = None
 ) -> CacheStatistics:
-    """Look at every stored row of a cache. Rows of another codec than int8 are decoded, and looked at as int8 has them.
+    """Look at every stored row of a cache; layers without rows are left out.
+
+    Rows of another codec than int8 are decoded, and looked at as int8 has them.
 
     Args:
         cache: an open cache; at most a few MiB of it are worked on at a time.
@@ -109,6 +111,7 @@ def statistics(
     """
     length = cache.seq_len
     wanted = list(range(cache.num_layers)) if layers is None else [cache.layers.check(layer) for layer in layers]
+    wanted = [layer for layer in wanted if cache.geometry.layers[layer].has_rows]
     total = length * sum(cache.geometry.layers[layer].position_bytes for layer in wanted)
     whole = {part: Tally() for part in PARTS}
     channels: dict[Part, list[ChannelOutlier]] = {part: [] for part in PARTS}

@@ -44,7 +44,7 @@ def scale_grids(cache: QuantizedKvCache, bins: int, layers: list[int] | None = N
     length = cache.seq_len
     edges = np.linspace(0, length, min(bins, length) + 1).round().astype(np.int64)
     wanted = range(cache.num_layers) if layers is None else layers
-    return [_grid(cache.layers[number], number, edges) for number in wanted]
+    return [_grid(cache.layers[number], number, edges) for number in wanted if cache.layers[number].geometry.has_rows]
 
 
 def _grid(layer: QuantizedKvLayer, number: int, edges: NDArray[np.int64]) -> ScaleGrid:

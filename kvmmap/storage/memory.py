@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..geometry import CacheGeometry, check_room
 from ..metadata import Document
 from .protocols import LayerStore, Rows, Storage, closed_error, refuse_truncated
+from .rowless import RowlessLayer
 
 
 class MemoryLayer(LayerStore):
@@ -75,29 +78,33 @@ class MemoryStorage(Storage):
     """All layers' arrays."""
 
     kind = "memory"
-    layers: list[MemoryLayer]
+    layers: Sequence[LayerStore]
 
     def __init__(self, geometry: CacheGeometry, document: Document | None = None) -> None:
         super().__init__(geometry, document)
-        self.layers = [MemoryLayer(self, index) for index in range(geometry.num_layers)]
+        self._memory = {index: MemoryLayer(self, index) for index in geometry.row_layers}
+        self.layers = [self._memory.get(index) or RowlessLayer(self, index) for index in range(geometry.num_layers)]
+        self._first = self._memory[geometry.row_layers[0]]
 
     @property
     def closed(self) -> bool:
-        return self.layers[0]._views is None
+        return self._first._views is None
 
     def version(self) -> int:
-        return self.layers[0].version()
+        return self._first.version()
 
     def validate(self, version: int) -> None:
-        self.layers[0].validate(version)
+        self._first.validate(version)
 
     def commit(self) -> None:
-        """Memory does not outlive the process: there is nothing to do."""
+        """Memory does not outlive the process: only states that were written become a checkpoint."""
         self.check()
+        if self.checkpoints.staged == self.seq_len:
+            self.checkpoints.name_staged()
 
     def truncate(self, length: int) -> None:
         super().truncate(length)
-        for layer in self.layers:
+        for layer in self._memory.values():
             layer.note_truncation()
 
     def committed_checksums(self, first: int, stop: int) -> NDArray[np.uint64]:
@@ -106,5 +113,5 @@ class MemoryStorage(Storage):
 
     def close(self) -> None:
         with self.lock:
-            for layer in self.layers:
+            for layer in self._memory.values():
                 layer.close()

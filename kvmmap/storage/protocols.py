@@ -15,6 +15,7 @@ together fails validation.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -29,6 +30,7 @@ from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
 from ..rows import Rows as Rows
+from .checkpoints import Checkpoints, MemoryCheckpoints
 from .verify_report import Damage as Damage
 from .verify_report import VerifyReport as VerifyReport
 
@@ -192,6 +194,10 @@ class Storage(ABC):
     lock: Lock
     """Held during every append, so that appends of several threads follow one another."""
     layers: Sequence[LayerStore]
+    checkpoints: Checkpoints
+    """Checkpoints of the states, none of them beyond the last position."""
+    rows_beyond: int = 0
+    """Positions with rows that were left out on opening, because no checkpoint has their states."""
     token_len: int
     """Positions, from 0, whose token ids are recorded."""
 
@@ -200,10 +206,16 @@ class Storage(ABC):
         self.path = path
         self.lock = threading.RLock()
         self.token_len = 0
+        self.checkpoints = MemoryCheckpoints(geometry, path)
         self._notes = document or Document(None, {})
         self._token_ids = np.full(geometry.capacity, NO_TOKEN, np.int32)
         self._truncations = 0
         self._closed = False
+
+    @functools.cached_property
+    def row_layers(self) -> Sequence[LayerStore]:
+        """The layers that have rows; at least one. Those without are as long as these."""
+        return [self.layers[number] for number in self.geometry.row_layers]
 
     # A storage implements this, and sets `layers`
 
@@ -215,8 +227,8 @@ class Storage(ABC):
 
     @property
     def seq_len(self) -> int:
-        """Positions that are complete in every layer."""
-        return min([layer.length for layer in self.layers])
+        """Positions that are complete in every layer that has rows."""
+        return min([layer.length for layer in self.row_layers])
 
     @property
     def closed(self) -> bool:
@@ -287,6 +299,19 @@ class Storage(ABC):
             self.truncate(self.seq_len)
             raise
 
+    def resume(self) -> int:
+        """Truncate to the last checkpoint, where there are states: positions beyond it can't be continued.
+
+        Returns:
+            The positions that were dropped.
+        """
+        length = self.seq_len
+        last = self.checkpoints.last(length) if self.geometry.states else length
+        if last < length:
+            self.truncate(last)
+            self.rows_beyond = length - last
+        return length - last
+
     def appended(self) -> None:
         """Called after each published append. Commits, if the storage is to commit every append."""
 
@@ -297,6 +322,7 @@ class Storage(ABC):
             for layer in self.layers:
                 layer.length = min(layer.length, length)
             self.token_len = min(self.token_len, length)
+            self.checkpoints.cut(length)
             self._truncations += 1
 
     def close(self) -> None:

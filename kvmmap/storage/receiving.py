@@ -1,17 +1,20 @@
 """The target side of a copy: what a storage may do better than to append the rows that come.
 
 A copy calls, for each range of positions, `expect` some time before, then `has`, and `put` unless that is true; after
-all layers of a step it calls `wait`, publishes the step, and calls `stored`. At the end it calls `complete`, then
-`verify` if that was asked for, and `place`. When a copy fails, `cancel` is called in place of the rest.
+all layers of a step it calls `wait`, publishes the step, and calls `stored`. At the end it calls `put_checkpoints` and
+`complete`, then `verify` if that was asked for, and `place`. When a copy fails, `cancel` is called in place of the
+rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..geometry import CacheGeometry
 from ..metadata import Document
+from .checkpoints import copy_checkpoints
 from .protocols import LayerStore, Progress, Rows, Storage, VerifyReport
 
 
@@ -49,6 +52,9 @@ class Incoming:
     stamp: str
     """24 hexadecimal digits; the same for as long as the copied positions begin the same, so that an interrupted copy
     can be continued."""
+
+    states: Sequence[int] | None = None
+    """The source's states, by index, that are the copy's; None for all."""
 
     same_blocks: bool
     """True if the blocks of the copy have the checksums that they have in the source."""
@@ -114,6 +120,11 @@ class Receiver:
 
     def stored(self, length: int) -> None:
         """Called after the positions below `length` were published."""
+
+    def put_checkpoints(self) -> None:
+        """Copy the checkpoints of the source, once all rows are stored."""
+        incoming = self.incoming
+        copy_checkpoints(incoming.source.checkpoints, self.storage.checkpoints, incoming.length, incoming.states)
 
     def complete(self) -> None:
         """Called when everything was stored."""

@@ -64,6 +64,8 @@ def copy(
 ) -> CopyReport:
     """Copy a cache to another place, of the same kind or another: codes, scales, token ids and metadata, bit by bit.
 
+    Of a cache with states the checkpoints come along, and positions up to the last one that is not beyond `stop`.
+
     Committed blocks of the source are compared with their checksums on the way. Interrupted, the source is untouched,
     and the target not there (a file) or as of its last commit (a group); the same call again goes on from there.
 
@@ -86,6 +88,7 @@ def copy(
         CacheExistsError: there is something at `target` that is no part of this copy; or it is the source, a group.
         CorruptCacheError: a block does not match its checksum, in the source or read back.
         PositionOutOfRangeError, LayerOutOfRangeError: there are no such positions or layers.
+        NoCheckpointError: the source has states, and `start` is not 0.
         CapacityExceededError: `capacity` is too small.
         CacheChangedError: the source's writer took positions back meanwhile.
         CacheLockedError: somebody writes to the target.
@@ -155,6 +158,7 @@ def _run(plan: Plan, receiver: Receiver, options: CopyOptions, progress: Progres
         for length in fill(plan, receiver):
             meter.reached(length)
             receiver.stored(length)
+        receiver.put_checkpoints()
         receiver.complete()
         if options.verify:
             _refuse_damaged(receiver.verify(meter.verifying))
@@ -201,6 +205,11 @@ def _same(one: Storage, other: Storage) -> bool:
         return False
     shapes = [(storage.geometry.layers, storage.geometry.block_tokens, storage.token_len) for storage in (one, other)]
     if shapes[0] != shapes[1] or one.document.encode() != other.document.encode():
+        return False
+    if one.geometry.states != other.geometry.states or one.checkpoints.all() != other.checkpoints.all():
+        return False
+    positions = [found.position for found in one.checkpoints.all()]
+    if any(one.checkpoints.digests(position) != other.checkpoints.digests(position) for position in positions):
         return False
     blocks = -(-length // one.geometry.block_tokens)
     return np.array_equal(one.committed_checksums(0, blocks), other.committed_checksums(0, blocks)) and np.array_equal(

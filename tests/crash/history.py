@@ -53,6 +53,10 @@ class State:
     def length(self) -> int:
         return len(self.tags)
 
+    def kept(self, length: int) -> Any:
+        """What a truncation leaves."""
+        return replace(self, tags=self.tags[:length], tokens=min(self.tokens, length))
+
 
 def codes_of(tags: Any, layer: int, heads: int, dim: int) -> np.ndarray:
     """int8 [n, heads, dim] of positions 0.. with these tags."""
@@ -69,15 +73,18 @@ def scales_of(tags: Any, layer: int, heads: int) -> np.ndarray:
 class History:
     """One history, from a seed."""
 
+    geometries = GEOMETRIES
+    initial = State
+
     def __init__(self, folder: str, seed: int, mutation: Mutation | None = None) -> None:
         self.random = Random(seed)
         self.machine = Machine(folder, mutation)
         self.path = os.path.join(folder, NAME)
-        self.geometry = self.random.choice(GEOMETRIES)
+        self.geometry = self.random.choice(self.geometries)
         self.writer: MappedWriter | None = None
         self.reader: MappedReader | None = None
         self.reader_state: State | None = None
-        self.now = State()  # published
+        self.now = self.initial()  # published
         self.may: list[State | None] = [None]  # what power loss may leave; None: no file
         self.past: list[State] = []  # every state ever committed
         self.next_tag = 1
@@ -112,8 +119,11 @@ class History:
             return self.follow()
         if self.writer is None:
             return self._step(random.choice([self.open, self.open, self.resize, self.overwrite]))
-        steps = [self.extend] * 6 + [self.flush] * 3 + [self.truncate] * 3 + [self.close, self.annotate, self.partial]
-        return self._step(random.choice(steps))
+        return self._step(random.choice(self.steps()))
+
+    def steps(self) -> list[Any]:
+        """What a writer may do next, each as often as it is likely."""
+        return [self.extend] * 6 + [self.flush] * 3 + [self.truncate] * 3 + [self.close, self.annotate, self.partial]
 
     def _step(self, step: Any) -> None:
         """Do a step; the process may die or be interrupted, or power may be lost, in its middle."""
@@ -140,14 +150,14 @@ class History:
     # Steps
 
     def create(self) -> None:
-        new = State(capacity=self.geometry.capacity)
+        new = self.initial(capacity=self.geometry.capacity)
         self.may = [None, new]
         self.now = new
         self.writer = MappedWriter.create(self.path, self.geometry, document(0), metadata_room=100)
         self.committed(new)
 
     def overwrite(self) -> None:
-        new = State(capacity=self.geometry.capacity)
+        new = self.initial(capacity=self.geometry.capacity)
         self.may = [*self.may, new]
         self.now = new
         self.writer = MappedWriter.create(
@@ -183,9 +193,10 @@ class History:
     def partial(self) -> None:
         """A step that reaches only the first of two layers: rolled back by the next writer."""
         assert self.writer
-        if self.now.length < self.geometry.capacity and len(self.geometry.layers) > 1:
-            layer, shape = self.writer.layers[0], self.geometry.layers[0]
-            junk = expected_rows(State((9_999,) * (self.now.length + 1)), 0, shape)
+        if self.now.length < self.geometry.capacity and len(self.writer.row_layers) > 1:
+            layer = self.writer.row_layers[0]
+            shape = self.geometry.layers[layer.index]
+            junk = expected_rows(State((9_999,) * (self.now.length + 1)), layer.index, shape)
             layer.write(self.now.length, type(layer.slabs())([array[-1:] for array in junk]))
             layer.publish(self.now.length + 1)
             self.writer.truncate(self.now.length)
@@ -212,17 +223,18 @@ class History:
     def truncate(self) -> None:
         assert self.writer
         length = self.random.choice([0, self.now.length // 2, max(0, self.now.length - 3), self.now.length])
-        after = replace(self.now, tags=self.now.tags[:length], tokens=min(self.now.tokens, length))
-        promised = [
-            replace(state, tags=state.tags[:length], tokens=min(state.tokens, length))
-            for state in self.may
-            if state is not None
-        ]
+        self.truncate_to(length)
+
+    def truncate_to(self, length: int, act: Any = None) -> None:
+        """Truncate, by `act` if it is given."""
+        assert self.writer
+        after = self.now.kept(length)
+        promised = [state.kept(length) for state in self.may if state is not None]
         noted = [replace(state, note=self.now.note) for state in promised]
         before = self.may
         self.may = [*self.may, *promised, *noted]
         self.going = [after]
-        self.writer.truncate(length)
+        act() if act else self.writer.truncate(length)
         self.now = after
         # Only what had been committed needs a shorter commit; published positions just go.
         longer = [state is not None and max(state.length, state.tokens) > length for state in before]
@@ -270,7 +282,7 @@ class History:
         self.machine.new_process()
         if not os.path.exists(self.path):
             assert None in self.may
-            self.may, self.now = [None], State()
+            self.may, self.now = [None], self.initial()
             return
         self._adopt_published(before)
 
@@ -329,7 +341,7 @@ class History:
         self.machine.restart(image)
         found = self._look(self.path)
         self.may = [found]
-        self.now = found or State()
+        self.now = found or self.initial()
         self.images += 1
         if found is not None:
             self.past.append(found)
@@ -388,18 +400,30 @@ class History:
 
     def check(self, reader: MappedReader, allowed: list[Any], when: str) -> State:
         """Return which of the allowed states a handle shows, down to the last byte."""
-        length, capacity = min(layer.length for layer in reader.layers), reader.geometry.capacity
+        length, capacity = self.length_of(reader), reader.geometry.capacity
         note = reader.document.metadata["note"]
-        tokens = min(reader.token_len, length)
+        tokens = min(self.tokens_of(reader), length)
         for state in allowed:
             if state is None or (state.length, min(state.tokens, length)) != (length, tokens):
                 continue
             if (state.note, state.capacity) == (note, capacity) and self._same(reader, state):
-                return state
+                return self.adopted(reader, state)
         known = [(s.length, s.tokens, s.note, s.capacity) if s else None for s in dict.fromkeys(allowed)]
         raise PromiseError(
             f"{when}: holds {(length, tokens, note, capacity)}, which is none of {known[:8]}, or other rows"
         )
+
+    def length_of(self, reader: MappedReader) -> int:
+        """Positions that a handle knows of."""
+        return min(layer.length for layer in reader.layers)
+
+    def tokens_of(self, reader: MappedReader) -> int:
+        """Token ids that a handle knows of."""
+        return reader.token_len
+
+    def adopted(self, reader: MappedReader, state: State) -> State:
+        """The state to go on with, where a handle shows this one."""
+        return state
 
     def _same(self, reader: MappedReader, state: State) -> bool:
         ids = reader.read_tokens(min(state.tokens, state.length))
@@ -452,6 +476,8 @@ def document(note: int) -> Document:
 
 
 def expected_rows(state: State, layer: int, shape: LayerGeometry) -> tuple[np.ndarray, ...]:
+    if not shape.has_rows:
+        return ()
     codes = codes_of(state.tags, layer, shape.num_kv_heads, shape.head_dim)
     values = codes_of(state.tags, layer + 50, shape.num_kv_heads, shape.value_head_dim)
     scales = scales_of(state.tags, layer, shape.num_kv_heads)

@@ -1,6 +1,7 @@
 """Make the golden files of the present format: `python tests/golden/make.py tests/golden/v1-sketches.kvm`.
 
-`v1.kvm` was made before there were sketches; `v1-codecs.kvm` has a layer for each codec. Run it once, when something is
+`v1.kvm` was made before there were sketches; `v1-codecs.kvm` has a layer for each codec, and `v1-states.kvm` states
+and their checkpoints. Run it once, when something is
 new in the format; from then on the file that was committed is what must still open.
 """
 
@@ -77,6 +78,52 @@ def codec_rows(start: int) -> np.ndarray:
     return (numbers.astype(np.float32) / np.float32(64)).reshape(shape)
 
 
+STATES = (
+    kvmmap.StateSpec(1, "conv", "float32", (1, 6, 3)),
+    kvmmap.StateSpec(2, "recurrent", "bfloat16", (2, 8, 5)),
+    kvmmap.StateSpec(2, "ids", "int64", (3,)),
+)
+
+
+def golden_states(position: int) -> list[np.ndarray]:
+    """States that any version of numpy computes alike."""
+    found = []
+    for number, spec in enumerate(STATES):
+        bits = np.arange(spec.nbytes, dtype=np.int64) * 31 + position * 7 + number
+        found.append((bits % 251).astype(np.uint8).view(spec.numpy_dtype).reshape(spec.shape))
+    return found
+
+
+def make_states(path: Path) -> None:
+    """Write a file with states, checkpoints, and a layer without rows; the same bytes every time."""
+    with (
+        mock.patch("os.urandom", return_value=bytes(range(16))),
+        mock.patch("time.time_ns", return_value=1_700_000_000_000_000_000),
+        mock.patch("os.getpid", return_value=4242),
+        kvmmap.create(
+            path,
+            num_layers=3,
+            capacity=60,
+            num_kv_heads=[2, 0, 2],
+            head_dim=5,
+            states=STATES,
+            checkpoint_slots=2,
+            metadata_room=1000,
+        ) as cache,
+    ):
+        keys, values = golden_rows(0), golden_rows(12345)
+        for start, stop in ((0, 20), (20, 30), (30, 50)):
+            cache.extend(
+                [keys[0, start:stop], None, keys[1, start:stop]],
+                [values[0, start:stop], None, values[1, start:stop]],
+                np.arange(start, stop),
+            )
+            cache.write_states(golden_states(stop))
+            cache.checkpoint(pin=stop == 20)
+        cache.extend([keys[0, 50:55], None, keys[1, 50:55]], [values[0, 50:55], None, values[1, 50:55]])
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    (make_codecs if "codecs" in target.name else make)(target)
+    makers = {"codecs": make_codecs, "states": make_states}
+    makers.get(target.stem.partition("-")[2], make)(target)

@@ -27,7 +27,7 @@ DIFFERENT = 1
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON, every layer by itself.")
 @no_progress_option
 def command(a: str, b: str, as_json: bool, no_progress: bool) -> None:
-    """Compare what the caches A and B hold: lengths, token ids, and every row.
+    """Compare what the caches A and B hold: lengths, token ids, every row, and the states of checkpoints.
 
     Capacity, storage and commits don't count. Exit code 0: the same. 1: different. 2: usage, they have different
     shapes, or one can't be read.
@@ -63,6 +63,8 @@ def _render(found: CacheDifference, a: str, b: str) -> Iterator[RenderableType]:
         yield f"token ids: differ from position {found.first_token:,} on"
     if not found.same_about:
         yield "model or metadata differ"
+    if found.first_checkpoint is not None:
+        yield f"states: differ in the checkpoint at position {found.first_checkpoint:,}"
     if found.first is not None:
         yield f"rows: differ from position {found.first:,} on"
         yield _table(found)

@@ -16,7 +16,8 @@ from ..output import count, plain
 def command(path: str, length: int, timeout: float, yes: bool) -> None:
     """Keep the first LENGTH positions of the cache at PATH, and drop the rest.
 
-    Durable when the command ends. Asks first. Readers that have it open are told at once.
+    A cache with states goes to its last checkpoint that is not beyond LENGTH. Durable when the command ends. Asks
+    first. Readers that have it open are told at once.
 
     \b
     Examples:
@@ -27,11 +28,12 @@ def command(path: str, length: int, timeout: float, yes: bool) -> None:
 
     with kvmmap.open(path, record_use=False) as cache:
         stored = cache.seq_len
+        length = cache.restorable(length) if length < stored else length
     if length < stored:
         confirm(f"Drop {stored - length:,} of {count(stored, 'position')} from {plain(path)}?", yes)
     with kvmmap.open(path, "a", timeout=timeout) as cache:
         if cache.seq_len != stored:
             now = count(cache.seq_len, "position")
             raise click.UsageError(f"{plain(path)} has changed meanwhile, from {stored:,} to {now}: look again")
-        cache.truncate(length)
+        length = cache.truncate(length)
     click.echo(f"{plain(path)}: {count(length, 'position')}, {stored - length:,} dropped")

@@ -15,7 +15,7 @@ import numpy as np
 from ..figures import number, share
 from ..output import count, moment, ranges, size
 from ..pictures import shares_of
-from ..summary import percent
+from ..summary import checkpoints_text, percent, states_text
 from . import charts
 from .filemap import filemap, legend
 from .markup import Markup, element, facts, figure, folded, join, table, text, void
@@ -118,6 +118,9 @@ def _facts_of(report: CacheReport) -> Iterator[tuple[str, Markup | str]]:
     yield "length", join([f"{report.seq_len:,} of {count(report.capacity, 'position')}, {percent(full)} ", meter])
     yield "token ids", f"{report.token_len:,} recorded" if report.token_len else "none recorded"
     yield "stored", f"{size(report.stored_bytes)} of {size(report.memory_bytes)} reserved"
+    if report.states is not None:
+        yield "states", states_text(report.states)
+        yield "checkpoints", checkpoints_text(report.states)
     yield "compression", f"{report.compression_ratio:.2f}: f32 would reserve {size(report.fp32_memory_bytes)}"
     if report.file_bytes is not None and report.disk_bytes is not None:
         yield "on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}"

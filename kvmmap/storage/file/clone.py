@@ -15,6 +15,7 @@ import dataclasses
 from ...errors import CorruptCacheError
 from ...format import WHOLE_CACHE, Section, Slot, slab_sections
 from ...geometry import check_range, check_room
+from ..checkpoints import copy_checkpoints
 from ..posix import PosixFile, closing_on_error
 from ..protocols import Durability, Progress
 from .mapped_file import read_superblock
@@ -38,6 +39,8 @@ def fork_file(
 ) -> MappedWriter:
     """Make a new file at `target` with the first `length` positions of `source`, and hold it for appending.
 
+    With states these are the positions up to the last checkpoint that is not beyond `length`.
+
     Raises:
         CacheExistsError: there is something at `target`.
         PositionOutOfRangeError: fewer positions are stored.
@@ -48,6 +51,8 @@ def fork_file(
     target = place_of(target, overwrite=False)
     with contextlib.closing(MappedReader.open(source, record_use=True)) as old:
         _, length = check_range(0, old.seq_len if length is None else length, old.seq_len)
+        if old.geometry.states:
+            length = old.checkpoints.last(length)
         geometry = dataclasses.replace(old.geometry, capacity=old.geometry.capacity if capacity is None else capacity)
         check_room(0, length, geometry.capacity)
         file = build_file(
@@ -69,7 +74,7 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
     for number, layer in enumerate(old.geometry.layers):
         sizes = zip(slab_sections(layer), layer.slab_bytes(length), strict=True)
         extents += [((kind, number), size) for kind, size in sizes]
-        if old.superblock.has_sketches:
+        if old.superblock.has_sketches and layer.has_rows:
             blocks = min(old.snapshot.slot.seq_len, length) // old.geometry.block_tokens
             extents.append(((Section.KEY_SKETCHES, number), layer.sketch_bytes(blocks)))
     total, done = sum(size for _, size in extents), 0
@@ -109,6 +114,7 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
     for layer in new.layers:
         layer.publish(length)
     new.publish_tokens(min(old.token_len, length))
+    copy_checkpoints(old.checkpoints, new.checkpoints, length)
     new.commit()
     file.sync()  # a commit of whole blocks that were committed in the source had nothing to do
     try:

@@ -17,6 +17,7 @@ from ...metadata import Document
 from ..after_fork import close_in_children, refuse_forked
 from ..posix import PosixFile
 from ..protocols import Durability, Verify
+from .checkpoints import WriterCheckpoints
 from .commit_checksums import CommitChecksums
 from .file_sketches import SketchWriter
 from .reader import MappedReader
@@ -35,6 +36,7 @@ class Committer(MappedReader):
     """A file that this handle holds the writer's lock of."""
 
     writable = True
+    checkpoints: WriterCheckpoints
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class Committer(MappedReader):
             self.live.put("acknowledged", slot.sequence)
             self.holder.current = self.snapshot._replace(which=which, slot=slot)
         self._rewind(slot.seq_len, slot.token_len)
+        self.checkpoints.reload(slot)
         for layer, length in zip(self.layers, self.live.lengths(), strict=True):
             layer.length = length if length >= 0 else layer.length
         tokens = self.live.get("token_len")
@@ -156,6 +159,7 @@ class Committer(MappedReader):
             live.put("generation", generation)  # positions that readers may have seen are going
         for layer in range(self.geometry.num_layers):
             live.publish(layer, length)
+        self.checkpoints = WriterCheckpoints(self.mapped, self.holder, self, length)
         live.put("token_len", tokens)
         live.put("superseded", 0)
         live.put("acknowledged", slot.sequence)
@@ -210,7 +214,11 @@ class Committer(MappedReader):
             self.check_writable()
             slot, length = self.snapshot.slot, self.seq_len
             tokens = min(self.token_len, length)
+            if self.checkpoints.staged == length:
+                self.checkpoints.name_staged()
+                slot = self.snapshot.slot  # to have room for it there may have been a commit
             same = (slot.seq_len, slot.token_len) == (length, tokens) and self._new_document is None
+            same = same and slot.checkpoints == self.checkpoints.to_commit(length)
             self._sync_name()
             if same and (slot.closed or not closing):
                 return
@@ -221,6 +229,12 @@ class Committer(MappedReader):
                     path=self.path,
                 )
             self._commit(length, tokens, self._generation, closed=closing, both=closing)
+
+    def commit_again(self) -> None:
+        """Commit, even if nothing has changed."""
+        length = self.seq_len
+        self._sync_name()
+        self._commit(length, min(self.token_len, length), self._generation, closed=False, both=False)
 
     def _commit(self, length: int, tokens: int, generation: int, *, closed: bool, both: bool) -> None:
         before = self.snapshot.slot
@@ -246,6 +260,7 @@ class Committer(MappedReader):
                 metadata_bytes=size,
                 metadata_checksum=digest,
                 tail_checksums=tails,
+                checkpoints=self.checkpoints.to_commit(length),
             )
             self._write_slot(slot)
             self._new_document = None
@@ -296,6 +311,9 @@ class Committer(MappedReader):
             return checksum(b"%d %d %b" % (status.st_dev, status.st_ino, os.fsencode(name))) >> 24
         return 0
 
+    def _continuable(self, snapshot: Snapshot) -> int:
+        return min(snapshot.lengths)  # `resume` truncates, and copies bring rows before their checkpoints
+
     def refresh(self) -> bool:
         """The writer sees all there is already; a process that was forked from it does not."""
         if os.getpid() != self._pid:
@@ -318,7 +336,9 @@ class Committer(MappedReader):
 
     def _close_commit(self) -> None:
         slot = self.snapshot.slot
-        changed = (slot.seq_len, slot.token_len) != (self.seq_len, min(self.token_len, self.seq_len))
+        length = self.seq_len
+        changed = (slot.seq_len, slot.token_len) != (length, min(self.token_len, length))
+        changed |= self.checkpoints.staged == length or slot.checkpoints != self.checkpoints.to_commit(length)
         if changed or self._new_document is not None or not slot.closed:
             self.commit(closing=True)
         self._sync_name()

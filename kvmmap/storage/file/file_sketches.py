@@ -94,9 +94,11 @@ class SketchWriter:
             self._ahead[layer] = self._layer(layer, self._first_block, stop)
 
     def _layer(self, layer: int, first: int, stop: int) -> NDArray[np.uint64]:
+        geometry = self._superblock.geometry.layers[layer]
+        if not geometry.has_rows:
+            return np.zeros(stop - first, np.uint64)
         known = self._ahead.get(layer, _NONE)[: stop - first] if first == self._first_block else _NONE
         first += len(known)
-        geometry = self._superblock.geometry.layers[layer]
         sums, block = np.zeros(stop - first, np.uint64), first
         at = self._superblock.section(Section.KEY_SKETCHES, layer).offset
         for part in sketch_stored(self._slabs[layer].part, geometry, first, stop, self._block_tokens):
@@ -121,7 +123,7 @@ def check_sketches(mapped: MappedFile, block: int, slot: Slot, skip: Container[i
     if stop > slot.seq_len or not superblock.has_sketches:
         return
     for number, layer in enumerate(mapped.geometry.layers):
-        if number in skip:
+        if number in skip or not layer.has_rows:
             continue
         problem = None
         try:

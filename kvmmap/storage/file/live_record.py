@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 
 from ... import _core
-from ...format import HOME_BYTES, LIVE, LIVE_LENGTHS, Superblock
+from ...format import HOME_BYTES, LIVE, LIVE_LENGTHS, Superblock, num_slots
 from ..posix import PosixFile
 from ..process import boot_id
 from .page_cache import expect_few_pages
@@ -36,8 +36,14 @@ class LiveRecord:
         self._memory = memory
         self._offset = offset
         self._salt = superblock.salt
-        self._num_layers = superblock.geometry.num_layers
-        home = LIVE_LENGTHS + 8 * self._num_layers
+        geometry = superblock.geometry
+        self._num_layers = geometry.num_layers
+        rows = geometry.row_layers
+        self._row_layers = rows if len(rows) < geometry.num_layers else None
+        self._num_slots = num_slots(geometry)
+        self._words = LIVE_LENGTHS + 8 * self._num_layers
+        """Offset of the words of checkpoint slots."""
+        home = self._words + 8 * self._num_slots
         self._home = home if superblock.live_record.size >= home + HOME_BYTES else None
         self._inode = file.inode_id()
 
@@ -90,9 +96,26 @@ class LiveRecord:
         _core.publish(self._memory, self._offset + offset, value, offset // 8, self._salt)
 
     def lengths(self) -> list[int]:
-        """Return each layer's published length; -1 for one whose check fails."""
+        """Return each layer's published length; -1 for one whose check fails. Layers without rows have the others'."""
         at = self._offset + LIVE_LENGTHS
-        return _core.load_sealed(self._memory, at, self._num_layers, LIVE_LENGTHS // 8, self._salt)
+        found = _core.load_sealed(self._memory, at, self._num_layers, LIVE_LENGTHS // 8, self._salt)
+        if self._row_layers is not None:
+            least = min([found[layer] for layer in self._row_layers])
+            lengths = [least] * self._num_layers
+            for layer in self._row_layers:
+                lengths[layer] = found[layer]
+            return lengths
+        return found
+
+    def checkpoints(self) -> list[int]:
+        """Return the word of each checkpoint slot, as commits have it; -1 for one whose check fails."""
+        at = self._offset + self._words
+        return _core.load_sealed(self._memory, at, self._num_slots, self._words // 8, self._salt)
+
+    def publish_checkpoint(self, slot: int, word: int) -> None:
+        """Store the word of a checkpoint slot. Everything written before is visible to those who see the word."""
+        offset = self._words + 8 * slot
+        _core.publish(self._memory, self._offset + offset, word, offset // 8, self._salt)
 
     def publish(self, layer: int, length: int) -> None:
         """Store a layer's length. Everything written before is visible to those who see the length."""
@@ -108,7 +131,8 @@ class LiveRecord:
         names = ("generation", "acknowledged", "writer_pid", "superseded", "token_len")
         broken = [name for name in names if self.get(name) < 0]
         broken += ["home"] if self.home() == -1 else []
-        return broken + [f"length of layer {i}" for i, length in enumerate(self.lengths()) if length < 0]
+        broken += [f"length of layer {i}" for i, length in enumerate(self.lengths()) if length < 0]
+        return broken + [f"word of checkpoint slot {i}" for i, word in enumerate(self.checkpoints()) if word < 0]
 
 
 def map_live(file: PosixFile, superblock: Superblock, *, writable: bool) -> LiveRecord:

@@ -12,7 +12,7 @@ import time
 from typing import NoReturn
 
 from ...errors import CacheExistsError, CacheLockedError, CacheNotFoundError, NotACacheError
-from ...format import PAGE, Section, Slot, Superblock, checksum
+from ...format import PAGE, Section, Slot, Superblock, checksum, num_slots
 from ...geometry import CacheGeometry
 from ...metadata import Document
 from ..posix import PosixFile, closing_on_error
@@ -142,6 +142,7 @@ def build_file(
             metadata_bytes=len(data),
             metadata_checksum=checksum(data),
             tail_checksums=(0,) * (geometry.num_layers + 1),
+            checkpoints=Slot.none_named(superblock),
         )
         for section, commit in ((Section.SLOT_A, slot), (Section.SLOT_B, slot.successor())):
             file.write((superblock.section(section).offset,), (commit.encode(superblock.file_id),))
@@ -152,6 +153,8 @@ def build_file(
         record.put("acknowledged", 1)
         for layer in range(geometry.num_layers):
             record.publish(layer, 0)
+        for number in range(num_slots(geometry)):
+            record.publish_checkpoint(number, 0)
         file.sync()
     except BaseException:
         file.discard()

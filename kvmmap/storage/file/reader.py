@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from ...errors import CacheChangedError, CorruptCacheError, ReadOnlyError
 from ...format import FORMAT_VERSION, Slot, Superblock
 from ...metadata import Document
+from ..checkpoints import Checkpoints
 from ..on_demand import OnDemand
 from ..posix import PosixFile, closing_on_error
-from ..protocols import Progress, Verify, VerifyReport
+from ..protocols import LayerStore, Progress, Verify, VerifyReport
 from ..readonly import ReadOnlyStorage
+from ..rowless import RowlessLayer
+from .checkpoints import FileCheckpoints
 from .first_read import WHAT_TO_DO, verify_tokens
 from .last_use import UseRecorder, last_use_ns
 from .live_record import LiveRecord
@@ -52,9 +55,10 @@ class MappedReader(ReadOnlyStorage):
         self._verify = verify
         use = UseRecorder(file) if record_use else None
         self.holder = SnapshotHolder(self.mapped, recover=recover, verify=verify == "read", use=use)
+        self.checkpoints: Checkpoints = FileCheckpoints(self.mapped, self.holder)
         self._length = 0
         """Length of layers that have not been made."""
-        self.layers: OnDemand[MappedLayer] = self._layers_on_demand()
+        self.layers: OnDemand[LayerStore] = self._layers_on_demand()
         self.token_len = 0
         self._document: tuple[Slot, Document] | None = None
         self._show(self.holder.current)
@@ -77,11 +81,13 @@ class MappedReader(ReadOnlyStorage):
         with closing_on_error(open_file(path, writable=False, used=record_use)) as file:
             return cls(file, read_superblock(file), recover=recover, verify=verify, record_use=record_use)
 
-    def _layers_on_demand(self) -> OnDemand[MappedLayer]:
+    def _layers_on_demand(self) -> OnDemand[LayerStore]:
         me = weakref.proxy(self)  # no reference cycle: see `LayerStore`
         return OnDemand(self.geometry.num_layers, lambda number: me._new_layer(number), self.lock)
 
-    def _new_layer(self, number: int) -> MappedLayer:
+    def _new_layer(self, number: int) -> LayerStore:
+        if not self.geometry.layers[number].has_rows:
+            return RowlessLayer(self, number)
         layer = self._make_layer(number)
         layer.length = self._length
         return layer
@@ -108,8 +114,8 @@ class MappedReader(ReadOnlyStorage):
 
     @property
     def seq_len(self) -> int:
-        lengths = [layer.length for layer in self.layers.made()]
-        if len(lengths) < len(self.layers):
+        lengths = [layer.length for layer in self.layers.made() if layer.geometry.has_rows]
+        if len(lengths) < len(self.geometry.row_layers):
             lengths.append(self._length)
         return min(lengths)
 
@@ -142,12 +148,22 @@ class MappedReader(ReadOnlyStorage):
 
     def _show(self, snapshot: Snapshot) -> None:
         """Make a snapshot this handle's view: positions complete in every layer."""
-        self._length = length = min(snapshot.lengths)
+        length = min(snapshot.lengths)
+        if snapshot.checkpoints:
+            length = self._continuable(snapshot)
+        self._length = length
         for layer in self.layers.made():
             layer.length = length
         self.token_len = min(snapshot.token_len, length)
         # Last: a read in another thread then has the version of the lengths before, or the lengths of this one.
         self.holder.current = snapshot
+
+    def _continuable(self, snapshot: Snapshot) -> int:
+        """Return the positions up to the last checkpoint: those beyond it have rows, and no states to go on with."""
+        length = min(snapshot.lengths)
+        last = max([entry.position for entry in snapshot.checkpoints if entry.position <= length] + [0])
+        self.rows_beyond = length - last
+        return last
 
     def refresh(self) -> bool:
         """Update the snapshot; True if there is more or less than before, or another commit.
@@ -248,4 +264,5 @@ class MappedReader(ReadOnlyStorage):
             if not self.closed:
                 self.mapped.close()
                 for layer in self.layers.made():
-                    layer.forget_map()
+                    if isinstance(layer, MappedLayer):
+                        layer.forget_map()

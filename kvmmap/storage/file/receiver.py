@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
 
 from ...errors import CacheNotFoundError, FormatError
 from ..protocols import Progress, Rows, VerifyReport
@@ -15,6 +16,7 @@ from ..temporary import partial_path
 from .placement import METADATA_ROOM, place_file, place_of, remove_file
 from .reader import MappedReader
 from .writer import MappedWriter
+from .writer_layer import WriterLayer
 
 WRITERS = 2
 """Threads that write."""
@@ -42,7 +44,7 @@ class FileReceiver(Receiver):
         self._partial = writer.path
         self._path = path
         self._overwrite = overwrite
-        self._layers = writer.layers
+        self._layers = [cast(WriterLayer, layer) for layer in writer.layers]  # those without rows are not copied
         self._pool = ThreadPoolExecutor(WRITERS)
         self._streams: dict[CopyRange, RowStream] = {}
         self._pending: deque[tuple[int, Future[None]]] = deque()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CorruptCacheError
-from ...format import Section, Slot, Superblock, checksum
+from ...format import CheckpointEntry, CheckpointHeader, Section, Slot, Superblock, checksum
 from ...metadata import Document
 from ..checksums import digest
 from ..posix import PosixFile
@@ -145,5 +145,31 @@ class DamagedFile:
 
     def matches(self, track: int, block: int, arrays: Rows | list[NDArray[np.int32]]) -> bool:
         """True if the arrays of a block match its checksum."""
-        rows = len(arrays[0])
+        rows = len(arrays[0]) if arrays else self.geometry.block_tokens
         return digest(arrays, track, block, 0, rows) == self.expected(track, block, rows)
+
+    # Checkpoints
+
+    def checkpoints(self) -> list[tuple[CheckpointEntry, int]]:
+        """Return the checkpoints that the last valid commit names or, where lengths are valid, the live record, each
+        with its slot; by ascending position."""
+        entries = self.slots[0].checkpoints if self.slots else ()
+        words = self.live.checkpoints()
+        if not self.slots or (self.live.trusted() and min(words, default=0) >= 0):
+            entries = tuple([CheckpointEntry(max(word, 0), 0) for word in words])
+        return sorted((entry, slot) for slot, entry in enumerate(entries) if entry.word)
+
+    def read_checkpoint(self, slot: int, entry: CheckpointEntry) -> list[NDArray[Any]] | str:
+        """Read a checkpoint's tensors, or say what is damaged."""
+        layout, specs = self.superblock.checkpoint_layout, self.geometry.states
+        at = self.superblock.section(Section.CHECKPOINT, slot).offset
+        header = CheckpointHeader.decode(self.read(at, layout.header_size), self.superblock.file_id, len(specs))
+        if header is None or header.position != entry.position or entry.checksum not in (0, header.checksum):
+            return "its header does not match"
+        found = []
+        for spec, offset, expected in zip(specs, layout.offsets, header.checksums, strict=True):
+            data = self.read(at + offset, spec.nbytes)
+            if checksum(data) != expected:
+                return f"{spec}: checksum does not match"
+            found.append(np.frombuffer(data, spec.numpy_dtype).reshape(spec.shape))
+        return found

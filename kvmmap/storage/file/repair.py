@@ -50,6 +50,9 @@ class RepairReport:
     seq_len: int
     """Positions kept, from 0."""
 
+    restorable: int
+    """Positions up to the last checkpoint kept, which a cache with states is continued from; else `seq_len`."""
+
     unverified: int
     """Those of them, the last ones, that no commit covered, and so no checksum."""
 
@@ -136,6 +139,8 @@ class _Repair:
                         position=0,
                     )
                 tokens = self._copy_tokens(new, kept)
+                self._copy_checkpoints(new, kept + unverified)
+                restorable = new.checkpoints.last(kept + unverified) if new.geometry.states else kept + unverified
                 self._mark(new)
                 new.commit(closing=True)
                 file.link_to(new_path)
@@ -150,6 +155,7 @@ class _Repair:
             new_path=new_path,
             stored=max(reach.stored, kept),
             seq_len=kept + unverified,
+            restorable=restorable,
             unverified=unverified,
             stored_token_len=max(reach.tokens, tokens),
             token_len=tokens,
@@ -198,7 +204,8 @@ class _Repair:
         start = block * self.old.geometry.block_tokens
         damages: list[Damage] = []
         zeroed: list[Damage] = []
-        for layer, store in enumerate(new.layers):
+        for store in new.row_layers:
+            layer = store.index
             rows = self.old.rows(layer, start, start + count)
             if not self.old.matches(layer, block, rows):
                 what = f"layer {layer}, positions [{start}, {start + count}): checksum does not match"
@@ -222,11 +229,22 @@ class _Repair:
         start, stop = self.reach.committed, self.reach.published
         for first in range(start, stop, self.old.geometry.block_tokens):
             last = min(first + self.old.geometry.block_tokens, stop)
-            for layer, store in enumerate(new.layers):
-                store.write(first, self.old.rows(layer, first, last))
+            for store in new.row_layers:
+                store.write(first, self.old.rows(store.index, first, last))
             for store in new.layers:
                 store.publish(last)
         return stop - start
+
+    def _copy_checkpoints(self, new: MappedWriter, length: int) -> None:
+        """Copy the checkpoints that match their checksums, up to a length."""
+        for entry, slot in self.old.checkpoints():
+            found = self.old.read_checkpoint(slot, entry)
+            if isinstance(found, str):
+                what = f"checkpoint at position {entry.position}: {found}"
+                self.damages.append(Damage(what, None, entry.position, entry.position))
+            elif entry.position <= length:
+                new.checkpoints.write(entry.position, found)
+                new.checkpoints.name_staged(pin=entry.pinned)
 
     # Token ids
 

@@ -11,10 +11,10 @@ import os
 
 from ...errors import CapacityExceededError, CorruptCacheError
 from ...geometry import CacheGeometry
-from ..protocols import Progress, Rows
+from ..checkpoints import copy_checkpoints
+from ..protocols import LayerStore, Progress, Rows
 from .mapped_file import read_superblock
 from .placement import build_file
-from .reader_layer import MappedLayer
 from .verify import check_blocks
 from .writer import MappedWriter
 
@@ -75,15 +75,16 @@ def _copy(old: MappedWriter, new: MappedWriter, length: int, progress: Progress 
                 layer=damage.layer,
                 position=start,
             )
-        for source, target in zip(old.layers, new.layers, strict=True):
+        for source, target in zip(old.row_layers, new.row_layers, strict=True):
             copy_rows(source, target, start, stop)
         if progress:
             progress(total * stop // length, total)
     new.write_tokens(0, old.read_tokens(min(old.token_len, length)))
     new.publish_tokens(min(old.token_len, length))
+    copy_checkpoints(old.checkpoints, new.checkpoints, length)
 
 
-def copy_rows(source: MappedLayer, target: MappedLayer, start: int, stop: int) -> None:
+def copy_rows(source: LayerStore, target: LayerStore, start: int, stop: int) -> None:
     """Append positions [start, stop) of one layer to another, byte by byte."""
     rows: Rows = source.slabs().part(start, stop)
     target.write(target.begin(stop - start), rows)

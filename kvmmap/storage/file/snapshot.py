@@ -10,7 +10,7 @@ import time
 from typing import NamedTuple
 
 from ...errors import CacheChangedError, CorruptCacheError
-from ...format import Slot
+from ...format import CheckpointEntry, Slot
 from ..protocols import refuse_truncated
 from .last_use import UseRecorder
 from .mapped_file import MappedFile
@@ -30,6 +30,8 @@ class Snapshot(NamedTuple):
     generation_word: int
     verified: VerifiedBlocks | None
     """Blocks that were compared with their checksums; None if reads compare nothing."""
+    checkpoints: tuple[CheckpointEntry, ...] = ()
+    """One a checkpoint slot. A published one has no checksum here."""
 
 
 class SnapshotHolder:
@@ -70,13 +72,16 @@ class SnapshotHolder:
             published = live.trusted() and not self._recover
             lengths = live.lengths() if published else [slot.seq_len] * mapped.geometry.num_layers
             tokens = live.get("token_len") if published else slot.token_len
+            checkpoints = self._published(slot) if published else slot.checkpoints
             wrong = self._contradiction(slot, lengths if published else None, tokens)
+            if wrong is None and any(entry.word < 0 for entry in checkpoints):
+                wrong = "the published checkpoints are"
             # A truncation lowers the lengths first and changes the generation then. Under an unchanged word they
             # belong to it, or are lower, and so valid.
             if wrong is None and live.generation_word() == word:
                 same = before is not None and before.generation_word == word
                 verified = before.verified if before and same else self._none_verified()
-                return Snapshot(which, slot, published, lengths, tokens, word, verified)
+                return Snapshot(which, slot, published, lengths, tokens, word, verified, checkpoints)
             time.sleep(0.0001 * attempt)  # a writer may be between two of its steps
         raise CorruptCacheError(
             f"{mapped.path}: {wrong or 'its generation is'} damaged; {slot.seq_len} positions of an earlier commit are "
@@ -84,6 +89,17 @@ class SnapshotHolder:
             "sound",
             path=mapped.path,
             position=slot.seq_len,
+        )
+
+    def _published(self, slot: Slot) -> tuple[CheckpointEntry, ...]:
+        """Return the published checkpoints, with the checksums of those that the commit names as well."""
+        if not slot.checkpoints:
+            return ()
+        return tuple(
+            [
+                named if named.word == word else CheckpointEntry(word, 0)
+                for word, named in zip(self._mapped.live.checkpoints(), slot.checkpoints, strict=True)
+            ]
         )
 
     def _none_verified(self) -> VerifiedBlocks | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...errors import CacheChangedError, CorruptCacheError, FormatError
-from ...format import Extent, Section, Slot, Superblock, block_checksum, checksum_of
+from ...format import CheckpointHeader, Extent, Section, Slot, Superblock, block_checksum, checksum_of
 from ..protocols import Damage, Progress, VerifyReport
 from .file_sketches import check_sketches
 from .mapped_file import MappedFile
@@ -30,7 +30,8 @@ def verify_file(mapped: MappedFile, holder: SnapshotHolder, length: int, progres
     report = VerifyReport(path=mapped.path, seq_len=max(length, slot.seq_len), verified=slot.seq_len)
     report.damages += _check_head(mapped, snapshot)
     row_bytes = sum(layer.position_bytes for layer in geometry.layers)
-    total = slot.seq_len * row_bytes + 4 * slot.token_len
+    kept = sum([entry.word > 0 for entry in slot.checkpoints])
+    total = slot.seq_len * row_bytes + 4 * slot.token_len + kept * geometry.checkpoint_bytes
     blocks = -(-slot.seq_len // geometry.block_tokens)
     for block in range(blocks):
         found = list(check_blocks(mapped, block, block + 1, slot))
@@ -41,6 +42,7 @@ def verify_file(mapped: MappedFile, holder: SnapshotHolder, length: int, progres
         report.blocks += geometry.num_layers
         if progress:
             progress(report.bytes, total)
+    report.damages += check_checkpoints(mapped, slot)
     report.damages += check_tokens(mapped, slot)
     report.blocks += -(-slot.token_len // geometry.block_tokens)
     report.bytes = total
@@ -64,6 +66,31 @@ def check_blocks(mapped: MappedFile, first: int, stop: int, slot: Slot) -> Itera
             problem = _compare(mapped, extents, layer, block, end - start, expected[layer])
             if problem:
                 yield Damage(f"layer {layer}, positions [{start}, {end}): {problem}", layer, start, end)
+
+
+def check_checkpoints(mapped: MappedFile, slot: Slot) -> Iterator[Damage]:
+    """Yield what is wrong with the checkpoints that a commit names."""
+    superblock, layout = mapped.superblock, mapped.superblock.checkpoint_layout
+    specs = mapped.geometry.states
+    for number, entry in enumerate(slot.checkpoints):
+        if not entry.word:
+            continue
+        where = f"checkpoint at position {entry.position}"
+        try:
+            at = superblock.section(Section.CHECKPOINT, number).offset
+            data = mapped.read(at, layout.header_size)
+            header = CheckpointHeader.decode(data, superblock.file_id, len(specs))
+            if header is None or (header.position, header.checksum) != (entry.position, entry.checksum):
+                yield Damage(f"{where}: its header does not match", None, entry.position, entry.position)
+                continue
+            for spec, offset, expected in zip(specs, layout.offsets, header.checksums, strict=True):
+                if checksum_of(mapped.blocks.pieces(Extent(at + offset, spec.nbytes))) != expected:
+                    what = f"{where}: {spec}: checksum does not match"
+                    yield Damage(what, spec.layer, entry.position, entry.position)
+        except EOFError:
+            yield Damage(f"{where}: the file ends before", None, entry.position, entry.position)
+        except OSError as error:
+            yield Damage(f"{where}: can't be read ({error.strerror})", None, entry.position, entry.position)
 
 
 def check_tokens(mapped: MappedFile, slot: Slot, first: int = 0, stop: int | None = None) -> Iterator[Damage]:

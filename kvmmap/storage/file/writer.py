@@ -17,7 +17,6 @@ from ...errors import CorruptCacheError, KvmmapError
 from ...format import Section
 from ...geometry import CacheGeometry
 from ...metadata import Document
-from ..on_demand import OnDemand
 from ..posix import closing_on_error
 from ..protocols import Durability, Verify
 from .committer import Committer
@@ -29,8 +28,6 @@ from .writer_layer import ScratchRows, WriterLayer
 
 class MappedWriter(Committer):
     """A `.kvm` file open for appending. Holds the writer's lock until it is closed or the process ends."""
-
-    layers: OnDemand[WriterLayer]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._publishing = False
@@ -116,7 +113,7 @@ class MappedWriter(Committer):
         state = self._state
         self.interrupt()
         try:
-            for layer in self.layers:
+            for layer in self.row_layers:
                 layer.publish(length)
             self._publishing = False
             self._state = state
@@ -177,7 +174,8 @@ class MappedWriter(Committer):
         try:
             self._truncating = length
             self.live.put("generation", self._generation + 1)
-            for layer in self.layers:
+            self.checkpoints.cut(length)
+            for layer in self.row_layers:
                 layer.publish(min(layer.length, length))
             self.publish_tokens(min(self.token_len, length))
             holder = self.holder

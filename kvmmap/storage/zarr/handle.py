@@ -64,6 +64,11 @@ class GroupHandle:
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
 
+    @property
+    def seq_len(self) -> int:
+        """Positions complete in every layer that has rows."""
+        return min([self.lengths[layer] for layer in self.geometry.row_layers])
+
     def check(self) -> None:
         """Raise if the group was closed."""
         if self.closed:

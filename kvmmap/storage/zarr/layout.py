@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ShapeMismatchError
-from ...format import NO_TOKEN
+from ...format import NO_TOKEN, num_slots
 from ...geometry import CacheGeometry, LayerGeometry
+from ...state_spec import StateSpec
 from ..libraries import zarr
 
 SHARD_BLOCKS = 32
@@ -80,6 +81,10 @@ class Layout:
         """Key of a chunk of block checksums: those of a shard's blocks, [shard_blocks, num_layers]."""
         return f"block_checksums/c/{chunk}/0"
 
+    def state_key(self, spec: StateSpec, slot: int) -> str:
+        """Key of a state in a checkpoint slot: a chunk of the state's array."""
+        return f"states/{spec.layer}/{spec.name}/c/{slot}" + "/0" * len(spec.shape)
+
     def arrays_metadata(self) -> dict[str, bytes]:
         """Return the zarr.json of all groups below the root and of all arrays, by key, as zarr-python makes them."""
         geometry, layers = self.geometry, self.geometry.num_layers
@@ -93,6 +98,9 @@ class Layout:
         blocks = (geometry.num_blocks, layers)
         names = ("block", "layer")
         found["block_checksums/zarr.json"] = _array(blocks, "<u8", (self.shard_blocks, layers), 0, names)
+        for spec in geometry.states:
+            found["states/zarr.json"] = found[f"states/{spec.layer}/zarr.json"] = _group()
+            found[f"states/{spec.layer}/{spec.name}/zarr.json"] = _state_array(spec, num_slots(geometry))
         return found
 
 
@@ -120,6 +128,14 @@ def _layer_arrays(layout: Layout, shape: LayerGeometry) -> dict[str, bytes]:
     return found
 
 
+def _state_array(spec: StateSpec, slots: int) -> bytes:
+    """The metadata of a state's array, [checkpoint slot, *shape]. Zarr has no bfloat16: its bits are stored as u2."""
+    dtype = "<u2" if spec.dtype == "bfloat16" else spec.numpy_dtype.str
+    axes = ("checkpoint_slot", *(f"dim_{axis}" for axis in range(len(spec.shape))))
+    attributes = {"dtype": "bfloat16"} if spec.dtype == "bfloat16" else {}
+    return _array((slots, *spec.shape), dtype, (1, *spec.shape), 0, axes, attributes=attributes)
+
+
 def _array(
     shape: tuple[int, ...],
     dtype: str,
@@ -128,6 +144,7 @@ def _array(
     axes: tuple[str, ...],
     shard: tuple[int, ...] | None = None,
     level: int | None = None,
+    attributes: dict[str, str] | None = None,
 ) -> bytes:
     """Let zarr-python make an array nowhere, and return the metadata that it wrote."""
     library = zarr()
@@ -142,6 +159,7 @@ def _array(
         filters=None,
         fill_value=fill,
         dimension_names=axes,
+        attributes=attributes,
         zarr_format=3,
     )
     metadata: bytes = nowhere[ROOT_KEY].to_bytes()

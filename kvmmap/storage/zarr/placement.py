@@ -14,7 +14,7 @@ from .layout import COMPRESSORS, ROOT_KEY, SHARD_BLOCKS, Layout
 from .root import Root
 from .writer import ZarrWriter
 
-OURS = {ROOT_KEY, "layers", "token_ids", "block_checksums"}
+OURS = {ROOT_KEY, "layers", "token_ids", "block_checksums", "states"}
 """First parts of the keys of a cache's objects."""
 
 

@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 
 from ...errors import CacheChangedError, ReadOnlyError
 from ...metadata import Document
+from ..checkpoints import Checkpoints
 from ..objects.lock import is_local
 from ..objects.protocol import Objects
-from ..protocols import Progress, VerifyReport
+from ..protocols import LayerStore, Progress, VerifyReport
 from ..readonly import ReadOnlyStorage
+from ..rowless import RowlessLayer
+from .checkpoints import ZarrCheckpoints
 from .committed import BlockChecksums, read_tokens
 from .handle import GroupHandle, read_root
 from .layer import ZarrLayer
-from .root import LAYOUT_VERSION, Root
+from .root import Root, layout_version
 from .shard_cache import CACHE_BYTES, ShardCache
 from .verify import verify_group
 
@@ -51,16 +54,37 @@ class ZarrReader(ReadOnlyStorage):
         self.lock = self.handle.lock
         self.token_len = root.token_len
         self._tokens: NDArray[np.int32] | None = None
-        self.layers: Sequence[ZarrLayer] = self._make_layers()
+        self.checkpoints: Checkpoints = ZarrCheckpoints(self.handle)
+        self._prepare()
+        self.layers: Sequence[LayerStore] = [
+            self._make_layer(number) if layer.has_rows else RowlessLayer(self, number)
+            for number, layer in enumerate(self.geometry.layers)
+        ]
+        self._show(root)
 
     @classmethod
     def open(cls, objects: Objects, *, cache_bytes: int = CACHE_BYTES) -> ZarrReader:
         """Read the root: one request."""
         return cls(objects, *read_root(objects), cache_bytes=cache_bytes)
 
-    def _make_layers(self) -> Sequence[ZarrLayer]:
-        layers = range(self.geometry.num_layers)
-        return [ZarrLayer(self, number, self.handle, self.shards) for number in layers]
+    def _prepare(self) -> None:
+        """Make what the layers of a writer share."""
+
+    def _make_layer(self, number: int) -> ZarrLayer:
+        return ZarrLayer(self, number, self.handle, self.shards)
+
+    def _show(self, root: Root) -> None:
+        """Make a root this handle's view: with states, the positions up to the last checkpoint."""
+        length = self._continuable(root)
+        self.token_len = min(root.token_len, length)
+        self.handle.lengths[:] = [length] * len(self.handle.lengths)
+
+    def _continuable(self, root: Root) -> int:
+        if not root.checkpoints:
+            return root.seq_len
+        last = max([found.position for found in root.checkpoints if found is not None] + [0])
+        self.rows_beyond = root.seq_len - last
+        return last
 
     @property
     def root(self) -> Root:
@@ -138,8 +162,7 @@ class ZarrReader(ReadOnlyStorage):
             self.checksums.clear()
             self._tokens = None
             before, handle.root, handle.tag = handle.root, root, tag
-            self.token_len = root.token_len
-            handle.lengths[:] = [root.seq_len] * len(handle.lengths)
+            self._show(root)
             if root.generation != before.generation:
                 handle.truncations += 1
         return True
@@ -150,7 +173,7 @@ class ZarrReader(ReadOnlyStorage):
         state = "open for writing" if owner is not None else "closed" if root.closed else "interrupted"
         return {
             "kind": self.kind,
-            "format_version": LAYOUT_VERSION,
+            "format_version": layout_version(self.geometry),
             "created_ns": root.created_ns,
             "commit_sequence": root.sequence,
             "committed_len": root.seq_len,

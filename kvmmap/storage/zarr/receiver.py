@@ -88,7 +88,8 @@ class GroupReceiver(Receiver):
             )
 
     def complete(self) -> None:
-        """`stored` has committed everything."""
+        """Commit checkpoints; `stored` has committed everything else."""
+        self._writer.commit()
 
     def verify(self, progress: Progress | None) -> VerifyReport:
         return self._writer.verify(progress)

@@ -15,12 +15,16 @@ from typing import Any
 
 from ...codecs import INT8, by_name, names
 from ...errors import CorruptCacheError, KvmmapError, NotACacheError, VersionMismatchError
-from ...format import Commit, checksum
+from ...format import Commit, checksum, num_slots
 from ...geometry import CacheGeometry, LayerGeometry
 from ...metadata import Document
 from .layout import COMPRESSORS, MAX_SHARD_BYTES, Layout
+from .root_states import GroupCheckpoint, decode_checkpoints, decode_states, encode_states
 
 LAYOUT_VERSION = 1
+
+STATES_VERSION = 2
+"""The version of a group that has states, or layers without rows; older readers refuse it."""
 
 PER_LAYER = "per layer"
 """Stands for codec and transform in a root whose "codecs" name those of each layer; older readers refuse it."""
@@ -47,6 +51,9 @@ class Root(Commit):
     token_digests: tuple[int, ...]
     """Of each chunk of token ids, as far as they are recorded."""
 
+    checkpoints: tuple[GroupCheckpoint | None, ...] = ()
+    """One a checkpoint slot."""
+
     copying: str | None = None
     """While a copy fills the cache: its stamp, so that the same copy, started again, continues it."""
 
@@ -71,6 +78,7 @@ class Root(Commit):
             tails=(0,) * layout.geometry.num_layers,
             sums_digests=(),
             token_digests=(),
+            checkpoints=(None,) * num_slots(layout.geometry),
             copying=copying,
         )
 
@@ -91,7 +99,7 @@ class Root(Commit):
         """
         geometry = self.layout.geometry
         facts = {
-            "version": LAYOUT_VERSION,
+            "version": layout_version(geometry),
             "cache_id": self.cache_id,
             "created_ns": self.created_ns,
             "capacity": geometry.capacity,
@@ -110,6 +118,7 @@ class Root(Commit):
             "sums_digests": _hex(self.sums_digests),
             "token_digests": _hex(self.token_digests),
             "copying": self.copying,
+            **encode_states(geometry, self.checkpoints),
             "document": json.loads(self.document.encode()),
         }
         facts["checksum"] = _digest(facts)
@@ -133,11 +142,11 @@ class Root(Commit):
             version = facts["version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise NotACacheError(f"{url}: not a kvmmap cache (its zarr.json does not say so)", path=url) from None
-        if version != LAYOUT_VERSION:
+        if version not in (LAYOUT_VERSION, STATES_VERSION):
             raise VersionMismatchError(
-                f"{url}: its layout is version {version!r}, and this kvmmap reads {LAYOUT_VERSION}",
+                f"{url}: its layout is version {version!r}, and this kvmmap reads {STATES_VERSION}",
                 path=url,
-                expected=LAYOUT_VERSION,
+                expected=STATES_VERSION,
                 actual=version,
             )
         stated = facts.pop("checksum", None)
@@ -146,7 +155,7 @@ class Root(Commit):
         _refuse_unknown(facts, url)
         try:
             return replace(cls._of_facts(facts, url), others=others)
-        except CorruptCacheError:
+        except (CorruptCacheError, VersionMismatchError):
             raise
         except (KeyError, TypeError, ValueError, AttributeError, KvmmapError) as error:
             raise CorruptCacheError(f"{url}: the root's zarr.json makes no sense: {error!r}", path=url) from None
@@ -160,7 +169,16 @@ class Root(Commit):
                 for numbers, codecs in zip(facts["layers"], _layer_codecs(facts), strict=True)
             ),
             block_tokens=facts["block_tokens"],
+            **decode_states(facts),
         )
+        if facts["version"] != layout_version(geometry):
+            raise VersionMismatchError(
+                f"{url}: its layout is version {facts['version']}, and its layers and states are those of version "
+                f"{layout_version(geometry)}",
+                path=url,
+                expected=layout_version(geometry),
+                actual=facts["version"],
+            )
         layout = Layout(geometry, facts["shard_blocks"], facts["compressor"])
         root = cls(
             layout=layout,
@@ -168,6 +186,7 @@ class Root(Commit):
             tails=_numbers(facts["tails"]),
             sums_digests=_numbers(facts["sums_digests"]),
             token_digests=_numbers(facts["token_digests"]),
+            checkpoints=decode_checkpoints(facts, geometry),
             **{name: facts[name] for name in _PLAIN},
         )
         root._check()
@@ -188,6 +207,8 @@ class Root(Commit):
         complete = self.seq_len // geometry.block_tokens
         counts = (len(self.tails), len(self.sums_digests), len(self.token_digests))
         shards = (-(-complete // self.layout.shard_blocks), -(-self.token_len // self.layout.shard_tokens))
+        if any(found is not None and found.position > self.seq_len for found in self.checkpoints):
+            raise ValueError("a checkpoint lies beyond the positions")
         expected = (geometry.num_layers, *shards)
         if counts != expected:
             raise ValueError(f"there are {counts} digests for {expected}")
@@ -204,6 +225,11 @@ _PLAIN = (
     "closed",
     "copying",
 )
+
+
+def layout_version(geometry: CacheGeometry) -> int:
+    """Return the version that a group of a geometry has."""
+    return STATES_VERSION if geometry.states or len(geometry.row_layers) < geometry.num_layers else LAYOUT_VERSION
 
 
 def _codecs(geometry: CacheGeometry) -> dict[str, Any]:

@@ -74,8 +74,9 @@ class ShardCache:
             self._handle.check()
             coming = [(layer, number) for number in range(shard, last)]
             whole = start == 0 and stop == self._handle.lengths[layer]
-            if remote and whole and layer + 1 < self._geometry.num_layers:
-                coming += [(layer + 1, number) for number in range(last)]
+            following = [number for number in self._geometry.row_layers if number > layer]
+            if remote and whole and following:
+                coming += [(following[0], number) for number in range(last)]
             room = min(AHEAD_BYTES, self._cache_bytes // 2) if remote else 0
             for number, place in enumerate(coming):
                 room -= self._shard_bytes(place[0])

@@ -6,6 +6,7 @@ from collections import deque
 
 from ...geometry import LayerGeometry
 from ..protocols import Damage, Progress, VerifyReport
+from .checkpoints import check_checkpoints
 from .committed import BlockChecksums, read_token_chunk
 from .download import Block, Fetch, ShardRows
 from .handle import GroupHandle
@@ -24,7 +25,7 @@ def verify_group(
         CacheChangedError: positions were truncated meanwhile.
     """
     root, geometry, layout = handle.root, handle.geometry, handle.layout
-    report = VerifyReport(path=handle.path, seq_len=min(handle.lengths), verified=root.seq_len)
+    report = VerifyReport(path=handle.path, seq_len=max(handle.seq_len, root.seq_len), verified=root.seq_len)
     total = root.seq_len * sum(layer.position_bytes for layer in geometry.layers) + 4 * root.token_len
     queue: deque[tuple[int, int, ShardRows, Fetch]] = deque()
     waiting = 0
@@ -34,7 +35,8 @@ def verify_group(
         size = geometry.block_tokens
         blocks = [Block(number, min(size, count - number * size)) for number in range(-(-count // size))]
         sums = handle.pool.submit(checksums.read, shard, root)
-        for layer, shape in enumerate(geometry.layers):
+        for layer in geometry.row_layers:
+            shape = geometry.layers[layer]
             target = spare[shape].pop() if spare[shape] else ShardRows(shape, layout)
             queue.append((layer, shard, target, shards.fetch(layer, shard, target, blocks, sums)))
             waiting += count * shape.position_bytes
@@ -49,6 +51,7 @@ def verify_group(
         _finish(handle, report, done, number, fetch)
         if progress:
             progress(report.bytes, total)
+    report.damages += check_checkpoints(handle)
     _check_tokens(handle, report)
     report.bytes = total
     if progress:

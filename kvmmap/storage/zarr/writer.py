@@ -9,7 +9,7 @@ shorter root before anything is written past it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..after_fork import refuse_forked
 from ..checksums import digest
 from ..objects.protocol import Lock, Objects
 from ..protocols import Durability, Storage
+from .checkpoints import ZarrWriterCheckpoints
 from .outgoing import OutgoingShards
 from .reader import ZarrReader
 from .root import Root
@@ -40,7 +41,7 @@ class ZarrWriter(ZarrReader):
     """
 
     writable = True
-    layers: Sequence[ZarrWriterLayer]
+    checkpoints: ZarrWriterCheckpoints
 
     def __init__(
         self,
@@ -63,10 +64,18 @@ class ZarrWriter(ZarrReader):
         super().__init__(objects, root, tag, cache_bytes=cache_bytes)
         self._root_commit = RootCommit(self.handle)
 
-    def _make_layers(self) -> Sequence[ZarrWriterLayer]:
+    def _prepare(self) -> None:
         self._outgoing = OutgoingShards(self.handle, self.shards, self.checksums)
-        layers = range(self.geometry.num_layers)
-        return [ZarrWriterLayer(self, number, self.handle, self.shards, self._outgoing) for number in layers]
+        self._writers: list[ZarrWriterLayer] = []
+        self.checkpoints = ZarrWriterCheckpoints(self.handle, self)
+
+    def _make_layer(self, number: int) -> ZarrWriterLayer:
+        layer = ZarrWriterLayer(self, number, self.handle, self.shards, self._outgoing)
+        self._writers.append(layer)
+        return layer
+
+    def _continuable(self, root: Root) -> int:
+        return root.seq_len  # `resume` truncates, and copies bring rows before their checkpoints
 
     # Appending
 
@@ -128,22 +137,33 @@ class ZarrWriter(ZarrReader):
         with self.lock:
             self.check_writable()
             self._root_commit.resolve()
-            for layer in self.layers:
+            for layer in self._writers:
                 if layer.ahead:
                     layer.roll_back()
             length = self.seq_len
             tokens = min(self.token_len, length)
+            if self.checkpoints.staged == length:
+                self.checkpoints.name_staged()
             root = self.root
             same = (root.seq_len, root.token_len, root.copying) == (length, tokens, self.copying)
+            same = same and root.checkpoints == self.checkpoints.to_commit(length)
             if same and self._new_document is None and (root.closed or not closing):
                 return
-            self._outgoing.store(length)
-            self._store_sums(length)
-            self._store_tokens(tokens)
-            self.finish_describing()
-            self.objects.settle()
-            self._put_root(length, tokens, root.generation, closed=closing)
-            self._outgoing.return_borrowed()
+            self._commit(length, tokens, closing=closing)
+
+    def commit_again(self) -> None:
+        """Commit, even if nothing has changed."""
+        length = self.seq_len
+        self._commit(length, min(self.token_len, length), closing=False)
+
+    def _commit(self, length: int, tokens: int, *, closing: bool) -> None:
+        self._outgoing.store(length)
+        self._store_sums(length)
+        self._store_tokens(tokens)
+        self.finish_describing()
+        self.objects.settle()
+        self._put_root(length, tokens, self.root.generation, closed=closing)
+        self._outgoing.return_borrowed()
 
     def _put_root(self, length: int, tokens: int, generation: int, *, closed: bool) -> None:
         """Make another root count. Everything that it refers to is stored."""
@@ -154,9 +174,10 @@ class ZarrWriter(ZarrReader):
                 generation=generation,
                 closed=closed,
                 document=self.document,
-                tails=tuple(self._tail(layer, length) for layer in self.layers),
+                tails=self._tails(length),
                 sums_digests=tuple(checksum(part.tobytes()) for part in self._sums_of(length)),
                 token_digests=tuple(checksum(part.tobytes()) for part in self._token_parts(tokens)),
+                checkpoints=self.checkpoints.to_commit(length),
                 copying=self.copying,
             )
         )
@@ -172,8 +193,15 @@ class ZarrWriter(ZarrReader):
         """Return the checksums of all blocks below `length`, stored ones, u64 [blocks, num_layers]."""
         parts = list(self._sums_of(length))
         if length % self.geometry.block_tokens:
-            parts.append(np.array([[self._tail(layer, length) for layer in self.layers]], np.uint64))
+            parts.append(np.array([self._tails(length)], np.uint64))
         return np.concatenate([np.zeros((0, self.geometry.num_layers), np.uint64), *parts])
+
+    def _tails(self, length: int) -> tuple[int, ...]:
+        """Return each layer's checksum of its incomplete block; 0 for a layer without rows."""
+        found = [0] * self.geometry.num_layers
+        for layer in self._writers:
+            found[layer.index] = self._tail(layer, length)
+        return tuple(found)
 
     def _tail(self, layer: ZarrWriterLayer, length: int) -> int:
         """Return the checksum of a layer's incomplete block, where there are `length` positions."""
@@ -224,7 +252,7 @@ class ZarrWriter(ZarrReader):
             self.check_writable()
             self._root_commit.resolve()
             shard, rest = divmod(length, self.layout.shard_tokens)
-            for layer in self.layers:
+            for layer in self._writers:
                 layer.roll_back()
                 if rest and shard not in self._outgoing.open[layer.index] and layer.length > length:
                     # The block that is cut gets a new checksum: fetching it compares the old one.
@@ -233,7 +261,8 @@ class ZarrWriter(ZarrReader):
             if length < self.root.seq_len or tokens < self.root.token_len:
                 # Before anything is written past it: the root that counts promises what would be overwritten.
                 self._put_root(min(length, self.root.seq_len), tokens, self.root.generation + 1, closed=False)
-            for layer in self.layers:
+            self.checkpoints.cut(length)
+            for layer in self._writers:
                 layer.length = min(layer.length, length)
                 layer.roll_back()
             self.handle.truncations += 1
