@@ -29,6 +29,9 @@ MAX_HEADS = 65_535
 MAX_HEAD_DIM = 65_535
 MAX_CAPACITY = 2**40 - 1
 MAX_SLAB_BYTES = 2**56
+RECENT_HEAD_BYTES = 24
+MAX_RECENT = 65_536
+"""Positions that a recent window has at most, and sinks that there are at most."""
 MAX_STATE_CAPACITY = 2**39 - 2
 
 
@@ -139,6 +142,14 @@ class LayerGeometry:
         """Bytes of each of `slabs` for `capacity` positions."""
         return tuple([capacity * slab.row_bytes for slab in self.slabs])
 
+    @property
+    def recent_bytes(self) -> int:
+        """Bytes of a position's record in 16 bits: its head, keys and values, rounded up to 8; 0 without rows."""
+        if not self.has_rows:
+            return 0
+        numbers = self.num_kv_heads * (self.head_dim + self.value_head_dim)
+        return RECENT_HEAD_BYTES + -(-2 * numbers // 8) * 8
+
     def sketch_bytes(self, blocks: int) -> int:
         """Bytes of the sketches of so many blocks: two bf16 numbers for each channel of each KV head."""
         return blocks * self.num_kv_heads * 2 * self.head_dim * 2
@@ -172,6 +183,11 @@ class CacheGeometry:
     block_tokens: int = BLOCK_TOKENS
     """Positions in a block."""
 
+    recent_window: int = 0
+    """Last positions that are kept in 16 bits besides, 0 to 65,536."""
+
+    sinks: int = 0
+    """First positions that are kept in 16 bits besides, 0 to 65,536."""
     states: tuple[StateSpec, ...] = ()
     """States of fixed size, in the order in which they are stored."""
 
@@ -183,6 +199,8 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "capacity", _bounded(self.capacity, "capacity", 0, MAX_CAPACITY))
+        object.__setattr__(self, "recent_window", _bounded(self.recent_window, "recent_window", 0, MAX_RECENT))
+        object.__setattr__(self, "sinks", _bounded(self.sinks, "sinks", 0, MAX_RECENT))
         object.__setattr__(self, "block_tokens", _bounded(self.block_tokens, "block_tokens", 1, 2**20))
         _bounded(len(self.layers), "num_layers", 1, MAX_LAYERS)
         object.__setattr__(self, "row_layers", tuple([n for n, layer in enumerate(self.layers) if layer.has_rows]))
@@ -233,6 +251,8 @@ class CacheGeometry:
         value_head_dim: int | Sequence[int] | None = None,
         key_codec: str | Sequence[str] = "int8",
         value_codec: str | Sequence[str] = "int8",
+        recent_window: int = 0,
+        sinks: int = 0,
         states: Iterable[StateSpec] = (),
         checkpoint_slots: int = CHECKPOINT_SLOTS,
     ) -> CacheGeometry:
@@ -270,12 +290,29 @@ class CacheGeometry:
             else:
                 layers.append(layers[-1])
             last = shape
-        return cls(capacity=capacity, layers=tuple(layers), states=tuple(states), checkpoint_slots=checkpoint_slots)
+        return cls(
+            capacity=capacity,
+            layers=tuple(layers),
+            recent_window=recent_window,
+            sinks=sinks,
+            states=tuple(states),
+            checkpoint_slots=checkpoint_slots,
+        )
 
     @property
     def num_layers(self) -> int:
         """Transformer layers."""
         return len(self.layers)
+
+    @property
+    def keeps_recent(self) -> bool:
+        """True if some positions are kept in 16 bits besides."""
+        return bool(self.recent_window or self.sinks)
+
+    @property
+    def recent_bytes(self) -> int:
+        """Bytes of the rows in 16 bits, all layers."""
+        return (self.recent_window + self.sinks) * sum(layer.recent_bytes for layer in self.layers)
 
     @property
     def num_kv_heads(self) -> int:

@@ -35,6 +35,8 @@ class QuantizedKvLayer(LayerReader):
         value_head_dim: numbers in a value row, `head_dim` unless given.
         key_codec: name of the codec of keys: "int8" has one f32 scale per position and head.
         value_codec: name of the codec of values.
+        recent_window: last positions to keep in 16 bits besides, 0 to 65,536.
+        sinks: first positions to keep in 16 bits besides, 0 to 65,536.
 
     Made like this it lies in memory and stands alone; `cache.layers[i]` is one that belongs to a cache. A layer may
     be appended to on its own: the step is part of the cache once it has reached every layer.
@@ -55,6 +57,8 @@ class QuantizedKvLayer(LayerReader):
         *,
         key_codec: str = "int8",
         value_codec: str = "int8",
+        recent_window: int = 0,
+        sinks: int = 0,
     ) -> None:
         geometry = CacheGeometry.build(
             num_layers=1,
@@ -64,6 +68,8 @@ class QuantizedKvLayer(LayerReader):
             value_head_dim=value_head_dim,
             key_codec=key_codec,
             value_codec=value_codec,
+            recent_window=recent_window,
+            sinks=sinks,
         )
         storage = MemoryStorage(geometry)
         self._attach(storage, storage.layers[0])
@@ -115,6 +121,8 @@ class QuantizedKvLayer(LayerReader):
             rows = store.stage(position, 1)
             self._encode(rows, position, key_rows[None], key_dtype, value_rows[None], value_dtype)
             store.write(position, rows)
+            if store.recent is not None:
+                store.keep(position, key_rows[None], key_dtype, value_rows[None], value_dtype)
             store.publish(position + 1)
             self._storage.appended()
 
@@ -135,6 +143,7 @@ class QuantizedKvLayer(LayerReader):
             count = len(pair.keys)
             position = self._store.begin(count)
             self.write_rows(position, pair)
+            self.keep_rows(position, pair)
             self._store.publish(position + count)
             self._storage.appended()
 
@@ -165,6 +174,23 @@ class QuantizedKvLayer(LayerReader):
                 done = stop
             self._store.publish(start + count)
             self._storage.appended()
+
+    def extend_from(self, source: LayerReader, start: int = 0, stop: int | None = None) -> None:
+        """Append positions [start, stop) of another layer of the same shape and codecs, bit by bit, with what it keeps
+        of them in 16 bits.
+
+        Raises:
+            PositionOutOfRangeError, CacheChangedError, CorruptCacheError: as in `read_quantized` of the source.
+            ShapeMismatchError, DtypeError: it has other shapes or codecs.
+            CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
+        """
+        rows = source.read_quantized(start, stop)
+        with self._storage.lock:
+            at = len(self)
+            self.extend_quantized(*rows)
+            kept = source.recent_rows()
+            if kept is not None:
+                self._store.take_recent(kept, start, start + rows.num_positions, at)
 
     def check_input(self, keys: Any, values: Any) -> RowPair:
         """Return `extend`'s arguments as rows, their shapes checked."""
@@ -205,6 +231,11 @@ class QuantizedKvLayer(LayerReader):
             raise non_finite(self._store, "keys", start, bad_key, self._number())
         if bad_value >= 0:
             raise non_finite(self._store, "values", start, bad_value, self._number())
+
+    def keep_rows(self, start: int, pair: RowPair) -> None:
+        """Keep rows that were written at `start` in 16 bits besides, if the cache does; the storage's lock is held."""
+        if self._store.recent is not None:
+            self._store.keep(start, *pair)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` positions. For a layer that stands alone; a cache truncates all of its layers.

@@ -15,6 +15,7 @@ from .codecs import RowCodec
 from .errors import DtypeError
 from .geometry import LayerGeometry, compression_ratio
 from .inputs import require_rows
+from .recent import RecentRows
 from .row_arrays import as_bits, output_array, target_dtype, thread_count
 from .rows import Rows
 from .storage.protocols import LayerStore, Storage
@@ -23,6 +24,7 @@ from .storage.protocols import LayerStore, Storage
 class _Part(NamedTuple):
     """Keys or values: how they are stored, and where in `Rows`."""
 
+    name: str
     codec: RowCodec
     dim: int
     arrays: slice
@@ -38,8 +40,8 @@ class LayerReader:
         self._store = store
         geometry = store.geometry
         first_value = len(geometry.key_slabs)
-        self._keys = _Part(geometry.key_codec, geometry.head_dim, slice(0, first_value))
-        self._values = _Part(geometry.value_codec, geometry.value_head_dim, slice(first_value, None))
+        self._keys = _Part("keys", geometry.key_codec, geometry.head_dim, slice(0, first_value))
+        self._values = _Part("values", geometry.value_codec, geometry.value_head_dim, slice(first_value, None))
 
     # Dimensions
 
@@ -140,6 +142,10 @@ class LayerReader:
         self._store.validate(version)
         return rows
 
+    def recent_rows(self) -> RecentRows | None:
+        """Return what is kept in 16 bits, for this package and its extensions; None if nothing is."""
+        return self._store.recent_rows()
+
     def _array(self, name: str) -> NDArray[Any]:
         rows = self.read_quantized()
         if name not in rows._fields:
@@ -188,7 +194,10 @@ class LayerReader:
         out: NDArray[Any] | None = None,
         threads: int | None = None,
     ) -> NDArray[Any]:
-        """Decode the keys of positions [start, stop).
+        """Decode the keys of positions [start, stop): of each the best that is stored.
+
+        Where the cache keeps the last and first positions in 16 bits (`recent_window`, `sinks`), these are what is
+        returned, as the newest query attends to them.
 
         Args:
             start: first position.
@@ -240,6 +249,10 @@ class LayerReader:
         arrays = [array[0, heads] for array in rows[part.arrays]]
         result = np.empty((len(arrays[0]), part.dim), np.float32)
         part.codec.decode(arrays, part.dim, result, 0, 1)
+        kept = store.recent_rows()
+        if kept is not None:
+            for _, row in kept.rows(part.name, position, position + 1, store.length):
+                result[:] = row[heads]
         store.validate(version)  # the rows were still the cache's when they had been read
         return result
 
@@ -262,6 +275,11 @@ class LayerReader:
             most = thread_count(threads, target.size)
             part.codec.decode(rows[part.arrays], part.dim, target, number, most)
             done += len(rows[0])
+        kept = self._store.recent_rows()
+        if kept is not None:
+            with np.errstate(over="ignore"):  # beyond f16, as in decoding
+                for position, row in kept.rows(part.name, start, stop, self._store.length):
+                    result[position - start] = row
         self._store.validate(version)
         return result
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
-from .codecs.presets import preset_codecs
+from .codecs.presets import preset_codecs, preset_recent
 from .errors import KvmmapError, NotACacheError
 from .geometry import CacheGeometry
 from .metadata import Document, ModelInfo, document
@@ -35,6 +35,8 @@ def create(
     key_codec: str | Sequence[str] | None = None,
     value_codec: str | Sequence[str] | None = None,
     preset: str = "int8",
+    recent_window: int | None = None,
+    sinks: int | None = None,
     states: Iterable[StateSpec] = (),
     checkpoint_slots: int = CHECKPOINT_SLOTS,
     metadata: Mapping[str, Any] | None = None,
@@ -62,6 +64,10 @@ def create(
             preset's unless given.
         preset: a pair of codecs: "int8", "fidelity" (rotated int8), "compact" (keys of 8 bits, values of 4), "small" (5
             and 4), "tiny" (4), or "lossless" (bfloat16).
+        recent_window: last positions to keep in 16 bits besides, 0 to 65,536: attention of a query goes over these for
+            the positions up to this many before it, which is where a codec's loss counts most. The preset's unless
+            given: 128 for "fidelity", "compact", "small" and "tiny", else 0.
+        sinks: first positions to keep in 16 bits besides, 0 to 65,536; the preset's unless given: 4 for the same ones.
         states: tensors of fixed size that layers overwrite at every position, as recurrent layers do; see
             `write_states`.
         checkpoint_slots: checkpoints of all states to keep; each takes `checkpoint_bytes` of disk once it is written.
@@ -88,6 +94,7 @@ def create(
         OSError: the file can't be made.
     """
     preset_keys, preset_values = preset_codecs(preset)
+    preset_window, preset_sinks = preset_recent(preset)
     geometry = CacheGeometry.build(
         num_layers=num_layers,
         capacity=capacity,
@@ -96,6 +103,8 @@ def create(
         value_head_dim=value_head_dim,
         key_codec=preset_keys if key_codec is None else key_codec,
         value_codec=preset_values if value_codec is None else value_codec,
+        recent_window=preset_window if recent_window is None else recent_window,
+        sinks=preset_sinks if sinks is None else sinks,
         states=states,
         checkpoint_slots=checkpoint_slots,
     )

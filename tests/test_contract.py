@@ -51,6 +51,25 @@ class TestGroupInAnObjectStore(StorageContract):
         return lambda: f"s3://{BUCKET}/contract/{next(_numbers)}.zarr"
 
 
+WITH_RECENT = StorageContract.shape | {"recent_window": 16, "sinks": 3, "value_codec": "int4-rotated"}
+
+
+class TestRecentRowsInMemory(TestMemory):
+    shape = WITH_RECENT
+
+
+class TestRecentRowsInAFile(TestFile):
+    shape = WITH_RECENT
+
+
+class TestRecentRowsInAGroup(TestGroupInAFolder):
+    shape = WITH_RECENT
+
+
+class TestRecentRowsInAnObjectStore(TestGroupInAnObjectStore):
+    shape = WITH_RECENT
+
+
 class TestToy(StorageContract):
     @pytest.fixture
     def place(self) -> Iterator[Callable[[], Any]]:

@@ -18,7 +18,7 @@ TABLE = (
     ("arrays", "row_arrays"),
     ("codecs", "quantize"),
     ("geometry", "metadata", "state_spec"),
-    ("rows", "inputs"),
+    ("rows", "recent", "inputs"),
     ("format",),
     ("attention",),
     (

@@ -65,6 +65,10 @@ def _fields(report: CacheReport) -> Table:
     if report.states is not None:
         add("states", states_text(report.states))
         add("checkpoints", checkpoints_text(report.states))
+    if report.recent_bytes:
+        kept = f"the last {count(report.recent_window, 'position')}" if report.recent_window else ""
+        first = f"the first {report.sinks:,}" if report.sinks else ""
+        add("in 16 bits", f"{' and '.join(filter(None, (kept, first)))}, {size(report.recent_bytes)}")
     if report.file_bytes is not None and report.disk_bytes is not None:
         add("on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}")
     if report.commit is not None:

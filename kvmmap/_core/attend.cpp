@@ -74,12 +74,15 @@ void merge(AttendState whole, AttendState part, int64_t row, int64_t width) {
 // The stretches of positions that some query sees, as rows; what lies between them is never touched.
 std::vector<AttendRange> visible(const AttendJob& job) {
     const int64_t last = job.query_start + job.n - 1;
-    const int64_t end = job.causal ? last + 1 - job.first_position : std::numeric_limits<int64_t>::max();
+    int64_t end = job.causal ? last + 1 - job.first_position : std::numeric_limits<int64_t>::max();
+    if (job.behind) end = std::min(end, last + 1 - job.behind - job.first_position);
+    const int64_t floor = job.within ? job.query_start + 1 - job.within - job.first_position : 0;
     const int64_t begin = job.window ? job.query_start - job.window + 1 - job.first_position : 0;
     const int64_t sinks = job.sinks - job.first_position;
     std::vector<AttendRange> kept;
     for (int64_t i = 0; i < job.num_ranges; ++i) {
-        const AttendRange& r = job.ranges[i];
+        AttendRange r = job.ranges[i];
+        r.start = std::max(r.start, floor);
         const int64_t stop = std::min(r.stop, end);
         if (r.start < begin && sinks > r.start) kept.push_back({r.head, r.head_end, r.start, std::min({stop, sinks, begin})});
         kept.push_back({r.head, r.head_end, std::max(r.start, begin), stop});

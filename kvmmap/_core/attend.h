@@ -51,6 +51,10 @@ struct AttendJob {
     int64_t window;  // positions, its own included; 0: no limit
     int64_t sinks;
 
+    // Whatever the above says: positions, its own included, of which a query sees none but these, and none of these; 0: no
+    // limit. Later positions belong to them.
+    int64_t within, behind;
+
     const AttendRange* ranges;
     int64_t num_ranges;
 

@@ -25,20 +25,22 @@ namespace {
 
 constexpr int64_t tile = 64;
 
-// Positions [low, high) and those below sinks, as rows of the arrays.
+// Positions [low, high) and those below sinks, none of them below floor, as rows of the arrays.
 struct Sight {
-    int64_t low, high, sinks;
+    int64_t low, high, sinks, floor;
 
     Sight(const AttendJob& job, int64_t query) {
         const int64_t position = job.query_start + query;
         high = job.causal ? position + 1 - job.first_position : std::numeric_limits<int64_t>::max();
         low = job.window ? position - job.window + 1 - job.first_position : std::numeric_limits<int64_t>::min();
+        if (job.behind) high = std::min(high, position + 1 - job.behind - job.first_position);
         sinks = std::min(job.sinks - job.first_position, high);
+        floor = job.within ? position + 1 - job.within - job.first_position : std::numeric_limits<int64_t>::min();
     }
 
-    bool whole(int64_t start, int64_t stop) const { return stop <= high && (start >= low || stop <= sinks); }
-    bool none(int64_t start, int64_t stop) const { return start >= high || (stop <= low && start >= sinks); }
-    bool sees(int64_t row) const { return row < high && (row >= low || row < sinks); }
+    bool whole(int64_t start, int64_t stop) const { return stop <= high && start >= floor && (start >= low || stop <= sinks); }
+    bool none(int64_t start, int64_t stop) const { return start >= high || stop <= floor || (stop <= low && start >= sinks); }
+    bool sees(int64_t row) const { return row < high && row >= floor && (row >= low || row < sinks); }
 };
 
 // What comes next in memory, to be fetched into the second-level cache a few lines at a time, between other work: a

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "attend.h"
 #include "codec_run.h"
@@ -16,6 +18,7 @@
 #include "half.h"
 #include "io.h"
 #include "merge.h"
+#include "recent.h"
 #include "rows_run.h"
 #include "sketch.h"
 
@@ -214,11 +217,107 @@ int64_t widen_queries(const RowGrid& x, float* out) {
     return -1;
 }
 
+// The arrays of a ring of 16-bit rows: tags, keys and values, by their slots.
+class Ring {
+  public:
+    Ring(nb::handle tags, nb::handle keys, nb::handle values, int64_t key_numbers, int64_t value_numbers, int flags)
+        : tags_(tags, flags), keys_(keys, flags), values_(values, flags) {
+        const int64_t slots = tags_.bytes() / 8;
+        view = {tags_.at_least<uint64_t>(0, "tags: not aligned"), keys_.at_least<uint16_t>(2 * slots * key_numbers, "keys: too small"),
+                values_.at_least<uint16_t>(2 * slots * value_numbers, "values: too small"), slots, key_numbers, value_numbers};
+    }
+
+    RecentRing view;
+
+  private:
+    Buffer tags_, keys_, values_;
+};
+
+// The same from part `first` of a tuple on.
+Ring to_ring(const nb::tuple& parts, size_t first, int64_t key_numbers, int64_t value_numbers, int flags) {
+    if (parts.size() < first + 3) throw nb::value_error("ring: tags, keys and values");
+    return Ring(parts[first], parts[first + 1], parts[first + 2], key_numbers, value_numbers, flags);
+}
+
+void keep_recent(nb::handle keys_object, int key_dtype, nb::handle values_object, int value_dtype, int64_t start, nb::handle tags,
+                 nb::handle ring_keys, nb::handle ring_values) {
+    Buffer keys(keys_object, reading), values(values_object, reading);
+    const RowGrid k = to_grid(keys, to_dtype(key_dtype)), v = to_grid(values, to_dtype(value_dtype));
+    if (k.outer != v.outer || start < 0) throw nb::value_error("as many keys as values, from a position on");
+    const Ring ring(tags, ring_keys, ring_values, k.inner * k.dim, v.inner * v.dim, writing);
+    keep_rows(ring.view, start, k, v);
+}
+
+// Some of a layer's coded arrays, [rows, ...] each.
+class Coded {
+  public:
+    Coded(const nb::tuple& arrays, int64_t first) {
+        if (arrays.size() > most) throw nb::value_error("at most four arrays");
+        buffers_.reserve(most);
+        view.first = first;
+        for (nb::handle array : arrays) {
+            const Buffer& buffer = *buffers_.emplace_back(std::make_unique<Buffer>(array, contiguous));
+            const int64_t rows = buffer.ndim() ? buffer.shape(0) : 0;
+            view.arrays.push_back({buffer.data(), rows ? buffer.bytes() / rows : 0, rows});
+        }
+    }
+
+    CodedArrays view;
+
+  private:
+    static constexpr size_t most = 4;
+    std::vector<std::unique_ptr<Buffer>> buffers_;
+};
+
+// Numbers of a position in arrays of a ring.
+std::pair<int64_t, int64_t> ring_numbers(const nb::tuple& parts) {
+    if (parts.size() != 3) throw nb::value_error("ring: tags, keys and values");
+    const auto numbers = [](nb::handle array) {
+        const Buffer buffer(array, contiguous);
+        int64_t count = 1;
+        for (int axis = 1; axis < buffer.ndim(); ++axis) count *= buffer.shape(axis);
+        return count;
+    };
+    return {numbers(parts[1]), numbers(parts[2])};
+}
+
+void make_recent_records(nb::tuple ring_parts, nb::tuple arrays, int64_t first, int64_t start, int64_t stop, nb::handle out_object) {
+    const auto [keys, values] = ring_numbers(ring_parts);
+    const Ring ring = to_ring(ring_parts, 0, keys, values, contiguous);
+    const Coded coded(arrays, first);
+    Buffer out(out_object, writing);
+    if (start < 0 || start > stop) throw nb::value_error("no such positions");
+    make_records(ring.view, coded.view, start, stop, out.at_least<char>((stop - start) * record_bytes(ring.view), "out: too small"));
+}
+
+// Reads the records of positions [start, stop) from all of a ring's records; what the ring holds already is left alone.
+std::vector<int> take_recent_records(nb::handle records_object, nb::tuple ring_parts, nb::tuple arrays, int64_t first, int64_t start,
+                                     int64_t stop) {
+    const auto [keys, values] = ring_numbers(ring_parts);
+    const Ring ring = to_ring(ring_parts, 0, keys, values, writing);
+    const Coded coded(arrays, first);
+    Buffer records(records_object, contiguous);
+    const int64_t size = record_bytes(ring.view);
+    const char* data = records.at_least<char>(ring.view.slots * size, "records: too small");
+    if (start < 0 || start > stop || (start < stop && !ring.view.slots)) throw nb::value_error("no such positions");
+    std::vector<int> states;
+    std::vector<char> copy(size);  // another process may be writing there
+    for (int64_t p = start; p < stop; ++p) {
+        RecordState state = RecordState::sound;
+        if (!ring.view.find(p)) {
+            std::memcpy(copy.data(), data + ring.view.slot(p) * size, size);
+            state = take_record(ring.view, coded.view, p, copy.data());
+        }
+        states.push_back(static_cast<int>(state));
+    }
+    return states;
+}
+
 // The shape of one call of attend, as Python hands it over.
 int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
                     int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
                     bool causal, int64_t window, int64_t sinks, nb::handle out_object, nb::handle lse_object,
-                    int threads, const std::vector<int>& codecs) {
+                    int threads, const std::vector<int>& codecs, nb::object recent) {
     if (kv_heads < 1 || codecs.size() != 4) throw nb::value_error("at least one head; codec and transform of keys and of values");
     Buffer queries(queries_object, reading), ranges(ranges_object, contiguous);
     Buffer out(out_object, writing), lse(lse_object, writing);
@@ -247,12 +346,25 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     job.out = out.at_least<float>(job.rows() * value_dim * 4, "out: too small");
     job.lse = lse.at_least<float>(job.rows() * 4, "lse: too small");
 
+    // Window, length, and the parts of two rings.
+    const nb::tuple parts = recent.is_none() ? nb::tuple() : nb::cast<nb::tuple>(recent);
+    std::unique_ptr<Ring> ring, sink_ring;
+    RecentView view{};
+    if (parts.size()) {
+        if (parts.size() != 8) throw nb::value_error("recent: window, length, and two rings");
+        ring = std::make_unique<Ring>(parts[2], parts[3], parts[4], kv_heads * job.dim, kv_heads * value_dim, contiguous);
+        sink_ring = std::make_unique<Ring>(parts[5], parts[6], parts[7], kv_heads * job.dim, kv_heads * value_dim, contiguous);
+        view = {ring->view, sink_ring->view, nb::cast<int64_t>(parts[0]), nb::cast<int64_t>(parts[1])};
+    }
+
     nb::gil_scoped_release released;
     std::vector<float> wide(job.rows() * job.dim);
     const int64_t bad = widen_queries(grid, wide.data());
     if (bad >= 0) return bad;
     job.queries = wide.data();
-    attend(job, {key_format, keys.codes(), keys.scales()}, {value_format, values.codes(), values.scales()}, threads);
+    const CodedRows coded_keys{key_format, keys.codes(), keys.scales()}, coded_values{value_format, values.codes(), values.scales()};
+    if (ring) attend_recent(job, coded_keys, coded_values, view, threads);
+    else attend(job, coded_keys, coded_values, threads);
     return -1;
 }
 
@@ -433,7 +545,11 @@ NB_MODULE(_kernels, m) {
           "threads"_a);
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
-          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0});
+          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none());
+    m.def("keep_recent", &keep_recent, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a, "start"_a, "tags"_a, "ring_keys"_a,
+          "ring_values"_a);
+    m.def("make_recent_records", &make_recent_records, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a, "out"_a);
+    m.def("take_recent_records", &take_recent_records, "records"_a, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a);
     m.def("merge_part", &merge_part_into, "state"_a, "out"_a, "lse"_a);
     m.def("merge_end", &merge_end_of, "state"_a, "out"_a, "lse"_a);
     m.def("import_dlpack", &import_dlpack, "object"_a);

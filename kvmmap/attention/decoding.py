@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..geometry import LayerGeometry
+from ..recent import RecentView
 from ..row_arrays import widened
 from ..rows import Rows
 from .mask import Mask
@@ -30,6 +31,7 @@ def attend_decoded(
     lse: NDArray[np.float32],
     *,
     first_position: int,
+    recent: RecentView | None = None,
 ) -> int:
     """Attend as the compiled kernels do.
 
@@ -42,6 +44,7 @@ def attend_decoded(
         out: f32 [n, num_q_heads, value_head_dim]; the result goes there.
         lse: f32 [n, num_q_heads]; its log-sum-exp goes there.
         first_position: the position of the first of the rows.
+        recent: rows in 16 bits that stand for some of the others.
 
     Returns:
         -1, or the flat index (query * num_q_heads + head) of the first query that holds a NaN or an infinity.
@@ -60,28 +63,51 @@ def attend_decoded(
         for low in range(start, stop, step):
             high = min(low + step, stop)
             seen = mask.visible(n, first_position + low, first_position + high)
-            part, part_lse = np.zeros_like(out), np.full_like(lse, -np.inf)
-            _attend_piece(
-                grouped, rows.part(low, high), slice(first, last), seen, mask.softcap, geometry, part, part_lse
-            )
-            merging.add(part, part_lse)
+            piece = rows.part(low, high)
+            keys = geometry.key_codec.decoded([array[:, first:last] for array in piece.keys], dim)
+            values = geometry.value_codec.decoded([array[:, first:last] for array in piece.values], out.shape[-1])
+            hidden, chosen = np.zeros_like(seen), slice(first, last)
+            if recent is not None:
+                hidden, own_keys, own_values = _kept(recent, first_position + low, keys, values, chosen, mask, n)
+                exact = seen & hidden
+                merging.add(*_attend_piece(grouped, own_keys, own_values, chosen, exact, mask.softcap, out.shape))
+            seen = seen & ~hidden
+            merging.add(*_attend_piece(grouped, keys, values, chosen, seen, mask.softcap, out.shape))
     lse[...] = merging.end(out)
     return -1
 
 
+def _kept(
+    recent: RecentView,
+    start: int,
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    heads: slice,
+    mask: Mask,
+    n: int,
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+    """Return which of the positions from `start` on each query sees in 16 bits, [n, positions], and keys and values."""
+    stop = start + len(keys)
+    rows, length, at = recent.rows, recent.length, mask.query_start + np.arange(n)
+    stands, keys, values = np.zeros((n, stop - start), bool), keys.copy(), values.copy()
+    for name, target in (("keys", keys), ("values", values)):
+        for position, row in rows.rows(name, start, min(stop, length), length):
+            target[position - start] = row[heads]
+            stands[:, position - start] = (position > at - rows.window) | rows.is_sink(position)
+    return stands, keys, values
+
+
 def _attend_piece(
     queries: NDArray[np.float32],
-    rows: Rows,
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
     heads: slice,
     seen: NDArray[np.bool_],
     softcap: float | None,
-    geometry: LayerGeometry,
-    out: NDArray[np.float32],
-    lse: NDArray[np.float32],
-) -> None:
-    """Attend over a few rows of some heads; queries are scaled, [n, num_kv_heads, group, head_dim]."""
-    keys = geometry.key_codec.decoded([array[:, heads] for array in rows.keys], geometry.head_dim)
-    values = geometry.value_codec.decoded([array[:, heads] for array in rows.values], geometry.value_head_dim)
+    shape: tuple[int, ...],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Attend over a few rows [rows, heads, dim] of some heads; queries are scaled, [n, num_kv_heads, group, dim]."""
+    out, lse = np.zeros(shape, np.float32), np.full(shape[:-1], -np.inf, np.float32)
     mine = queries[:, heads].transpose(1, 2, 0, 3)  # [heads, group, n, dim]
     scores = (mine @ keys.transpose(1, 2, 0)[:, None]).astype(np.float64)
     if softcap is not None:
@@ -93,6 +119,7 @@ def _attend_piece(
     found = weights.astype(np.float32) @ values.transpose(1, 0, 2)[:, None] / np.maximum(total, np.finfo(float).tiny)
     with np.errstate(divide="ignore"):
         logs = (np.log(total) + top)[..., 0]
-    n, count, group = out.shape[0], geometry.num_kv_heads, mine.shape[1]
+    n, count, group = queries.shape[:3]
     out.reshape(n, count, group, -1)[:, heads] = found.transpose(2, 0, 1, 3)
     lse.reshape(n, count, group)[:, heads] = logs.transpose(2, 0, 1)
+    return out, lse

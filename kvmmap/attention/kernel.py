@@ -17,6 +17,7 @@ from .. import _core
 from ..codecs import COMPILED, INT8, RowCodec
 from ..errors import NonFiniteError
 from ..geometry import LayerGeometry
+from ..recent import RecentView
 from ..rows import Rows
 from .decoding import attend_decoded
 from .mask import Mask
@@ -52,6 +53,7 @@ def attend_rows(
     first_position: int = 0,
     threads: int = 1,
     layer: int | None = None,
+    recent: RecentView | None = None,
 ) -> NDArray[np.float32]:
     """Attend over rows that lie in memory.
 
@@ -67,6 +69,7 @@ def attend_rows(
         first_position: the position of the first of the rows.
         threads: at most so many; no more are started than the rows keep busy.
         layer: its index, for messages.
+        recent: rows in 16 bits that stand for some of the coded ones, if the layer keeps them.
 
     Returns:
         The log-sum-exp of the scores, f32 [n, num_q_heads].
@@ -75,7 +78,9 @@ def attend_rows(
     lse = np.empty((n, q_heads), _F32)
     kernel = KERNELS.get((geometry.key_codec, geometry.value_codec))
     if kernel is None:
-        bad = attend_decoded(queries, rows, ranges, mask, geometry, out, lse, first_position=first_position)
+        bad = attend_decoded(
+            queries, rows, ranges, mask, geometry, out, lse, first_position=first_position, recent=recent
+        )
     else:
         bad = kernel(
             queries,
@@ -94,6 +99,7 @@ def attend_rows(
             out,
             lse,
             threads,
+            **({} if recent is None else {"recent": recent.rows.arguments(recent.length)}),
         )
     if bad >= 0:
         query, head = divmod(bad, q_heads)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KvmmapError
+from ..recent import RecentView
 from ..row_arrays import output_array, thread_count
 from ..rows import Rows
 from .kernel import attend_rows
@@ -73,12 +74,16 @@ def attend_store(
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
     most = thread_count(threads, length * geometry.position_bytes)
+    kept = store.recent_rows()
+    recent = None if kept is None else RecentView(kept, length)
     if store.in_memory and resident == "keep":
         if not store.is_verified(length):
             seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
             store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2))
         slabs = store.slabs()
-        lse = attend_rows(rows, dtype, slabs, ranges, mask, geometry, result, threads=most, layer=store.index)
+        lse = attend_rows(
+            rows, dtype, slabs, ranges, mask, geometry, result, threads=most, layer=store.index, recent=recent
+        )
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
         for start, piece in _pieces(store, ranges, mask, len(rows), resident):
@@ -94,6 +99,7 @@ def attend_store(
                 first_position=start,
                 threads=most,
                 layer=store.index,
+                recent=recent,
             )
             merging.add(part, lse)
         lse = merging.end(result)

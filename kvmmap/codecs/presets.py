@@ -14,6 +14,12 @@ PRESETS: dict[str, tuple[str, str]] = {
 }
 """Codec of keys and codec of values; "lossless" is so for a model that computes in bfloat16."""
 
+WITH_RECENT = frozenset({"fidelity", "compact", "small", "tiny"})
+"""Presets that keep the last and first positions in 16 bits besides."""
+
+RECENT_WINDOW, SINKS = 128, 4
+"""How many of each these keep."""
+
 
 def preset_codecs(preset: str) -> tuple[str, str]:
     """Return the names of a preset's codecs, of keys and of values.
@@ -28,3 +34,8 @@ def preset_codecs(preset: str) -> tuple[str, str]:
             actual=str(preset),
         )
     return PRESETS[preset]
+
+
+def preset_recent(preset: str) -> tuple[int, int]:
+    """Return how many of the last and of the first positions a preset keeps in 16 bits besides."""
+    return (RECENT_WINDOW, SINKS) if preset in WITH_RECENT else (0, 0)

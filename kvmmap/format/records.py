@@ -112,6 +112,13 @@ SLOT = Record(
     Field("metadata_checksum", "Q", "xxh3_64 of the JSON"),
 )
 
+RECENT_HEAD = Record(
+    "Head of a row in 16 bits",
+    Field("tag", "Q", "position + 1 in bits 0-39; form of keys in bits 40-47, of values in 48-55: 1 = f16, 2 = bf16"),
+    Field("row_digest", "Q", "digest of the position's coded row"),
+    Field("checksum", "Q", "xxh64 of tag, row_digest, xxh64 of the keys and xxh64 of the values"),
+)
+
 STATE_ENTRY = Record(
     "State entry",
     Field("layer", "I", "the layer that it belongs to"),
@@ -170,6 +177,8 @@ class Section(IntEnum):
     VALUE_CODES = 18
     VALUE_SCALES = 19
     KEY_SKETCHES = 20
+    RECENT_ROWS = 24
+    SINK_ROWS = 25
     CHECKPOINT = 32
 
 
@@ -189,6 +198,8 @@ SECTION_ABOUT = {
     Section.VALUE_CODES: "int8 [capacity, num_kv_heads, value_head_dim]",
     Section.VALUE_SCALES: "f32 [capacity, num_kv_heads]",
     Section.KEY_SKETCHES: "optional; bf16 [block, num_kv_heads, 2, head_dim], of complete blocks: minimum, maximum",
+    Section.RECENT_ROWS: "optional; records of the last positions in 16 bits: see Rows in 16 bits",
+    Section.SINK_ROWS: "optional; records of the first positions",
     Section.CHECKPOINT: "checkpoint slot, whose number stands in `layer`: header, xxh3_64 (u64) per state, xxh3_64 of "
     "all before; from the next page on the tensors, see *States*",
 }
@@ -204,8 +215,12 @@ def slab_sections(geometry: LayerGeometry) -> tuple[Section, ...]:
 
 CHECKSUM = struct.Struct("<Q")
 OPTIONAL = 1  # section flag: a program that does not know the kind may read, and must not write
-OPTIONAL_SECTIONS = frozenset({Section.SKETCH_CHECKSUMS, Section.KEY_SKETCHES})
+SKETCH_SECTIONS = frozenset({Section.SKETCH_CHECKSUMS, Section.KEY_SKETCHES})
 """Sections that a file may lack: all of them, or none."""
+RECENT_SECTIONS = (Section.RECENT_ROWS, Section.SINK_ROWS)
+"""Sections of every layer that a file may lack: each kind by itself."""
+OPTIONAL_SECTIONS = SKETCH_SECTIONS.union(RECENT_SECTIONS)
+"""Sections without which a file can be read as well."""
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -252,7 +267,17 @@ def block_checksum(track: int, block: int, rows: int, digests: Sequence[int]) ->
 def tables() -> str:
     """Return the layout as Markdown tables, for docs/format.md."""
     parts = []
-    records = (HEADER, LAYER_ENTRY, SECTION_ENTRY, STATE_ENTRY, SLOT, CHECKPOINT_ENTRY, CHECKPOINT_HEADER, LIVE)
+    records = (
+        HEADER,
+        LAYER_ENTRY,
+        SECTION_ENTRY,
+        STATE_ENTRY,
+        SLOT,
+        CHECKPOINT_ENTRY,
+        CHECKPOINT_HEADER,
+        LIVE,
+        RECENT_HEAD,
+    )
     for record in records:
         parts += [f"### {record.title} ({record.size} bytes)", "", "| offset | bytes | field | meaning |"]
         parts.append("|---:|---:|---|---|")

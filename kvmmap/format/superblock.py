@@ -27,7 +27,9 @@ from .records import (
     OPTIONAL,
     OPTIONAL_SECTIONS,
     PAGE,
+    RECENT_SECTIONS,
     SECTION_ENTRY,
+    SKETCH_SECTIONS,
     SLOT,
     STATE_ENTRY,
     STATES_FEATURE,
@@ -232,6 +234,8 @@ class Superblock:
                 capacity=header["capacity"],
                 layers=layers,
                 block_tokens=header["block_tokens"],
+                recent_window=_recent_slots(sections, Section.RECENT_ROWS, layers),
+                sinks=_recent_slots(sections, Section.SINK_ROWS, layers),
                 states=decode_states(bytes(body[states_at:]), path),
                 checkpoint_slots=int((sections.kinds == Section.CHECKPOINT).sum()) - SPARE_SLOTS,
             )
@@ -280,7 +284,12 @@ def _sizes_of_layer(layer: LayerGeometry, geometry: CacheGeometry) -> dict[int, 
     if not layer.has_rows:
         return {}
     slabs = zip(slab_sections(layer), layer.slab_bytes(geometry.capacity), strict=True)
-    return {**dict[int, int](slabs), Section.KEY_SKETCHES: layer.sketch_bytes(geometry.num_blocks)}
+    recent = zip(RECENT_SECTIONS, (geometry.recent_window, geometry.sinks), strict=True)
+    return {
+        **dict[int, int](slabs),
+        Section.KEY_SKETCHES: layer.sketch_bytes(geometry.num_blocks),
+        **{kind: slots * layer.recent_bytes for kind, slots in recent if slots},
+    }
 
 
 def _decode_layers(data: memoryview, path: str) -> tuple[LayerGeometry, ...]:
@@ -317,6 +326,15 @@ def _codec(part: str, place: tuple[int, int], layer: int, path: str) -> RowCodec
     )
 
 
+def _recent_slots(sections: SectionTable, kind: Section, layers: tuple[LayerGeometry, ...]) -> int:
+    """Return how many records a section of rows in 16 bits has, by its size in the first layer that has rows."""
+    for number, layer in enumerate(layers):
+        if layer.has_rows:
+            extent = sections.get((kind, number))
+            return extent.size // layer.recent_bytes if extent else 0
+    return 0
+
+
 def _check_sections(
     sections: SectionTable,
     geometry: CacheGeometry,
@@ -328,10 +346,10 @@ def _check_sections(
     metadata = sections.get((Section.METADATA, WHOLE_CACHE))
     if metadata is None or metadata.size % (2 * PAGE):
         raise corrupt("the metadata section is missing or of odd size")
-    some = not OPTIONAL_SECTIONS.isdisjoint(sections.kinds.tolist())
+    some = not SKETCH_SECTIONS.isdisjoint(sections.kinds.tolist())
 
     def check(kind: int, layer: int, size: int | None, expected: int) -> None:
-        if size is None and (some or kind not in OPTIONAL_SECTIONS):
+        if size is None and (some or kind not in SKETCH_SECTIONS):
             raise corrupt(f"section {Section(kind).name} of layer {layer} is missing")
         if size is not None and size != expected:
             raise corrupt(f"section {Section(kind).name} has {size} bytes for {expected}")
@@ -343,6 +361,9 @@ def _check_sections(
         extent = sections.get(place)
         check(*place, extent and extent.size, expected)
     sizes, wanted = sections.sizes_by_layer(geometry.num_layers, _NUM_KINDS), _sizes_by_layer(geometry)
+    for kind in RECENT_SECTIONS:  # whose sizes in the first layer say how many records there are
+        if (sizes[:, kind] >= 0).any() and (wanted[:, kind] < 0).all():
+            raise corrupt(f"section {kind.name} of the first layer is missing, or too small for a record")
     wrong = (sizes != wanted) & (wanted >= 0)  # checkpoint slots, which are numbered by slot, have none wanted
     for number, column in np.argwhere(wrong).tolist() if wrong.any() else ():
         size = int(sizes[number, column])

@@ -260,7 +260,7 @@ class Library(LibraryUpkeep):
             for start in range(session.reused, len(ids), COPY_POSITIONS):
                 stop = min(start + COPY_POSITIONS, len(ids))
                 for layer, old in zip(session.layers, source.layers, strict=True):
-                    layer.extend_quantized(*old.read_quantized(start, stop))
+                    layer.extend_from(old, start, stop)
                 session.push_token_ids(ids[start:stop])
             name = session.name if len(ids) > session.reused or session.continues else None
         found = (

@@ -119,6 +119,15 @@ class CacheReport:
     block_tokens: int
     """Positions in a block, the unit of checksums."""
 
+    recent_window: int
+    """Last positions that are kept in 16 bits besides."""
+
+    sinks: int
+    """First positions that are kept in 16 bits besides."""
+
+    recent_bytes: int
+    """Bytes of these over all layers, whatever the length."""
+
     memory_bytes: int
     """Bytes of codes and scales over the whole capacity, all layers."""
 
@@ -185,6 +194,9 @@ def inspect(cache: QuantizedKvCache) -> CacheReport:
         capacity=cache.capacity,
         token_len=cache.token_len,
         block_tokens=cache.geometry.block_tokens,
+        recent_window=cache.geometry.recent_window,
+        sinks=cache.geometry.sinks,
+        recent_bytes=cache.geometry.recent_bytes,
         memory_bytes=cache.memory_bytes,
         stored_bytes=sum(layer.stored_bytes for layer in layers),
         fp32_memory_bytes=cache.fp32_memory_bytes,

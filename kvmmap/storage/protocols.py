@@ -29,10 +29,12 @@ from ..errors import CacheChangedError, ClosedError, KvmmapError
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry, check_room
 from ..metadata import Document
+from ..recent import RecentRows
 from ..rows import Rows as Rows
 from .checkpoints import Checkpoints, MemoryCheckpoints
 from .verify_report import Damage as Damage
 from .verify_report import VerifyReport as VerifyReport
+from .verify_report import damaged_record as damaged_record
 
 Verify = Literal["read", "open", "none"]
 """When rows are compared with their checksums automatically: each block when a handle first reads it; all of them on
@@ -118,9 +120,43 @@ class LayerStore(ABC):
         most = max(1, STAGE_BYTES // self.geometry.position_bytes)
         return Rows.allocate(self.geometry, min(count, most))
 
+    def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
+        """Keep rows that were written from position `start` on in 16 bits besides: see `RecentRows.keep`. Called before
+        `publish`, and only where `recent` is not None."""
+        assert self.recent is not None
+        self.recent.keep(start, keys, key_dtype, values, value_dtype)
+
     def publish(self, length: int) -> None:
         """Make everything below `length` part of the layer."""
         self.length = length
+
+    # Rows in 16 bits
+
+    @functools.cached_property
+    def recent(self) -> RecentRows | None:
+        """What this handle has of the last and first rows in 16 bits; None if the cache keeps none."""
+        return RecentRows.of(self._storage.geometry, self.index)
+
+    def recent_rows(self) -> RecentRows | None:
+        """Return `recent`, with all that is stored for the positions below `length`."""
+        return self.recent
+
+    def take_recent(self, source: RecentRows, start: int, stop: int, at: int = 0) -> None:
+        """Take over what another layer's `recent_rows` holds of positions [start, stop), whose coded rows were written
+        here from position `at` on."""
+        if self.recent is not None:
+            self.recent.copy_from(source, start, stop, at)
+
+    def save_recent(self) -> None:
+        """Write the rows in 16 bits that are in memory alone, where the storage has another place for them."""
+
+    def settle_recent(self) -> None:
+        """As `save_recent`, and repair what a crash has torn: before the storage counts as closed."""
+
+    def forget_recent(self, length: int) -> None:
+        """Forget the rows in 16 bits of positions from `length` on."""
+        if self.recent is not None:
+            self.recent.cut(length)
 
     # Reading
 
@@ -321,6 +357,7 @@ class Storage(ABC):
             self.check_writable()
             for layer in self.layers:
                 layer.length = min(layer.length, length)
+                layer.forget_recent(layer.length)
             self.token_len = min(self.token_len, length)
             self.checkpoints.cut(length)
             self._truncations += 1

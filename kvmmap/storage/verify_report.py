@@ -22,6 +22,12 @@ class Damage:
     """One past its last committed position."""
 
 
+def damaged_record(layer: int, position: int) -> Damage:
+    """Return the damage of a position's row in 16 bits: nothing is lost, since its coded row is used instead."""
+    what = f"layer {layer}, position {position} in 16 bits: checksum does not match; its coded row is used instead"
+    return Damage(what, layer, position, position + 1)
+
+
 @dataclass(slots=True)
 class VerifyReport:
     """What `verify` looked at, and found."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..storage.protocols import Rows
+from ..storage.protocols import Rows, Storage
 from ..storage.receiving import CopyRange, Receiver
 from .plan import Plan
 
@@ -36,7 +36,17 @@ def fill(plan: Plan, receiver: Receiver) -> Iterator[int]:
             target.publish_tokens(min(stop, plan.tokens))
         for store in target.layers:
             store.publish(stop)
+        if stop == plan.length:
+            copy_recent(plan, target)
         yield stop
+
+
+def copy_recent(plan: Plan, target: Storage) -> None:
+    """Copy what the source keeps in 16 bits of the positions that were copied."""
+    for number, layer in enumerate(plan.layers):
+        kept = plan.incoming.source.layers[layer].recent_rows()
+        if kept is not None:
+            target.layers[number].take_recent(kept, plan.start, plan.start + plan.length)
 
 
 def _rows(part: CopyRange, *, compared_later: bool) -> Iterator[Rows]:

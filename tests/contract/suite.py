@@ -57,6 +57,8 @@ class StorageContract:
         for layer, other in zip(cache.layers, expected.layers, strict=True):
             for mine, wanted in zip(layer.read_quantized(), other.read_quantized(), strict=True):
                 np.testing.assert_array_equal(mine, wanted)
+            np.testing.assert_array_equal(layer.read_keys(), other.read_keys())
+            np.testing.assert_array_equal(layer.read_values(), other.read_values())
 
     # Appending and reading
 

@@ -24,6 +24,8 @@ from ..output import INDEX, count, plain, size
 @click.option("--preset", help="Codecs: int8, fidelity, compact, small, tiny or lossless.")
 @click.option("--key-codec", metavar="NAME[,NAME...]", help="The codec of keys: one, or one a layer.")
 @click.option("--value-codec", metavar="NAME[,NAME...]", help="The codec of values, likewise.")
+@click.option("--recent-window", type=int, metavar="N", help="Last positions to keep in 16 bits besides.")
+@click.option("--sinks", type=int, metavar="N", help="First positions to keep in 16 bits besides.")
 @click.option("--model", metavar="NAME", help="The model's name.")
 @click.option("--revision", metavar="TEXT", help="The revision of its weights.")
 @click.option("--fingerprint", metavar="TEXT", help="A digest of config and weights.")
@@ -75,13 +77,16 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         if given[option] is not None:
             settings[name] = _numbers(given[option], option)
     if given["preset"] is not None:  # other codecs than those of the cache that it is like
-        settings.pop("key_codec", None)
-        settings.pop("value_codec", None)
+        for name in ("key_codec", "value_codec", "recent_window", "sinks"):
+            settings.pop(name, None)
         settings["preset"] = given["preset"]
     for option in ("key_codec", "value_codec"):
         if given[option] is not None:
             names = given[option].split(",")
             settings[option] = names[0] if len(names) == 1 else names
+    for option in ("recent_window", "sinks"):
+        if given[option] is not None:
+            settings[option] = given[option]
     missing = {"num_layers": "layers", "num_kv_heads": "kv-heads", "head_dim": "head-dim", "capacity": "capacity"}
     for name, option in missing.items():
         if name not in settings:
@@ -115,6 +120,8 @@ def _of_cache(path: str) -> dict[str, Any]:
             "value_head_dim": [layer.value_head_dim for layer in layers],
             "key_codec": [layer.key_codec.name for layer in layers],
             "value_codec": [layer.value_codec.name for layer in layers],
+            "recent_window": cache.geometry.recent_window,
+            "sinks": cache.geometry.sinks,
             "capacity": cache.capacity,
             "model": cache.model,
         }

@@ -20,7 +20,7 @@ from ...storage.protocols import Durability
 from . import rope
 from .copies import in_memory, rebuilt
 from .models import LayerKind
-from .opening import check_stored, note_regimes, record_known, room_beside, settings, spread
+from .opening import check_stored, note_regimes, record_known, room_beside, settings, spread_like
 from .resident import Resident, check_resident
 from .stored import StoredSequence
 
@@ -42,6 +42,8 @@ class KvmmapCache(StoredSequence):
         model: the model that will use it, or its config. With the model, its weights' fingerprint is recorded, and the
             token ids of every forward pass of it; with the config alone, neither (see `record_token_ids`).
         capacity: positions to reserve; by default as many as the model is made for.
+        recent_window: last positions to keep in 16 bits besides, as in `kvmmap.create`.
+        sinks: first positions to keep in 16 bits besides.
         metadata: plain JSON of your own.
         fingerprint: a digest of the weights, if you have one; else it is computed of all of them.
         resident: "device" keeps keys and values as tensors on the device that the model runs on, in its dtype, as
@@ -59,12 +61,14 @@ class KvmmapCache(StoredSequence):
         model: Any,
         capacity: int | None = None,
         *,
+        recent_window: int = 0,
+        sinks: int = 0,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         resident: Resident = "host",
     ) -> None:
         check_resident(resident)
-        kinds, shapes = settings(model, capacity, metadata, fingerprint)
+        kinds, shapes = settings(model, capacity, metadata, fingerprint, recent_window, sinks)
         self._attach(None, QuantizedKvCache(**shapes), kinds, model, resident)
 
     @classmethod
@@ -74,6 +78,8 @@ class KvmmapCache(StoredSequence):
         model: Any,
         *,
         capacity: int | None = None,
+        recent_window: int = 0,
+        sinks: int = 0,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         resident: Resident = "host",
@@ -86,7 +92,7 @@ class KvmmapCache(StoredSequence):
 
         Args:
             path: where; what ends with ".zarr" is a group in a directory, a URL one in an object store.
-            model, capacity, metadata, fingerprint, resident: as in the constructor.
+            model, capacity, recent_window, sinks, metadata, fingerprint, resident: as in the constructor.
             durability, overwrite, timeout, storage_options: as in `kvmmap.create`.
 
         Raises:
@@ -94,7 +100,7 @@ class KvmmapCache(StoredSequence):
             CacheExistsError, CacheNotFoundError, CacheLockedError, OSError: as in `kvmmap.create`.
         """
         check_resident(resident)
-        kinds, shapes = settings(model, capacity, metadata, fingerprint)
+        kinds, shapes = settings(model, capacity, metadata, fingerprint, recent_window, sinks)
         stored = create(
             path,
             **shapes,
@@ -144,7 +150,7 @@ class KvmmapCache(StoredSequence):
             if mode == "a":
                 return cls._of(None, stored, kinds, model, resident)
             room = room_beside(stored) if room is None else room
-            own = QuantizedKvCache(**spread(stored.geometry.layers, room), model=stored.model)
+            own = QuantizedKvCache(**spread_like(stored, room, stored.seq_len), model=stored.model)
             return cls._of(stored, own, kinds, model, resident)
         except BaseException:
             stored.close()
@@ -207,7 +213,7 @@ class KvmmapCache(StoredSequence):
             held = self._length if self._saved is None else self._kept
             made = fork(source.path, path, length=min(held, length), capacity=capacity)
         else:
-            shapes = spread(source.geometry.layers, capacity)
+            shapes = spread_like(source, capacity)
             made = create(path, **shapes, metadata=source.metadata, model=source.model)
         try:
             with made:
@@ -215,7 +221,7 @@ class KvmmapCache(StoredSequence):
                 for layer, copy in zip(self._layers, made.layers, strict=True):
                     for part, start, stop in layer.parts(done, length):
                         # Views: they raise if the file does not hold any more what it did when it was opened.
-                        copy.extend_quantized(*part.read_quantized(start, stop))
+                        copy.extend_from(part, start, stop)
                 record_known(made, self.token_ids[:length])
                 if self._rope is not None:
                     note_regimes(made, rope.cut(self._regimes, length))

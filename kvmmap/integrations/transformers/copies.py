@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
 from .models import LayerKind
-from .opening import record_known, spread
+from .opening import record_known, spread_like
 
 
 def in_memory(cache: QuantizedKvCache) -> dict[str, Any]:
     """Return all that a cache in memory holds; arrays are copies."""
     length = cache.seq_len
     return {
-        "shapes": spread(cache.geometry.layers, cache.capacity) | {"metadata": cache.metadata, "model": cache.model},
+        "shapes": spread_like(cache, cache.capacity) | {"metadata": cache.metadata, "model": cache.model},
         "rows": [[array.copy() for array in layer.read_quantized(0, length)] for layer in cache.layers],
+        "recent": [layer.recent_rows() for layer in cache.layers],
         "token_ids": cache.token_ids[:length],
     }
 
@@ -41,6 +42,9 @@ def rebuilt(
     own = QuantizedKvCache(**held["shapes"])
     for layer, rows in zip(own.layers, held["rows"], strict=True):
         layer.extend_quantized(*rows)
+    for store, kept in zip(own.storage.layers, held["recent"], strict=True):
+        if kept is not None:
+            store.take_recent(kept, 0, store.length)
     record_known(own, held["token_ids"])
     made = kind._of(None, own, kinds, model)
     made.record_token_ids(told) if len(told) else None

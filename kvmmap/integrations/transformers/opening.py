@@ -28,7 +28,12 @@ MOST_ROOM = 32_768
 
 
 def settings(
-    model: Any, capacity: int | None, metadata: Mapping[str, Any] | None, fingerprint: str | None
+    model: Any,
+    capacity: int | None,
+    metadata: Mapping[str, Any] | None,
+    fingerprint: str | None,
+    recent_window: int = 0,
+    sinks: int = 0,
 ) -> tuple[list[LayerKind], dict[str, Any]]:
     """Return a model's layers, and the arguments to make a cache for it with."""
     config = config_of(model)
@@ -42,7 +47,7 @@ def settings(
         "latent": [kind.latent for kind in kinds],
         "max_positions": max_positions(config),
     }
-    shapes = spread([kind.geometry for kind in kinds], capacity)
+    shapes = spread([kind.geometry for kind in kinds], capacity, recent_window, sinks)
     return kinds, shapes | {"metadata": own_notes(metadata or {}) | {NOTES: notes}, "model": info}
 
 
@@ -57,7 +62,7 @@ def own_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return dict(metadata)
 
 
-def spread(layers: Sequence[LayerGeometry], capacity: int) -> dict[str, Any]:
+def spread(layers: Sequence[LayerGeometry], capacity: int, recent_window: int = 0, sinks: int = 0) -> dict[str, Any]:
     """Return the arguments that make a cache of such layers."""
     return {
         "num_layers": len(layers),
@@ -67,7 +72,15 @@ def spread(layers: Sequence[LayerGeometry], capacity: int) -> dict[str, Any]:
         "value_head_dim": [layer.value_head_dim for layer in layers],
         "key_codec": [layer.key_codec.name for layer in layers],
         "value_codec": [layer.value_codec.name for layer in layers],
+        "recent_window": recent_window,
+        "sinks": sinks,
     }
+
+
+def spread_like(cache: QuantizedKvCache, capacity: int, start: int = 0) -> dict[str, Any]:
+    """Return the arguments that make a cache of a cache's layers, for its positions from `start` on."""
+    geometry = cache.geometry
+    return spread(geometry.layers, capacity, geometry.recent_window, max(0, geometry.sinks - start))
 
 
 def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) -> list[LayerKind]:

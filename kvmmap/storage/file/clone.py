@@ -21,6 +21,7 @@ from ..protocols import Durability, Progress
 from .mapped_file import read_superblock
 from .placement import already_exists, build_file, place_of
 from .reader import MappedReader
+from .resize import copy_recent
 from .verify import check_blocks, check_tokens
 from .writer import MappedWriter
 
@@ -113,6 +114,7 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
         new.write_sketches(0, rows // size)
     for layer in new.layers:
         layer.publish(length)
+    copy_recent(old.layers, new.layers, length)
     new.publish_tokens(min(old.token_len, length))
     copy_checkpoints(old.checkpoints, new.checkpoints, length)
     new.commit()

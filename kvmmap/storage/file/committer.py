@@ -121,6 +121,7 @@ class Committer(MappedReader):
         self.checkpoints.reload(slot)
         for layer, length in zip(self.layers, self.live.lengths(), strict=True):
             layer.length = length if length >= 0 else layer.length
+            layer.forget_recent(layer.length)
         tokens = self.live.get("token_len")
         self.token_len = tokens if tokens >= 0 else self.token_len
         if self._state is WriterState.INTERRUPTED:
@@ -241,6 +242,7 @@ class Committer(MappedReader):
         try:
             tails = self._checksums.write(length, tokens)
             self._sketches.commit(length)
+            self._save_recent(closed=closed)
             half, size, digest = before.metadata_half, before.metadata_bytes, before.metadata_checksum
             if self._new_document is not None:
                 # The half that the last commit does not name: it stays readable until this one counts.
@@ -270,6 +272,12 @@ class Committer(MappedReader):
         except BaseException:
             self.interrupt()
             raise
+
+    def _save_recent(self, *, closed: bool) -> None:
+        """Write the rows in 16 bits that the file does not have yet. Before it counts as closed, look for torn ones."""
+        if self.geometry.keeps_recent:
+            for layer in self.layers if closed else self.layers.made():
+                layer.settle_recent() if closed else layer.save_recent()
 
     def _write_slot(self, slot: Slot) -> None:
         which = 1 - self.snapshot.which

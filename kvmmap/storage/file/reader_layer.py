@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...format import slab_sections
+from ...recent import RecentRows
 from ..protocols import Rows
 from ..readonly import ReadOnlyLayer, ReadOnlyStorage
 from ..sketches import ComputedSketches
@@ -15,6 +16,7 @@ from . import page_cache
 from .file_sketches import KeptSketches
 from .first_read import is_verified, verify_rows
 from .mapped_file import MappedFile
+from .recent_records import LayerRecords
 from .snapshot import SnapshotHolder
 
 
@@ -32,6 +34,32 @@ class MappedLayer(ReadOnlyLayer):
         self._kept_sketches = KeptSketches(mapped.superblock, index) if mapped.superblock.has_sketches else None
         self._sketches = ComputedSketches(self.geometry, self._block_tokens)
         self._slabs: Rows | None = None
+        self._records = LayerRecords(mapped.superblock, index) if mapped.geometry.keeps_recent else None
+        self._loaded: tuple[int, int] | None = None
+        """The length and generation of the rows in 16 bits that are in memory."""
+        self._torn: list[int] = []
+        """Positions whose record was torn or damaged when they were read."""
+
+    def recent_rows(self) -> RecentRows | None:
+        if self._records is None:
+            return None
+        wanted = self.length, self._holder.current.generation_word
+        if self._loaded != wanted:
+            with self._mapped.lock:
+                self._load_recent(*wanted)
+        return self.recent
+
+    def _load_recent(self, length: int, generation: int) -> None:
+        recent, records = self.recent, self._records
+        assert recent is not None
+        assert records is not None
+        if self._loaded is not None and self._loaded[1] != generation:
+            recent.clear()  # positions may have other rows since
+        memory = memoryview(self._mapped.rows_memory)
+        self._torn = records.load(
+            recent, self.slabs().part, length, lambda offset, size: memory[offset : offset + size]
+        )
+        self._loaded = length, generation
 
     def slabs(self) -> Rows:
         slabs = self._slabs

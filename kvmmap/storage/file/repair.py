@@ -19,11 +19,13 @@ import numpy as np
 from ...errors import CorruptCacheError
 from ...format import NO_TOKEN, PAGE, Section
 from ...metadata import Document
+from ...recent import RecentRows
 from ...rows import zero_rows
 from ..posix import closing_on_error
 from ..protocols import Damage, Progress
 from .mapped_file import open_file, read_superblock
 from .placement import already_exists, build_file, place_of, refuse_locked
+from .recent_records import LayerRecords
 from .recovery import DamagedFile, Reach
 from .writer import MappedWriter
 
@@ -138,6 +140,7 @@ class _Repair:
                         path=old.path,
                         position=0,
                     )
+                self._copy_recent(new, kept + unverified)
                 tokens = self._copy_tokens(new, kept)
                 self._copy_checkpoints(new, kept + unverified)
                 restorable = new.checkpoints.last(kept + unverified) if new.geometry.states else kept + unverified
@@ -234,6 +237,14 @@ class _Repair:
             for store in new.layers:
                 store.publish(last)
         return stop - start
+
+    def _copy_recent(self, new: MappedWriter, length: int) -> None:
+        """Copy what holds of the rows in 16 bits; what does not costs nothing but exactness."""
+        for number, layer in enumerate(new.layers):
+            rows = RecentRows.of(self.old.geometry, number)
+            if rows is not None:
+                LayerRecords(self.old.superblock, number).load(rows, layer.slabs().part, length, self.old.read)
+                layer.take_recent(rows, 0, length)
 
     def _copy_checkpoints(self, new: MappedWriter, length: int) -> None:
         """Copy the checkpoints that match their checksums, up to a length."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from ...errors import CapacityExceededError, CorruptCacheError
 from ...geometry import CacheGeometry
@@ -79,6 +80,7 @@ def _copy(old: MappedWriter, new: MappedWriter, length: int, progress: Progress 
             copy_rows(source, target, start, stop)
         if progress:
             progress(total * stop // length, total)
+    copy_recent(old.layers, new.layers, length)
     new.write_tokens(0, old.read_tokens(min(old.token_len, length)))
     new.publish_tokens(min(old.token_len, length))
     copy_checkpoints(old.checkpoints, new.checkpoints, length)
@@ -89,3 +91,12 @@ def copy_rows(source: LayerStore, target: LayerStore, start: int, stop: int) -> 
     rows: Rows = source.slabs().part(start, stop)
     target.write(target.begin(stop - start), rows)
     target.publish(stop)
+
+
+def copy_recent(sources: Sequence[LayerStore], targets: Sequence[LayerStore], length: int) -> None:
+    """Copy what is kept in 16 bits of the first `length` positions, whose coded rows were copied."""
+    for source, target in zip(sources, targets, strict=True):
+        kept = source.recent_rows()
+        if kept is not None:
+            target.take_recent(kept, 0, length)
+            target.save_recent()

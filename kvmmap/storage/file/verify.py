@@ -13,6 +13,7 @@ from ...format import CheckpointHeader, Extent, Section, Slot, Superblock, block
 from ..protocols import Damage, Progress, VerifyReport
 from .file_sketches import check_sketches
 from .mapped_file import MappedFile
+from .recent_records import check_records
 from .snapshot import Snapshot, SnapshotHolder
 
 
@@ -44,6 +45,8 @@ def verify_file(mapped: MappedFile, holder: SnapshotHolder, length: int, progres
             progress(report.bytes, total)
     report.damages += check_checkpoints(mapped, slot)
     report.damages += check_tokens(mapped, slot)
+    if slot.closed and not mapped.live.in_use():
+        report.damages += check_records(mapped, slot.seq_len)
     report.blocks += -(-slot.token_len // geometry.block_tokens)
     report.bytes = total
     if progress:

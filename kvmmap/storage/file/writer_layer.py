@@ -8,12 +8,16 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from numpy.typing import NDArray
+
 from ...geometry import LayerGeometry, check_room
+from ...recent import RecentRows
 from ..protocols import Rows
 from .committer import Committer
 from .live_record import LiveRecord
 from .mapped_file import MappedFile
 from .reader_layer import MappedLayer
+from .recent_records import SAVED_TOGETHER
 from .snapshot import SnapshotHolder
 
 SCRATCH_BYTES = 2 * 1024 * 1024
@@ -55,6 +59,8 @@ class WriterLayer(MappedLayer):
         self._row_bytes = self.geometry.slab_bytes(1)
         self._live: LiveRecord | None = mapped.live
         self._scratch_rows = scratch
+        self._unsaved: tuple[int, int] | None = None
+        """Positions [start, stop) whose rows in 16 bits are in memory alone."""
 
     @cached_property
     def _scratch(self) -> tuple[Rows, Rows]:
@@ -97,11 +103,70 @@ class WriterLayer(MappedLayer):
         for low, high in self._byte_ranges(start, stop):
             self._mapped.file.start_sync(low, high - low)
 
+    # Rows in 16 bits
+
+    def recent_rows(self) -> RecentRows | None:
+        """What the file has is read once; from then on, what is appended is in memory already."""
+        return self.recent if self._loaded is not None else super().recent_rows()
+
+    def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
+        if self._loaded is None:
+            super().recent_rows()
+        super().keep(start, keys, key_dtype, values, value_dtype)
+        self._note_unsaved(start, start + len(keys))
+
+    def take_recent(self, source: RecentRows, start: int, stop: int, at: int = 0) -> None:
+        if self._records is not None:
+            if self._loaded is None:
+                super().recent_rows()
+            super().take_recent(source, start, stop, at)
+            self._note_unsaved(at, at + stop - start)
+
+    def forget_recent(self, length: int) -> None:
+        if self._loaded is not None:
+            super().forget_recent(length)
+        if self._unsaved is not None:
+            start, stop = min(self._unsaved[0], length), min(self._unsaved[1], length)
+            self._unsaved = (start, stop) if start < stop else None
+
+    def _note_unsaved(self, start: int, stop: int) -> None:
+        if self._unsaved is not None:
+            start = min(start, self._unsaved[0])
+        self._unsaved = start, stop
+        if stop - start >= SAVED_TOGETHER:
+            self.save_recent()
+
+    def save_recent(self) -> None:
+        """Write the rows in 16 bits that are in memory alone, and empty the slots whose record was torn; a commit makes
+        this durable.
+
+        Raises:
+            OSError: the disk is full or failing.
+        """
+        recent, records, file = self.recent, self._records, self._mapped.file
+        if recent is None or records is None:
+            return
+        for position in self._torn:
+            records.drop(recent, position, file)
+        self._torn = []
+        if self._unsaved is not None:
+            records.save(recent, self.slabs().part, *self._unsaved, file)
+            self._unsaved = None
+
+    def settle_recent(self) -> None:
+        """As `save_recent`, and look for torn records if none were read yet: before the file counts as closed."""
+        if self._records is not None:
+            if self._loaded is None:
+                super().recent_rows()
+            self.save_recent()
+
     def forget_map(self) -> None:
         super().forget_map()
         self._live = None
 
     def publish(self, length: int) -> None:
+        if length < self.length:
+            self.forget_recent(length)
         live = self._live or self._mapped.live
         try:
             live.publish(self.index, length)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ...recent import RecentRows
 from ..protocols import Rows
 from ..readonly import ReadOnlyLayer, ReadOnlyStorage
 from ..streaming import RowStream, WriteBytes
 from .handle import GroupHandle
+from .recent_rows import load_recent
 from .shard_cache import ShardCache
 
 
@@ -35,6 +37,22 @@ class ZarrLayer(ReadOnlyLayer):
         self._shards = shards
         # No reference cycle, as in `LayerStore`.
         self._storage = weakref.proxy(storage)
+        self._loaded: tuple[int, int] | None = None
+        """The length and version of the rows in 16 bits that are in memory."""
+
+    def recent_rows(self) -> RecentRows | None:
+        recent = self.recent
+        if recent is not None and self._loaded != (self.length, self._handle.truncations):
+            with self._handle.fetch_lock:
+                self._load_recent(recent, self.length, self._handle.truncations)
+        return recent
+
+    def _load_recent(self, recent: RecentRows, length: int, version: int) -> None:
+        if self._loaded is not None and self._loaded[1] != version:
+            recent.clear()  # positions may have other rows since
+        with self._handle.watching_closing():
+            load_recent(self._handle, self.index, recent, self.rows, length)
+        self._loaded = length, version
 
     @property
     def length(self) -> int:

@@ -21,6 +21,9 @@ MAX_SHARD_BYTES = 2**32
 
 ROOT_KEY = "zarr.json"
 
+RECENT_ARRAY = "recent_rows"
+"""The array of a layer's rows in 16 bits, as records."""
+
 COMPRESSORS: dict[str | None, int | None] = {None: None, "zstd": 3}
 """Names that users give, and zstd's level."""
 
@@ -72,6 +75,10 @@ class Layout:
     def data_key(self, layer: int, array: str, shard: int) -> str:
         """Key of a shard of one of a layer's arrays, by its name in the geometry."""
         return f"layers/{layer}/{array}/c/{shard}" + _first_chunk(self.geometry.layers[layer], array)
+
+    def recent_key(self, layer: int) -> str:
+        """Key of a layer's rows in 16 bits, one chunk."""
+        return f"layers/{layer}/{RECENT_ARRAY}/c/0/0"
 
     def tokens_key(self, chunk: int) -> str:
         """Key of a chunk of token ids, `shard_tokens` long."""
@@ -125,6 +132,9 @@ def _layer_arrays(layout: Layout, shape: LayerGeometry) -> dict[str, bytes]:
         shard = (layout.shard_tokens, *slab.shape)
         whole = (layout.geometry.capacity, *slab.shape)
         found[slab.name] = _array(whole, slab.dtype.str, chunk, 0, axes[: len(whole)], shard, layout.level)
+    if layout.geometry.keeps_recent and shape.has_rows:
+        records = (layout.geometry.sinks + layout.geometry.recent_window, shape.recent_bytes)
+        found[RECENT_ARRAY] = _array(records, "|u1", records, 0, ("slot", "byte"))
     return found
 
 

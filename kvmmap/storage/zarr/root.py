@@ -107,6 +107,7 @@ class Root(Commit):
             "shard_blocks": self.layout.shard_blocks,
             "compressor": self.layout.compressor,
             **_codecs(geometry),
+            **_recent(geometry),
             "layers": [[layer.num_kv_heads, layer.head_dim, layer.value_head_dim] for layer in geometry.layers],
             "sequence": self.sequence,
             "seq_len": self.seq_len,
@@ -169,6 +170,8 @@ class Root(Commit):
                 for numbers, codecs in zip(facts["layers"], _layer_codecs(facts), strict=True)
             ),
             block_tokens=facts["block_tokens"],
+            recent_window=facts.get("recent_window", 0),
+            sinks=facts.get("sinks", 0),
             **decode_states(facts),
         )
         if facts["version"] != layout_version(geometry):
@@ -238,6 +241,11 @@ def _codecs(geometry: CacheGeometry) -> dict[str, Any]:
         return {"codec": INT8.id_name, "transform": INT8.transform_name}
     codecs = [[layer.key_codec.name, layer.value_codec.name] for layer in geometry.layers]
     return {"codec": PER_LAYER, "transform": PER_LAYER, "codecs": codecs}
+
+
+def _recent(geometry: CacheGeometry) -> dict[str, int]:
+    """Return the facts that say what is kept in 16 bits; none where nothing is, as groups always had them."""
+    return {"recent_window": geometry.recent_window, "sinks": geometry.sinks} if geometry.keeps_recent else {}
 
 
 def _layer_codecs(facts: dict[str, Any]) -> list[list[str]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 
 from ...geometry import LayerGeometry
-from ..protocols import Damage, Progress, VerifyReport
+from ...recent import RecentRows
+from ..protocols import Damage, Progress, Rows, VerifyReport, damaged_record
 from .checkpoints import check_checkpoints
 from .committed import BlockChecksums, read_token_chunk
 from .download import Block, Fetch, ShardRows
 from .handle import GroupHandle
+from .recent_rows import load_recent
 from .shard_cache import ShardCache
 
 UNDER_WAY = 2**26
@@ -53,6 +55,7 @@ def verify_group(
             progress(report.bytes, total)
     report.damages += check_checkpoints(handle)
     _check_tokens(handle, report)
+    _check_recent(handle, report)
     report.bytes = total
     if progress:
         progress(total, total)
@@ -81,3 +84,14 @@ def _check_tokens(handle: GroupHandle, report: VerifyReport) -> None:
             what = f"token ids, positions [{start}, {stop}): missing, or checksum does not match"
             report.damages.append(Damage(what, None, start, stop))
     report.blocks += -(-length // handle.geometry.block_tokens)
+
+
+def _check_recent(handle: GroupHandle, report: VerifyReport) -> None:
+    """Note damaged records of rows in 16 bits. What they are compared with are their own checksums."""
+    for layer, shape in enumerate(handle.geometry.layers) if handle.geometry.keeps_recent else ():
+        rows = RecentRows.of(handle.geometry, layer)
+        if rows is None:
+            continue
+        nothing = Rows.allocate(shape, 0)
+        damaged = load_recent(handle, layer, rows, lambda start, stop: nothing, report.verified)  # noqa: B023
+        report.damages += [damaged_record(layer, position) for position in damaged]

@@ -158,12 +158,25 @@ class ZarrWriter(ZarrReader):
 
     def _commit(self, length: int, tokens: int, *, closing: bool) -> None:
         self._outgoing.store(length)
+        self._store_recent(length)
         self._store_sums(length)
         self._store_tokens(tokens)
         self.finish_describing()
         self.objects.settle()
         self._put_root(length, tokens, self.root.generation, closed=closing)
         self._outgoing.return_borrowed()
+
+    def _store_recent(self, length: int) -> None:
+        """Store the rows in 16 bits of all layers, as many at once as there are threads."""
+        putting = []
+        for layer in self._writers:
+            records = layer.unsaved_records(length)
+            if records is not None:
+                put, key = self.objects.put, self.layout.recent_key(layer.index)
+                putting.append((layer, self.handle.pool.submit(put, key, [records])))
+        for layer, future in putting:
+            future.result()
+            layer.note_saved()
 
     def _put_root(self, length: int, tokens: int, generation: int, *, closed: bool) -> None:
         """Make another root count. Everything that it refers to is stored."""
@@ -264,7 +277,7 @@ class ZarrWriter(ZarrReader):
             self.checkpoints.cut(length)
             for layer in self._writers:
                 layer.length = min(layer.length, length)
-                layer.roll_back()
+                layer.roll_back()  # and forget what it keeps in 16 bits beyond
             self.handle.truncations += 1
             self.shards.drop(length // self.geometry.block_tokens)
             self.publish_tokens(min(self.token_len, length))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ...geometry import check_room
+from ...recent import RecentRows
 from ..protocols import Rows
 from ..readonly import ReadOnlyStorage
 from .handle import GroupHandle
 from .layer import ZarrLayer
 from .outgoing import OutgoingShards
+from .recent_rows import recent_records
 from .shard_cache import ShardCache
 
 
@@ -30,6 +35,8 @@ class ZarrWriterLayer(ZarrLayer):
         """True from the first write of an append to its publication."""
         self._staged: Rows | None = None
         """What `stage` has returned last."""
+        self._unsaved = False
+        """True if there are rows in 16 bits that are in memory alone."""
 
     def begin(self, count: int) -> int:
         self._storage.check_writable()
@@ -82,7 +89,33 @@ class ZarrWriterLayer(ZarrLayer):
     def roll_back(self) -> None:
         """Forget what a failed append has written past the length."""
         self._outgoing.roll_back(self.index)
+        self.forget_recent(self.length)
         self.ahead = False
+
+    # Rows in 16 bits
+
+    def recent_rows(self) -> RecentRows | None:
+        """What the group has is read once; from then on, what is appended is in memory already."""
+        return self.recent if self._loaded is not None else super().recent_rows()
+
+    def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
+        self.recent_rows()
+        super().keep(start, keys, key_dtype, values, value_dtype)
+        self._unsaved = True
+
+    def take_recent(self, source: RecentRows, start: int, stop: int, at: int = 0) -> None:
+        self.recent_rows()
+        super().take_recent(source, start, stop, at)
+        self._unsaved = True
+
+    def unsaved_records(self, length: int) -> NDArray[np.uint8] | None:
+        """Return the records of positions below `length`; None if the group has them."""
+        recent = self.recent_rows() if self._unsaved else None
+        return None if recent is None else recent_records(recent, self.geometry.recent_bytes, self.rows, length)
+
+    def note_saved(self) -> None:
+        """Note that the group has them."""
+        self._unsaved = False
 
     # Reading what is not stored yet
 

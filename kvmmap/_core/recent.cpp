@@ -1,0 +1,298 @@
+#include "recent.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "codec.h"
+#include "half.h"
+#include "merge.h"
+#include "xxh64.h"
+
+namespace kvmmap {
+namespace {
+
+uint64_t load_tag(const uint64_t* tag) { return __atomic_load_n(tag, __ATOMIC_ACQUIRE); }
+
+// A slot while it is written: empty, and full again only after all else.
+class Filling {
+  public:
+    explicit Filling(uint64_t* tag) : tag_(tag) {
+        __atomic_store_n(tag_, 0, __ATOMIC_RELEASE);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    }
+    void done(uint64_t tag) { __atomic_store_n(tag_, tag, __ATOMIC_RELEASE); }
+
+  private:
+    uint64_t* tag_;
+};
+
+// The form that a position's rows fit into; f32 bits beyond these round to infinity.
+Half form_of(const RowGrid& rows, int64_t position) {
+    constexpr uint32_t beyond_f16 = 0x477ff000, beyond_bf16 = 0x7f7f8000;
+    if (rows.dtype == Dtype::bf16) return Half::bf16;
+    if (rows.dtype == Dtype::f16) return Half::f16;
+    uint32_t top = 0;
+    for (int64_t head = 0; head < rows.inner; ++head) {
+        const char* in = static_cast<const char*>(rows.data) + position * rows.outer_stride + head * rows.inner_stride;
+        for (int64_t d = 0; d < rows.dim; ++d) {
+            uint32_t bits;
+            std::memcpy(&bits, in + 4 * d, 4);
+            top = std::max(top, bits & 0x7fffffffu);
+        }
+    }
+    return top < beyond_f16 ? Half::f16 : top < beyond_bf16 ? Half::bf16 : Half::none;
+}
+
+void narrow(const RowGrid& rows, int64_t position, Half form, float* room, uint16_t* out) {
+    const CodecKernels& kernels = codec_kernels();
+    const Dtype target = form == Half::f16 ? Dtype::f16 : Dtype::bf16;
+    const char* in = static_cast<const char*>(rows.data) + position * rows.outer_stride;
+    if (rows.dtype == target) {
+        for (int64_t head = 0; head < rows.inner; ++head)
+            std::memcpy(out + head * rows.dim, in + head * rows.inner_stride, 2 * rows.dim);
+        return;
+    }
+    kernels.widen[static_cast<int>(rows.dtype)](in, rows.inner_stride, rows.inner, rows.dim, room);
+    kernels.narrow[static_cast<int>(target)](room, rows.inner * rows.dim, reinterpret_cast<char*>(out));
+}
+
+// A digest of values by their bytes; of arrays it takes those of their digests.
+template <size_t N>
+uint64_t digest_of(const uint64_t (&words)[N]) {
+    return xxh64(words, sizeof words);
+}
+
+uint64_t checksum_of(uint64_t tag, uint64_t row, const void* keys, int64_t key_bytes, const void* values, int64_t value_bytes) {
+    return digest_of({tag, row, xxh64(keys, key_bytes), xxh64(values, value_bytes)});
+}
+
+}  // namespace
+
+uint64_t RecentRing::find(int64_t position) const {
+    if (!slots) return 0;
+    const uint64_t tag = load_tag(tags + slot(position));
+    return tag && position_of(tag) == position ? tag : 0;
+}
+
+void keep_rows(const RecentRing& ring, int64_t start, const RowGrid& keys, const RowGrid& values) {
+    if (!ring.slots) return;
+    std::unique_ptr<float[]> room;
+    for (int64_t i = std::max<int64_t>(0, keys.outer - ring.slots); i < keys.outer; ++i) {
+        const Half of_keys = form_of(keys, i), of_values = form_of(values, i);
+        const int64_t slot = ring.slot(start + i);
+        Filling filling(ring.tags + slot);
+        if (of_keys == Half::none || of_values == Half::none) continue;
+        if (!room) room.reset(new float[std::max(ring.key_numbers, ring.value_numbers) + readable_behind]);
+        narrow(keys, i, of_keys, room.get(), ring.keys + slot * ring.key_numbers);
+        narrow(values, i, of_values, room.get(), ring.values + slot * ring.value_numbers);
+        filling.done(tag_of(start + i, of_keys, of_values));
+    }
+}
+
+bool CodedArrays::has(int64_t position) const {
+    return position >= first && std::all_of(arrays.begin(), arrays.end(), [&](const Array& a) { return position - first < a.rows; });
+}
+
+uint64_t CodedArrays::digest(int64_t position) const {
+    uint64_t digests[4] = {};
+    const size_t count = std::min<size_t>(arrays.size(), 4);
+    for (size_t i = 0; i < count; ++i)
+        digests[i] = xxh64(arrays[i].data + (position - first) * arrays[i].row_bytes, arrays[i].row_bytes);
+    return xxh64(digests, 8 * static_cast<int64_t>(count));
+}
+
+void make_records(const RecentRing& ring, const CodedArrays& coded, int64_t start, int64_t stop, char* out) {
+    const int64_t size = record_bytes(ring), key_bytes = 2 * ring.key_numbers, value_bytes = 2 * ring.value_numbers;
+    for (int64_t p = start; p < stop; ++p, out += size) {
+        std::memset(out, 0, size);
+        const uint64_t tag = ring.find(p);
+        if (!tag || !coded.has(p)) continue;
+        const uint16_t *keys = ring.keys + ring.slot(p) * ring.key_numbers, *values = ring.values + ring.slot(p) * ring.value_numbers;
+        std::memcpy(out + record_head, keys, key_bytes);
+        std::memcpy(out + record_head + key_bytes, values, value_bytes);
+        const uint64_t row = coded.digest(p), head[3] = {tag, row, checksum_of(tag, row, keys, key_bytes, values, value_bytes)};
+        std::memcpy(out, head, sizeof head);
+    }
+}
+
+RecordState take_record(const RecentRing& ring, const CodedArrays& coded, int64_t position, const char* record) {
+    const int64_t key_bytes = 2 * ring.key_numbers, value_bytes = 2 * ring.value_numbers, slot = ring.slot(position);
+    uint64_t head[3];
+    std::memcpy(head, record, sizeof head);
+    const uint64_t tag = head[0];
+    if (!(head[0] | head[1] | head[2])) return RecordState::empty;
+    if (head[2] != checksum_of(tag, head[1], record + record_head, key_bytes, record + record_head + key_bytes, value_bytes))
+        return RecordState::damaged;
+    const auto known = [](Half form) { return form == Half::f16 || form == Half::bf16; };
+    if (tag != tag_of(position, keys_of(tag), values_of(tag)) || !known(keys_of(tag)) || !known(values_of(tag)) ||
+        !coded.has(position) || head[1] != coded.digest(position))
+        return RecordState::stale;
+    Filling filling(ring.tags + slot);
+    std::memcpy(ring.keys + slot * ring.key_numbers, record + record_head, key_bytes);
+    std::memcpy(ring.values + slot * ring.value_numbers, record + record_head + key_bytes, value_bytes);
+    filling.done(tag);
+    return RecordState::sound;
+}
+
+namespace {
+
+// Consecutive positions, in consecutive slots of one ring and of one form.
+struct Run {
+    int64_t start, stop;
+    const RecentRing* ring;
+    uint64_t forms;  // the tag's bits above the position
+    bool windowed;   // it stands for the coded rows only within the window
+
+    int64_t slot() const { return ring->slot(start); }
+};
+
+// What was found when the tags were read: slots that were written since must not count.
+class Runs {
+  public:
+    explicit Runs(const RecentView& view) : view_(view) {
+        const int64_t length = view.length, sinks = std::min(view.first.slots, length);
+        for (int64_t p = 0; p < sinks; ++p) add(view.first, p, false);
+        // A position of both rings counts once.
+        for (int64_t p = std::max<int64_t>(0, length - view.ring.slots); p < length; ++p)
+            if (p >= sinks || !view.first.find(p)) add(view.ring, p, true);
+        std::sort(runs_.begin(), runs_.end(), [](const Run& a, const Run& b) { return a.start < b.start; });
+    }
+
+    const std::vector<Run>& all() const { return runs_; }
+
+    // Leaves out what has changed; true if anything has.
+    bool drop_changed() {
+        std::vector<Run> kept;
+        for (const Run& run : runs_)
+            for (int64_t p = run.start; p < run.stop; ++p)
+                if (run.ring->find(p) == (static_cast<uint64_t>(p + 1) | run.forms)) append(kept, {p, p + 1, run.ring, run.forms, run.windowed});
+        const bool changed = count(kept) < count(runs_);
+        runs_ = std::move(kept);
+        return changed;
+    }
+
+  private:
+    void add(const RecentRing& ring, int64_t position, bool windowed) {
+        const uint64_t tag = ring.find(position);
+        if (tag) append(runs_, {position, position + 1, &ring, tag - static_cast<uint64_t>(position + 1), windowed});
+    }
+
+    static void append(std::vector<Run>& runs, const Run& one) {
+        if (!runs.empty()) {
+            Run& last = runs.back();
+            if (last.stop == one.start && last.ring == one.ring && last.forms == one.forms && one.slot() != 0) {
+                ++last.stop;
+                return;
+            }
+        }
+        runs.push_back(one);
+    }
+
+    static int64_t count(const std::vector<Run>& runs) {
+        int64_t total = 0;
+        for (const Run& run : runs) total += run.stop - run.start;
+        return total;
+    }
+
+    const RecentView& view_;
+    std::vector<Run> runs_;
+};
+
+// Results of attention over disjoint sets of rows, merged.
+class Parts {
+  public:
+    Parts(const AttendJob& job) : job_(job) {}
+
+    void add(AttendJob part, const std::vector<AttendRange>& ranges, const CodedRows& keys, const CodedRows& values, int threads) {
+        if (ranges.empty()) return;
+        part.ranges = ranges.data(), part.num_ranges = static_cast<int64_t>(ranges.size());
+        if (count_++ == 0) return attend(part, keys, values, threads);  // into the job's own arrays
+        const int64_t rows = job_.rows(), width = job_.value_dim;
+        if (state_.empty()) {
+            state_.assign(rows * (merge_head + width), 0.0);
+            for (int64_t row = 0; row < rows; ++row) state_[row * (merge_head + width)] = -std::numeric_limits<double>::infinity();
+            out_.resize(rows * width), lse_.resize(rows);
+            limit(job_.out);
+            merge_part(state_.data(), job_.out, job_.lse, rows, width);
+        }
+        part.out = out_.data(), part.lse = lse_.data();
+        attend(part, keys, values, threads);
+        limit(out_.data());
+        merge_part(state_.data(), out_.data(), lse_.data(), rows, width);
+    }
+
+    void end() {
+        if (!state_.empty()) return merge_end(state_.data(), job_.out, job_.lse, job_.rows(), job_.value_dim);
+        if (count_) return;
+        std::fill_n(job_.out, job_.rows() * job_.value_dim, 0.0f);
+        std::fill_n(job_.lse, job_.rows(), -std::numeric_limits<float>::infinity());
+    }
+
+  private:
+    // The decoded form of the largest number there is may be beyond it, and would stay so whatever its weight.
+    void limit(float* out) const {
+        constexpr float largest = std::numeric_limits<float>::max();
+        for (int64_t i = 0; i < job_.rows() * job_.value_dim; ++i) out[i] = std::clamp(out[i], -largest, largest);
+    }
+
+    const AttendJob& job_;
+    int count_ = 0;
+    std::vector<double> state_;
+    std::vector<float> out_, lse_;
+};
+
+CodedRows half_rows(Half form, const uint16_t* rows) {
+    return {{form == Half::f16 ? Codec::f16 : Codec::bf16, false}, reinterpret_cast<const char*>(rows), nullptr};
+}
+
+void attend_parts(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const RecentView& view,
+                  const std::vector<Run>& runs, int threads) {
+    // Coded rows outside of all runs, and those inside that queries may be too far from to see in 16 bits.
+    std::vector<AttendRange> outside, inside;
+    const int64_t last = job.query_start + job.n - 1;
+    for (int64_t i = 0; i < job.num_ranges; ++i) {
+        const AttendRange& r = job.ranges[i];
+        int64_t from = r.start;
+        for (const Run& run : runs) {
+            const int64_t start = std::max(run.start - job.first_position, from), stop = std::min(run.stop - job.first_position, r.stop);
+            if (start >= stop) continue;
+            if (from < start) outside.push_back({r.head, r.head_end, from, start});
+            if (run.windowed && job.first_position + start <= last - view.window) inside.push_back({r.head, r.head_end, start, stop});
+            from = stop;
+        }
+        if (from < r.stop) outside.push_back({r.head, r.head_end, from, r.stop});
+    }
+    Parts parts(job);
+    parts.add(job, outside, keys, values, threads);
+    AttendJob behind = job;
+    behind.behind = view.window;
+    parts.add(behind, inside, keys, values, threads);
+    for (const Run& run : runs) {
+        std::vector<AttendRange> ranges;
+        for (int64_t i = 0; i < job.num_ranges; ++i) {
+            const AttendRange& r = job.ranges[i];
+            const int64_t start = std::max(r.start + job.first_position, run.start), stop = std::min(r.stop + job.first_position, run.stop);
+            if (start < stop) ranges.push_back({r.head, r.head_end, start - run.start, stop - run.start});
+        }
+        AttendJob part = job;
+        part.first_position = run.start;
+        if (run.windowed) part.within = view.window;
+        const RecentRing& ring = *run.ring;
+        parts.add(part, ranges, half_rows(keys_of(run.forms), ring.keys + run.slot() * ring.key_numbers),
+                  half_rows(values_of(run.forms), ring.values + run.slot() * ring.value_numbers), threads);
+    }
+    parts.end();
+}
+
+}  // namespace
+
+void attend_recent(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const RecentView& recent, int threads) {
+    Runs runs(recent);
+    do {
+        attend_parts(job, keys, values, recent, runs.all(), threads);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    } while (runs.drop_changed());
+}
+
+}  // namespace kvmmap

@@ -1,0 +1,222 @@
+"""The last positions of a layer, and its first ones, in 16 bits beside their coded rows.
+
+A query attends mostly to its neighbours and to the first positions, so there the codec's loss counts most. Position p
+is in slot p modulo the window of a ring, and the first positions ("sinks") are in slots of their own. Rows of bf16 are
+kept as they are, rows of f32 and f16 as f16, or as bf16 where they are beyond f16.
+
+What lives here: the rows in memory. What does not: where else they are stored, and attention over them, which is
+compiled. Nothing that must be right depends on them: a position without one has its coded row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .geometry import CacheGeometry, LayerGeometry
+from .row_arrays import widened
+from .rows import Rows
+
+_POSITION = np.uint64((1 << 40) - 1)
+_BF16 = 2
+
+SOUND, DAMAGED, STALE = 1, 2, 3
+"""What `_core.take_recent_records` says of a record: it counts; its checksum does not match; it is of another row."""
+
+
+class RecentRing:
+    """Slots of positions in 16 bits.
+
+    Args:
+        layer: the shape of its rows.
+        slots: how many.
+    """
+
+    __slots__ = ("keys", "parts", "slots", "tags", "values")
+
+    def __init__(self, layer: LayerGeometry, slots: int) -> None:
+        self.slots = slots
+        self.tags = np.zeros(slots, np.uint64)
+        self.keys = np.zeros((slots, layer.num_kv_heads, layer.head_dim), np.uint16)
+        self.values = np.zeros((slots, layer.num_kv_heads, layer.value_head_dim), np.uint16)
+        self.parts = (self.tags, self.keys, self.values)
+        """As the compiled functions take them."""
+
+    def cut(self, length: int) -> None:
+        """Forget positions from `length` on."""
+        self.tags[(self.tags & _POSITION) > length] = 0
+
+    def held(self, start: int, stop: int) -> list[int]:
+        """Return which of positions [start, stop) it holds, in order."""
+        positions = np.arange(max(start, stop - self.slots, 0), stop)
+        if not self.slots or not len(positions):
+            return []
+        tags = self.tags[positions % self.slots] & _POSITION
+        return [int(position) for position in positions[tags == positions.astype(np.uint64) + np.uint64(1)]]
+
+
+class RecentRows:
+    """The rows in 16 bits of one layer.
+
+    One thread writes them, and others read meanwhile: a slot is empty while it is written, and whoever reads compares
+    its tag before and after.
+
+    Args:
+        layer: the shape of its rows.
+        window: last positions to keep.
+        sinks: first positions to keep.
+    """
+
+    __slots__ = ("first", "ring", "sinks", "window")
+
+    def __init__(self, layer: LayerGeometry, window: int, sinks: int) -> None:
+        self.window = window
+        self.sinks = sinks
+        self.ring = RecentRing(layer, window)
+        self.first = RecentRing(layer, sinks)
+
+    @staticmethod
+    def of(geometry: CacheGeometry, layer: int) -> RecentRows | None:
+        """Make those of a cache's layer; None if it keeps none, or has no rows."""
+        if not geometry.keeps_recent or not geometry.layers[layer].has_rows:
+            return None
+        return RecentRows(geometry.layers[layer], geometry.recent_window, geometry.sinks)
+
+    # Writing
+
+    def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
+        """Keep positions from `start` on.
+
+        Args:
+            start: the first one.
+            keys: [n, num_kv_heads, head_dim], as `as_rows` returns them, with their dtype's number.
+            key_dtype: that number.
+            values: [n, num_kv_heads, value_head_dim], likewise.
+            value_dtype: that number.
+        """
+        _core.keep_recent(keys, key_dtype, values, value_dtype, start, *self.ring.parts)
+        if start < self.sinks:
+            count = self.sinks - start
+            _core.keep_recent(keys[:count], key_dtype, values[:count], value_dtype, start, *self.first.parts)
+
+    def cut(self, length: int) -> None:
+        """Forget positions from `length` on, which were truncated."""
+        self.ring.cut(length)
+        self.first.cut(length)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.cut(0)
+
+    def copy_from(self, other: RecentRows, start: int, stop: int, at: int = 0) -> None:
+        """Take over what another layer of the same shape has of positions [start, stop); they become `at` and up."""
+        # The later ones last: they are what the ring keeps.
+        for source, end in ((other.first, min(stop, other.sinks)), (other.ring, stop)):
+            for position in source.held(start, end):
+                self._put(position - start + at, source, position % source.slots)
+
+    def _put(self, position: int, source: RecentRing, slot: int) -> None:
+        for ring in (self.ring, self.first) if position < self.sinks else (self.ring,):
+            if ring.slots:
+                at = position % ring.slots
+                ring.tags[at] = 0
+                ring.keys[at], ring.values[at] = source.keys[slot], source.values[slot]
+                ring.tags[at] = (source.tags[slot] & ~_POSITION) | np.uint64(position + 1)
+
+    # Reading
+
+    def arguments(self, length: int) -> tuple[Any, ...]:
+        """Return what `_core.attend` takes, for a layer of `length` positions."""
+        return (self.window, length, *self.ring.parts, *self.first.parts)
+
+    def rows(self, part: str, start: int, stop: int, length: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield (position, row) for what is kept of positions [start, stop), as attention of the newest query has it.
+
+        Args:
+            part: "keys" or "values".
+            start: the first position.
+            stop: one past the last.
+            length: positions stored.
+
+        Returns:
+            Rows are f32 [num_kv_heads, dim], exact.
+        """
+        shift = np.uint64(40 if part == "keys" else 48)
+        sinks = set(self.first.held(start, min(stop, self.sinks)))
+        for ring in (self.first, self.ring):
+            low = start if ring is self.first else max(start, length - self.window)
+            for position in ring.held(low, min(stop, ring.slots) if ring is self.first else stop):
+                if ring is self.ring and position in sinks:
+                    continue
+                slot = position % ring.slots
+                tag = ring.tags[slot]
+                row = getattr(ring, part)[slot].copy()
+                if tag and ring.tags[slot] == tag and int(tag & _POSITION) == position + 1:
+                    form = int(tag >> shift) & 0xFF
+                    yield position, widened(row if form == _BF16 else row.view(np.float16))
+
+    def is_sink(self, position: int) -> bool:
+        """True if a position is held as one of the first."""
+        return bool(self.first.held(position, position + 1)) if position < self.sinks else False
+
+    def num_held(self, length: int) -> int:
+        """Return how many of `length` positions it holds."""
+        return len({*self.first.held(0, min(length, self.sinks)), *self.ring.held(0, length)})
+
+    def is_full(self, length: int) -> bool:
+        """True if it holds all of `length` positions that it can."""
+        first, last = min(length, self.sinks), min(length, self.window)
+        return len(self.first.held(0, first)) == first and len(self.ring.held(0, length)) == last
+
+    # Records of a file
+
+    def records(self, ring: RecentRing, coded: Rows, first: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return the records of positions [start, stop), uint8 [n, record bytes]; zeros for those that are not held.
+
+        Args:
+            ring: `ring` or `first`.
+            coded: the layer's coded rows.
+            first: the position of the first of these.
+            start: the first position.
+            stop: one past the last.
+        """
+        numbers = ring.keys[:1].size + ring.values[:1].size
+        made = np.zeros((stop - start, 24 + -(-2 * numbers // 8) * 8), np.uint8)
+        _core.make_recent_records(ring.parts, tuple(coded), first, start, stop, made)
+        return made
+
+
+class RecentView(NamedTuple):
+    """Rows in 16 bits of a layer, for one read.
+
+    Of the query at position q they stand for the coded rows of positions above q - window, and of sinks.
+    """
+
+    rows: RecentRows
+    length: int
+    """Positions that the layer has."""
+
+
+def take_records(
+    ring: RecentRing, records: Any, coded: Rows, first: int, start: int, stop: int
+) -> Iterator[tuple[int, int]]:
+    """Read the records of positions [start, stop) that a ring does not hold yet, and yield each one's state.
+
+    Args:
+        ring: where they go.
+        records: all of the ring's records, side by side; they may change meanwhile.
+        coded: the layer's coded rows.
+        first: the position of the first of these.
+        start: the first position.
+        stop: one past the last.
+
+    Returns:
+        (position, state): 0 is an empty record.
+    """
+    start = max(start, stop - ring.slots)
+    states = _core.take_recent_records(records, ring.parts, tuple(coded), first, start, stop) if start < stop else []
+    yield from zip(range(start, stop), states, strict=True)

@@ -1,0 +1,113 @@
+"""The records of rows in 16 bits in a `.kvm` file: reading those of a layer, and writing what was appended.
+
+A record counts where its checksum and the digest of the coded row match, so none is ever the one of another row: not
+one that was torn or never reached the disk, nor one of a row that was truncated. Which positions count is not known
+here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ...format import RECENT_SECTIONS, Superblock
+from ...recent import DAMAGED, RecentRing, RecentRows, take_records
+from ..posix import PosixFile
+from ..protocols import Damage, Rows, damaged_record
+from .mapped_file import MappedFile
+
+SAVED_TOGETHER = 16
+"""Positions that are appended one by one before their records are written: one write instead of as many. A process that
+dies leaves at most so many without; a commit writes them all."""
+
+Read = Callable[[int, int], Any]
+"""Returns bytes of the file from an offset on."""
+
+
+class LayerRecords:
+    """The records of one layer.
+
+    Args:
+        superblock: the file's.
+        layer: the layer's number.
+    """
+
+    def __init__(self, superblock: Superblock, layer: int) -> None:
+        geometry = superblock.geometry
+        self._size = geometry.layers[layer].recent_bytes
+        self._offsets = [
+            superblock.sections[kind, layer].offset if slots else -1
+            for kind, slots in zip(RECENT_SECTIONS, (geometry.recent_window, geometry.sinks), strict=True)
+        ]
+
+    def load(self, rows: RecentRows, coded: Callable[[int, int], Rows], length: int, read: Read) -> list[int]:
+        """Read what is not in memory yet of the first `length` positions.
+
+        Args:
+            rows: where they go.
+            coded: returns the layer's coded rows of positions [start, stop).
+            length: positions that count.
+            read: reads from the file.
+
+        Returns:
+            The positions whose record is damaged, or was torn.
+        """
+        damaged = []
+        for ring, offset, stop in zip(
+            (rows.ring, rows.first), self._offsets, (length, min(length, rows.sinks)), strict=True
+        ):
+            if ring.slots:
+                # Of all slots: what lies in one that no position has yet must not be damage once one has.
+                start, end = max(0, stop - ring.slots), max(stop, ring.slots)
+                records = read(offset, ring.slots * self._size)
+                states = take_records(ring, records, coded(start, stop), start, start, end)
+                damaged += [position for position, state in states if state == DAMAGED]
+        return damaged
+
+    def save(self, rows: RecentRows, coded: Callable[[int, int], Rows], start: int, stop: int, file: PosixFile) -> None:
+        """Write the records of positions [start, stop); empty ones for those that have none.
+
+        Raises:
+            OSError: the disk is full or failing.
+        """
+        for ring, offset, first, last in self._rings(rows, start, stop):
+            while first < last:
+                slot = first % ring.slots
+                end = min(last, first + ring.slots - slot)  # the ring's end
+                records = rows.records(ring, coded(first, end), first, first, end)
+                file.write((offset + slot * self._size,), (records,))
+                first = end
+
+    def drop(self, rows: RecentRows, position: int, file: PosixFile) -> None:
+        """Empty the slots of a position, whatever is in them."""
+        for ring, offset, first, _ in self._rings(rows, position, position + 1):
+            file.write((offset + first % ring.slots * self._size,), (np.zeros(self._size, np.uint8),))
+
+    def _rings(self, rows: RecentRows, start: int, stop: int) -> list[tuple[RecentRing, int, int, int]]:
+        """Return each ring with the offset of its records, and which of positions [start, stop) may be in it."""
+        ring, first = self._offsets
+        found = [
+            (rows.ring, ring, max(start, stop - rows.window), stop),
+            (rows.first, first, start, min(stop, rows.sinks)),
+        ]
+        return [(one, at, low, high) for one, at, low, high in found if at >= 0 and low < high]
+
+
+def check_records(mapped: MappedFile, length: int) -> Iterator[Damage]:
+    """Yield the damaged records of the first `length` positions. Only of a file that was closed: a writer may be in the
+    middle of a record, and a crash tears some."""
+    geometry = mapped.geometry
+    for layer in range(geometry.num_layers) if geometry.keeps_recent else ():
+        rows = RecentRows.of(geometry, layer)
+        if rows is None:
+            continue
+        coded = functools.partial(mapped.blocks.rows, layer)
+        try:
+            damaged = LayerRecords(mapped.superblock, layer).load(rows, coded, length, mapped.read)
+        except (OSError, EOFError, ValueError):  # ValueError: the file ends before
+            yield Damage(f"layer {layer}: rows in 16 bits can't be read; the coded ones are used instead", layer)
+            continue
+        yield from (damaged_record(layer, position) for position in damaged)
