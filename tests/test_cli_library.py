@@ -131,3 +131,16 @@ def test_the_report_on_a_library(folder: Path, tmp_path: Path) -> None:
         assert words in page
     kvmmap.Library(tmp_path / "empty").close()
     assert run("report", tmp_path / "empty", "-o", tmp_path / "empty.html").returncode == 0
+
+
+def test_push_and_pull(folder: Path, tmp_path: Path) -> None:
+    expect_line(run("library", "push", folder), 2, "no object store")
+    url = f"memory://{tmp_path.name}"
+    pushed = click_run("library", "push", folder, "--remote", url)
+    assert pushed.output == f"pushed 3 segments to {url}\n"
+    kvmmap.Library(tmp_path / "other").close()
+    assert click_run("library", "pull", tmp_path / "other", "--remote", url).output.startswith("read 3 new manifests")
+    assert click_run("library", "pull", tmp_path / "other", "--segments").output.startswith("fetched 3 segments")
+    expect_line(click_run("library", "gc", folder, "--remote"), 2, "say what is too much")
+    gone = click_run("library", "gc", folder, "--remote", "--max-bytes", "1", "--yes")
+    assert gone.output.startswith("removed 3 segments")

@@ -8,10 +8,12 @@ from .namespace import Namespace
 from .policy import Choice
 from .segment import Segment, StoredNamespace
 from .session import Session
+from .sharing import CleanUp
 
 __all__ = [
     "CheckReport",
     "Choice",
+    "CleanUp",
     "Library",
     "LibraryStats",
     "Match",

@@ -105,6 +105,14 @@ class Checker:
         self._index.clear()
         return self.check()
 
+    def take_in(self, name: str, path: str) -> None:
+        """Bring the index in line with one file."""
+        segment = self._index.segment(name)
+        if segment is None:
+            self._add({name: path})
+        else:
+            self._look_again(segment)
+
     # Files
 
     def _files(self) -> Iterator[tuple[str, str]]:

@@ -40,8 +40,12 @@ class Prompt:
 
     def hash(self, block: int) -> bytes:
         """Return the hash of the prefix that ends at a block boundary, 16 bytes; block 1 ends at position 256."""
+        return self.hash_at(block * BLOCK_TOKENS)
+
+    def hash_at(self, length: int) -> bytes:
+        """Return the hash of a prefix, 16 bytes."""
         # At once and not incrementally: a search asks for a dozen of them, and 512 KB are hashed in 20 us.
-        return xxhash.xxh3_128_digest(self._data[: self._seed + 4 * BLOCK_TOKENS * block])
+        return xxhash.xxh3_128_digest(self._data[: self._seed + 4 * length])
 
     def head(self, position: int) -> bytes:
         """Return the sort key of the ids from a position on."""

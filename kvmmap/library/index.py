@@ -285,6 +285,11 @@ def _forget_blocks(connection: sqlite3.Connection, number: int, hashes: bytes) -
     )
 
 
-def new_name() -> str:
-    """Return a new segment's name: the time, so that names sort by age, and 64 random bits."""
-    return f"{time.time_ns() // 1_000_000:012x}-{os.urandom(8).hex()}"
+def new_name(library: str) -> str:
+    """Return a new segment's name: the time, so that names sort by age, the library's number, and 48 random bits."""
+    return f"{time.time_ns() // 1_000_000:012x}-{library}-{os.urandom(6).hex()}"
+
+
+def is_of(name: str, library: str) -> bool:
+    """True if a segment was made in a library: only there it may be appended to."""
+    return name.split("-")[1:2] == [library]

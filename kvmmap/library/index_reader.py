@@ -25,7 +25,7 @@ NEIGHBOURS = 4
 """Segments on each side of a prompt's place among those that continue at one position. One has the longest common
 prefix; others count where several have the same ids, which concurrent sessions make."""
 
-CANDIDATES = 16
+CANDIDATES = 64
 """Segments that are looked at among those with one hash."""
 
 MOST_REPLACEMENTS = 3
@@ -69,7 +69,8 @@ class IndexReader:
         with self.database.reading() as connection:
             rows = connection.execute(
                 "SELECT digest, namespaces.model, document, count(segments.id), coalesce(sum(segments.bytes), 0), "
-                "coalesce(sum(segments.stop - segments.start), 0), seconds / max(positions, 1) FROM namespaces "
+                "coalesce(sum(segments.stop - segments.start), 0), position_bytes, seconds / max(positions, 1) "
+                "FROM namespaces "
                 "LEFT JOIN segments ON segments.namespace = namespaces.id GROUP BY namespaces.id ORDER BY 2, 1"
             ).fetchall()
         return [
@@ -80,9 +81,10 @@ class IndexReader:
                 segments=segments,
                 bytes=size,
                 positions=positions,
+                position_bytes=position_bytes,
                 seconds_per_position=seconds,
             )
-            for digest, model, document, segments, size, positions, seconds in rows
+            for digest, model, document, segments, size, positions, position_bytes, seconds in rows
         ]
 
     @recovering
@@ -167,7 +169,8 @@ class IndexReader:
         """Return segments without children or pin, the longest unused first."""
         return list(
             self._segments(
-                f"WHERE segments.children = 0 AND segments.pinned = 0 ORDER BY segments.used LIMIT {count}", ()
+                "WHERE segments.children = 0 AND segments.pinned = 0 ORDER BY segments.used, segments.id LIMIT ?",
+                (count,),
             )
         )
 
@@ -186,7 +189,11 @@ class IndexReader:
     def unpushed(self) -> list[Segment]:
         """Return segments of which the object store has not everything, parents first."""
         return list(
-            self._segments("WHERE segments.pushed < segments.stop AND segments.broken IS NULL ORDER BY depth", ())
+            self._segments(
+                "WHERE segments.pushed < segments.stop AND segments.broken IS NULL AND segments.writing = 0 "
+                "ORDER BY segments.depth, segments.id",
+                (),
+            )
         )
 
     def _segments(self, rest: str, arguments: Sequence[Any]) -> Iterator[Segment]:

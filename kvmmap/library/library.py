@@ -23,7 +23,7 @@ from .matching import Match, Search
 from .namespace import NOTES, Namespace
 from .segment import Segment
 from .session import Session
-from .upkeep import LibraryUpkeep
+from .shared import LibrarySharing
 
 LEAST_CAPACITY = 8192
 """Positions that a new segment has room for, at least. It costs no disk."""
@@ -35,7 +35,7 @@ COPY_POSITIONS = 1024
 """Positions that `put` copies at a time."""
 
 
-class Library(LibraryUpkeep):
+class Library(LibrarySharing):
     """A directory of caches that answers which of them has the longest prefix of a prompt.
 
     Any number of processes and threads use it at once, without a server. Segments are ordinary `.kvm` files; the index
@@ -47,6 +47,12 @@ class Library(LibraryUpkeep):
             library without a limit.
         ttl: seconds after their last use for which new segments are kept; remembered likewise.
         create: make a library where there is none.
+        remote: URL of a prefix of an object store, such as "s3://bucket/prefix", to share segments through with other
+            machines; remembered likewise.
+        storage_options: of the store, as in `kvmmap.create`; not remembered.
+        write_through: push what is committed in the background; otherwise only `push` does.
+        follow_every: seconds between looks in the background at what others have pushed; None: only `pull` looks, or a
+            push.
 
     It is a context manager that closes.
 
@@ -150,9 +156,12 @@ class Library(LibraryUpkeep):
                 actual=room,
             )
         number = self._number(namespace)
+        self._kick()
         sought = Prompt(namespace.seed, prompt.ids[:wanted])
         for attempt in range(ATTEMPTS):
             match = self._match(namespace.digest, sought)
+            if attempt == 0 and self._fetch_longer(namespace.digest, sought, match.length):
+                match = self._match(namespace.digest, sought)
             try:
                 tail = self._maker.tail(
                     namespace,

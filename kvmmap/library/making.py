@@ -17,7 +17,7 @@ from ..errors import CacheChangedError, CacheLockedError, CacheNotFoundError, Fo
 from ..files import fork
 from ..opening import create, open_cache
 from .hashing import Prompt
-from .index import Index, new_name
+from .index import Index, is_of, new_name
 from .matching import Match
 from .namespace import NOTES, Namespace
 from .segment import Segment, segment_path
@@ -42,12 +42,14 @@ class Maker:
 
     Args:
         folder: the library's.
+        number: the library's; only its own segments are appended to.
         index: its index.
         lost: called with a segment whose file is gone.
     """
 
-    def __init__(self, folder: str, index: Index, lost: Callable[[Segment], None]) -> None:
+    def __init__(self, folder: str, number: str, index: Index, lost: Callable[[Segment], None]) -> None:
         self._folder = folder
+        self._number = number
         self._index = index
         self._lost = lost
 
@@ -77,7 +79,7 @@ class Maker:
             KvmmapError, OSError: as in `create` and `open`.
         """
         last = match.segment
-        if last is not None and last.stop == match.length:
+        if last is not None and last.stop == match.length and is_of(last.name, self._number):
             tail = self._continue(last, prompt, match.length, capacity)
             if tail is not None:
                 return tail
@@ -113,7 +115,7 @@ class Maker:
         metadata: Mapping[str, Any],
         ttl: float | None,
     ) -> Tail:
-        last, name = match.segment, new_name()
+        last, name = match.segment, new_name(self._number)
         path = segment_path(self._folder, namespace.folder, name)
         # The index has the segment before it is made: nobody evicts its parent, and if this process dies, somebody
         # looks for the file.

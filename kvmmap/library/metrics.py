@@ -10,7 +10,7 @@ from .matching import Match
 
 COUNTED = (
     *("sessions", "hits", "tokens_reused", "tokens_computed", "seconds_saved", "segments_added", "bytes_added"),
-    *("evictions", "bytes_evicted"),
+    *("evictions", "bytes_evicted", "segments_fetched", "bytes_fetched", "fetch_failures"),
 )
 """Names of what is counted."""
 

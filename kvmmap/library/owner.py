@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from .contents import disk_bytes
 from .index import Contents, Index
@@ -20,14 +21,18 @@ class SessionOwner:
         room: keeps its budget.
         metrics: counts.
         ttl: of new segments.
+        committed: called when a segment was committed and closed.
     """
 
-    def __init__(self, folder: str, index: Index, room: Room, metrics: Metrics, ttl: float | None) -> None:
+    def __init__(
+        self, folder: str, index: Index, room: Room, metrics: Metrics, ttl: float | None, committed: Callable[[], None]
+    ) -> None:
         self._folder = folder
         self._index = index
         self._room = room
         self._metrics = metrics
         self._ttl = ttl
+        self._committed = committed
 
     def reserve(self, session: Session, size: int) -> None:
         """Make room for bytes that are about to be appended."""
@@ -71,6 +76,7 @@ class SessionOwner:
         self._index.end_writing(session.name, size)
         if not session.continues:
             self._metrics.add(segments_added=1, bytes_added=size)
+        self._committed()
 
     def discard(self, session: Session) -> None:
         """The session's file is closed, and holds nothing that counts."""

@@ -1,12 +1,14 @@
 """Which segment goes when room is needed: the one that is worth least. Pure.
 
-A segment is worth the seconds of computation that it saves per byte on the disk, times how often it was used, and less
-the longer it was not used: by half for every `HALF_LIFE` of the time since the oldest leaf was used. Only leaves go,
-since segments that continue another one need it.
+A segment is worth the seconds of computation that it saves per byte on the disk, times the square root of its uses, and
+less the longer it was not used: the logarithm of its worth moves its last use within the span of the last uses of all
+leaves. So nothing depends on the present time, and what a dry run says is what happens. Only leaves go, since segments
+that continue another one need it.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ SECONDS_UNMEASURED = 1e-3
 """Time to compute a position where none was measured."""
 
 WEIGHT = 0.125
-"""Weight of worth against age: a segment worth e times as much is taken for younger by this part of the ages' range."""
+"""Weight of worth against age: a segment worth e times as much is taken for younger by this part of the span."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,23 +47,22 @@ def worth(segment: Segment) -> float:
     return seconds / max(segment.bytes, 1)
 
 
-def rank(segment: Segment, now: float, oldest: float) -> float:
+def rank(segment: Segment, span: float) -> float:
     """Return a number that is less, the sooner a segment goes.
 
     Args:
         segment: a leaf.
-        now: seconds since 1970.
-        oldest: age of the oldest leaf, in seconds.
+        span: seconds between the first and the last of the leaves' last uses.
     """
-    age = max(0.0, now - segment.used)
     value = worth(segment) * math.sqrt(1 + segment.hits)
-    return WEIGHT * math.log(max(value, 1e-30)) - age / max(oldest, 1e-9)
+    return segment.used + span * WEIGHT * math.log(max(value, 1e-30))
 
 
-def order(leaves: Sequence[Segment], now: float) -> list[Segment]:
-    """Return leaves in the order in which they go."""
-    oldest = max((now - leaf.used for leaf in leaves), default=0.0)
-    return sorted(leaves, key=lambda leaf: (leaf.broken is None, rank(leaf, now, oldest), leaf.used, leaf.id))
+def next_to_go(leaves: Sequence[Segment]) -> Segment:
+    """Return which of some leaves, the longest unused first, goes before the others."""
+    some = leaves[:WINDOW]
+    span = some[-1].used - some[0].used
+    return min(some, key=lambda leaf: (leaf.broken is None, rank(leaf, span), leaf.used, leaf.id))
 
 
 def choose(
@@ -74,27 +75,32 @@ def choose(
     """Return what goes to make room: leaves, and then parents whose children have all gone.
 
     Args:
-        leaves: the longest unused leaves.
+        leaves: all leaves that are not pinned.
         need: bytes to make room for.
         now: seconds since 1970.
         may_go: says whether a segment may go; not if somebody writes it.
         parent_of: returns a segment's parent.
     """
-    waiting, going, found = list(leaves), [], 0
+    waiting = sorted(leaves, key=_age)
+    going: list[Choice] = []
     left: dict[int, int] = {}
-    while waiting and found < need:
-        segment = order(waiting, now)[0]
+    while waiting and need > 0:
+        segment = next_to_go(waiting)
         waiting.remove(segment)
         if not may_go(segment):
             continue
         going.append(explain(segment, "broken" if segment.broken else "room", now))
-        found += segment.bytes
+        need -= segment.bytes
         parent = parent_of(segment)
         if parent is not None:
             left[parent.id] = left.get(parent.id, parent.children) - 1
             if not left[parent.id] and not parent.pinned:
-                waiting.append(parent)
+                bisect.insort(waiting, parent, key=_age)
     return going
+
+
+def _age(segment: Segment) -> tuple[float, int]:
+    return segment.used, segment.id
 
 
 def explain(segment: Segment, reason: str, now: float) -> Choice:

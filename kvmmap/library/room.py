@@ -102,16 +102,15 @@ class Room:
         freed = 0
         tried: set[str] = {keep} if keep else set()
         while freed < need:
-            now = time.time()
             leaves = [leaf for leaf in self._index.oldest_leaves(policy.WINDOW + len(tried)) if leaf.name not in tried]
             if not leaves:
                 break
-            for leaf in policy.order(leaves, now):
+            leaf = policy.next_to_go(leaves)
+            if self.remove(leaf, evicting=True):
+                gone.append(policy.explain(leaf, "broken" if leaf.broken else "room", time.time()))
+                freed += leaf.bytes
+            else:
                 tried.add(leaf.name)
-                if self.remove(leaf, evicting=True):
-                    gone.append(policy.explain(leaf, "broken" if leaf.broken else "room", now))
-                    freed += leaf.bytes
-                    break
         return gone
 
     def plan(self, need: int, without: Collection[str] = ()) -> list[Choice]:
@@ -123,9 +122,8 @@ class Room:
         """
         segments = {segment.id: segment for segment in self._index.segments() if segment.name not in without}
         leaves = [segment for segment in segments.values() if not segment.children and not segment.pinned]
-        leaves.sort(key=lambda leaf: leaf.used)
         return policy.choose(
-            leaves[: max(policy.WINDOW, 1)],
+            leaves,
             need,
             time.time(),
             lambda segment: not is_written(segment.path),

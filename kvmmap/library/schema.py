@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -69,6 +69,18 @@ CREATE TABLE blocks (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE spans (segment INTEGER PRIMARY KEY, hashes BLOB NOT NULL) STRICT;
+
+CREATE TABLE remotes (
+    name TEXT PRIMARY KEY,
+    parent TEXT,
+    start INTEGER NOT NULL,
+    stop INTEGER NOT NULL,
+    entry TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE remote_hashes (hash BLOB NOT NULL, name TEXT NOT NULL, PRIMARY KEY (hash, name)) STRICT, WITHOUT ROWID;
+
+CREATE TABLE remote_log (id INTEGER PRIMARY KEY CHECK (id = 1), url TEXT NOT NULL, position INTEGER NOT NULL) STRICT;
 
 CREATE TABLE usage (id INTEGER PRIMARY KEY CHECK (id = 1), bytes INTEGER NOT NULL, segments INTEGER NOT NULL) STRICT;
 INSERT INTO usage VALUES (1, 0, 0);

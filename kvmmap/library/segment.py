@@ -121,6 +121,9 @@ class StoredNamespace:
     positions: int
     """Positions of their own."""
 
+    position_bytes: int
+    """Bytes of one position in all layers."""
+
     seconds_per_position: float
     """Time to compute a position, as measured; 0 where nothing was."""
 

@@ -19,6 +19,8 @@ class Settings:
     """Settings of a library."""
 
     version: int = VERSION
+    number: str = ""
+    """Eight hexadecimal digits, different for every library."""
     max_bytes: int | None = None
     """Bytes on the disk to keep at most; None for no limit."""
     ttl: float | None = None
@@ -63,7 +65,7 @@ def load(folder: str, *, create: bool, **changes: Any) -> Settings:
             ) from None
         stored = None
     wanted = {name: value for name, value in changes.items() if value is not None}
-    settings = replace(stored or Settings(), **wanted)
+    settings = replace(stored or Settings(number=os.urandom(4).hex()), **wanted)
     if settings != stored:
         _store(path, settings)
     return settings

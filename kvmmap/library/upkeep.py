@@ -14,11 +14,11 @@ from ..storage.protocols import VerifyReport
 from . import settings as stored_settings
 from .checking import Checker, CheckReport
 from .database import Database
-from .index import Index
 from .making import Maker
 from .metrics import LibraryStats, Metrics
 from .owner import SessionOwner
 from .policy import Choice
+from .remote_index import RemoteIndex
 from .room import Room, pin_path
 from .segment import Segment, StoredNamespace
 
@@ -27,22 +27,32 @@ class LibraryUpkeep:
     """The half of `Library` that neither matches nor opens sessions."""
 
     def __init__(
-        self, path: PathLike, max_bytes: int | None = None, *, ttl: float | None = None, create: bool = True
+        self,
+        path: PathLike,
+        max_bytes: int | None = None,
+        *,
+        ttl: float | None = None,
+        create: bool = True,
+        remote: str | None = None,
     ) -> None:
         if max_bytes is not None and whole(max_bytes, "max_bytes") < 1:
             raise ShapeMismatchError(f"max_bytes must be at least 1, not {max_bytes}", expected=1, actual=max_bytes)
         self.path = os.path.abspath(file_path(path))
         """Absolute path of the directory."""
         self._closed = False
-        self._settings = stored_settings.load(self.path, create=create, max_bytes=max_bytes, ttl=_seconds(ttl))
+        self._settings = stored_settings.load(
+            self.path, create=create, max_bytes=max_bytes, ttl=_seconds(ttl), remote=remote
+        )
         self._database = Database(self.path)
-        self._index = Index(self._database, self.path)
+        self._index = RemoteIndex(self._database, self.path)
         self._room = Room(self.path, self._index, self._limit, self._settle)
         self._checker = Checker(self.path, self._index, self._room)
         self._index.refill = self._refill
-        self._maker = Maker(self.path, self._index, self._checker.lost)
+        self._maker = Maker(self.path, self._settings.number, self._index, self._checker.lost)
         self._metrics = Metrics()
-        self._owner = SessionOwner(self.path, self._index, self._room, self._metrics, self._settings.ttl)
+        self._owner = SessionOwner(
+            self.path, self._index, self._room, self._metrics, self._settings.ttl, lambda: self._kick()
+        )
         try:
             self._index.usage()  # an index that is missing or damaged is made anew here
             self._settle()
@@ -211,9 +221,12 @@ class LibraryUpkeep:
     # What its parts ask
 
     @property
-    def _open_index(self) -> Index:
+    def _open_index(self) -> RemoteIndex:
         self._require_open()
         return self._index
+
+    def _kick(self) -> None:
+        """Something was committed."""
 
     def _require_open(self) -> None:
         if self._closed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..library import keeping, looking
+from ..library import keeping, looking, sharing
 
 
 @click.group("library")
@@ -21,5 +21,5 @@ def command() -> None:
     """
 
 
-for each in (*looking.COMMANDS, *keeping.COMMANDS):
+for each in (*looking.COMMANDS, *keeping.COMMANDS, *sharing.COMMANDS):
     command.add_command(each)

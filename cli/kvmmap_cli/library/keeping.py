@@ -9,7 +9,7 @@ import click
 
 from ..asking import confirm, yes_option
 from ..output import DAMAGED, SOUND, count, plain, print_json, size
-from ..units import parse_size
+from ..units import parse_age, parse_size
 from .shared import folder_argument, json_option, opened, shorten, to_dict
 
 if TYPE_CHECKING:
@@ -40,9 +40,19 @@ def pin(folder: str, names: Sequence[str], remove: bool) -> None:
     "--max-bytes", type=parse_size, metavar="SIZE", help="Keep at most so much; the library's own by default."
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would go, and why.")
+@click.option("--remote", is_flag=True, help="In its object store instead; needs --max-bytes or --older-than.")
+@click.option("--older-than", type=parse_age, metavar="AGE", help="With --remote: remove what was stored so long ago.")
 @json_option
 @yes_option
-def gc(folder: str, max_bytes: int | None, dry_run: bool, as_json: bool, yes: bool) -> None:
+def gc(
+    folder: str,
+    max_bytes: int | None,
+    dry_run: bool,
+    remote: bool,
+    older_than: float | None,
+    as_json: bool,
+    yes: bool,
+) -> None:
     """Remove what has expired from the library in DIR, and then what is worth least, until it is within its budget.
 
     A segment is worth the computation that it saves, for its size and its uses, and less the longer it was not used.
@@ -52,7 +62,13 @@ def gc(folder: str, max_bytes: int | None, dry_run: bool, as_json: bool, yes: bo
     Examples:
       kvmmap library gc caches/ --dry-run --max-bytes 10GiB
       kvmmap library gc caches/ --max-bytes 10GiB --yes
+      kvmmap library gc caches/ --remote --older-than 30d
     """
+    if remote:
+        _gc_remote(folder, max_bytes, older_than, dry_run or as_json, yes)
+        return
+    if older_than is not None:
+        raise click.UsageError("--older-than is for --remote; `library.ttl` keeps segments for a time")
     with opened(folder) as library:
         going = library.evict(max_bytes, dry_run=True)
         if going and not dry_run:
@@ -67,6 +83,21 @@ def gc(folder: str, max_bytes: int | None, dry_run: bool, as_json: bool, yes: bo
         _tell(going, "would go")
     what = f"{count(len(going), 'segment')}, {size(_sum(going))}"
     click.echo("nothing to remove" if not going else f"{'would remove' if dry_run else 'removed'} {what}")
+
+
+def _gc_remote(folder: str, max_bytes: int | None, older_than: float | None, unknown: bool, yes: bool) -> None:
+    """Clean up the object store."""
+    if unknown:
+        raise click.UsageError("--remote takes neither --dry-run nor --json")
+    if max_bytes is None and older_than is None:
+        raise click.UsageError("say what is too much: --max-bytes, --older-than, or both")
+    confirm("Remove segments from the object store, for all machines?", yes)
+    with opened(folder) as library:
+        report = library.clean_up(max_bytes=max_bytes, older_than=older_than)
+    click.echo(
+        f"removed {count(len(report.segments), 'segment')}, {size(report.bytes)}, and "
+        f"{count(report.orphans, 'object')} of interrupted pushes; compacted {count(report.manifests, 'manifest')}"
+    )
 
 
 def _sum(going: Sequence[Choice]) -> int:

@@ -29,11 +29,11 @@ def json_option(command: F) -> F:
 
 
 @contextlib.contextmanager
-def opened(folder: str) -> Iterator[Library]:
-    """Open a library that is there, and close it."""
+def opened(folder: str, remote: str | None = None) -> Iterator[Library]:
+    """Open a library that is there, and close it; nothing is done in the background."""
     import kvmmap
 
-    with kvmmap.Library(folder, create=False) as library:
+    with kvmmap.Library(folder, create=False, remote=remote, write_through=False, follow_every=None) as library:
         yield library
 
 

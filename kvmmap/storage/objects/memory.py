@@ -84,6 +84,12 @@ class MemoryObjects:
     def list(self) -> Iterator[str]:
         yield from tuple(self._objects)
 
+    def list_after(self, folder: str, after: str) -> Iterator[tuple[str, int, float]]:
+        """As `BucketObjects.list_after`; times are not kept, and 0."""
+        for key in sorted(self._objects):
+            if key.startswith(f"{folder}/") and key > after:
+                yield key, len(self._objects[key][0]), 0.0
+
     def unlink(self) -> bool:
         return False
 

@@ -170,6 +170,20 @@ class BucketObjects:
                 for found in batch:
                     yield found["path"].removeprefix(self._base)
 
+    def list_after(self, folder: str, after: str) -> Iterator[tuple[str, int, float]]:
+        """Yield key, size, and time of writing by the server's clock, of the objects in a folder, in the order of keys.
+
+        Args:
+            folder: its key here, without a slash at the end.
+            after: a key; only those after it are listed. Empty for all.
+        """
+        with self._errors(folder):
+            offset = self._base + after if after else None
+            for batch in obstore().list(self._store, self._base + folder, offset=offset, chunk_size=1000):
+                for found in batch:
+                    modified = found["last_modified"].timestamp()
+                    yield found["path"].removeprefix(self._base), found["size"], modified
+
     def any_below(self, folder: str) -> bool:
         """True if there are objects below a folder; its key is that of the bucket."""
         with self._errors(folder):

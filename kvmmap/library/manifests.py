@@ -1,0 +1,236 @@
+"""The log of a shared library: small manifests, numbered without a gap, each put only if its number is free.
+
+    log/0000000000000001.json      what one push added, or one clean-up removed
+    snapshot.json                  all that the first so many manifests add up to
+
+A conditional put orders writers; no clock does. Followers list what comes after the last number that they know. Numbers
+that a snapshot covers may be deleted: a follower that finds a gap reads the snapshot.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+from ..errors import StoreError
+from ..storage.objects.protocol import MissingObjectError, ObjectChangedError, Objects
+
+LOG = "log"
+SNAPSHOT = "snapshot.json"
+VERSION = 1
+AT_ONCE = 16
+"""Manifests that are fetched at once."""
+
+ATTEMPTS = 100
+"""Numbers that other writers may take first, before a put gives up."""
+
+
+class ListedObjects(Objects, Protocol):
+    """Objects that can be listed from a key on."""
+
+    def list_after(self, folder: str, after: str) -> Iterator[tuple[str, int, float]]:
+        """Yield key, size and time of writing of the objects in a folder after a key, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteSegment:
+    """A segment that the object store has: positions [start, stop), as packed parts."""
+
+    name: str
+    namespace: str
+    document: dict[str, Any]
+    folder: str
+    model: str
+    position_bytes: int
+    parent: str | None
+    start: int
+    stop: int
+    hashes: str
+    """Of the block boundaries in (start, stop], and of the prefix that ends at `stop`; 16 bytes each, base64."""
+    parts: list[str]
+    """Keys, in order."""
+    size: int
+    """Bytes of the stream."""
+    digest: str
+    """Of the stream."""
+    disk_bytes: int
+    """That its file takes."""
+
+    def hash_list(self) -> list[bytes]:
+        """Return the hashes."""
+        data = base64.b64decode(self.hashes)
+        return [data[at : at + 16] for at in range(0, len(data), 16)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, entry: Any) -> RemoteSegment | None:
+        """Read what `to_json` returned; None for what a later version or another program wrote."""
+        try:
+            found = cls(**{each.name: entry[each.name] for each in fields(cls)})
+            names = (found.name, found.namespace, found.folder, *found.parts, *([found.parent] if found.parent else ()))
+            if any(not isinstance(name, str) or ".." in name or not name for name in names):
+                return None
+            if "/" in found.name + found.folder + (found.parent or "") or len(bytes.fromhex(found.namespace)) != 16:
+                return None
+            if not 0 <= found.start < found.stop or len(base64.b64decode(found.hashes, validate=True)) % 16:
+                return None
+        except (TypeError, KeyError, ValueError, binascii.Error):
+            return None
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What one number of the log says."""
+
+    added: Sequence[RemoteSegment] = ()
+    removed: Sequence[str] = ()
+
+    def encode(self) -> bytes:
+        """Return it as JSON."""
+        entries = [entry.to_json() for entry in self.added]
+        return json.dumps({"version": VERSION, "added": entries, "removed": list(self.removed)}).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """Read it; what can't be understood is left out."""
+        try:
+            raw = json.loads(data)
+            added = [RemoteSegment.of_json(entry) for entry in raw["added"]]
+            removed = [name for name in raw["removed"] if isinstance(name, str)]
+        except (ValueError, TypeError, KeyError):
+            return cls()
+        return cls(added=[entry for entry in added if entry is not None], removed=removed)
+
+
+class Log:
+    """The log in an object store.
+
+    Args:
+        objects: the store, below the library's prefix.
+    """
+
+    def __init__(self, objects: ListedObjects) -> None:
+        self._objects = objects
+
+    def append(self, manifest: Manifest, position: int) -> int | None:
+        """Add a manifest after a position; return its number. Numbers that others took meanwhile are skipped.
+
+        Returns:
+            None, and nothing was added, if the log was compacted beyond the position: follow, and append again.
+
+        Raises:
+            StoreError: the store fails, or has no conditional puts.
+        """
+        data = manifest.encode()
+        for number in range(position + 1, position + 1 + ATTEMPTS):
+            try:
+                self._objects.put_if(key_of(number), data, None)
+            except ObjectChangedError:
+                continue
+            if self._is_covered(number):
+                self._objects.delete(key_of(number))
+                return None
+            return number
+        raise StoreError(f"{self._objects.url}: {ATTEMPTS} others wrote to the log meanwhile", path=self._objects.url)
+
+    def _is_covered(self, number: int) -> bool:
+        """True if a number was free because compacting had deleted its manifest: followers would not see another."""
+        # Manifests are deleted in order, and the last one stays, so then the one before is gone.
+        try:
+            self._objects.get(key_of(number - 1) if number > 1 else SNAPSHOT)
+            return number == 1
+        except MissingObjectError:
+            return number > 1
+
+    def follow(self, position: int) -> tuple[int, list[Manifest], bool]:
+        """Return what came after a position: the new position, manifests in order, and True if they begin anew.
+
+        Raises:
+            StoreError: the store fails.
+        """
+        try:
+            return self._follow(position, False)
+        except MissingObjectError:  # compacted between listing and fetching
+            return self._follow(position, True)
+
+    def _follow(self, position: int, gap: bool) -> tuple[int, list[Manifest], bool]:
+        numbers = self._numbers(position)
+        anew = False
+        found: list[Manifest] = []
+        if gap or (numbers and numbers[0] != position + 1) or (not numbers and position == 0):
+            snapshot = self._snapshot()
+            if snapshot is not None and snapshot[0] > position:
+                position, manifest = snapshot
+                found, anew = [manifest], True
+                numbers = [number for number in numbers if number > position] or self._numbers(position)
+        # Up to a gap: what is behind it was put before what fills it, or the snapshot is about to cover it.
+        count = next((at for at, number in enumerate(numbers) if number != position + 1 + at), len(numbers))
+        numbers = numbers[:count]
+        if len(numbers) > 2:
+            with ThreadPoolExecutor(min(AT_ONCE, len(numbers))) as pool:
+                found += pool.map(self._get, numbers)
+        else:
+            found += map(self._get, numbers)
+        return position + len(numbers), found, anew
+
+    def _numbers(self, position: int) -> list[int]:
+        listed = self._objects.list_after(LOG, key_of(position))
+        names = (key.rpartition("/")[2].removesuffix(".json") for key, _, _ in listed)
+        return sorted(int(name) for name in names if name.isdecimal() and int(name) > position)
+
+    def _get(self, number: int) -> Manifest:
+        return Manifest.decode(bytes(self._objects.get(key_of(number))))
+
+    def _snapshot(self) -> tuple[int, Manifest] | None:
+        try:
+            return _decode_snapshot(bytes(self._objects.get(SNAPSHOT)))
+        except MissingObjectError:
+            return None
+
+    def compact(self, position: int, entries: Sequence[RemoteSegment]) -> int:
+        """Put a snapshot of everything up to a position, and delete the manifests that it covers; return how many.
+
+        Nothing happens if another snapshot covers as much.
+
+        Raises:
+            StoreError: the store fails.
+        """
+        tag = None
+        try:
+            data, tag = self._objects.get_tagged(SNAPSHOT)
+            present = _decode_snapshot(bytes(data))
+            if present is not None and present[0] >= position:
+                return 0
+        except MissingObjectError:
+            pass
+        body = json.loads(Manifest(added=entries).encode()) | {"position": position}
+        try:
+            self._objects.put_if(SNAPSHOT, json.dumps(body).encode(), tag)
+        except ObjectChangedError:
+            return 0
+        covered = [key for key, _, _ in self._objects.list_after(LOG, "") if key <= key_of(position)]
+        # The last one stays: followers that know it need no snapshot.
+        for key in covered[:-1]:
+            self._objects.delete(key)
+        return len(covered[:-1])
+
+
+def _decode_snapshot(data: bytes) -> tuple[int, Manifest] | None:
+    try:
+        return int(json.loads(data)["position"]), Manifest.decode(data)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def key_of(number: int) -> str:
+    """Return the key of a number of the log."""
+    return f"{LOG}/{number:016d}.json"
