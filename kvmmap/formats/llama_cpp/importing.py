@@ -64,7 +64,7 @@ def import_llama_cpp(
         rotated: whether llama.cpp rotated rows of quantised types, as it does where head_dim is a multiple of 64,
             since April 2026, unless LLAMA_ATTN_ROT_DISABLE is set. Nothing in the state says so.
         order: of keys' numbers, "pairs" or "halves"; for architectures that this kvmmap does not know.
-        preset: "native", or one of `create`'s.
+        preset: "native", one of `create`'s, or the codecs of keys and values, as "int8-rotated:int6-rotated".
         capacity: positions to reserve; as many as there are by default.
         compressor, overwrite, storage_options: as in `create`.
         metadata: plain JSON of your own.
@@ -124,8 +124,8 @@ class Found:
     """Its cells, by position."""
 
 
-def choose_sequence(memory: Memory, sequence: int | None, source: Source) -> Found:
-    """Return the cells of a sequence, by position; of the only one if none is asked for.
+def choose_sequence(memory: Memory, sequence: int | None, source: Source, base: int = 0) -> Found:
+    """Return the cells of a sequence, by position from `base` on; of the only one if none is asked for.
 
     Raises:
         UnsupportedModelError: there are several, its positions don't count from 0 on, or have images.
@@ -151,7 +151,7 @@ def choose_sequence(memory: Memory, sequence: int | None, source: Source) -> Fou
     positions = stream.positions[cells]
     if len(np.unique(positions)) < len(positions):
         raise UnsupportedModelError(f"{source.name}: several cells have one position, as images have: not read")
-    if not np.array_equal(positions, np.arange(len(positions))):
+    if not np.array_equal(positions, np.arange(base, base + len(positions))):
         raise UnsupportedModelError(
             f"{source.name}: its positions go from {positions[0]} to {positions[-1]}, and are {len(positions)}: only "
             "sequences "
@@ -200,7 +200,9 @@ def codecs_of(preset: str, model: GgufModel, forms: list[tuple[RowForm, RowForm]
                 values.codec(shape.value_head_dim).name for (_, values), shape in zip(forms, model.layers, strict=True)
             ],
         }
-    keys, values = preset_codecs(preset)
+    keys, colon, values = preset.partition(":")
+    if not colon:
+        keys, values = preset_codecs(preset)
     return {"key_codec": [keys] * len(forms), "value_codec": [values] * len(forms)}
 
 
@@ -224,12 +226,12 @@ def fill(
             shape.num_kv_heads * shape.value_head_dim,
             transposed=found.stream.transposed,
         )
+        forms_codecs = key_form.codec(shape.head_dim), value_form.codec(shape.value_head_dim)
+        quantized = key_form.type.quantized or value_form.type.quantized
+        kept = quantized and (shape.key_codec, shape.value_codec) == forms_codecs  # else encoding keeps all bits, too
         for first, last in steps(start, len(found.cells)):
             pair = keys.read(first, last), values.read(first, last)
-            if (shape.key_codec, shape.value_codec) == (
-                key_form.codec(shape.head_dim),
-                value_form.codec(shape.value_head_dim),
-            ):
+            if kept:
                 layer.extend_quantized(
                     _codes(key_form, pair[0], shape.num_kv_heads, shape.head_dim),
                     _codes(value_form, pair[1], shape.num_kv_heads, shape.value_head_dim),

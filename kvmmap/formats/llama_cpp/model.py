@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -219,11 +220,31 @@ def _contents(path: str) -> tuple[dict[str, Any], list[Any]]:
         raise MissingLibraryError(
             f"this needs gguf, which can't be imported ({error}): pip install 'kvmmap[gguf]'", expected="gguf"
         ) from error
-    reader = gguf.GGUFReader(path)
+    reader = _reader_of(gguf)(path)
     fields = {
         name: field.contents() for name, field in reader.fields.items() if not name.startswith(("tokenizer.", "GGUF."))
     }
     return fields, list(reader.tensors)
+
+
+@functools.cache
+def _reader_of(gguf: Any) -> Any:
+    """Return the library's reader, which skips lists of strings: a vocabulary takes it seconds, and is not needed."""
+    array, string = int(gguf.GGUFValueType.ARRAY), int(gguf.GGUFValueType.STRING)
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type == array:
+                kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+                if kind == string:
+                    offset = orig_offs + 12
+                    for _ in range(count):
+                        offset += 8 + struct.unpack_from("<Q", self.data, offset)[0]
+                    return offset - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
+            found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+            return found
+
+    return Reader
 
 
 def _weights(tensors: list[Any]) -> str:
