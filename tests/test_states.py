@@ -149,6 +149,15 @@ def test_truncation_goes_to_a_checkpoint(place: Callable[[], Any]) -> None:
             cache.restorable(1)
 
 
+def test_any_number_of_states(place: Callable[[], Any]) -> None:
+    specs = tuple(StateSpec(number % 4, f"s{number}", "float32", (number + 1,)) for number in range(21))
+    with create(place(), states=specs) as cache:
+        append(cache, 3)
+        cache.write_states(states(3, specs))
+        cache.flush()
+        assert same(cache.read_states(), states(3, specs))
+
+
 def test_pinned_checkpoints_stay_until_they_are_unpinned(place: Callable[[], Any]) -> None:
     with filled(place(), (10, 20), checkpoint_slots=2) as cache:
         cache.write_states(states(20))

@@ -25,6 +25,10 @@ READ_BYTES = 1 << 18
 """Bytes that are read and hashed at a time: they are still in the processor's cache when they are hashed."""
 
 
+WRITES = 8
+"""Buffers that are written in one call of the compiled core, which takes no more."""
+
+
 class _CheckpointReader(ReadOnlyCheckpoints):
     """What readers and writers of a file have in common.
 
@@ -191,7 +195,9 @@ class WriterCheckpoints(_CheckpointReader):
             checksums=tuple([checksum(data) for data in flat]),
         )
         data, digest = header.encode(self._mapped.superblock.file_id)
-        file.write((at, *[at + offset for offset in self._layout.offsets]), (data, *flat))
+        offsets, buffers = (at, *[at + offset for offset in self._layout.offsets]), (data, *flat)
+        for first in range(0, len(offsets), WRITES):
+            file.write(offsets[first : first + WRITES], buffers[first : first + WRITES])
         file.start_sync(at, self._layout.size)
         self._written = CheckpointEntry.of(position, False, digest)
 
