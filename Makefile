@@ -33,6 +33,7 @@ soak:  ## 200,000 simulated power losses, 1,000 writers and users of a library k
 	@$(ENVIRONMENT) test --venv $(VENV)
 	KVMMAP_HISTORIES=$$(($(or $(IMAGES),200000) / 20)) $(VENV)/bin/pytest -s tests/test_crash.py  # some 23 images each
 	KVMMAP_OPENS=10000 $(VENV)/bin/pytest tests/test_handles.py -k nothing_behind
+	KVMMAP_EVERY_BIT=1 $(VENV)/bin/pytest tests/test_damage.py -k every_byte
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.kills --kills $(or $(KILLS),1000)
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.library --kills $(or $(KILLS),1000)
 	KVMMAP_LIBRARY_EXAMPLES=200 $(VENV)/bin/pytest tests/test_library_stateful.py

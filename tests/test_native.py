@@ -1,4 +1,4 @@
-"""The native checks of tests/native: the kernels in C++, under sanitizers, and for AArch64 emulated."""
+"""The native checks of tests/native: the kernels in C++, under sanitizers. `make sanitize` runs all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NATIVE = Path(__file__).parent / "native"
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_kernels_agree(tmp_path):
-    run = subprocess.run([NATIVE / "run.sh", tmp_path], capture_output=True, text=True, timeout=1800)
+    run = subprocess.run([NATIVE / "run.sh", tmp_path, "quick"], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "warning" not in run.stderr
     for line in run.stdout.splitlines():
@@ -25,7 +25,7 @@ def test_kernels_agree(tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_threads_do_not_race(tmp_path):
     """Pieces shared between threads, and attention beside appends."""
-    run = subprocess.run([NATIVE / "race.sh", tmp_path], capture_output=True, text=True, timeout=1800)
+    run = subprocess.run([NATIVE / "race.sh", tmp_path, "quick"], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "pieces: 0 wrong" in run.stdout
     assert run.stdout.count(" 0 wrong") - 1 == run.stdout.count("looks over") >= 3
