@@ -101,9 +101,9 @@ def generating(report: Report, path: str, rounds: int, tokens: int) -> None:
         if count > 1:
             cost = 1 / found.ratio("read", "none").median
             report.bars.append(Bar(f"{title} with checksums, of the time without", LIMIT, cost, "x at most"))
-    # What the book-keeping costs once all is proven, where attention costs least.
-    with kvmmap.open(path, verify="none") as bare, kvmmap.open(path) as proven:
-        for cache in (bare, proven):
+    # What the book-keeping costs once all is verified, where attention costs least.
+    with kvmmap.open(path, verify="none") as bare, kvmmap.open(path) as verified:
+        for cache in (bare, verified):
             cache.layers[0].read_keys()
         tasks = [
             Task(
@@ -113,16 +113,16 @@ def generating(report: Report, path: str, rounds: int, tokens: int) -> None:
                 ],
                 calls=50,
             )
-            for name, cache in (("none", bare), ("read", proven))
+            for name, cache in (("none", bare), ("read", verified))
         ]
         report.show("attention over one block, again and again", measure(tasks, 3 * rounds, process_time), ["none"])
 
 
 def single_rows(report: Report, path: str, rounds: int) -> None:
-    with kvmmap.open(path, verify="none") as bare, kvmmap.open(path) as proven:
+    with kvmmap.open(path, verify="none") as bare, kvmmap.open(path) as verified:
         tasks = [
             Task(name=name, run=lambda layer=cache.layers[0]: [layer.get_key(5, 1) for _ in range(500)], calls=500)
-            for name, cache in (("none", bare), ("read", proven))
+            for name, cache in (("none", bare), ("read", verified))
         ]
         report.show("get_key of a block that was read before", measure(tasks, 3 * rounds, process_time), ["none"])
 

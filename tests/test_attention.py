@@ -193,9 +193,9 @@ class TestPositions:
     layer = filled(1000, 2, 16)
     queries = rows(2, 4, 16, seed=9)
 
-    def keep(self, *stretches: tuple[int, int]) -> np.ndarray:
+    def keep(self, *ranges: tuple[int, int]) -> np.ndarray:
         mask = np.zeros((2, 1000), bool)
-        for start, stop in stretches:
+        for start, stop in ranges:
             mask[:, start:stop] = True
         return mask
 

@@ -217,7 +217,7 @@ def test_threads(rng, dtype, threads):
 
 @pytest.mark.parametrize("misplaced", [0, 1])
 def test_codes_that_no_cache_holds(rng, misplaced):
-    """From 16 MiB of codes on, they are written past the caches: in stretches, and whatever their alignment."""
+    """From 16 MiB of codes on, they are written past the caches: in parts, whatever their alignment."""
     dim = 100
     some = rng.normal(size=(61, dim)).astype(np.float32)
     some_codes, some_scales = quantize_rows(some)

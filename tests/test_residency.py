@@ -127,11 +127,11 @@ def cached(path: Path) -> int:
     return int((pages & 1).sum()) * mmap.PAGESIZE
 
 
-@pytest.mark.parametrize("stretch", [1, 5000, 40_000, 1 << 30])
+@pytest.mark.parametrize("part", [1, 5000, 40_000, 1 << 30])
 @pytest.mark.parametrize("positions", [None, (0, 0), (3, 700), np.array([2, 0, 5])])
-def test_streamed_attention_is_attention(path: Path, stretch: int, positions: object, monkeypatch) -> None:
-    monkeypatch.setattr(page_cache, "SCAN_BYTES", stretch)
-    if stretch == 1:
+def test_streamed_attention_is_attention(path: Path, part: int, positions: object, monkeypatch) -> None:
+    monkeypatch.setattr(page_cache, "SCAN_BYTES", part)
+    if part == 1:
         monkeypatch.setattr(page_cache, "SCAN_BYTES", 3 * 4 * 2 * (16 + 16 + 8))
     filled(path, 1500, heads=2, dim=16)
     queries = rows(3, 4, 16, seed=5)

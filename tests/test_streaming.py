@@ -108,7 +108,7 @@ def test_a_flipped_bit_is_named_and_not_in_the_copy(
         copy(place, tmp_path / "a.kvm")
     assert caught.value.position == shard * 8192 + 2 * BLOCK
     assert not (tmp_path / "a.kvm").exists()
-    flip(place, key, 2 * BLOCK * ARRAYS[name])  # mended: the same again goes on
+    flip(place, key, 2 * BLOCK * ARRAYS[name])  # repaired: another attempt continues
     assert copy(place, tmp_path / "a.kvm")[0].resumed == shard * 8192
     check_same(place, tmp_path / "a.kvm")
 

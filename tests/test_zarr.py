@@ -332,7 +332,7 @@ class Model:
 
 
 def life(cache: kvmmap.QuantizedKvCache, model: Model) -> Iterator[None]:
-    """A cache's life, in steps: shards begun, filled and gone past, tails that grow, and positions taken back."""
+    """A cache's life, in steps: shards begun, filled and completed, tails that grow, and truncations."""
     model.extend(cache, 300, 1)
     yield
     model.flush(cache)
@@ -599,9 +599,9 @@ def test_object_locks() -> None:
     place.put(LOCK_KEY, [dead.encode()])
     with reopen(place, "a") as cache:  # its owner ran here, and is gone
         fill(cache, 10)
-    foreign = json.loads(dead) | {"host": "elsewhere", "machine": "another boot"}
-    place.put(LOCK_KEY, [json.dumps(foreign).encode()])
-    with pytest.raises(kvmmap.CacheLockedError, match=f"process {foreign['pid']} on elsewhere"):
+    other = json.loads(dead) | {"host": "elsewhere", "machine": "another boot"}
+    place.put(LOCK_KEY, [json.dumps(other).encode()])
+    with pytest.raises(kvmmap.CacheLockedError, match=f"process {other['pid']} on elsewhere"):
         reopen(place, "a")
     with kvmmap.open(place.url, "a", break_lock=True) as cache:
         check_filled(cache, 10)

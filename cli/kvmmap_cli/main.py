@@ -132,7 +132,7 @@ def kvmmap(ctx: click.Context) -> None:
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
-    """End as Ctrl-C does, so that what is half done is taken back."""
+    """End as Ctrl-C does, so that what is incomplete is removed."""
     sys.exit(TERMINATED)
 
 

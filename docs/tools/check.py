@@ -60,7 +60,7 @@ def urls(css: str) -> list[str]:
 def main() -> int:
     site = Path(sys.argv[1]).resolve()
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
-    wrong = [*broken(site, pages), *foreign(site, pages), *undocumented(site, pages)]
+    wrong = [*broken(site, pages), *external(site, pages), *undocumented(site, pages)]
     print("\n".join(wrong) or f"{len(pages)} pages: all links lead somewhere, and nothing is loaded from elsewhere")
     return 1 if wrong else 0
 
@@ -84,7 +84,7 @@ def broken(site: Path, pages: dict[Path, Page]) -> Iterator[str]:
                 yield f"{here}: {link}: there is no such anchor"
 
 
-def foreign(site: Path, pages: dict[Path, Page]) -> Iterator[str]:
+def external(site: Path, pages: dict[Path, Page]) -> Iterator[str]:
     """What pages and style sheets load from other sites."""
     loads = {path: page.loads for path, page in pages.items()}
     loads |= {path: urls(path.read_text()) for path in site.rglob("*.css")}

@@ -39,7 +39,7 @@ class Reader:
                 # One thread: the other processors have requests of their own.
                 return length, self.cache.layers[layer].attend(queries, positions=(0, length), threads=1)
             except kvmmap.CacheChangedError:
-                # Positions were taken back while we read, or another file has taken this one's place (resize).
+                # The writer truncated during the read, or the file was replaced (resize).
                 self.cache.close()
                 self.cache = kvmmap.open(self.path)
         raise kvmmap.CacheChangedError(f"{self.path}: changed {ATTEMPTS} times while it was read")

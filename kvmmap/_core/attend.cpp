@@ -71,7 +71,7 @@ void merge(AttendState whole, AttendState part, int64_t row, int64_t width) {
     whole.top[row] = top;
 }
 
-// The stretches of positions that some query sees, as rows; what lies between them is never touched.
+// The ranges of positions that some query sees, as rows; what lies between them is never touched.
 std::vector<AttendRange> visible(const AttendJob& job) {
     const int64_t last = job.query_start + job.n - 1;
     int64_t end = job.causal ? last + 1 - job.first_position : std::numeric_limits<int64_t>::max();

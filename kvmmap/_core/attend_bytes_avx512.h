@@ -20,7 +20,7 @@ class Bytes {
     static int64_t width(int64_t value_dim) { return to_64(value_dim); }
     static int64_t query_bytes(int64_t dim) { return query_header + to_64(dim) / 4 * step_digits; }
 
-    // Within 64 numbers the bytes of four positions were interleaved by unpacking, within stretches of 16.
+    // Within 64 numbers the bytes of four positions were interleaved by unpacking, within groups of 16.
     static void finish(const float* sums, int64_t value_dim, float factor, float* out) {
         const __m128 scale = _mm_set1_ps(factor);
         for (int64_t d = 0; d < value_dim; d += 4) {

@@ -1,4 +1,4 @@
-// Online softmax over a stretch of positions: scores of one query row become the weights of its values, and its running
+// Online softmax over a range of positions: scores of one query row become the weights of its values, and its running
 // sums count for less where a higher score than any before turns up.
 #pragma once
 

@@ -27,7 +27,7 @@ void parallel_pieces(int64_t count, int threads, Body&& body) {
 // Pieces that work is cut into, for each thread that takes part.
 constexpr int64_t pieces_each = 4;
 
-// Calls body(begin, end) for even stretches of [0, count).
+// Calls body(begin, end) for even ranges of [0, count).
 template <class Body>
 void parallel_ranges(int64_t count, int threads, Body&& body) {
     const int64_t pieces = threads > 1 ? std::min<int64_t>(count, threads * pieces_each) : 1;

@@ -31,7 +31,7 @@ int64_t quantize_grid(const RowGrid& x, int8_t* codes, float* scales, int thread
     const bool streamed = x.dtype == Dtype::f32 && rows * x.dim >= stream_bytes && x.dim <= staged_codes;
     auto quantize = [&](int64_t begin, int64_t end) {
         alignas(64) int8_t staged[staged_codes];
-        // One run per stretch of evenly spaced rows; the whole input is one if the two strides agree.
+        // One run per range of evenly spaced rows; the whole input is one if the two strides agree.
         const bool even = x.outer_stride == x.inner * x.inner_stride;
         for (int64_t row = begin; row < end;) {
             const int64_t o = row / x.inner, i = row % x.inner;

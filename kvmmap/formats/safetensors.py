@@ -139,7 +139,7 @@ def export_tensors(
 
 
 def is_stream(path: str) -> bool:
-    """True for a pipe, a socket or a character device: what is written to it can't be taken back or replaced."""
+    """True for a pipe, a socket or a character device: what is written to it can't be removed or replaced."""
     try:
         mode = os.stat(path).st_mode
     except OSError:

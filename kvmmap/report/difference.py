@@ -14,7 +14,7 @@ from ..cache import QuantizedKvCache
 from ..codecs import INT8, RowCodec
 from ..errors import ShapeMismatchError
 from ..storage.protocols import Progress
-from .gathering import stretches
+from .gathering import read_parts
 from .states import first_different_checkpoint
 
 
@@ -123,7 +123,7 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
         geometry = a.geometry.layers[number]
         keys = _Differences(geometry.key_codec, geometry.num_kv_heads, geometry.head_dim)
         values = _Differences(geometry.value_codec, geometry.num_kv_heads, geometry.value_head_dim)
-        mine, others = (stretches(cache.layers[number], length) for cache in (a, b))
+        mine, others = (read_parts(cache.layers[number], length) for cache in (a, b))
         for (start, x), (_, y) in zip(mine, others, strict=True) if geometry.has_rows else ():
             keys.add(start, x.keys, y.keys)
             values.add(start, x.values, y.values)
@@ -143,7 +143,7 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
 
 
 class _Differences:
-    """What differs in one part of one layer, counted stretch by stretch."""
+    """What differs in one part of one layer, counted part by part."""
 
     def __init__(self, codec: RowCodec, heads: int, dim: int) -> None:
         self.codec = codec

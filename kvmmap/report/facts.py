@@ -81,7 +81,7 @@ class CommitReport:
     """When, in UTC."""
 
     generation: int
-    """Changes when stored positions are taken back."""
+    """Changes when stored positions are truncated."""
 
     writer_pid: int | None
     """Process id of the writer, while it has the cache open or if it never closed it; None if it did, or if the id is

@@ -12,7 +12,7 @@ from ..storage.file.section_map import SectionExtent, read_extents
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSection:
-    """A stretch of the file with one purpose."""
+    """A section of the file, or its superblock."""
 
     name: str
     """As in docs/format.md, in small letters with hyphens: "superblock", "key-codes"."""
@@ -27,7 +27,7 @@ class FileSection:
     """Its size, for the whole capacity."""
 
     disk_bytes: int
-    """How many of them lie on the disk; the rest is a hole that costs nothing."""
+    """How many of them are allocated on the disk; the rest is a hole."""
 
     about: str
     """What is in it."""
@@ -44,10 +44,10 @@ class FileMap:
     """Size of the file, holes included."""
 
     sections: tuple[FileSection, ...]
-    """In the order in which they lie there."""
+    """In the order of their offsets."""
 
     data: tuple[tuple[int, int], ...]
-    """(offset, bytes) of the stretches that lie on the disk; what is between them is a hole."""
+    """(offset, bytes) of the ranges that are allocated on the disk; between them are holes."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain JSON types."""

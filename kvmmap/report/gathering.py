@@ -146,10 +146,11 @@ def statistics(
     )
 
 
-def stretches(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
+def read_parts(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
     """Yield (first position, rows) of a layer's positions below `stop`, a few MiB at a time.
 
-    If rows were taken back meanwhile, that is found out before the next stretch, and after the last.
+    Raises:
+        CacheChangedError: the writer truncated meanwhile; at the next part, or after the last.
     """
     step = max(1, STEP_NUMBERS // (layer.num_kv_heads * (layer.head_dim + layer.value_head_dim)))
     for start in range(0, stop, step):
@@ -158,10 +159,10 @@ def stretches(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
 
 
 def int8_parts(layer: QuantizedKvLayer, stop: int) -> Iterator[tuple[int, Rows]]:
-    """As `stretches`, but of any codec as int8 rows: other rows are decoded, and quantised for these figures."""
+    """As `read_parts`, but of any codec as int8 rows: other rows are decoded, and quantised for these figures."""
     geometry = layer.geometry
     same = geometry.key_codec is INT8 and geometry.value_codec is INT8
-    for start, rows in stretches(layer, stop):
+    for start, rows in read_parts(layer, stop):
         yield start, rows if same else _as_int8(rows, geometry)
 
 

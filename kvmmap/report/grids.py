@@ -30,7 +30,7 @@ class ScaleGrid:
 
 
 def scale_grids(cache: QuantizedKvCache, bins: int, layers: list[int] | None = None) -> list[ScaleGrid]:
-    """Average scales over at most `bins` stretches of positions, about equally long; no bins of an empty cache.
+    """Average scales over at most `bins` ranges of positions of about equal length; no bins of an empty cache.
 
     Args:
         cache: an open cache.
@@ -39,7 +39,7 @@ def scale_grids(cache: QuantizedKvCache, bins: int, layers: list[int] | None = N
 
     Raises:
         LayerOutOfRangeError: there is no such layer.
-        CacheChangedError: the writer took positions back meanwhile: refresh, and look again.
+        CacheChangedError: the writer truncated meanwhile: refresh, and try again.
     """
     length = cache.seq_len
     edges = np.linspace(0, length, min(bins, length) + 1).round().astype(np.int64)

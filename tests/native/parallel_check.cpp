@@ -31,7 +31,7 @@ void stretches_cover(int64_t count, int threads) {
     parallel_ranges(count, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) ++covered[i];
     });
-    for (int times : covered) expect(times == 1, "a number is not in one stretch");
+    for (int times : covered) expect(times == 1, "a number is not in exactly one range");
 }
 
 void exceptions_are_told(int threads) {

@@ -5,8 +5,8 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 tests=$here/..
 python=$(realpath -s "$1")
-modules="attention cache copying file fork format golden layer properties proven quantize repair residency soak stateful
-    statistics tensors threads zarr"
+modules="attention cache copying file fork format golden layer properties quantize repair residency soak stateful
+    statistics tensors threads verified_blocks zarr"
 
 "$here/run.sh"
 "$here/race.sh"

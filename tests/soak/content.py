@@ -1,7 +1,7 @@
 """The rows of a soak's cache, which encode their position and their *epoch*.
 
-An epoch is a number that grows with every writer and every truncation, so that a row of a position that was taken back,
-or that a killed writer left half written, is told from the one that is there now. Everything is exact in the codec:
+An epoch is a number that grows with every writer and every truncation, so that a row of a position that was truncated,
+or that a killed writer left incomplete, is told from the present one. Everything is exact in the codec:
 a scale is a power of two and the first code of a row is 127.
 """
 
@@ -59,7 +59,7 @@ def verify_rows(cache: kvmmap.QuantizedKvCache, start: int, stop: int) -> NDArra
 
     Raises:
         WrongBytesError: one is not as it was stored.
-        CacheChangedError: rows were taken back meanwhile, so nothing can be said.
+        CacheChangedError: rows were truncated meanwhile, so nothing was compared.
     """
     taken = [layer.read_quantized(start, stop) for layer in cache.layers]
     copies = [[np.array(array) for array in rows] for rows in taken]

@@ -28,7 +28,7 @@ class Reader:
         while not self.board.get("stop"):
             try:
                 self.look()
-            except kvmmap.CacheChangedError:  # rows were taken back, or the file replaced
+            except kvmmap.CacheChangedError:  # truncated, or the file was replaced
                 self.board.count(self.number, "changed")
             if self.random.random() < 0.05:
                 self.cache.close()
@@ -65,8 +65,8 @@ class Reader:
         epochs = verify_rows(self.cache, start, stop)
         self.board.count(self.number, "rows", (stop - start) * LAYERS * HEADS * 2)
         if told:
-            taken_back = np.arange(start, stop)[epochs <= epoch]
-            assert not (taken_back >= cut).any(), f"rows from {cut} on of an epoch that was taken back"
+            truncated = np.arange(start, stop)[epochs <= epoch]
+            assert not (truncated >= cut).any(), f"rows from {cut} on of an epoch that was truncated"
         self.use(start, epochs)
 
     def check_monotonic(self, length: int) -> None:

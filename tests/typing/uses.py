@@ -90,7 +90,7 @@ def look(cache: QuantizedKvCache) -> None:
     assert_type(kvmmap.__version__, str)
 
 
-def mend(path: Path) -> int:
+def recover(path: Path) -> int:
     try:
         kvmmap.open(path)
     except CapacityExceededError as error:

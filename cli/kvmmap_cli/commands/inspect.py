@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Decode
 
 PLOT_BINS = 400
-"""Stretches of positions in a plot's heat maps; in a terminal there are as many as columns."""
+"""Ranges of positions in a plot's heat maps; in a terminal there are as many as columns."""
 
 SHOWN_TOKENS = 48
 """Token ids that are shown of the first and of the last."""

@@ -22,7 +22,7 @@ ENDINGS = (".html", ".htm")
 LONGEST_STEM = 250
 
 BINS = 240
-"""Stretches of positions in the page's heat maps."""
+"""Ranges of positions in the page's heat maps."""
 
 
 @click.command("report")

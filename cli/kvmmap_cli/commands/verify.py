@@ -84,5 +84,5 @@ def _lines(damages: list[Damage]) -> Iterator[str]:
             found[-1][1] = damage.stop
         else:
             found.append([damage.start, damage.stop])
-    for (_, trouble), stretches in sorted(runs.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0)):
-        yield from (trouble.format(start, stop) for start, stop in stretches)
+    for (_, trouble), ranges in sorted(runs.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0)):
+        yield from (trouble.format(start, stop) for start, stop in ranges)

@@ -146,7 +146,7 @@ class KvmmapLayer(CacheLayerMixin):
         return keys.to(device).transpose(0, 1)[None], values.to(device).transpose(0, 1)[None]
 
     def parts(self, start: int, stop: int) -> list[tuple[QuantizedKvLayer, int, int]]:
-        """Where positions [start, stop) lie: stores, each with the stretch [start, stop) of its own positions."""
+        """Return the layers that hold positions [start, stop), each with its own range of positions."""
         kept = self.kept
         found = [] if self.saved is None else [(self.saved, start, min(stop, kept))]
         found.append((self.own, max(start, kept) - kept, stop - kept))

@@ -394,12 +394,12 @@ class StoredSequence(OneSequence):
             note_regimes(self._own, regimes)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (assisted generation does): minus how many, as transformers counts."""
+        """Truncate the last tokens, as assisted generation does: minus how many, as transformers counts."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         if tokens_to_remove:
             self.truncate(max(self._length + tokens_to_remove, 0))
 
     def reset(self) -> None:
-        """Take back everything: `truncate(0)`."""
+        """Remove everything: `truncate(0)`."""
         self.truncate(0)

@@ -54,7 +54,7 @@ OTHERS: dict[str, Callable[[kvmmap.QuantizedKvLayer], Any]] = {
     "attend, a window": lambda layer: layer.attend(rows(1, 2, 8), window=88),
     "attend, a window and sinks": lambda layer: layer.attend(rows(1, 2, 8), window=88, sinks=3),
     "attend, other blocks": lambda layer: layer.attend(rows(1, 2, 8), positions=[0, 2]),
-    "attend, a stretch": lambda layer: layer.attend(rows(1, 2, 8), positions=(0, 256)),
+    "attend, a range": lambda layer: layer.attend(rows(1, 2, 8), positions=(0, 256)),
 }
 """What reads nothing of block 1."""
 
@@ -112,7 +112,7 @@ def test_verified_blocks_are_not_hashed_again(path: Path) -> None:
     with kvmmap.open(path) as cache:
         cache.layers[0].read_keys(256, 300)
         flip(path, Section.KEY_CODES, 0, 300 * 16)
-        cache.layers[0].get_key(300, 0)  # its block was proven
+        cache.layers[0].get_key(300, 0)  # its block was verified
         flip(path, Section.KEY_CODES, 0, 100 * 16)
         with pytest.raises(kvmmap.CorruptCacheError):
             cache.layers[0].read_keys()
@@ -128,7 +128,7 @@ def test_a_grown_tail_is_verified_up_to_its_new_length(path: Path) -> None:
             fill(writer, 310)
             writer.flush()
             flip(path, Section.VALUE_CODES, 0, 305 * 16)
-            reader.layers[0].read_keys()  # 300 positions, all proven
+            reader.layers[0].read_keys()  # 300 positions, all verified
             reader.refresh()
             with pytest.raises(kvmmap.CorruptCacheError):
                 reader.layers[0].read_keys()
@@ -242,7 +242,7 @@ def test_verified_blocks_match_a_plain_list() -> None:
     random = np.random.default_rng(0)
     size, capacity = 4, 50
     for _ in range(300):
-        proven, model, covered = VerifiedBlocks(1, capacity, size), [0] * 13, 0
+        verified, model, covered = VerifiedBlocks(1, capacity, size), [0] * 13, 0
         for _ in range(12):
             covered = int(random.integers(covered, capacity + 1))
             ranges = np.sort(random.integers(0, capacity + 1, (int(random.integers(0, 4)), 2)), axis=1)
@@ -255,15 +255,15 @@ def test_verified_blocks_match_a_plain_list() -> None:
                 for block in range(13)
             ]
             expected = [block for block in range(13) if touched[block] and model[block] < wanted[block]]
-            assert proven.missing(0, ranges, covered).tolist() == expected
+            assert verified.missing(0, ranges, covered).tolist() == expected
             for block in expected:
-                proven.note(0, block, wanted[block])
+                verified.note(0, block, wanted[block])
                 model[block] = wanted[block]
-            proven.sum_up(0, covered)
+            verified.sum_up(0, covered)
             gap = next((block for block in range(13) if model[block] < wanted[block]), None)
-            assert proven.below[0] == (covered if gap is None else gap * size)
+            assert verified.below[0] == (covered if gap is None else gap * size)
             if random.random() < 0.3:
                 length = int(random.integers(0, covered + 1))
-                proven = proven.cut(length)
+                verified = verified.cut(length)
                 model = [min(rows, max(0, length - size * block)) for block, rows in enumerate(model)]
                 covered = min(covered, length)
