@@ -72,7 +72,7 @@ void merge(AttendState whole, AttendState part, int64_t row, int64_t width) {
 }
 
 // The ranges of positions that some query sees, as rows; what lies between them is never touched.
-std::vector<AttendRange> visible(const AttendJob& job) {
+std::vector<AttendRange> seen_ranges(const AttendJob& job) {
     const int64_t last = job.query_start + job.n - 1;
     int64_t end = job.causal ? last + 1 - job.first_position : std::numeric_limits<int64_t>::max();
     if (job.behind) end = std::min(end, last + 1 - job.behind - job.first_position);
@@ -89,6 +89,38 @@ std::vector<AttendRange> visible(const AttendJob& job) {
     }
     kept.erase(std::remove_if(kept.begin(), kept.end(), [](const AttendRange& r) { return r.start >= r.stop; }), kept.end());
     return kept;
+}
+
+// Rows that lie in extents, and how they reach the kernel.
+struct Source {
+    const AttendExtent* extents;
+    int64_t count;
+    AttendForms forms;
+
+    // The number of the extent that has a row.
+    int64_t of(int64_t row) const {
+        int64_t number = count - 1;
+        while (extents[number].start > row) --number;
+        return number;
+    }
+    // One past the last row of an extent.
+    int64_t stop(int64_t number) const {
+        return number + 1 < count ? extents[number + 1].start : std::numeric_limits<int64_t>::max();
+    }
+};
+
+// The same, each range within one extent.
+std::vector<AttendRange> visible(const AttendJob& job, const Source& source) {
+    const std::vector<AttendRange> whole = seen_ranges(job);
+    if (source.count == 1) return whole;
+    std::vector<AttendRange> cut;
+    for (AttendRange r : whole)
+        while (r.start < r.stop) {
+            const int64_t stop = std::min(r.stop, source.stop(source.of(r.start)));
+            cut.push_back({r.head, r.head_end, r.start, stop});
+            r.start = stop;
+        }
+    return cut;
 }
 
 // Part p of ranges that are cut, between tiles, into parts of even work.
@@ -144,18 +176,21 @@ AttendState from_row(AttendState state, int64_t row, int64_t width) {
     return {state.top + row, state.total + row, state.sums + row * width};
 }
 
-// The rows of a job, as they are stored.
-struct Pair {
-    const CodedRows &keys, &values;
-    AttendForms forms;
-};
-
-// Has the kernel walk over a range, what must be decoded for it a span at a time.
-void walk(const AttendJob& job, const AttendKernel& kernel, const AttendRange& range, int64_t coming, const char* prepared,
-          AttendState state, const Pair& pair, DecodedRows* decoded) {
-    if (!decoded) return kernel.walk(job, range, coming, prepared, state);
+// Has the kernel walk over a range of one extent, what must be decoded for it a span at a time.
+void walk(const AttendJob& job, const AttendKernel& kernel, AttendRange range, int64_t coming, const char* prepared,
+          AttendState state, const Source& source, DecodedRows* decoded) {
+    const int64_t number = source.of(range.start);
+    const AttendExtent& extent = source.extents[number];
+    AttendJob here = job;
+    here.first_position += extent.start;
+    here.key_rows = extent.keys.codes, here.key_scales = reinterpret_cast<const float*>(extent.keys.scales);
+    here.value_rows = extent.values.codes, here.value_scales = reinterpret_cast<const float*>(extent.values.scales);
+    range.start -= extent.start, range.stop -= extent.start;
+    coming = std::min(coming, source.stop(number)) - extent.start;
+    if (!decoded) return kernel.walk(here, range, coming, prepared, state);
+    decoded->use(here, extent.keys, extent.values);
     int64_t start = range.start;
-    if (kernel.walk_stored) start = kernel.walk_stored(job, pair.keys, pair.values, range, coming, prepared, state);
+    if (kernel.walk_stored) start = kernel.walk_stored(here, extent.keys, extent.values, range, coming, prepared, state);
     for (; start < range.stop; start += decoded->span()) {
         const AttendRange span{range.head, range.head_end, start, std::min(range.stop, start + decoded->span())};
         const AttendJob part = decoded->take(span);
@@ -164,13 +199,13 @@ void walk(const AttendJob& job, const AttendKernel& kernel, const AttendRange& r
 }
 
 // Walks over ranges, with a state that was not used yet.
-void run_part(const AttendJob& job, const AttendKernel& kernel, const Pair& pair, const std::vector<AttendRange>& ranges,
+void run_part(const AttendJob& job, const AttendKernel& kernel, const Source& source, const std::vector<AttendRange>& ranges,
               const char* prepared, int64_t width, AttendState state) {
     std::unique_ptr<DecodedRows> decoded;
-    if (pair.forms.any()) {
+    if (source.forms.any()) {
         int64_t longest = 0;
         for (const AttendRange& r : ranges) longest = std::max(longest, std::min(r.stop - r.start, part_positions));
-        decoded = std::make_unique<DecodedRows>(job, pair.keys, pair.values, kernel.tile, longest);
+        decoded = std::make_unique<DecodedRows>(job, source.extents->keys, source.extents->values, kernel.tile, longest);
     }
     for (int64_t row = 0; row < job.rows(); ++row) clear(state, row, width);
     std::unique_ptr<State> part;
@@ -179,11 +214,11 @@ void run_part(const AttendJob& job, const AttendKernel& kernel, const Pair& pair
         for (int64_t start = r.start; start < r.stop; start += part_positions) {
             const AttendRange piece{r.head, r.head_end, start, std::min(r.stop, start + part_positions)};
             if (walked + (piece.stop - piece.start) <= part_positions) {
-                walk(job, kernel, piece, r.stop, prepared, state, pair, decoded.get());
+                walk(job, kernel, piece, r.stop, prepared, state, source, decoded.get());
             } else {
                 if (!part) part = std::make_unique<State>(job.rows(), width);
                 each_row(job, r.head, r.head_end, [&](int64_t row) { clear(part->view, row, width); });
-                walk(job, kernel, piece, r.stop, prepared, part->view, pair, decoded.get());
+                walk(job, kernel, piece, r.stop, prepared, part->view, source, decoded.get());
                 each_row(job, r.head, r.head_end, [&](int64_t row) { merge(state, part->view, row, width); });
             }
             walked += piece.stop - piece.start;
@@ -210,10 +245,14 @@ void rotate(int64_t dim, int64_t rows, float* numbers, void (*run)(const Rotatio
 }  // namespace
 
 void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int threads) {
-    const Pair pair{keys, values, forms_of(keys, values)};
-    const AttendKernel& kernel = attend_kernel(pair.forms.floats());
-    job.key_rows = keys.codes, job.key_scales = reinterpret_cast<const float*>(keys.scales);
-    job.value_rows = values.codes, job.value_scales = reinterpret_cast<const float*>(values.scales);
+    const AttendExtent whole{0, keys, values};
+    attend(job, &whole, 1, threads);
+}
+
+void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threads) {
+    const CodedRows &keys = extents->keys, &values = extents->values;  // the codecs of all
+    const Source source{extents, count, forms_of(keys, values)};
+    const AttendKernel& kernel = attend_kernel(source.forms.floats());
     std::vector<float> rotated;
     if (keys.format.rotated) {
         rotated.assign(job.queries, job.queries + job.rows() * job.dim);
@@ -230,7 +269,7 @@ void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int t
     for (int64_t row = 0; row < job.rows(); ++row)
         kernel.prepare(job.queries + row * job.dim, job.dim, factor, prepared + row * query_bytes);
 
-    const std::vector<AttendRange> ranges = visible(job);
+    const std::vector<AttendRange> ranges = visible(job, source);
     const Plan cuts = plan(job, ranges, threads);
     std::vector<State> states;
     states.reserve(cuts.parts);
@@ -240,8 +279,8 @@ void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int t
         const int64_t block = cuts.blocks - 1 - piece / cuts.parts, p = piece % cuts.parts;
         const int64_t begin = job.n * block / cuts.blocks, end = job.n * (block + 1) / cuts.blocks;
         const AttendJob mine = for_queries(job, begin, end);
-        const std::vector<AttendRange> seen = cuts.blocks == 1 ? ranges : visible(mine);
-        run_part(mine, kernel, pair, part_of(seen, p, cuts.parts, kernel.tile), prepared + begin * job.q_heads * query_bytes,
+        const std::vector<AttendRange> seen = cuts.blocks == 1 ? ranges : visible(mine, source);
+        run_part(mine, kernel, source, part_of(seen, p, cuts.parts, kernel.tile), prepared + begin * job.q_heads * query_bytes,
                  width, from_row(states[p].view, begin * job.q_heads, width));
     });
     for (int64_t p = 1; p < cuts.parts; ++p)

@@ -68,6 +68,15 @@ struct AttendJob {
 
 void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int threads);
 
+// Rows of consecutive positions that lie apart from others of the same codecs: row 0 of these is row `start` of the job.
+struct AttendExtent {
+    int64_t start;
+    CodedRows keys, values;
+};
+
+// The same over extents in ascending order of start, the first of which starts at 0: each has the rows up to the next one's.
+void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threads);
+
 // Sums are kept times this, so that no sum of 2^24 values overflows whose average does not.
 constexpr float sums_scale = 0x1p-24f;
 

@@ -18,7 +18,7 @@ AttendForms forms_of(const CodedRows& keys, const CodedRows& values) {
 }
 
 DecodedRows::DecodedRows(const AttendJob& job, const CodedRows& keys, const CodedRows& values, int64_t tile, int64_t most)
-    : job_(job) {
+    : job_(&job) {
     const AttendForms forms = forms_of(keys, values);
     keys_.rows = keys, keys_.dim = job.dim, keys_.form = forms.keys;
     values_.rows = values, values_.dim = job.value_dim, values_.form = forms.values;
@@ -45,7 +45,7 @@ void DecodedRows::Side::decode(int64_t first, int64_t count, char* out) const {
 }
 
 void DecodedRows::take(Side& side, const AttendRange& range, const void*& rows, const float*& scales) {
-    const int64_t heads = job_.kv_heads, first = range.start * heads, count = range.stop - range.start;
+    const int64_t heads = job_->kv_heads, first = range.start * heads, count = range.stop - range.start;
     if (side.form == Form::as_stored) {
         rows = side.rows.codes + first * side.dim;
         scales = reinterpret_cast<const float*>(side.rows.scales) + first;
@@ -67,7 +67,7 @@ void DecodedRows::take(Side& side, const AttendRange& range, const void*& rows, 
 }
 
 AttendJob DecodedRows::take(const AttendRange& range) {
-    AttendJob part = job_;
+    AttendJob part = *job_;
     part.first_position += range.start;
     take(keys_, range, part.key_rows, part.key_scales);
     take(values_, range, part.value_rows, part.value_scales);

@@ -31,6 +31,11 @@ class DecodedRows {
     // Positions that are decoded at a time.
     int64_t span() const { return span_; }
 
+    // Takes rows of another extent from now on, of the same codecs; `job` is valid as long as they are taken.
+    void use(const AttendJob& job, const CodedRows& keys, const CodedRows& values) {
+        job_ = &job, keys_.rows = keys, values_.rows = values;
+    }
+
     // The job over rows [range.start, range.stop) alone, which become rows 0 and up; at most `span` of them. Valid until the
     // next call.
     AttendJob take(const AttendRange& range);
@@ -48,7 +53,7 @@ class DecodedRows {
     };
     void take(Side& side, const AttendRange& range, const void*& rows, const float*& scales);
 
-    const AttendJob& job_;
+    const AttendJob* job_;
     Side keys_, values_;
     int64_t span_;
 };

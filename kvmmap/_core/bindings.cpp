@@ -328,11 +328,28 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     job.n = grid.outer, job.q_heads = grid.inner, job.kv_heads = kv_heads, job.dim = grid.dim, job.value_dim = value_dim;
     const RowFormat key_format = to_format(codecs[0], codecs[1], job.dim), value_format = to_format(codecs[2], codecs[3], value_dim);
     const size_t of_keys = RowArrays::count(key_format);
-    if (slabs.size() != of_keys + RowArrays::count(value_format)) throw nb::value_error("slabs: the arrays of keys, then of values");
-    const RowArrays keys(key_format, slabs, 0, job.dim, contiguous), values(value_format, slabs, of_keys, value_dim, contiguous);
-    const int64_t rows = keys.rows() / kv_heads;
-    keys.hold(rows * kv_heads);
-    values.hold(rows * kv_heads);
+    const size_t arrays = of_keys + RowArrays::count(value_format);
+    // Rows in one place; or pairs of a first row and such rows, in the order of their first rows.
+    const bool apart = slabs.size() && nb::isinstance<nb::tuple>(slabs[0]);
+    const size_t count = apart ? slabs.size() : 1;
+    std::vector<std::unique_ptr<RowArrays>> held;
+    std::vector<AttendExtent> extents;
+    int64_t rows = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const nb::tuple pair = apart ? nb::cast<nb::tuple>(slabs[i]) : nb::tuple();
+        if (apart && pair.size() != 2) throw nb::value_error("slabs: first row and arrays");
+        const int64_t start = apart ? nb::cast<int64_t>(pair[0]) : 0;
+        const nb::tuple parts = apart ? nb::cast<nb::tuple>(pair[1]) : slabs;
+        if (parts.size() != arrays) throw nb::value_error("slabs: the arrays of keys, then of values");
+        if (i ? start <= extents.back().start || start > rows : start != 0) throw nb::value_error("slabs: rows are missing between");
+        const RowArrays& keys = *held.emplace_back(std::make_unique<RowArrays>(key_format, parts, 0, job.dim, contiguous));
+        const RowArrays& values = *held.emplace_back(std::make_unique<RowArrays>(value_format, parts, of_keys, value_dim, contiguous));
+        const int64_t here = keys.rows() / kv_heads;
+        keys.hold(here * kv_heads);
+        values.hold(here * kv_heads);
+        rows = start + here;
+        extents.push_back({start, {key_format, keys.codes(), keys.scales()}, {value_format, values.codes(), values.scales()}});
+    }
     job.first_position = first_position;
     job.scale = scale, job.softcap = softcap, job.query_start = query_start;
     job.causal = causal, job.window = window, job.sinks = sinks;
@@ -362,9 +379,9 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     const int64_t bad = widen_queries(grid, wide.data());
     if (bad >= 0) return bad;
     job.queries = wide.data();
-    const CodedRows coded_keys{key_format, keys.codes(), keys.scales()}, coded_values{value_format, values.codes(), values.scales()};
-    if (ring) attend_recent(job, coded_keys, coded_values, view, threads);
-    else attend(job, coded_keys, coded_values, threads);
+    const auto count_of_extents = static_cast<int64_t>(extents.size());
+    if (ring) attend_recent(job, extents.data(), count_of_extents, view, threads);
+    else attend(job, extents.data(), count_of_extents, threads);
     return -1;
 }
 

@@ -204,10 +204,10 @@ class Parts {
   public:
     Parts(const AttendJob& job) : job_(job) {}
 
-    void add(AttendJob part, const std::vector<AttendRange>& ranges, const CodedRows& keys, const CodedRows& values, int threads) {
+    void add(AttendJob part, const std::vector<AttendRange>& ranges, const AttendExtent* extents, int64_t count, int threads) {
         if (ranges.empty()) return;
         part.ranges = ranges.data(), part.num_ranges = static_cast<int64_t>(ranges.size());
-        if (count_++ == 0) return attend(part, keys, values, threads);  // into the job's own arrays
+        if (count_++ == 0) return attend(part, extents, count, threads);  // into the job's own arrays
         const int64_t rows = job_.rows(), width = job_.value_dim;
         if (state_.empty()) {
             state_.assign(rows * (merge_head + width), 0.0);
@@ -217,7 +217,7 @@ class Parts {
             merge_part(state_.data(), job_.out, job_.lse, rows, width);
         }
         part.out = out_.data(), part.lse = lse_.data();
-        attend(part, keys, values, threads);
+        attend(part, extents, count, threads);
         limit(out_.data());
         merge_part(state_.data(), out_.data(), lse_.data(), rows, width);
     }
@@ -246,7 +246,7 @@ CodedRows half_rows(Half form, const uint16_t* rows) {
     return {{form == Half::f16 ? Codec::f16 : Codec::bf16, false}, reinterpret_cast<const char*>(rows), nullptr};
 }
 
-void attend_parts(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const RecentView& view,
+void attend_parts(const AttendJob& job, const AttendExtent* extents, int64_t count, const RecentView& view,
                   const std::vector<Run>& runs, int threads) {
     // Coded rows outside of all runs, and those inside that queries may be too far from to see in 16 bits.
     std::vector<AttendRange> outside, inside;
@@ -264,10 +264,10 @@ void attend_parts(const AttendJob& job, const CodedRows& keys, const CodedRows& 
         if (from < r.stop) outside.push_back({r.head, r.head_end, from, r.stop});
     }
     Parts parts(job);
-    parts.add(job, outside, keys, values, threads);
+    parts.add(job, outside, extents, count, threads);
     AttendJob behind = job;
     behind.behind = view.window;
-    parts.add(behind, inside, keys, values, threads);
+    parts.add(behind, inside, extents, count, threads);
     for (const Run& run : runs) {
         std::vector<AttendRange> ranges;
         for (int64_t i = 0; i < job.num_ranges; ++i) {
@@ -279,18 +279,19 @@ void attend_parts(const AttendJob& job, const CodedRows& keys, const CodedRows& 
         part.first_position = run.start;
         if (run.windowed) part.within = view.window;
         const RecentRing& ring = *run.ring;
-        parts.add(part, ranges, half_rows(keys_of(run.forms), ring.keys + run.slot() * ring.key_numbers),
-                  half_rows(values_of(run.forms), ring.values + run.slot() * ring.value_numbers), threads);
+        const AttendExtent kept{0, half_rows(keys_of(run.forms), ring.keys + run.slot() * ring.key_numbers),
+                                half_rows(values_of(run.forms), ring.values + run.slot() * ring.value_numbers)};
+        parts.add(part, ranges, &kept, 1, threads);
     }
     parts.end();
 }
 
 }  // namespace
 
-void attend_recent(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const RecentView& recent, int threads) {
+void attend_recent(const AttendJob& job, const AttendExtent* extents, int64_t count, const RecentView& recent, int threads) {
     Runs runs(recent);
     do {
-        attend_parts(job, keys, values, recent, runs.all(), threads);
+        attend_parts(job, extents, count, recent, runs.all(), threads);
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
     } while (runs.drop_changed());
 }

@@ -77,6 +77,6 @@ struct RecentView {
     int64_t length;  // positions stored
 };
 
-void attend_recent(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const RecentView& recent, int threads);
+void attend_recent(const AttendJob& job, const AttendExtent* extents, int64_t count, const RecentView& recent, int threads);
 
 }  // namespace kvmmap

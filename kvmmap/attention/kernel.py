@@ -7,7 +7,7 @@ and the arithmetic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..recent import RecentView
 from ..rows import Rows
 from .decoding import attend_decoded
 from .mask import Mask
+from .merge import Merging
 
 _F32 = np.dtype(np.float32)
 
@@ -74,7 +75,7 @@ def attend_rows(
     Returns:
         The log-sum-exp of the scores, f32 [n, num_q_heads].
     """
-    n, q_heads, dim = queries.shape
+    n, q_heads, _ = queries.shape
     lse = np.empty((n, q_heads), _F32)
     kernel = KERNELS.get((geometry.key_codec, geometry.value_codec))
     if kernel is None:
@@ -82,25 +83,85 @@ def attend_rows(
             queries, rows, ranges, mask, geometry, out, lse, first_position=first_position, recent=recent
         )
     else:
-        bad = kernel(
-            queries,
-            dtype,
-            rows,
-            geometry.num_kv_heads,
-            geometry.value_head_dim,
-            first_position,
-            ranges,
-            dim**-0.5 if mask.scale is None else mask.scale,
-            mask.softcap or 0.0,
-            mask.query_start,
-            mask.causal,
-            mask.window or 0,
-            mask.sinks,
-            out,
-            lse,
-            threads,
-            **({} if recent is None else {"recent": recent.rows.arguments(recent.length)}),
-        )
+        bad = _call(kernel, queries, dtype, rows, ranges, mask, geometry, out, lse, first_position, threads, recent)
+    _refuse_bad(bad, q_heads, layer)
+    return lse
+
+
+def attend_extents(
+    queries: NDArray[Any],
+    dtype: int,
+    extents: Sequence[tuple[int, Rows]],
+    ranges: NDArray[np.int64],
+    mask: Mask,
+    geometry: LayerGeometry,
+    out: NDArray[np.float32],
+    *,
+    threads: int = 1,
+    layer: int | None = None,
+    recent: RecentView | None = None,
+) -> NDArray[np.float32]:
+    """As `attend_rows`, over rows that lie in memory in several extents.
+
+    Args:
+        extents: (first position, rows), in order, from position 0 on; each has the rows up to the next one's first, and
+            may have more. The last one has all that follow.
+    """
+    n, q_heads, _ = queries.shape
+    lse = np.empty((n, q_heads), _F32)
+    kernel = KERNELS.get((geometry.key_codec, geometry.value_codec))
+    if kernel is not None:
+        bad = _call(kernel, queries, dtype, tuple(extents), ranges, mask, geometry, out, lse, 0, threads, recent)
+        _refuse_bad(bad, q_heads, layer)
+        return lse
+    merging, part = Merging(out.shape), np.empty_like(out)
+    edges = [*(start for start, _ in extents[1:]), int(ranges[:, 3].max(initial=0))]
+    for (start, rows), stop in zip(extents, edges, strict=True):
+        mine = ranges.copy()
+        mine[:, 2:] = np.clip(mine[:, 2:], start, max(start, stop)) - start
+        mine = mine[mine[:, 2] < mine[:, 3]]
+        bad = attend_decoded(queries, rows, mine, mask, geometry, part, lse, first_position=start, recent=recent)
+        _refuse_bad(bad, q_heads, layer)
+        merging.add(part, lse)
+    return merging.end(out)
+
+
+def _call(
+    kernel: Kernel,
+    queries: NDArray[Any],
+    dtype: int,
+    rows: tuple[Any, ...],
+    ranges: NDArray[np.int64],
+    mask: Mask,
+    geometry: LayerGeometry,
+    out: NDArray[np.float32],
+    lse: NDArray[np.float32],
+    first_position: int,
+    threads: int,
+    recent: RecentView | None,
+) -> int:
+    return kernel(
+        queries,
+        dtype,
+        rows,
+        geometry.num_kv_heads,
+        geometry.value_head_dim,
+        first_position,
+        ranges,
+        queries.shape[2] ** -0.5 if mask.scale is None else mask.scale,
+        mask.softcap or 0.0,
+        mask.query_start,
+        mask.causal,
+        mask.window or 0,
+        mask.sinks,
+        out,
+        lse,
+        threads,
+        **({} if recent is None else {"recent": recent.rows.arguments(recent.length)}),
+    )
+
+
+def _refuse_bad(bad: int, q_heads: int, layer: int | None) -> None:
     if bad >= 0:
         query, head = divmod(bad, q_heads)
         raise NonFiniteError(
@@ -109,4 +170,3 @@ def attend_rows(
             head=head,
             layer=layer,
         )
-    return lse

@@ -16,7 +16,7 @@ from ..errors import KvmmapError
 from ..recent import RecentView
 from ..row_arrays import output_array, thread_count
 from ..rows import Rows
-from .kernel import attend_rows
+from .kernel import attend_extents, attend_rows
 from .mask import Mask, check_mask, check_positions, visible_ranges
 from .merge import Merging
 from .queries import check_queries
@@ -76,14 +76,20 @@ def attend_store(
     most = thread_count(threads, length * geometry.position_bytes)
     kept = store.recent_rows()
     recent = None if kept is None else RecentView(kept, length)
-    if store.in_memory and resident == "keep":
+    if resident == "keep" and (store.in_memory or store.in_extents):
         if not store.is_verified(length):
             seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
             store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2))
-        slabs = store.slabs()
-        lse = attend_rows(
-            rows, dtype, slabs, ranges, mask, geometry, result, threads=most, layer=store.index, recent=recent
-        )
+        if store.in_memory:
+            slabs = store.slabs()
+            lse = attend_rows(
+                rows, dtype, slabs, ranges, mask, geometry, result, threads=most, layer=store.index, recent=recent
+            )
+        else:
+            extents = store.extents()
+            lse = attend_extents(
+                rows, dtype, extents, ranges, mask, geometry, result, threads=most, layer=store.index, recent=recent
+            )
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
         for start, piece in _pieces(store, ranges, mask, len(rows), resident):

@@ -74,6 +74,9 @@ class LayerStore(ABC):
     in_memory: ClassVar[bool] = False
     """True if any rows can be returned as views at no cost. Otherwise callers use `iter_rows`."""
 
+    in_extents: ClassVar[bool] = False
+    """True if all rows can be returned as views, but not in one: `extents` returns them."""
+
     index: int
     geometry: LayerGeometry
     capacity: int
@@ -164,6 +167,11 @@ class LayerStore(ABC):
         """Return read-only views of all rows, over the whole capacity where the storage has it; a copy where rows are
         not in memory."""
         return self.rows(0, self.length)
+
+    def extents(self) -> Sequence[tuple[int, Rows]]:
+        """Return read-only views of all rows, each with its first position, in order; the last one over the rest of the
+        capacity. Each covers the positions up to the next one's first, and may cover more."""
+        return [(0, self.slabs())]
 
     def iter_rows(self, start: int, stop: int) -> Iterator[Rows]:
         """Yield stored positions [start, stop) in parts, as they are stored. Later parts may be fetched meanwhile."""
