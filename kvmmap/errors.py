@@ -175,3 +175,8 @@ class VersionMismatchError(FormatError):
 
 class CorruptCacheError(FormatError):
     """The file is a cache, and damaged. Has `layer` and `position` where the damage is in the data."""
+
+
+class ParentError(CorruptCacheError):
+    """The file that a cache continues is missing, is another one, or no longer holds what the cache needs of it.
+    `path` (the cache's) and `actual` (the parent's path)."""

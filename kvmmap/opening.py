@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
 from .codecs.presets import preset_codecs, preset_recent
-from .errors import KvmmapError, NotACacheError
-from .geometry import CacheGeometry
+from .errors import FormatError, KvmmapError, NotACacheError, ShapeMismatchError
+from .geometry import CacheGeometry, index
 from .metadata import Document, ModelInfo, document
 from .paths import PathLike, place_text
 from .state_spec import CHECKPOINT_SLOTS, StateSpec
@@ -27,18 +27,20 @@ from .storage.zarr import place as _groups  # noqa: F401  # registers Zarr group
 def create(
     path: PathLike,
     *,
-    num_layers: int,
-    capacity: int,
-    num_kv_heads: int | Sequence[int],
-    head_dim: int | Sequence[int],
+    num_layers: int | None = None,
+    capacity: int | None = None,
+    num_kv_heads: int | Sequence[int] | None = None,
+    head_dim: int | Sequence[int] | None = None,
     value_head_dim: int | Sequence[int] | None = None,
     key_codec: str | Sequence[str] | None = None,
     value_codec: str | Sequence[str] | None = None,
-    preset: str = "int8",
+    preset: str | None = None,
     recent_window: int | None = None,
     sinks: int | None = None,
     states: Iterable[StateSpec] = (),
     checkpoint_slots: int = CHECKPOINT_SLOTS,
+    parent: PathLike | QuantizedKvCache | None = None,
+    parent_length: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     model: ModelInfo | None = None,
     durability: Durability = "publish",
@@ -56,14 +58,14 @@ def create(
             URLs such as "s3://bucket/prompt.zarr" do in an object store. The directory around it must exist. A file
             appears whole, has mode 0600, and is sparse: reserving costs no disk.
         num_layers: transformer layers.
-        capacity: positions to reserve; `resize` changes it.
+        capacity: positions to reserve, those of a parent included; `resize` changes it. A parent's unless given.
         num_kv_heads: key and value heads; one number, or one a layer; 0 for a layer without rows.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
         key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer; the
             preset's unless given.
-        preset: a pair of codecs: "int8", "fidelity" (rotated int8), "compact" (keys of 8 bits, values of 4), "small" (5
-            and 4), "tiny" (4), or "lossless" (bfloat16).
+        preset: a pair of codecs: "int8" (the default), "fidelity" (rotated int8), "compact" (keys of 8 bits, values of
+            4), "small" (5 and 4), "tiny" (4), or "lossless" (bfloat16).
         recent_window: last positions to keep in 16 bits besides, 0 to 65,536: attention of a query goes over these for
             the positions up to this many before it, which is where a codec's loss counts most. The preset's unless
             given: 128 for "fidelity", "compact", "small" and "tiny", else 0.
@@ -71,6 +73,11 @@ def create(
         states: tensors of fixed size that layers overwrite at every position, as recurrent layers do; see
             `write_states`.
         checkpoint_slots: checkpoints of all states to keep; each takes `checkpoint_bytes` of disk once it is written.
+        parent: a `.kvm` file in the same folder, or an open cache in one, that the new one continues: it begins with
+            the parent's first positions, and stores only what follows. Shapes and codecs are the parent's, and so are
+            model and metadata unless given. The parent must stay where it is; it may be appended to, but not truncated
+            below `parent_length`. These positions must be committed; a parent that is open for writing is flushed.
+        parent_length: positions of the parent; all by default.
         metadata: plain JSON of your own.
         model: what makes the cache, so that nothing else uses it.
         durability: "publish": appends survive the death of this process at once, and power loss from `flush` or
@@ -91,8 +98,42 @@ def create(
         CacheLockedError: a writer holds the cache that is to be replaced.
         AccessDeniedError, StoreError: an object store refuses, or fails.
         MissingLibraryError: a library that Zarr or a URL needs is not installed; says which.
+        ParentError: the parent can't be continued: it lies in another folder, or is damaged.
+        PositionOutOfRangeError: the parent has not that many committed positions.
         OSError: the file can't be made.
     """
+    options = CreateOptions(
+        durability=check_durability(durability),
+        overwrite=overwrite,
+        timeout=timeout,
+        metadata_room=metadata_room,
+        compressor=compressor,
+        break_lock=break_lock,
+    )
+    place = place_of(path, storage_options)
+    if parent is not None:
+        shape = (
+            num_layers,
+            num_kv_heads,
+            head_dim,
+            value_head_dim,
+            key_codec,
+            value_codec,
+            preset,
+            recent_window,
+            sinks,
+        )
+        if any(one is not None for one in shape) or tuple(states):
+            raise ShapeMismatchError("a cache with a parent has its shapes and codecs: give only capacity, if anything")
+        source, length = _parent_file(parent, parent_length)
+        notes = None if metadata is None and model is None else document(metadata, model)
+        room = None if capacity is None else index(capacity, "capacity")
+        return QuantizedKvCache.of_storage(place.create_child(source, length, room, notes, options))
+    if parent_length is not None:
+        raise ShapeMismatchError("parent_length is given without a parent", actual=parent_length)
+    if num_layers is None or capacity is None or num_kv_heads is None or head_dim is None:
+        raise ShapeMismatchError("num_layers, capacity, num_kv_heads and head_dim are needed where there is no parent")
+    preset = "int8" if preset is None else preset
     preset_keys, preset_values = preset_codecs(preset)
     preset_window, preset_sinks = preset_recent(preset)
     geometry = CacheGeometry.build(
@@ -108,16 +149,20 @@ def create(
         states=states,
         checkpoint_slots=checkpoint_slots,
     )
-    options = CreateOptions(
-        durability=check_durability(durability),
-        overwrite=overwrite,
-        timeout=timeout,
-        metadata_room=metadata_room,
-        compressor=compressor,
-        break_lock=break_lock,
-    )
-    storage = place_of(path, storage_options).create(geometry, document(metadata, model), options)
-    return QuantizedKvCache.of_storage(storage)
+    return QuantizedKvCache.of_storage(place.create(geometry, document(metadata, model), options))
+
+
+def _parent_file(parent: PathLike | QuantizedKvCache, length: int | None) -> tuple[str, int | None]:
+    """Return the path of a parent, and how many of its positions are wanted."""
+    length = None if length is None else index(length, "parent_length")
+    if not isinstance(parent, QuantizedKvCache):
+        return file_path(parent), length
+    if parent.path is None:
+        raise FormatError("a cache in memory can't be continued by a file: copy it into one")
+    wanted = parent.seq_len if length is None else length
+    if parent.writable and parent.storage.committed_len < wanted:
+        parent.flush()
+    return file_path(parent.path), wanted
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import struct
 import sys
@@ -15,10 +16,20 @@ from helpers import codec_oracle
 
 import kvmmap
 from kvmmap.format import LIVE, Section
+from kvmmap.storage.file.reader import MappedReader
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
-from make import LENGTH, codec_rows, golden_rows, golden_states, make, make_codecs, make_states  # noqa: E402
+from make import (  # noqa: E402
+    LENGTH,
+    codec_rows,
+    golden_rows,
+    golden_states,
+    make,
+    make_child,
+    make_codecs,
+    make_states,
+)
 
 
 @pytest.mark.parametrize("name", ["v1.kvm", "v1-sketches.kvm"])
@@ -100,15 +111,28 @@ def test_states_of_version_1_open() -> None:
         assert cache.verify().sound
 
 
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [("v1-sketches.kvm", make), ("v1-codecs.kvm", make_codecs), ("v1-states.kvm", make_states)],
-)
+def test_a_file_that_continues_another_opens() -> None:
+    with kvmmap.open(GOLDEN / "v1-parent.kvm") as cache:
+        assert (cache.num_layers, cache.seq_len, cache.capacity) == (2, 259 + LENGTH, 600)
+        np.testing.assert_array_equal(cache.token_ids, [*range(259), *range(LENGTH)])
+        for number, layer in enumerate(cache.layers):
+            for codes, first, second in ((layer.key_codes, 0, 777), (layer.value_codes, 12345, 999)):
+                expected = np.concatenate([golden_rows(first)[number, :259], golden_rows(second)[number]])
+                np.testing.assert_array_equal(codes, kvmmap.quantize_rows(expected)[0])
+        assert cache.verify().sound
+
+
+WRITERS = [("v1-sketches.kvm", make), ("v1-codecs.kvm", make_codecs), ("v1-states.kvm", make_states)]
+WRITERS.append(("v1-parent.kvm", make_child))
+
+
+@pytest.mark.parametrize(("name", "write"), WRITERS)
 def test_version_1_is_written_byte_for_byte(path: Path, name: str, write: Callable[[Path], None]) -> None:
     """All but one word, which stands for the place that the file has its name in."""
+    shutil.copy(GOLDEN / "v1-sketches.kvm", path.parent)
     write(path)
-    with kvmmap.open(path) as cache:
-        live = cache.storage.superblock.section(Section.LIVE).offset  # type: ignore[attr-defined]
+    with contextlib.closing(MappedReader.open(str(path))) as reader:
+        live = reader.superblock.section(Section.LIVE).offset
     named = live + next(offset for offset, _, field in LIVE.rows() if field.name == "named")
     written, golden = path.read_bytes(), (GOLDEN / name).read_bytes()
     assert written[:named] == golden[:named]

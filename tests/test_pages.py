@@ -39,6 +39,10 @@ def test_more_than_memory(session: Session) -> None:
     session.run(DOCS / "howto/larger-than-memory.md")
 
 
+def test_continuing_a_prefix(session: Session) -> None:
+    session.run(DOCS / "howto/continue-a-prefix.md")
+
+
 def test_a_server(session: Session) -> None:
     session.run(DOCS / "howto/server.md")
 

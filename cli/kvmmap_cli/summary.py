@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,10 @@ def _fields(report: CacheReport) -> Table:
         add("in 16 bits", f"{' and '.join(filter(None, (kept, first)))}, {size(report.recent_bytes)}")
     if report.file_bytes is not None and report.disk_bytes is not None:
         add("on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}")
+    for number, parent in enumerate(report.parents):
+        name = plain(os.path.basename(parent.path))
+        reach = f"positions {parent.start:,} to {parent.stop - 1:,} in {name}, {size(parent.disk_bytes)} on disk"
+        add("" if number else "continues", reach)
     if report.commit is not None:
         add("state", state(report.commit))
         add("committed", _committed(report.commit))

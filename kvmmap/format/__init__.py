@@ -1,6 +1,7 @@
 """The `.kvm` file as bytes: encode, decode, validate. Pure: no file is touched here."""
 
 from .commit import Commit
+from .parent import Parent, name_fault
 from .records import (
     FORMAT_VERSION,
     HEADER,
@@ -43,12 +44,14 @@ __all__ = [
     "CheckpointLayout",
     "Commit",
     "Extent",
+    "Parent",
     "Section",
     "Slot",
     "Superblock",
     "block_checksum",
     "checksum",
     "checksum_of",
+    "name_fault",
     "num_slots",
     "slab_sections",
     "tables",

@@ -23,6 +23,7 @@ PAGE = 4096
 SLOT_MAGIC = 0x544F4C53  # "SLOT"
 CHECKPOINT_MAGIC = 0x54504B43  # "CKPT"
 STATES_FEATURE = 1  # bit of `features`
+PARENT_FEATURE = 2  # likewise
 WHOLE_CACHE = 0xFFFFFFFF  # the `layer` of a section that belongs to no layer
 MAX_SUPERBLOCK_BYTES = 64 * 2**20
 NO_TOKEN = -1
@@ -74,7 +75,11 @@ HEADER = Record(
     Field("block_tokens", "I", "positions in a block (256)"),
     Field("num_layers", "I", "layer entries that follow the header"),
     Field("num_sections", "I", "section entries that follow the layer entries"),
-    Field("features", "I", "bits a reader must know to read the file; bit 0 = states, or layers without rows"),
+    Field(
+        "features",
+        "I",
+        "bits a reader must know to read the file; bit 0 = states, or layers without rows; bit 1 = a parent",
+    ),
 )
 
 LAYER_ENTRY = Record(
@@ -155,6 +160,15 @@ LIVE = Record(
     Field("token_len", "Q", "checked; published token ids"),
     Field("named", "Q", "checked; digest of the name that was synced, see Committing; or 0"),
 )
+PARENT = Record(
+    "Parent record",
+    Field("file_id", "16s", "the parent's, when this file was made; another file with the same positions will do"),
+    Field("length", "Q", "positions of the parent that come before this file's own, counted from the chain's first"),
+    Field("token_len", "Q", "positions of these whose token ids the parent had recorded"),
+    Field("generation", "Q", "the parent's, when this file was made"),
+    Field("checksum", "Q", "xxh3_64 of the checksums of what this file needs of the parent, see Parents"),
+    Field("name", "256s", "the parent's file name, in this file's folder; padded with 0x00"),
+)
 LIVE_LENGTHS = LIVE.size
 """Offset in the live record of the per-layer published lengths: checked words, one a layer."""
 HOME_BYTES = 8
@@ -180,6 +194,7 @@ class Section(IntEnum):
     RECENT_ROWS = 24
     SINK_ROWS = 25
     CHECKPOINT = 32
+    PARENT = 40
 
 
 SECTION_ABOUT = {
@@ -202,6 +217,7 @@ SECTION_ABOUT = {
     Section.SINK_ROWS: "optional; records of the first positions",
     Section.CHECKPOINT: "checkpoint slot, whose number stands in `layer`: header, xxh3_64 (u64) per state, xxh3_64 of "
     "all before; from the next page on the tensors, see *States*",
+    Section.PARENT: "parent record, a tail checksum (u64) per layer and one for token ids, xxh3_64 of all before",
 }
 SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
 """Sections of a layer's arrays, keys' two and values' two. A codec with one array leaves its second one out."""
@@ -277,6 +293,7 @@ def tables() -> str:
         CHECKPOINT_HEADER,
         LIVE,
         RECENT_HEAD,
+        PARENT,
     )
     for record in records:
         parts += [f"### {record.title} ({record.size} bytes)", "", "| offset | bytes | field | meaning |"]

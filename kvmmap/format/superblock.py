@@ -27,6 +27,8 @@ from .records import (
     OPTIONAL,
     OPTIONAL_SECTIONS,
     PAGE,
+    PARENT,
+    PARENT_FEATURE,
     RECENT_SECTIONS,
     SECTION_ENTRY,
     SKETCH_SECTIONS,
@@ -58,6 +60,8 @@ class Superblock:
     """Bytes of the superblock itself."""
     sections: Mapping[tuple[int, int], Extent]
     """(kind, layer or WHOLE_CACHE) -> extent."""
+    has_parent: bool = False
+    """True if the file's positions follow some of another file."""
 
     def section(self, kind: Section, layer: int = WHOLE_CACHE) -> Extent:
         """Return the extent of a section."""
@@ -96,11 +100,18 @@ class Superblock:
         return int.from_bytes(self.file_id[:8], "little")
 
     @classmethod
-    def plan(cls, geometry: CacheGeometry, *, file_id: bytes, created_ns: int, metadata_bytes: int) -> Superblock:
+    def plan(
+        cls,
+        geometry: CacheGeometry,
+        *,
+        file_id: bytes,
+        created_ns: int,
+        metadata_bytes: int,
+        has_parent: bool = False,
+    ) -> Superblock:
         """Lay out a new file; `metadata_bytes` is the room for one document."""
-        sizes: dict[tuple[int, int], int] = {
-            (kind, WHOLE_CACHE): bytes_ for kind, bytes_ in _sizes_of_cache(geometry, metadata_bytes).items()
-        }
+        of_cache = _sizes_of_cache(geometry, metadata_bytes, has_parent)
+        sizes: dict[tuple[int, int], int] = {(kind, WHOLE_CACHE): bytes_ for kind, bytes_ in of_cache.items()}
         by_layer = {layer: _sizes_of_layer(layer, geometry) for layer in set(geometry.layers)}
         for number, layer in enumerate(geometry.layers):
             sizes.update(((kind, number), bytes_) for kind, bytes_ in by_layer[layer].items())
@@ -114,7 +125,7 @@ class Superblock:
             end += _to_page(section_size + (HOME_BYTES if key[0] == Section.LIVE else 0))
         if end >= 2**63:
             raise ShapeMismatchError(f"the file would be {end:,} bytes: lower the capacity", actual=end)
-        return cls(geometry, file_id, created_ns, end, size, sections)
+        return cls(geometry, file_id, created_ns, end, size, sections, has_parent)
 
     def encode(self) -> bytes:
         """Return the superblock's bytes."""
@@ -132,7 +143,7 @@ class Superblock:
                     "block_tokens": geometry.block_tokens,
                     "num_layers": geometry.num_layers,
                     "num_sections": len(self.sections),
-                    "features": _features(geometry),
+                    "features": _features(geometry) | PARENT_FEATURE * self.has_parent,
                 }
             )
         ]
@@ -204,11 +215,11 @@ class Superblock:
             raise corrupt(f"it is cut off at {len(data)} of {header['superblock_bytes']} bytes")
         if CHECKSUM.unpack_from(data, len(body))[0] != checksum(body):
             raise corrupt("its checksum does not match")
-        if header["features"] & ~STATES_FEATURE:
+        if unknown := header["features"] & ~(STATES_FEATURE | PARENT_FEATURE):
             raise VersionMismatchError(
-                f"{path}: needs features {header['features']:#x}, unknown here: use a newer kvmmap",
+                f"{path}: needs features {unknown:#x}, unknown here: use a newer kvmmap",
                 path=path,
-                expected=STATES_FEATURE,
+                expected=STATES_FEATURE | PARENT_FEATURE,
                 actual=header["features"],
             )
         num_layers, num_sections = header["num_layers"], header["num_sections"]
@@ -241,10 +252,13 @@ class Superblock:
             )
         except ShapeMismatchError as error:
             raise corrupt(str(error)) from error
-        if header["features"] != _features(geometry):
+        has_parent = bool(header["features"] & PARENT_FEATURE)
+        if header["features"] & ~PARENT_FEATURE != _features(geometry):
             raise corrupt(f"features {header['features']:#x} are not those of its layers and states")
-        _check_sections(sections, geometry, len(data), header["file_bytes"], corrupt)
-        return cls(geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections)
+        _check_sections(sections, geometry, has_parent, len(data), header["file_bytes"], corrupt)
+        return cls(
+            geometry, header["file_id"], header["created_ns"], header["file_bytes"], len(data), sections, has_parent
+        )
 
 
 def _to_page(size: int) -> int:
@@ -257,11 +271,11 @@ def _features(geometry: CacheGeometry) -> int:
     return STATES_FEATURE if has else 0
 
 
-def _sizes_of_cache(geometry: CacheGeometry, metadata_bytes: int) -> dict[Section, int]:
+def _sizes_of_cache(geometry: CacheGeometry, metadata_bytes: int, has_parent: bool) -> dict[Section, int]:
     """Return the sections that belong to no layer, in their order, with their sizes."""
     tracks = geometry.num_layers + 1
     slot = SLOT.size + 8 * tracks + checkpoint_entries_size(geometry) + CHECKSUM.size
-    return {
+    sizes = {
         Section.SLOT_A: slot,
         Section.SLOT_B: slot,
         Section.LIVE: LIVE_LENGTHS + 8 * (geometry.num_layers + num_slots(geometry)),
@@ -271,6 +285,9 @@ def _sizes_of_cache(geometry: CacheGeometry, metadata_bytes: int) -> dict[Sectio
         Section.TOKEN_CHECKSUMS: 8 * geometry.num_blocks,
         Section.SKETCH_CHECKSUMS: 8 * geometry.num_layers * geometry.num_blocks,
     }
+    if has_parent:
+        sizes[Section.PARENT] = PARENT.size + 8 * tracks + CHECKSUM.size
+    return sizes
 
 
 def _sizes_of_slots(geometry: CacheGeometry) -> dict[tuple[int, int], int]:
@@ -338,6 +355,7 @@ def _recent_slots(sections: SectionTable, kind: Section, layers: tuple[LayerGeom
 def _check_sections(
     sections: SectionTable,
     geometry: CacheGeometry,
+    has_parent: bool,
     superblock_bytes: int,
     file_bytes: int,
     corrupt: Any,
@@ -354,7 +372,11 @@ def _check_sections(
         if size is not None and size != expected:
             raise corrupt(f"section {Section(kind).name} has {size} bytes for {expected}")
 
-    for kind, expected in _sizes_of_cache(geometry, metadata.size // 2).items():
+    if not has_parent and (Section.PARENT, WHOLE_CACHE) in sections:
+        raise corrupt(
+            f"section {Section.PARENT.name} belongs to feature {PARENT_FEATURE}, which the file does not have"
+        )
+    for kind, expected in _sizes_of_cache(geometry, metadata.size // 2, has_parent).items():
         extent = sections.get((kind, WHOLE_CACHE))
         check(kind, WHOLE_CACHE, extent and extent.size, expected)
     for place, expected in _sizes_of_slots(geometry).items():

@@ -12,7 +12,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .difference import CacheDifference, LayerDifference, PartDifference, compare
-    from .facts import CacheReport, CommitReport, LayerReport, inspect
+    from .facts import CacheReport, CommitReport, LayerReport, ParentReport, inspect
     from .filemap import FileMap, FileSection, file_map
     from .gathering import CacheStatistics, LayerStatistics, Outliers, statistics
     from .grids import ScaleGrid, scale_grids
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .tally import ChannelOutlier, PositionOutlier, RowStatistics, ScaleStatistics
 
 _HOMES = {
-    "facts": ("CacheReport", "CommitReport", "LayerReport", "inspect"),
+    "facts": ("CacheReport", "CommitReport", "LayerReport", "ParentReport", "inspect"),
     "gathering": ("CacheStatistics", "LayerStatistics", "Outliers", "statistics"),
     "tally": ("ChannelOutlier", "PositionOutlier", "RowStatistics", "ScaleStatistics"),
     "grids": ("ScaleGrid", "scale_grids"),
@@ -47,6 +47,7 @@ __all__ = [
     "LayerReport",
     "LayerStatistics",
     "Outliers",
+    "ParentReport",
     "PartDifference",
     "PositionOutlier",
     "RowStatistics",

@@ -89,6 +89,23 @@ class CommitReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParentReport:
+    """A file that a cache continues."""
+
+    path: str
+    """Absolute path."""
+
+    start: int
+    """Position of the cache from which on the file has them."""
+
+    stop: int
+    """One past the last that it has."""
+
+    disk_bytes: int
+    """What the file really occupies on disk, all of its positions together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheReport:
     """A whole cache, at one moment."""
 
@@ -141,10 +158,13 @@ class CacheReport:
     """`fp32_memory_bytes` over `memory_bytes`; 1.0 at capacity 0."""
 
     file_bytes: int | None
-    """Apparent size of the file, holes included; None in memory."""
+    """Apparent size of the file, holes included, without parents; None in memory."""
 
     disk_bytes: int | None
-    """What the file really occupies on disk; None in memory."""
+    """What the file really occupies on disk, without parents; None in memory."""
+
+    parents: tuple[ParentReport, ...]
+    """The files that the cache continues, from the first on; none of most caches."""
 
     model: ModelInfo | None
     """What made the cache, if that was recorded."""
@@ -167,7 +187,7 @@ class CacheReport:
         plain["created"] = _iso(self.created)
         if self.commit is not None:
             plain["commit"]["committed"] = _iso(self.commit.committed)
-        plain["layers"] = list(plain["layers"])
+        plain["layers"], plain["parents"] = list(plain["layers"]), list(plain["parents"])
         return plain
 
 
@@ -203,6 +223,7 @@ def inspect(cache: QuantizedKvCache) -> CacheReport:
         compression_ratio=cache.compression_ratio,
         file_bytes=facts.get("file_bytes"),
         disk_bytes=facts.get("disk_bytes"),
+        parents=tuple(ParentReport(**parent) for parent in facts.get("parents", ())),
         model=cache.model,
         metadata=cache.metadata,
         commit=_commit(facts, length) if "state" in facts else None,

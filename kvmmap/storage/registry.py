@@ -67,6 +67,28 @@ class Place(ABC):
     def create(self, geometry: CacheGeometry, document: Document, options: CreateOptions) -> Storage:
         """Make an empty cache and open it for appending. Raises as `kvmmap.create`."""
 
+    def create_child(
+        self,
+        parent: str,
+        length: int | None,
+        capacity: int | None,
+        document: Document | None,
+        options: CreateOptions,
+    ) -> Storage:
+        """Make a cache that begins with the first positions of another one, and open it for appending.
+
+        Args:
+            parent: path of the other one's file.
+            length: positions of it; all that are committed if None.
+            capacity: positions to reserve, those of the parent included; the parent's if None.
+            document: model and metadata; the parent's if None.
+            options: as in `create`.
+
+        Raises:
+            FormatError: this kind of storage has no such caches.
+        """
+        raise FormatError(f"{self.url}: only a .kvm file can continue another cache: copy that one here", path=self.url)
+
     @abstractmethod
     def remove(self, *, timeout: float = 0, break_lock: bool = False) -> None:
         """Delete the cache, unless a writer has it open. Raises as `kvmmap.remove`."""

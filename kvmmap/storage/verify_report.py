@@ -21,6 +21,9 @@ class Damage:
     stop: int | None = None
     """One past its last committed position."""
 
+    parent: str | None = None
+    """Path of the file that it is in, if that is one that the cache continues."""
+
 
 def damaged_record(layer: int, position: int) -> Damage:
     """Return the damage of a position's row in 16 bits: nothing is lost, since its coded row is used instead."""

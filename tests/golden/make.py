@@ -1,8 +1,8 @@
 """Make the golden files of the present format: `python tests/golden/make.py tests/golden/v1-sketches.kvm`.
 
 `v1.kvm` was made before there were sketches; `v1-codecs.kvm` has a layer for each codec, and `v1-states.kvm` states
-and their checkpoints. Run it once, when something is
-new in the format; from then on the file that was committed is what must still open.
+and their checkpoints; `v1-parent.kvm` continues `v1-sketches.kvm`, which has to lie beside it. Run it once, when
+something is new in the format; from then on the file that was committed is what must still open.
 """
 
 from __future__ import annotations
@@ -71,6 +71,25 @@ def make_codecs(path: Path) -> None:
         cache.extend(codec_rows(0), codec_rows(1), np.arange(10))
 
 
+def make_child(path: Path) -> None:
+    """Write a file that continues `v1-sketches.kvm` in the same folder at position 259; the same bytes every time."""
+    with (
+        mock.patch("os.urandom", return_value=bytes(range(16, 32))),
+        mock.patch("time.time_ns", return_value=1_700_000_000_000_000_000),
+        mock.patch("os.getpid", return_value=4242),
+        kvmmap.create(
+            path,
+            parent=path.with_name("v1-sketches.kvm"),
+            parent_length=259,
+            capacity=600,
+            metadata={"purpose": "golden", "version": 1},
+            metadata_room=1000,
+        ) as cache,
+    ):
+        keys, values = golden_rows(777), golden_rows(999)
+        cache.extend(keys, values, np.arange(LENGTH))
+
+
 def codec_rows(start: int) -> np.ndarray:
     """Rows of every layer of `make_codecs`."""
     shape = (len(codecs.COMPILED), 10, 1, 80)
@@ -125,5 +144,5 @@ def make_states(path: Path) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    makers = {"codecs": make_codecs, "states": make_states}
+    makers = {"codecs": make_codecs, "states": make_states, "parent": make_child}
     makers.get(target.stem.partition("-")[2], make)(target)

@@ -14,6 +14,8 @@ from ..output import INDEX, count, plain, size
 
 @click.command("create")
 @click.argument("path", type=click.Path(readable=False))
+@click.option("--parent", metavar="CACHE", help="Continue another cache, a file in the same folder.")
+@click.option("--parent-length", type=int, metavar="N", help="Begin with so many of its positions; all by default.")
 @click.option("--like", metavar="CACHE", help="Take shape, capacity and model from another cache.")
 @click.option("--config", metavar="FILE", help="Take them from a model's config.json.")
 @click.option("--layers", type=int, metavar="N", help="Transformer layers.")
@@ -45,6 +47,7 @@ def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any)
       kvmmap create p.kvm --config model/config.json --capacity 131072
       kvmmap create p.kvm --config model/config.json --preset compact
       kvmmap create p.kvm --like other.kvm --metadata '{"user": 7}'
+      kvmmap create answer.kvm --parent prompt.kvm --parent-length 4000
     """
     import kvmmap
 
@@ -62,6 +65,10 @@ def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any)
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `kvmmap.create`: what was given, over what it was to be like."""
+    if given["parent"] is not None:
+        return _of_parent(given)
+    if given["parent_length"] is not None:
+        raise click.UsageError("--parent-length is that of a --parent")
     if given["like"] is not None and given["config"] is not None:
         raise click.UsageError("--like and --config say the same: give one")
     settings: dict[str, Any] = {}
@@ -94,6 +101,18 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     if given["metadata"] is not None:
         settings["metadata"] = _object(given["metadata"])
     _name_model(settings, given)
+    return settings
+
+
+def _of_parent(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for a cache that continues another one."""
+    names = ("like", "config", "layers", "kv_heads", "head_dim", "value_head_dim", "preset", "key_codec", "value_codec")
+    both = [name for name in (*names, "model", "revision", "fingerprint", "dtype") if given[name] is not None]
+    if both:
+        raise click.UsageError(f"--{both[0].replace('_', '-')} is the parent's: give --parent alone")
+    settings = {name: given[name] for name in ("parent", "parent_length", "capacity") if given[name] is not None}
+    if given["metadata"] is not None:
+        settings["metadata"] = _object(given["metadata"])
     return settings
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -34,6 +34,8 @@ class Found:
     """When it was last used, in seconds since 1970: its access time, or that of its last write."""
     bytes: int
     """On the disk."""
+    parents: tuple[str, ...] = ()
+    """The files that it continues: none of them goes before it."""
 
 
 @click.command("gc")
@@ -46,7 +48,8 @@ def command(folder: str, max_bytes: int | None, older_than: float | None, dry_ru
     """Remove .kvm caches in DIR and below: the longest unused first.
 
     A cache was last used when a program read or attended over its rows, or appended; looking at it (inspect, verify,
-    report, copy, gc) is no use. One that a writer holds is never removed, and neither is a file that is no cache.
+    report, copy, gc) is no use. One that a writer holds is never removed, and neither is a file that is no cache. A
+    cache that others continue stays as long as one of them does.
     Temporary files of killed processes are removed once they are a day old. Asks first.
 
     \b
@@ -77,17 +80,32 @@ def command(folder: str, max_bytes: int | None, older_than: float | None, dry_ru
 
 def _caches(folder: str, on_error: Callable[[OSError], None]) -> tuple[list[Found], list[Found]]:
     """Return the caches that may go, the longest unused first, and those that a writer holds."""
-    free, held = [], []
+    free: list[Found] = []
+    held: list[Found] = []
     for found in _files(path for path in walk(folder, on_error) if path.endswith(".kvm") and not os.path.islink(path)):
         path = found.paths[0]
         entry = look(path)
         if entry.report is None or entry.report.commit is None:
             click.echo(f"kvmmap: {plain(path)}: left alone: {entry.error}", err=True)
-        elif entry.report.commit.state == "open for writing":
-            held.append(found)
         else:
-            free.append(found)
-    return sorted(free, key=lambda found: found.used), held
+            parents = tuple(parent.path for parent in entry.report.parents)
+            found = replace(found, parents=parents)
+            (held if entry.report.commit.state == "open for writing" else free).append(found)
+    return _children_first(free, held)
+
+
+def _children_first(free: Sequence[Found], held: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+    """Sort caches so that each comes after those that continue it; what one that is held continues is held, too."""
+    used: dict[str, float] = {}
+    for found in free:
+        for path in found.parents:
+            used[path] = max(used.get(path, found.used), found.used)
+    needed = {path for found in held for path in found.parents}
+    names = {found: [os.path.realpath(path) for path in found.paths] for found in free}
+    kept = [found for found in free if needed.intersection(names[found])]
+    rest = [found for found in free if not needed.intersection(names[found])]
+    rest = [replace(found, used=max([found.used, *(used.get(name, 0.0) for name in names[found])])) for found in rest]
+    return sorted(rest, key=lambda found: (found.used, -len(found.parents))), [*held, *kept]
 
 
 def _files(paths: Iterable[str]) -> list[Found]:
@@ -153,21 +171,32 @@ def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
     import kvmmap
 
     gone, code = [], SOUND
+    needed: set[str] = set()  # what caches continue that could not be removed
     for file in [*going, *left]:
-        try:
-            for path in file.paths:
-                if file not in left:
-                    kvmmap.remove(path)
-                elif not kvmmap.remove_temporary(path, older_than=SURELY_DEAD):
-                    break  # in use
-            else:
-                gone.append(file)
-        except (kvmmap.CacheNotFoundError, FileNotFoundError):
-            continue  # somebody else was faster
-        except kvmmap.CacheLockedError:
-            click.echo(f"kvmmap: {plain(file.paths[0])}: left alone: a writer has opened it", err=True)
-        except (kvmmap.KvmmapError, OSError) as error:
-            click.echo(f"kvmmap: {failure(error)[1]}", err=True)
-            code = USAGE
+        if not needed.intersection(map(os.path.realpath, file.paths)):
+            try:
+                if _remove_one(file, temporary=file in left):
+                    gone.append(file)
+                    continue
+            except (kvmmap.CacheNotFoundError, FileNotFoundError):
+                continue  # somebody else was faster
+            except kvmmap.CacheLockedError:
+                click.echo(f"kvmmap: {plain(file.paths[0])}: left alone: a writer has opened it", err=True)
+            except (kvmmap.KvmmapError, OSError) as error:
+                click.echo(f"kvmmap: {failure(error)[1]}", err=True)
+                code = USAGE
+        needed.update(file.parents)
     click.echo(f"removed {count(len(gone), 'file')}, {size(_sum(gone))}")
     return code
+
+
+def _remove_one(file: Found, *, temporary: bool) -> bool:
+    """Remove a file under all of its names; False if it is in use."""
+    import kvmmap
+
+    for path in file.paths:
+        if not temporary:
+            kvmmap.remove(path)
+        elif not kvmmap.remove_temporary(path, older_than=SURELY_DEAD):
+            return False
+    return True

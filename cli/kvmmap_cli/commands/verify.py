@@ -46,8 +46,12 @@ def to_dict(report: VerifyReport) -> dict[str, Any]:
     """Return a report as plain JSON types."""
     import dataclasses
 
+    plain_types = dataclasses.asdict(report)
+    for damage in plain_types["damages"]:
+        if damage["parent"] is None:  # of most caches, which continue none
+            del damage["parent"]
     unverified = report.seq_len - report.verified
-    return dataclasses.asdict(report) | {"unverified": unverified, "sound": report.sound}
+    return plain_types | {"unverified": unverified, "sound": report.sound}
 
 
 def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[RenderableType]:
@@ -63,7 +67,8 @@ def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[Render
         f"checked {count(report.blocks, 'block')}, {size(report.bytes)}: {count(report.verified, 'position')} in "
         f"{count(num_layers, 'layer')}"
     )
-    if not report.sound and report.path is not None and report.path.endswith(".kvm"):
+    own = [damage for damage in report.damages if damage.parent is None]
+    if own and report.path is not None and report.path.endswith(".kvm"):
         yield "kvmmap repair PATH NEW_PATH saves what is sound in a new file"
     unverified = report.seq_len - report.verified
     if unverified:
@@ -78,6 +83,7 @@ def _lines(damages: list[Damage]) -> Iterator[str]:
             yield damage.what
             continue
         place = "token ids" if damage.layer is None else f"layer {damage.layer}"
+        place = place if damage.parent is None else f"{damage.parent}: {place}"
         trouble = f"{place}, positions [{{}}, {{}}): {damage.what.rpartition(': ')[2]}"
         found = runs.setdefault((damage.layer, trouble), [])
         if found and found[-1][1] == damage.start:

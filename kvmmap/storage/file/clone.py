@@ -18,6 +18,9 @@ from ...geometry import check_range, check_room
 from ..checkpoints import copy_checkpoints
 from ..posix import PosixFile, closing_on_error
 from ..protocols import Durability, Progress
+from .chain import ChainStorage
+from .child import open_chain
+from .flatten import flatten
 from .mapped_file import read_superblock
 from .placement import already_exists, build_file, place_of
 from .reader import MappedReader
@@ -51,6 +54,8 @@ def fork_file(
     """
     target = place_of(target, overwrite=False)
     with contextlib.closing(MappedReader.open(source, record_use=True)) as old:
+        if old.parent is not None:
+            return _fork_chain(old, target, length, capacity, durability, progress)
         _, length = check_range(0, old.seq_len if length is None else length, old.seq_len)
         if old.geometry.states:
             length = old.checkpoints.last(length)
@@ -66,6 +71,34 @@ def fork_file(
         except BaseException:
             file.discard() if file.path != target else file.close()
             raise
+
+
+def _fork_chain(
+    old: MappedReader,
+    target: str,
+    length: int | None,
+    capacity: int | None,
+    durability: Durability,
+    progress: Progress | None,
+) -> MappedWriter:
+    """Make a whole file of a chain that ends with `old`."""
+    chain = open_chain(old, record_use=True)
+    assert isinstance(chain, ChainStorage)
+    with contextlib.closing(chain):
+        _, length = check_range(0, chain.seq_len if length is None else length, chain.seq_len)
+        if chain.geometry.states:
+            length = chain.checkpoints.last(length)
+        capacity = chain.geometry.capacity if capacity is None else capacity
+        check_room(0, length, capacity)
+        return flatten(
+            chain,
+            target,
+            length=length,
+            capacity=capacity,
+            document=chain.document,
+            durability=durability,
+            progress=progress,
+        )
 
 
 def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress | None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CacheChangedError, CacheNotFoundError, ClosedError, CorruptCacheError, NotACacheError
-from ...format import HEADER, PAGE, Section, Slot, Superblock, checksum, slab_sections
+from ...format import HEADER, PAGE, Parent, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
 from ..posix import PosixFile
 from ..protocols import Rows, closed_error
@@ -256,3 +256,15 @@ def read_superblock(file: PosixFile, *, cut_off: bool = False) -> Superblock:
         start += file.read(len(start), size - len(start))
     real_bytes = HEADER.unpack(start)["file_bytes"] if cut_off else file.stat().st_size
     return Superblock.decode(start[:size], file.path, real_bytes)
+
+
+def read_parent(file: PosixFile, superblock: Superblock) -> Parent | None:
+    """Read the record of the file that this one continues; None if it continues none.
+
+    Raises:
+        CorruptCacheError: the record is damaged.
+    """
+    if not superblock.has_parent:
+        return None
+    extent = superblock.section(Section.PARENT)
+    return Parent.decode(file.read(extent.offset, extent.size), superblock, file.path)

@@ -14,6 +14,7 @@ from ..protocols import Storage
 from ..receiving import CopyOptions, Incoming, Receiver
 from ..registry import CreateOptions, OpenOptions, Place, refuse_compressor, register
 from ..temporary import partial_path
+from .child import create_child, open_chain
 from .placement import METADATA_ROOM, place_file, place_of, remove_file
 from .reader import MappedReader
 from .writer import MappedWriter
@@ -27,18 +28,23 @@ class FilePlace(Place):
         self.file_path: str = path
 
     def open(self, options: OpenOptions) -> Storage:
+        own: MappedReader
         if options.mode == "r":
-            return MappedReader.open(
+            own = MappedReader.open(
                 self.file_path, recover=options.recover, verify=options.verify, record_use=options.record_use
             )
-        return MappedWriter.open_locked(
-            self.file_path,
-            timeout=options.timeout,
-            durability=options.durability,
-            recover=options.recover,
-            verify=options.verify,
-            record_use=options.record_use,
-        )
+        else:
+            own = MappedWriter.open_locked(
+                self.file_path,
+                timeout=options.timeout,
+                durability=options.durability,
+                recover=options.recover,
+                verify=options.verify,
+                record_use=options.record_use,
+            )
+        if own.parent is None:
+            return own
+        return open_chain(own, verify=options.verify, record_use=options.record_use)
 
     def create(self, geometry: CacheGeometry, document: Document, options: CreateOptions) -> MappedWriter:
         refuse_compressor(options.compressor, self.url)
@@ -46,6 +52,27 @@ class FilePlace(Place):
             self.file_path,
             geometry,
             document,
+            durability=options.durability,
+            overwrite=options.overwrite,
+            timeout=options.timeout,
+            metadata_room=METADATA_ROOM if options.metadata_room is None else options.metadata_room,
+        )
+
+    def create_child(
+        self,
+        parent: str,
+        length: int | None,
+        capacity: int | None,
+        document: Document | None,
+        options: CreateOptions,
+    ) -> Storage:
+        refuse_compressor(options.compressor, self.url)
+        return create_child(
+            self.file_path,
+            parent,
+            length,
+            capacity=capacity,
+            document=document,
             durability=options.durability,
             overwrite=options.overwrite,
             timeout=options.timeout,

@@ -12,7 +12,7 @@ import time
 from typing import NoReturn
 
 from ...errors import CacheExistsError, CacheLockedError, CacheNotFoundError, NotACacheError
-from ...format import PAGE, Section, Slot, Superblock, checksum, num_slots
+from ...format import PAGE, Parent, Section, Slot, Superblock, checksum, num_slots
 from ...geometry import CacheGeometry
 from ...metadata import Document
 from ..posix import PosixFile, closing_on_error
@@ -110,9 +110,22 @@ def remove_dead(path: str, age: float = YOUNG) -> bool:
 
 
 def build_file(
-    path: str, geometry: CacheGeometry, document: Document, *, metadata_room: int = METADATA_ROOM
+    path: str,
+    geometry: CacheGeometry,
+    document: Document,
+    *,
+    metadata_room: int = METADATA_ROOM,
+    parent: Parent | None = None,
 ) -> PosixFile:
-    """Create a complete, empty, durable cache file beside `path`, under a temporary name."""
+    """Create a complete, empty, durable cache file beside `path`, under a temporary name.
+
+    Args:
+        path: where it is to stand.
+        geometry: of its own positions.
+        document: model and metadata.
+        metadata_room: bytes to reserve for these.
+        parent: the file that it continues.
+    """
     data = document.encode()
     remove_left_overs(path)
     superblock = Superblock.plan(
@@ -120,6 +133,7 @@ def build_file(
         file_id=os.urandom(16),
         created_ns=time.time_ns(),
         metadata_bytes=max(metadata_room, len(data)),
+        has_parent=parent is not None,
     )
     try:
         file = PosixFile.create_beside(path)
@@ -131,6 +145,8 @@ def build_file(
         # Everything up to the live record is later written in place or through a map: allocate its disk space now.
         file.allocate(0, -(-(live.offset + live.size) // PAGE) * PAGE)
         file.write((0, metadata.offset), (superblock.encode(), data))
+        if parent is not None:
+            file.write((superblock.section(Section.PARENT).offset,), (parent.encode(),))
         slot = Slot(
             sequence=1,
             seq_len=0,

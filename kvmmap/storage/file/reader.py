@@ -26,14 +26,14 @@ from .checkpoints import FileCheckpoints
 from .first_read import WHAT_TO_DO, verify_tokens
 from .last_use import UseRecorder, last_use_ns
 from .live_record import LiveRecord
-from .mapped_file import MappedFile, open_file, read_superblock
+from .mapped_file import MappedFile, open_file, read_parent, read_superblock
 from .reader_layer import MappedLayer
 from .snapshot import Snapshot, SnapshotHolder
 from .verify import check_blocks, verify_file
 
 
 class MappedReader(ReadOnlyStorage):
-    """An open `.kvm` file."""
+    """An open `.kvm` file. Of one that continues a parent it shows its own positions, counted from 0."""
 
     writable = False
 
@@ -51,6 +51,7 @@ class MappedReader(ReadOnlyStorage):
         self.geometry = superblock.geometry
         self.lock = self.mapped.lock
         self.superblock = superblock
+        self.parent = read_parent(file, superblock)
         self.file = file
         self._verify = verify
         use = UseRecorder(file) if record_use else None
@@ -94,6 +95,12 @@ class MappedReader(ReadOnlyStorage):
 
     def _make_layer(self, number: int) -> MappedLayer:
         return MappedLayer(self, number, self.mapped, self.holder)
+
+    def mapped_layer(self, number: int) -> MappedLayer:
+        """Return a layer that has rows."""
+        layer = self.layers[number]
+        assert isinstance(layer, MappedLayer)
+        return layer
 
     def _closed_cleanly(self) -> bool:
         """False after a machine crash or a failed sync while a writer had the file open."""
@@ -183,6 +190,11 @@ class MappedReader(ReadOnlyStorage):
                     "original; open it again",
                     path=self.path,
                 )
+            return self.look()
+
+    def look(self) -> bool:
+        """As `refresh`, whether or not another file has taken this one's place."""
+        with self.lock:
             before = self.snapshot
             self._show(self.holder.look(before))
             return self.snapshot != before

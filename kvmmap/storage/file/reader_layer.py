@@ -88,9 +88,12 @@ class MappedLayer(ReadOnlyLayer):
         yield self.rows(start, stop)
 
     def scan(self, start: int, stop: int) -> Iterator[Rows]:
-        memory, row_bytes = self._mapped.memory, self.geometry.slab_bytes(1)
-        for part in page_cache.scan(memory, self._offsets, row_bytes, start, stop):
+        for part in self.scan_ranges(start, stop):
             yield self.rows(part.start, part.stop)
+
+    def scan_ranges(self, start: int, stop: int) -> Iterator[range]:
+        """Yield the ranges that `scan` reads; the pages of each are released when the next is asked for."""
+        return page_cache.scan(self._mapped.memory, self._offsets, self.geometry.slab_bytes(1), start, stop)
 
     def prefetch(self, start: int, stop: int) -> None:
         for low, high in self._byte_ranges(start, stop):

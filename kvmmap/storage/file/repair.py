@@ -10,20 +10,21 @@ Rows are verified and written from the same bytes, so no unverified row gets a c
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from ...errors import CorruptCacheError
-from ...format import NO_TOKEN, PAGE, Section
+from ...errors import CorruptCacheError, ParentError
+from ...format import NO_TOKEN, PAGE, Parent, Section
 from ...metadata import Document
 from ...recent import RecentRows
 from ...rows import zero_rows
 from ..posix import closing_on_error
 from ..protocols import Damage, Progress
-from .mapped_file import open_file, read_superblock
+from .mapped_file import open_file, read_parent, read_superblock
 from .placement import already_exists, build_file, place_of, refuse_locked
 from .recent_records import LayerRecords
 from .recovery import DamagedFile, Reach
@@ -45,6 +46,9 @@ class RepairReport:
 
     new_path: str
     """What was made of it."""
+
+    first: int
+    """Positions of parents that come before the file's own. All numbers below are of its own positions, from 0."""
 
     stored: int
     """Positions that the damaged file seems to have had."""
@@ -124,7 +128,8 @@ class _Repair:
                 Damage("metadata damaged" + (": that of the commit before is kept" if document else ""))
             )
         room = old.superblock.section(Section.METADATA).size // 2 + (PAGE if self.zero else 0)
-        file = build_file(new_path, old.geometry, document or Document(None, {}), metadata_room=room)
+        parent = self._parent(new_path)
+        file = build_file(new_path, old.geometry, document or Document(None, {}), metadata_room=room, parent=parent)
         try:
             file.copy_access(old.file)
             file.try_lock()
@@ -156,6 +161,7 @@ class _Repair:
         return RepairReport(
             path=old.path,
             new_path=new_path,
+            first=0 if parent is None else parent.length,
             stored=max(reach.stored, kept),
             seq_len=kept + unverified,
             restorable=restorable,
@@ -166,6 +172,19 @@ class _Repair:
             damages=self.damages,
             zeroed=self.zeroed,
         )
+
+    def _parent(self, new_path: str) -> Parent | None:
+        """Return what the new file continues, as the old one does."""
+        parent = read_parent(self.old.file, self.old.superblock)
+        folder = os.path.dirname(self.old.path)
+        if parent is not None and not os.path.samefile(os.path.dirname(new_path) or ".", folder):
+            raise ParentError(
+                f"{new_path}: {self.old.path} continues {parent.name}, so what is saved of it has to stand in the same "
+                "folder",
+                path=new_path,
+                actual=os.path.join(folder, parent.name),
+            )
+        return parent
 
     # Rows
 

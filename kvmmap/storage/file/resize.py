@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 
 from ...errors import CapacityExceededError, CorruptCacheError
-from ...geometry import CacheGeometry
 from ..checkpoints import copy_checkpoints
 from ..protocols import LayerStore, Progress, Rows
 from .mapped_file import read_superblock
@@ -32,10 +31,12 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
         # So that checksums cover everything; and closed, because nothing can be saved in it once it is replaced.
         old.commit(closing=True)
         length = old.seq_len
-        wanted = length if capacity is None else capacity
-        geometry = dataclasses.replace(old.geometry, capacity=wanted)
-        _refuse_loss(geometry, length)
-        file = build_file(old.path, geometry, old.document)
+        # Those of a parent are no rows of this file, and count all the same.
+        before = 0 if old.parent is None else old.parent.length
+        wanted = before + length if capacity is None else capacity
+        _refuse_loss(wanted, before + length)
+        geometry = dataclasses.replace(old.geometry, capacity=wanted - before)
+        file = build_file(old.path, geometry, old.document, parent=old.parent)
         try:
             file.copy_access(old.file)
             new = MappedWriter(file, read_superblock(file), durability="publish")
@@ -53,13 +54,13 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
             raise
 
 
-def _refuse_loss(geometry: CacheGeometry, length: int) -> None:
-    if geometry.capacity < length:
+def _refuse_loss(capacity: int, length: int) -> None:
+    if capacity < length:
         raise CapacityExceededError(
-            f"{length} positions are stored, and a capacity of {geometry.capacity} would lose some; truncate() first",
-            capacity=geometry.capacity,
+            f"{length} positions are stored, and a capacity of {capacity} would lose some; truncate() first",
+            capacity=capacity,
             expected=length,
-            actual=geometry.capacity,
+            actual=capacity,
         )
 
 

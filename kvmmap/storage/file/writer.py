@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CorruptCacheError, KvmmapError
-from ...format import Section
+from ...format import Parent, Section
 from ...geometry import CacheGeometry
 from ...metadata import Document
 from ..posix import closing_on_error
@@ -65,10 +65,11 @@ class MappedWriter(Committer):
         overwrite: bool = False,
         timeout: float = 0,
         metadata_room: int = METADATA_ROOM,
+        parent: Parent | None = None,
     ) -> MappedWriter:
         """Make a new file, put it at `path` whole, and hold it for appending."""
         path = place_of(path, overwrite=overwrite)
-        file = build_file(path, geometry, document, metadata_room=metadata_room)
+        file = build_file(path, geometry, document, metadata_room=metadata_room, parent=parent)
         try:
             file.try_lock()
             superblock = read_superblock(file)
