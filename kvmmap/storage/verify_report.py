@@ -26,9 +26,10 @@ class Damage:
 
 
 def damaged_record(layer: int, position: int) -> Damage:
-    """Return the damage of a position's row in 16 bits: nothing is lost, since its coded row is used instead."""
-    what = f"layer {layer}, position {position} in 16 bits: checksum does not match; its coded row is used instead"
-    return Damage(what, layer, position, position + 1)
+    """Return what is wrong with a position's row in 16 bits."""
+    stop = position + 1
+    what = f"layer {layer}, positions [{position}, {stop}): not exact: the rows in 16 bits do not match their checksums"
+    return Damage(what, layer, position, stop)
 
 
 @dataclass(slots=True)
@@ -52,6 +53,10 @@ class VerifyReport:
 
     damages: list[Damage] = field(default_factory=list)
     """Empty if all is well."""
+
+    inexact: list[Damage] = field(default_factory=list)
+    """Rows in 16 bits that do not match their checksums, as a crash leaves some. Nothing is lost: the coded rows, which
+    are checked by themselves, are used in their place."""
 
     @property
     def sound(self) -> bool:

@@ -185,10 +185,14 @@ class History:
         assert start == self.now.length, (start, self.now.length)
         for layer, part in zip(self.writer.layers, rows, strict=True):
             layer.write(start, type(layer.slabs())([array[start:] for array in part]))
+        self.keep(start, after)
         if with_ids:
             cache._record_tokens(start, np.arange(start, len(tags), dtype=np.int32) + tags[-1])
         self.writer.publish_step(start + count)
         self.now = after
+
+    def keep(self, start: int, after: State) -> None:
+        """Keep the rows from `start` on in 16 bits besides, where a cache does."""
 
     def partial(self) -> None:
         """A step that reaches only the first of two layers: rolled back by the next writer."""

@@ -63,6 +63,7 @@ def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[Render
     else:
         yield Text.assemble((plain(title), "bold"), ": ", ("damaged", "bold red"))
         yield from (f"  {plain(line)}" for line in _lines(report.damages))
+    yield from (f"  {plain(line)}, and the coded ones are used" for line in _lines(report.inexact))
     yield (
         f"checked {count(report.blocks, 'block')}, {size(report.bytes)}: {count(report.verified, 'position')} in "
         f"{count(num_layers, 'layer')}"

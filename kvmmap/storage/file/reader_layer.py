@@ -16,7 +16,7 @@ from . import page_cache
 from .file_sketches import KeptSketches
 from .first_read import is_verified, verify_rows
 from .mapped_file import MappedFile
-from .recent_records import LayerRecords
+from .recent_records import BadRecord, LayerRecords
 from .snapshot import SnapshotHolder
 
 
@@ -37,8 +37,8 @@ class MappedLayer(ReadOnlyLayer):
         self._records = LayerRecords(mapped.superblock, index) if mapped.geometry.keeps_recent else None
         self._loaded: tuple[int, int] | None = None
         """The length and generation of the rows in 16 bits that are in memory."""
-        self._torn: list[int] = []
-        """Positions whose record was torn or damaged when they were read."""
+        self._torn: list[BadRecord] = []
+        """Records that were torn or damaged when they were read."""
 
     def recent_rows(self) -> RecentRows | None:
         if self._records is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,19 @@ dies leaves at most so many without; a commit writes them all."""
 
 Read = Callable[[int, int], Any]
 """Returns bytes of the file from an offset on."""
+
+
+class BadRecord(NamedTuple):
+    """A record whose checksum does not match."""
+
+    position: int
+    """That its slot is for."""
+    offset: int
+    size: int
+
+    def empty(self, file: PosixFile) -> None:
+        """Make it an empty one."""
+        file.write((self.offset,), (np.zeros(self.size, np.uint8),))
 
 
 class LayerRecords:
@@ -43,7 +56,7 @@ class LayerRecords:
             for kind, slots in zip(RECENT_SECTIONS, (geometry.recent_window, geometry.sinks), strict=True)
         ]
 
-    def load(self, rows: RecentRows, coded: Callable[[int, int], Rows], length: int, read: Read) -> list[int]:
+    def load(self, rows: RecentRows, coded: Callable[[int, int], Rows], length: int, read: Read) -> list[BadRecord]:
         """Read what is not in memory yet of the first `length` positions.
 
         Args:
@@ -53,7 +66,7 @@ class LayerRecords:
             read: reads from the file.
 
         Returns:
-            The positions whose record is damaged, or was torn.
+            The records whose checksum does not match: they are damaged, or were torn.
         """
         damaged = []
         for ring, offset, stop in zip(
@@ -64,7 +77,9 @@ class LayerRecords:
                 start, end = max(0, stop - ring.slots), max(stop, ring.slots)
                 records = read(offset, ring.slots * self._size)
                 states = take_records(ring, records, coded(start, stop), start, start, end)
-                damaged += [position for position, state in states if state == DAMAGED]
+                for position, state in states:
+                    if state == DAMAGED:
+                        damaged.append(BadRecord(position, offset + position % ring.slots * self._size, self._size))
         return damaged
 
     def save(self, rows: RecentRows, coded: Callable[[int, int], Rows], start: int, stop: int, file: PosixFile) -> None:
@@ -81,11 +96,6 @@ class LayerRecords:
                 file.write((offset + slot * self._size,), (records,))
                 first = end
 
-    def drop(self, rows: RecentRows, position: int, file: PosixFile) -> None:
-        """Empty the slots of a position, whatever is in them."""
-        for ring, offset, first, _ in self._rings(rows, position, position + 1):
-            file.write((offset + first % ring.slots * self._size,), (np.zeros(self._size, np.uint8),))
-
     def _rings(self, rows: RecentRows, start: int, stop: int) -> list[tuple[RecentRing, int, int, int]]:
         """Return each ring with the offset of its records, and which of positions [start, stop) may be in it."""
         ring, first = self._offsets
@@ -97,8 +107,7 @@ class LayerRecords:
 
 
 def check_records(mapped: MappedFile, length: int) -> Iterator[Damage]:
-    """Yield the damaged records of the first `length` positions. Only of a file that was closed: a writer may be in the
-    middle of a record, and a crash tears some."""
+    """Yield the records of the first `length` positions that do not match their checksums, of a file without writer."""
     geometry = mapped.geometry
     for layer in range(geometry.num_layers) if geometry.keeps_recent else ():
         rows = RecentRows.of(geometry, layer)
@@ -108,6 +117,6 @@ def check_records(mapped: MappedFile, length: int) -> Iterator[Damage]:
         try:
             damaged = LayerRecords(mapped.superblock, layer).load(rows, coded, length, mapped.read)
         except (OSError, EOFError, ValueError):  # ValueError: the file ends before
-            yield Damage(f"layer {layer}: rows in 16 bits can't be read; the coded ones are used instead", layer)
+            yield Damage(f"layer {layer}: rows in 16 bits can't be read", layer)
             continue
-        yield from (damaged_record(layer, position) for position in damaged)
+        yield from (damaged_record(layer, record.position) for record in damaged if record.position < length)

@@ -146,8 +146,8 @@ class WriterLayer(MappedLayer):
         recent, records, file = self.recent, self._records, self._mapped.file
         if recent is None or records is None:
             return
-        for position in self._torn:
-            records.drop(recent, position, file)
+        for record in self._torn:
+            record.empty(file)
         self._torn = []
         if self._unsaved is not None:
             records.save(recent, self.slabs().part, *self._unsaved, file)

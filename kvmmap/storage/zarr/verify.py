@@ -87,11 +87,11 @@ def _check_tokens(handle: GroupHandle, report: VerifyReport) -> None:
 
 
 def _check_recent(handle: GroupHandle, report: VerifyReport) -> None:
-    """Note damaged records of rows in 16 bits. What they are compared with are their own checksums."""
+    """Note records of rows in 16 bits that are damaged. What they are compared with are their own checksums."""
     for layer, shape in enumerate(handle.geometry.layers) if handle.geometry.keeps_recent else ():
         rows = RecentRows.of(handle.geometry, layer)
         if rows is None:
             continue
         nothing = Rows.allocate(shape, 0)
         damaged = load_recent(handle, layer, rows, lambda start, stop: nothing, report.verified)  # noqa: B023
-        report.damages += [damaged_record(layer, position) for position in damaged]
+        report.inexact += [damaged_record(layer, position) for position in damaged]
