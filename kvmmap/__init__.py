@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from .finding import find, find_temporary, remove_temporary
     from .formats.llama_cpp.exporting import export_llama_cpp
     from .formats.llama_cpp.importing import import_llama_cpp
+    from .formats.mlx_export import export_mlx
+    from .formats.mlx_import import import_mlx
     from .formats.safetensors import export_tensors
     from .formats.safetensors_import import import_tensors
     from .library import Library, Namespace
@@ -83,8 +85,10 @@ _LATER = {
     "find_temporary": "finding",
     "remove_temporary": "finding",
     "export_llama_cpp": "formats.llama_cpp.exporting",
+    "export_mlx": "formats.mlx_export",
     "export_tensors": "formats.safetensors",
     "import_llama_cpp": "formats.llama_cpp.importing",
+    "import_mlx": "formats.mlx_import",
     "import_tensors": "formats.safetensors_import",
 }
 
@@ -147,12 +151,14 @@ __all__ = [
     "create",
     "dequantize_rows",
     "export_llama_cpp",
+    "export_mlx",
     "export_tensors",
     "fetch",
     "find",
     "find_temporary",
     "fork",
     "import_llama_cpp",
+    "import_mlx",
     "import_tensors",
     "kernel",
     "merge_attention",

@@ -35,6 +35,7 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"
 @click.option("--kv-type", metavar="K[:V]", help='With --gguf: types of keys and values, such as "f16" or "q8_0:f16".')
 @click.option("--transposed", is_flag=True, default=None, help="With --gguf: for a context without flash attention.")
 @click.option("--accept-weights", metavar="TYPE", help="With --gguf: go on with the model's weights of another type.")
+@click.option("--mlx", is_flag=True, help="Make DST a prompt cache that mlx-lm loads, in --dtype f32, f16 or bf16.")
 @no_progress_option
 def command(
     source: str,
@@ -46,6 +47,7 @@ def command(
     kv_type: str | None,
     transposed: bool | None,
     accept_weights: str | None,
+    mlx: bool,
     no_progress: bool,
     **options: Any,
 ) -> None:
@@ -64,10 +66,28 @@ def command(
       kvmmap export prompt.kvm s3://bucket/prompt.zarr
       kvmmap export --dtype bf16 prompt.kvm prompt.safetensors
       kvmmap export prompt.kvm slot.bin --gguf model.gguf
+      kvmmap export prompt.kvm chat.safetensors --mlx --dtype bf16
     """
     import kvmmap
 
     about_states = {"rotated": rotated, "kind": state, "transposed": transposed, "accept_weights": accept_weights}
+    if gguf is not None and mlx:
+        raise click.UsageError(
+            "--gguf is for files of llama.cpp, and --mlx for prompt caches of mlx-lm: give one of them"
+        )
+    if mlx:
+        if options["start"] or options["stop"] is not None or options["layers"] is not None or dtype == "int8":
+            raise click.UsageError("--mlx exports all positions and layers, as f32, f16 or bf16")
+        with progress("exporting", no_progress) as advance:
+            kvmmap.export_mlx(
+                source,
+                target,
+                dtype=DTYPES[dtype],  # type: ignore[arg-type]
+                overwrite=options["overwrite"],
+                progress=advance,
+            )
+        click.echo(f"{plain(target)}: written", err=True)
+        return
     if gguf is not None:
         if options["start"] or options["stop"] is not None or options["layers"] is not None:
             raise click.UsageError("--gguf exports all positions and layers: leave out --start, --stop and --layers")

@@ -23,8 +23,9 @@ from ..progress import no_progress_option, progress
 @click.option(
     "--preset",
     metavar="NAME",
-    help="Of a state: 'native' keeps its numbers bit by bit, the default; else as in create.",
+    help="With --gguf and --mlx: 'native' keeps numbers bit by bit, the default; else as in create.",
 )
+@click.option("--mlx", is_flag=True, help="SRC is a prompt cache that mlx-lm saved, a .safetensors file.")
 @no_progress_option
 def command(
     source: str,
@@ -33,6 +34,7 @@ def command(
     rotated: bool | None,
     sequence: int | None,
     preset: str | None,
+    mlx: bool,
     no_progress: bool,
     **options: Any,
 ) -> None:
@@ -40,16 +42,21 @@ def command(
 
     A .safetensors file is one of `kvmmap export`, or holds a transformers DynamicCache: `key_cache.0`, `layers.0.keys`
     and the like, [1, num_kv_heads, n, head_dim]. A slot or session file of llama.cpp needs --gguf, the model that made
-    it. Everything else is copied as `kvmmap copy` does.
+    it; a prompt cache of mlx-lm needs --mlx. Everything else is copied as `kvmmap copy` does.
 
     \b
     Examples:
       kvmmap import prompt.safetensors prompt.kvm
       kvmmap import slot.bin prompt.kvm --gguf model.gguf
+      kvmmap import chat.safetensors prompt.kvm --mlx
       kvmmap import s3://bucket/prompt.zarr prompt.kvm
     """
     import kvmmap
 
+    if gguf is not None and mlx:
+        raise click.UsageError(
+            "--gguf is for states of llama.cpp, and --mlx for prompt caches of mlx-lm: give one of them"
+        )
     if gguf is not None:
         confirm_ending(target, options["yes"])
         options = {name: options[name] for name in ("capacity", "compressor", "overwrite")}
@@ -58,10 +65,17 @@ def command(
             kvmmap.import_llama_cpp(source, target, gguf=gguf, progress=advance, **options)
         click.echo(f"{plain(target)}: made of {plain(source)}", err=True)
         return
-    if (sequence, preset, rotated) != (None, None, None):
+    if sequence is not None or rotated is not None or (preset is not None and not mlx):
         raise click.UsageError(
             "--sequence, --preset and --no-rotation are about states of llama.cpp, which need --gguf"
         )
+    if mlx:
+        confirm_ending(target, options["yes"])
+        options = {name: options[name] for name in ("capacity", "compressor", "overwrite")}
+        with progress("importing", no_progress) as advance:
+            kvmmap.import_mlx(source, target, preset=preset or "native", progress=advance, **options)
+        click.echo(f"{plain(target)}: made of {plain(source)}", err=True)
+        return
     if not source.endswith(".safetensors"):
         copied(source, target, no_progress, **options)
         return

@@ -232,7 +232,7 @@ def _reader_of(gguf: Any) -> Any:
     """Return the library's reader, which skips lists of strings: a vocabulary takes it seconds, and is not needed."""
     array, string = int(gguf.GGUFValueType.ARRAY), int(gguf.GGUFValueType.STRING)
 
-    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
             if raw_type == array:
                 kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
