@@ -68,17 +68,23 @@ if TYPE_CHECKING:
     from .formats.safetensors import export_tensors
     from .formats.safetensors_import import import_tensors
     from .library import Library, Namespace
+    from .sizing import Size, bytes_per_token, sizes
     from .storage.file.repair import RepairReport
     from .transfer.copying import CopyReport, copy, fetch
+    from .transfer.transcoding import CodecLoss, LayerLoss
 
 __version__ = "0.1.0"
 
 # What few programs use, and takes long to load (hashlib and the like), is loaded when it is first used.
 _LATER = {
+    "CodecLoss": "transfer.transcoding",
     "CopyReport": "transfer.copying",
     "Library": "library",
     "Namespace": "library",
+    "LayerLoss": "transfer.transcoding",
     "RepairReport": "storage.file.repair",
+    "Size": "sizing",
+    "bytes_per_token": "sizing",
     "copy": "transfer.copying",
     "fetch": "transfer.copying",
     "find": "finding",
@@ -90,6 +96,7 @@ _LATER = {
     "import_llama_cpp": "formats.llama_cpp.importing",
     "import_mlx": "formats.mlx_import",
     "import_tensors": "formats.safetensors_import",
+    "sizes": "sizing",
 }
 
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
@@ -111,6 +118,7 @@ __all__ = [
     "CapacityExceededError",
     "Checkpoint",
     "ClosedError",
+    "CodecLoss",
     "CopyReport",
     "CorruptCacheError",
     "Damage",
@@ -120,6 +128,7 @@ __all__ = [
     "HeadOutOfRangeError",
     "KvmmapError",
     "LayerGeometry",
+    "LayerLoss",
     "LayerOutOfRangeError",
     "Library",
     "LibraryFullError",
@@ -140,12 +149,14 @@ __all__ = [
     "ReadOnlyError",
     "RepairReport",
     "ShapeMismatchError",
+    "Size",
     "StateSpec",
     "StoreError",
     "UnknownTokensError",
     "UnsupportedModelError",
     "VerifyReport",
     "VersionMismatchError",
+    "bytes_per_token",
     "compact",
     "copy",
     "create",
@@ -170,4 +181,5 @@ __all__ = [
     "repair",
     "report",
     "resize",
+    "sizes",
 ]

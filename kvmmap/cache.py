@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache_reader import CacheReader
+from .codecs.presets import Codecs, chosen_codecs, chosen_recent
 from .errors import PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
 from .geometry import CacheGeometry, check_range, check_room, index
@@ -33,9 +34,11 @@ class QuantizedKvCache(CacheReader, StateWriter):
         num_kv_heads: key and value heads; one number, or one a layer; 0 for a layer without rows.
         head_dim: numbers in a key row; one number, or one a layer.
         value_head_dim: numbers in a value row, `head_dim` unless given.
-        key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer.
-        recent_window: last positions to keep in 16 bits besides, 0 to 65,536; 128 make most of the codec's loss vanish.
-        sinks: first positions to keep in 16 bits besides, 0 to 65,536.
+        key_codec, value_codec: names of the codecs that keys and values are stored by; one for all, or one a layer; the
+            preset's unless given.
+        preset: a pair of codecs, and whether some positions are kept in 16 bits besides, as in `kvmmap.create`.
+        recent_window, sinks: last and first positions to keep in 16 bits besides, 0 to 65,536; the preset's unless
+            given.
         states: tensors of fixed size that layers overwrite at every position; see `write_states`.
         checkpoint_slots: checkpoints of all states to keep.
         metadata: plain JSON of your own.
@@ -45,7 +48,7 @@ class QuantizedKvCache(CacheReader, StateWriter):
 
     Raises:
         ShapeMismatchError: a number that is not a whole one, or out of bounds.
-        DtypeError: there is no such codec.
+        DtypeError: there is no such codec, or no such preset.
         MetadataError: metadata that is not JSON.
     """
 
@@ -57,25 +60,28 @@ class QuantizedKvCache(CacheReader, StateWriter):
         head_dim: int | Sequence[int],
         value_head_dim: int | Sequence[int] | None = None,
         *,
-        key_codec: str | Sequence[str] = "int8",
-        value_codec: str | Sequence[str] = "int8",
-        recent_window: int = 0,
-        sinks: int = 0,
+        key_codec: Codecs | None = None,
+        value_codec: Codecs | None = None,
+        preset: str = "int8",
+        recent_window: int | None = None,
+        sinks: int | None = None,
         states: Iterable[StateSpec] = (),
         checkpoint_slots: int = CHECKPOINT_SLOTS,
         metadata: Mapping[str, Any] | None = None,
         model: ModelInfo | None = None,
     ) -> None:
+        keys, values = chosen_codecs(preset, key_codec, value_codec)
+        window, first = chosen_recent(preset, recent_window, sinks)
         geometry = CacheGeometry.build(
             num_layers=num_layers,
             capacity=capacity,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_head_dim=value_head_dim,
-            key_codec=key_codec,
-            value_codec=value_codec,
-            recent_window=recent_window,
-            sinks=sinks,
+            key_codec=keys,
+            value_codec=values,
+            recent_window=window,
+            sinks=first,
             states=states,
             checkpoint_slots=checkpoint_slots,
         )

@@ -56,6 +56,23 @@ def _bounded(value: object, name: str, low: int, high: int) -> int:
     return number
 
 
+def one_a_layer(value: T | Sequence[T], count: int, name: str) -> list[T]:
+    """Return a value for each of `count` layers, from one for all or a sequence of as many.
+
+    Raises:
+        ShapeMismatchError: a sequence of another length.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ShapeMismatchError(
+            f"{name} has {len(value)} entries for {count} layers: give one for all, or one a layer",
+            expected=count,
+            actual=len(value),
+        )
+    return list(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
     """One array of a layer, [capacity, *shape]: keys' or values', as their codec stores them."""
@@ -264,21 +281,10 @@ class CacheGeometry:
         """
         count = _bounded(num_layers, "num_layers", 1, MAX_LAYERS)
 
-        def spread(value: T | Sequence[T], name: str) -> list[T]:
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                return [value] * count
-            if len(value) != count:
-                raise ShapeMismatchError(
-                    f"{name} has {len(value)} entries for {count} layers: give one for all, or one a layer",
-                    expected=count,
-                    actual=len(value),
-                )
-            return list(value)
-
-        heads = spread(num_kv_heads, "num_kv_heads")
-        dims = spread(head_dim, "head_dim")
-        value_dims = dims if value_head_dim is None else spread(value_head_dim, "value_head_dim")
-        names = spread(key_codec, "key_codec"), spread(value_codec, "value_codec")
+        heads = one_a_layer(num_kv_heads, count, "num_kv_heads")
+        dims = one_a_layer(head_dim, count, "head_dim")
+        value_dims = dims if value_head_dim is None else one_a_layer(value_head_dim, count, "value_head_dim")
+        names = one_a_layer(key_codec, count, "key_codec"), one_a_layer(value_codec, count, "value_codec")
         key_codecs, value_codecs = ([by_name(name) for name in part] for part in names)
         shapes = zip(heads, dims, value_dims, key_codecs, value_codecs, strict=True)
         # Most layers have the shape of the one before; building each anew took much of the time of opening a cache.

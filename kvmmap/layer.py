@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .attention.run import AttendOptions, attend_store
 from .attention.topk import select_blocks
 from .checks import non_finite
+from .codecs.presets import chosen_codecs, chosen_recent
 from .errors import EmptyCacheError, KvmmapError
 from .geometry import CacheGeometry, check_range
 from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows, where
@@ -33,17 +34,17 @@ class QuantizedKvLayer(LayerReader):
         num_kv_heads: key and value heads.
         head_dim: numbers in a key row.
         value_head_dim: numbers in a value row, `head_dim` unless given.
-        key_codec: name of the codec of keys: "int8" has one f32 scale per position and head.
-        value_codec: name of the codec of values.
-        recent_window: last positions to keep in 16 bits besides, 0 to 65,536.
-        sinks: first positions to keep in 16 bits besides, 0 to 65,536.
+        key_codec, value_codec: names of the codecs of keys and of values; the preset's unless given.
+        preset: a pair of codecs, as in `kvmmap.create`: "int8" has one f32 scale per position and head.
+        recent_window, sinks: last and first positions to keep in 16 bits besides, 0 to 65,536; the preset's unless
+            given.
 
     Made like this it lies in memory and stands alone; `cache.layers[i]` is one that belongs to a cache. A layer may
     be appended to on its own: the step is part of the cache once it has reached every layer.
 
     Raises:
         ShapeMismatchError: a number that is not a whole one, or out of bounds.
-        DtypeError: there is no such codec.
+        DtypeError: there is no such codec, or no such preset.
     """
 
     __slots__ = ("_encode_keys", "_encode_values", "_key_shape", "_paired", "_value_shape")
@@ -55,21 +56,24 @@ class QuantizedKvLayer(LayerReader):
         head_dim: int,
         value_head_dim: int | None = None,
         *,
-        key_codec: str = "int8",
-        value_codec: str = "int8",
-        recent_window: int = 0,
-        sinks: int = 0,
+        key_codec: str | None = None,
+        value_codec: str | None = None,
+        preset: str = "int8",
+        recent_window: int | None = None,
+        sinks: int | None = None,
     ) -> None:
+        keys, values = chosen_codecs(preset, key_codec, value_codec)
+        window, first = chosen_recent(preset, recent_window, sinks)
         geometry = CacheGeometry.build(
             num_layers=1,
             capacity=capacity,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_head_dim=value_head_dim,
-            key_codec=key_codec,
-            value_codec=value_codec,
-            recent_window=recent_window,
-            sinks=sinks,
+            key_codec=keys,
+            value_codec=values,
+            recent_window=window,
+            sinks=first,
         )
         storage = MemoryStorage(geometry)
         self._attach(storage, storage.layers[0])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
-from .codecs.presets import preset_codecs, preset_recent
+from .codecs.presets import chosen_codecs, chosen_recent
 from .errors import FormatError, KvmmapError, NotACacheError, ShapeMismatchError
 from .geometry import CacheGeometry, index
 from .metadata import Document, ModelInfo, document
@@ -134,18 +134,18 @@ def create(
     if num_layers is None or capacity is None or num_kv_heads is None or head_dim is None:
         raise ShapeMismatchError("num_layers, capacity, num_kv_heads and head_dim are needed where there is no parent")
     preset = "int8" if preset is None else preset
-    preset_keys, preset_values = preset_codecs(preset)
-    preset_window, preset_sinks = preset_recent(preset)
+    keys, values = chosen_codecs(preset, key_codec, value_codec)
+    window, first = chosen_recent(preset, recent_window, sinks)
     geometry = CacheGeometry.build(
         num_layers=num_layers,
         capacity=capacity,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_head_dim=value_head_dim,
-        key_codec=preset_keys if key_codec is None else key_codec,
-        value_codec=preset_values if value_codec is None else value_codec,
-        recent_window=preset_window if recent_window is None else recent_window,
-        sinks=preset_sinks if sinks is None else sinks,
+        key_codec=keys,
+        value_codec=values,
+        recent_window=window,
+        sinks=first,
         states=states,
         checkpoint_slots=checkpoint_slots,
     )

@@ -17,7 +17,7 @@ TABLE = (
     ("_core", "lazy", "errors", "paths"),
     ("arrays", "row_arrays"),
     ("codecs", "quantize"),
-    ("geometry", "metadata", "state_spec"),
+    ("geometry", "metadata", "state_spec", "sizing"),
     ("rows", "recent", "inputs"),
     ("format",),
     ("attention",),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from .asking import confirm_ending, yes_option
-from .output import INDEX, count, plain, size
+from .output import INDEX, count, plain, show, size
 from .progress import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvmmap import LayerLoss
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,6 +75,27 @@ def gguf_option(about: str) -> Callable[[F], F]:
     return add
 
 
+def codec_options(command: F) -> F:
+    """--preset, --codec, --key-codec and --value-codec."""
+    options = (
+        click.option("--preset", help="Codecs of DST: int8, fidelity, compact, small, tiny or lossless."),
+        click.option("--codec", metavar="NAME", help="One codec, for keys and values."),
+        click.option("--key-codec", metavar="NAME[,NAME...]", help="The codec of keys: one, or one a layer of DST."),
+        click.option("--value-codec", metavar="NAME[,NAME...]", help="The codec of values, likewise."),
+        click.option("--recent-window", type=int, metavar="N", help="Last positions to keep in 16 bits besides."),
+        click.option("--sinks", type=int, metavar="N", help="First positions to keep in 16 bits besides."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def codec_names(text: str | None) -> str | list[str] | None:
+    """Return what --key-codec or --value-codec names: one codec, or one a layer."""
+    names = None if text is None else [name.strip() for name in text.split(",")]
+    return names[0] if names is not None and len(names) == 1 else names
+
+
 def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -85,15 +111,46 @@ def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | No
     return found
 
 
-def copied(source: str, target: str, no_progress: bool, *, yes: bool, **options: Any) -> None:
-    """Copy, with the options of `kvmmap.copy`, and print to stderr what was done."""
+def copied(
+    source: str,
+    target: str,
+    no_progress: bool,
+    *,
+    yes: bool,
+    codec: str | None = None,
+    key_codec: str | None = None,
+    value_codec: str | None = None,
+    **options: Any,
+) -> None:
+    """Copy, with the options of `kvmmap.copy`, and print to stderr what was done; to stdout, what other codecs cost."""
     import kvmmap
 
+    if codec is not None and (key_codec is not None or value_codec is not None or options.get("preset") is not None):
+        raise click.UsageError("--codec names the codec of keys and of values: leave the other options on codecs out")
     confirm_ending(target, yes)
+    codecs: dict[str, Any] = {
+        "key_codec": codec_names(key_codec or codec),
+        "value_codec": codec_names(value_codec or codec),
+    }
     with progress("copying", no_progress) as advance:
-        report = kvmmap.copy(source, target, progress=advance, **options)
+        report = kvmmap.copy(source, target, progress=advance, **codecs, **options)
     resumed = f", {count(report.resumed)} of them by an earlier run" if report.resumed else ""
-    what = (
-        f"{count(report.seq_len, 'position')}{resumed}, {size(report.bytes)}{', verified' if report.verified else ''}"
-    )
+    before = f" ({size(report.source_bytes)} before)" if report.losses else ""
+    verified = ", verified" if report.verified else ""
+    what = f"{count(report.seq_len, 'position')}{resumed}, {size(report.bytes)}{before}{verified}"
     click.echo(f"{plain(target)}: {what}", err=True)
+    if report.losses:
+        show(loss_table(report.losses))
+
+
+def loss_table(losses: Sequence[LayerLoss]) -> Table:
+    """Return a table of what each layer lost, in percent."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "keys lost", "at worst", "values lost", "at worst"):
+        table.add_column(name, justify="right")
+    for number, loss in enumerate(losses):
+        parts = [part for one in (loss.keys, loss.values) for part in (one.mean, one.worst)]
+        table.add_row(str(number), *(f"{part:.3%}" if part else "0" for part in parts))
+    return table

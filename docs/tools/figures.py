@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import sizes
 from charts import Group, Row, chart
 from measured import FIGURES, Topics, bar, collect, load, table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md")
 PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -308,6 +309,7 @@ TABLES: dict[str, Callable[[Topics], str]] = {
     "losses": losses,
     "llama": beside_llama,
     "readme": readme,
+    "sizes": lambda topics: sizes.table(),
 }
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import DtypeError
+
+Codecs = str | Sequence[str]
+"""The name of a codec for all layers, or one a layer."""
 
 PRESETS: dict[str, tuple[str, str]] = {
     "int8": ("int8", "int8"),
@@ -39,3 +44,19 @@ def preset_codecs(preset: str) -> tuple[str, str]:
 def preset_recent(preset: str) -> tuple[int, int]:
     """Return how many of the last and of the first positions a preset keeps in 16 bits besides."""
     return (RECENT_WINDOW, SINKS) if preset in WITH_RECENT else (0, 0)
+
+
+def chosen_codecs(preset: str, key_codec: Codecs | None, value_codec: Codecs | None) -> tuple[Codecs, Codecs]:
+    """Return the codecs of keys and values that a caller asks for: those of a preset unless others are named.
+
+    Raises:
+        DtypeError: there is no such preset.
+    """
+    keys, values = preset_codecs(preset)
+    return keys if key_codec is None else key_codec, values if value_codec is None else value_codec
+
+
+def chosen_recent(preset: str, recent_window: int | None, sinks: int | None) -> tuple[int, int]:
+    """Return how many of the last and of the first positions a caller asks for: a preset's unless others are named."""
+    preset_window, preset_sinks = preset_recent(preset)
+    return preset_window if recent_window is None else recent_window, preset_sinks if sinks is None else sinks

@@ -1,4 +1,6 @@
-"""Copies of caches between storages, bit by bit: file to group, group to file, one to its like; resumable, verified.
+"""Copies of caches between storages: file to group, group to file, one to its like; resumable, verified.
+
+Rows are copied bit by bit, unless the copy is to have other codecs: then they are decoded and encoded again.
 
 A copy to a file grows beside its place under a name of its own and takes the place when it is whole. A copy to a group
 commits as it goes, and its root says what it is a copy of until it is whole. Either is gone on with by the same copy
@@ -16,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from ..cache import QuantizedKvCache
+from ..codecs.presets import Codecs, chosen_codecs, chosen_recent
 from ..errors import CorruptCacheError, FormatError
 from ..opening import file_path, open_cache, place_of
 from ..paths import PathLike
 from ..storage.protocols import Progress, Storage, VerifyReport
 from ..storage.receiving import CopyOptions, Receiver
 from .filling import fill
-from .plan import Plan
+from .plan import Plan, Recode
+from .transcoding import LayerLoss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,12 @@ class CopyReport:
     verified: bool
     """True if the whole copy was read back and compared with its checksums."""
 
+    source_bytes: int
+    """Bytes of codes and scales that the same positions take in the source."""
+
+    losses: tuple[LayerLoss, ...] = ()
+    """Of a copy with other codecs: what each layer of it lost, over the positions that this call copied; else empty."""
+
 
 def copy(
     source: PathLike | QuantizedKvCache,
@@ -53,6 +63,11 @@ def copy(
     stop: int | None = None,
     layers: Sequence[int] | None = None,
     capacity: int | None = None,
+    key_codec: Codecs | None = None,
+    value_codec: Codecs | None = None,
+    preset: str | None = None,
+    recent_window: int | None = None,
+    sinks: int | None = None,
     compressor: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -65,6 +80,8 @@ def copy(
     """Copy a cache to another place, of the same kind or another: codes, scales, token ids and metadata, bit by bit.
 
     Of a cache with states the checkpoints come along, and positions up to the last one that is not beyond `stop`.
+    With other codecs than the source's, rows are decoded and encoded again, part by part; `CopyReport.losses` says what
+    that cost. Keys or values whose codec stays the same are copied bit by bit.
 
     Committed blocks of the source are compared with their checksums on the way. Interrupted, the source is untouched,
     and the target not there (a file) or as of its last commit (a group); the same call again goes on from there.
@@ -76,6 +93,11 @@ def copy(
         stop: one past the last; all that are stored by default.
         layers: indices of the layers to copy, in the order that they get; all by default.
         capacity: positions to reserve; the source's by default.
+        key_codec, value_codec: names of the codecs that the copy is to have; one for all, or one a layer of the copy;
+            the preset's unless given, and without one the source's.
+        preset: a pair of codecs, and whether some positions are kept in 16 bits besides, as in `create`.
+        recent_window, sinks: last and first positions that the copy is to keep in 16 bits besides; the preset's unless
+            given, and without one the source's. It keeps what the source has of them, and new ones as they come.
         compressor: of a group: None, or "zstd".
         overwrite: replace a cache that is there already.
         verify: read the whole copy back, and compare it with its checksums, before it counts as whole.
@@ -90,12 +112,19 @@ def copy(
         PositionOutOfRangeError, LayerOutOfRangeError: there are no such positions or layers.
         NoCheckpointError: the source has states, and `start` is not 0.
         CapacityExceededError: `capacity` is too small.
+        DtypeError: there is no such codec, or no such preset.
+        ShapeMismatchError: a codec that can't have rows of a layer's head_dim, or not one a layer.
+        NonFiniteError: a number that the other codec can't have; names layer, position and head.
         CacheChangedError: the source's writer took positions back meanwhile.
         CacheLockedError: somebody writes to the target.
         CacheNotFoundError, FormatError, StoreError, OSError: as in `open` and `create`.
     """
     with opened(source, source_options) as cache:
-        plan = Plan.make(cache, start, stop, layers, capacity)
+        if preset is not None:
+            key_codec, value_codec = chosen_codecs(preset, key_codec, value_codec)
+            recent_window, sinks = chosen_recent(preset, recent_window, sinks)
+        recode = Recode(key_codec=key_codec, value_codec=value_codec, recent_window=recent_window, sinks=sinks)
+        plan = Plan.make(cache, start, stop, layers, capacity, recode)
         options = CopyOptions(
             overwrite=overwrite, verify=verify, compressor=compressor, durable=durable, break_lock=break_lock
         )
@@ -166,8 +195,15 @@ def _run(plan: Plan, receiver: Receiver, options: CopyOptions, progress: Progres
     except BaseException:
         receiver.cancel()
         raise
-    size = plan.length * plan.incoming.position_bytes
-    return CopyReport(target=target, seq_len=plan.length, bytes=size, resumed=resumed, verified=options.verify)
+    return CopyReport(
+        target=target,
+        seq_len=plan.length,
+        bytes=plan.length * plan.incoming.position_bytes,
+        resumed=resumed,
+        verified=options.verify,
+        source_bytes=plan.length * plan.source_position_bytes,
+        losses=plan.losses(),
+    )
 
 
 class _Meter:

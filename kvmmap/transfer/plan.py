@@ -10,13 +10,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..cache import QuantizedKvCache
+from ..codecs import by_name
+from ..codecs.presets import Codecs
 from ..errors import NoCheckpointError
-from ..geometry import check_range, check_room, index
+from ..geometry import LayerGeometry, check_range, check_room, index, one_a_layer
 from ..state_spec import StateSpec
 from ..storage.receiving import CopyRange, Incoming
+from .transcoding import LayerLoss, TranscodedStorage
 
 STEP_TOKENS = 8192
 """Positions of a layer that are copied in one step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recode:
+    """How a copy is to store rows; None: as the source does."""
+
+    key_codec: Codecs | None = None
+    value_codec: Codecs | None = None
+    recent_window: int | None = None
+    sinks: int | None = None
+
+    def applied(self, layers: Sequence[LayerGeometry]) -> tuple[LayerGeometry, ...]:
+        """Return layers with these codecs.
+
+        Raises:
+            DtypeError: there is no such codec.
+            ShapeMismatchError: not one a layer, or a codec that can't have a layer's rows.
+        """
+        made = list(layers)
+        if self.key_codec is not None:
+            names = one_a_layer(self.key_codec, len(made), "key_codec")
+            made = [replace(layer, key_codec=by_name(name)) for layer, name in zip(made, names, strict=True)]
+        if self.value_codec is not None:
+            names = one_a_layer(self.value_codec, len(made), "value_codec")
+            made = [replace(layer, value_codec=by_name(name)) for layer, name in zip(made, names, strict=True)]
+        return tuple(made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +54,13 @@ class Plan:
 
     incoming: Incoming
     layers: list[int]
-    """Of the source, in the order of the target."""
+    """Of the incoming storage, in the order of the target."""
     start: int
     """First position to copy."""
     tokens: int
     """Token ids to copy."""
+    source_position_bytes: int
+    """Bytes of one position of these layers in the source."""
 
     @classmethod
     def make(
@@ -39,6 +70,7 @@ class Plan:
         stop: int | None,
         layers: Sequence[int] | None,
         capacity: int | None,
+        recode: Recode = Recode(),
     ) -> Plan:
         """Check what the caller of a copy asks for. Raises as `kvmmap.copy`."""
         source = cache.storage
@@ -54,29 +86,48 @@ class Plan:
             stop = source.checkpoints.last(stop)
         chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
         states, numbers = _states_of(cache, chosen)
+        given = tuple(cache.geometry.layers[layer] for layer in chosen)
         geometry = replace(
             cache.geometry,
-            layers=tuple(cache.geometry.layers[layer] for layer in chosen),
+            layers=recode.applied(given),
             capacity=cache.capacity if capacity is None else index(capacity, "capacity"),
             states=states,
+            recent_window=cache.geometry.recent_window if recode.recent_window is None else recode.recent_window,
+            sinks=cache.geometry.sinks if recode.sinks is None else recode.sinks,
         )
         check_room(0, stop - start, geometry.capacity)
         identity = source.identity() or secrets.token_hex(8)  # a cache in memory can't be recognised
         facts = [identity, start, chosen, geometry.capacity, source.document.encode().decode()]
+        recent = geometry.recent_window, geometry.sinks
+        if recent != (cache.geometry.recent_window, cache.geometry.sinks):
+            facts.append(recent)
+        same_blocks = start == 0 and chosen == list(range(len(source.layers)))
+        if geometry.layers != given:
+            facts.append([(layer.key_codec.name, layer.value_codec.name) for layer in geometry.layers])
+            source = TranscodedStorage(source, chosen, geometry)
+            same_blocks, chosen = False, list(range(len(chosen)))
         incoming = Incoming(
             source=source,
             geometry=geometry,
             length=stop - start,
             stamp=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24],
+            same_blocks=same_blocks,
             states=numbers,
-            same_blocks=start == 0 and chosen == list(range(len(source.layers))),
         )
-        return cls(incoming, chosen, start, max(0, min(cache.token_len, stop) - start))
+        position_bytes = sum(layer.position_bytes for layer in given)
+        return cls(incoming, chosen, start, max(0, min(cache.token_len, stop) - start), position_bytes)
 
     @property
     def length(self) -> int:
         """Positions to copy."""
         return self.incoming.length
+
+    def losses(self) -> tuple[LayerLoss, ...]:
+        """Return what each layer of the copy has lost so far; empty if rows are copied bit by bit."""
+        source = self.incoming.source
+        if not isinstance(source, TranscodedStorage):
+            return ()
+        return tuple(layer.loss for layer in source.layers)
 
     def steps(self, begun: int) -> list[list[CopyRange]]:
         """Return what is copied in each step, layer by layer, from a length that the target has already."""

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ..asking import confirm, confirm_ending, timeout_option, yes_option
-from ..output import INDEX, count, plain, size
+from ..copies import codec_names
+from ..output import INDEX, count, plain, show, size
 
 
 @click.command("create")
@@ -34,9 +35,10 @@ from ..output import INDEX, count, plain, size
 @click.option("--dtype", help="What keys and values are before they are quantised: float32, float16, bfloat16.")
 @click.option("--metadata", metavar="JSON", help="An object of your own.")
 @click.option("--overwrite", is_flag=True, help="Replace a cache that is there.")
+@click.option("--dry-run", is_flag=True, help="Make nothing: show what a token takes, with these codecs and others.")
 @timeout_option
 @yes_option
-def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any) -> None:
+def command(path: str, overwrite: bool, dry_run: bool, timeout: float, yes: bool, **given: Any) -> None:
     """Make an empty cache at PATH.
 
     It appears whole, has mode 0600, and is sparse: capacity costs no disk before it is used.
@@ -46,12 +48,16 @@ def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any)
       kvmmap create p.kvm --layers 30 --kv-heads 3 --head-dim 64 --capacity 8192
       kvmmap create p.kvm --config model/config.json --capacity 131072
       kvmmap create p.kvm --config model/config.json --preset compact
+      kvmmap create p.kvm --config model/config.json --dry-run
       kvmmap create p.kvm --like other.kvm --metadata '{"user": 7}'
       kvmmap create answer.kvm --parent prompt.kvm --parent-length 4000
     """
     import kvmmap
 
     settings = _settings(given)
+    if dry_run:
+        _show_sizes(path, settings)
+        return
     confirm_ending(path, yes)
     if overwrite and os.path.lexists(path):
         confirm(f"Replace {plain(path)}?", yes)
@@ -61,6 +67,33 @@ def command(path: str, overwrite: bool, timeout: float, yes: bool, **given: Any)
         click.echo(
             f"{plain(path)}: {count(cache.num_layers, 'layer')}, {count(cache.capacity, 'position')} reserved, {full}"
         )
+
+
+def _show_sizes(path: str, settings: dict[str, Any]) -> None:
+    """Show what a token and a full cache take, as asked for and with each preset."""
+    from rich.table import Table
+
+    import kvmmap
+
+    shape: dict[str, Any] = {
+        name: settings.get(name) for name in ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
+    }
+    chosen: dict[str, Any] = {
+        name: settings[name] for name in ("key_codec", "value_codec", "preset") if name in settings
+    }
+    asked = kvmmap.bytes_per_token(**shape, **chosen)
+    geometry = kvmmap.CacheGeometry.build(**shape, capacity=settings["capacity"])  # refuses what `create` does
+    full = size(asked * geometry.capacity)
+    table = Table(box=None, pad_edge=False)
+    for name in ("preset", "keys", "values"):
+        table.add_column(name)
+    for name in ("bits a number", "bytes a token", "when full", "in 16 bits besides"):
+        table.add_column(name, justify="right")
+    for one in kvmmap.sizes(**shape):
+        cells = (one.preset, one.key_codec, one.value_codec, f"{one.bits_per_number:.2f}", f"{one.bytes_per_token:,}")
+        table.add_row(*cells, size(one.bytes_per_token * geometry.capacity), size(one.recent_bytes))
+    what = f"{count(asked, 'byte')} a token, {full} when full with {count(geometry.capacity, 'position')}"
+    show(f"{plain(path)}: {what}; nothing was made", table)
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -89,8 +122,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         settings["preset"] = given["preset"]
     for option in ("key_codec", "value_codec"):
         if given[option] is not None:
-            names = given[option].split(",")
-            settings[option] = names[0] if len(names) == 1 else names
+            settings[option] = codec_names(given[option])
     for option in ("recent_window", "sinks"):
         if given[option] is not None:
             settings[option] = given[option]
