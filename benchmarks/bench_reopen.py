@@ -3,7 +3,7 @@
     python benchmarks/bench_reopen.py [--rounds 25] [--full] [--json FILE]
 
 A run opens the file, reads position 0 and the last position of the last layer, and closes it again. By default only the
-first and the last 256 positions of every layer are real rows, and what lies between is a hole, so that 128k tokens
+first and the last 256 positions of every layer are real rows, and the range between them is a hole, so that 128k tokens
 take no 9 GB of disk; `--full` stores them all. Files are in the page cache as far as the run before left them there.
 Formats of other libraries hold f16; where one is opened lazily, its file is a hole but for its header.
 """
@@ -65,7 +65,7 @@ def make_cache(path: Path, length: int, *, full: bool) -> None:
     with kvmmap.create(path, num_layers=LAYERS, capacity=length, num_kv_heads=HEADS, head_dim=DIM) as cache:
         cache.extend(rows, rows)
         if not full:
-            # No user can store a hole; so the storage is told what a cache would tell it.
+            # The public API cannot store holes, so the storage is called as a cache would call it.
             for store in cache._storage.layers:
                 store.publish(length - EDGE)
         while cache.seq_len < length:

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 # Quantised keys and values are rotated by default. Without that, rows of one context can be put into another. Rotating
-# costs the same at every length, so nothing that is measured here is told apart by it. Read when a context is made.
+# costs the same at every length, so it does not affect any comparison here. Read when a context is made.
 os.environ["LLAMA_ATTN_ROT_DISABLE"] = "1"
 
 try:
     import llama_cpp as api
 except ImportError as error:
-    raise SystemExit("llama-cpp-python is not installed: make bench-llama-cpp brings it, in five minutes") from error
+    raise SystemExit("llama-cpp-python is not installed: make bench-llama-cpp installs it, in five minutes") from error
 
 VERSION: str = api.__version__
 KINDS = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}

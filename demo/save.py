@@ -44,7 +44,7 @@ def measure(model: Model, folder: Path, name: str) -> dict[str, Any]:
     save(path, pairs_of(cache), prompt, model, title)
     save_s = time.perf_counter() - start
 
-    # A saved cache has no logits, so whoever goes on from it feeds the prompt's last token again. So do we here.
+    # A saved cache has no logits, so continuing from it feeds the prompt's last token again, as here.
     cache.crop(-1)
     losses, guesses = model.score(ids[PROMPT_TOKENS - 1 :], cache)
     half = cache_of([(k.half().float(), v.half().float()) for k, v in pairs_of(cache)], model.config)

@@ -1,6 +1,6 @@
 """Arrays that callers pass in: which have their numbers in plain memory, and which do not.
 
-kvmmap reads rows straight from memory. Some arrays mean something else than what lies there: a masked array has a
+kvmmap reads rows straight from memory. The memory of some arrays does not hold their values: a masked array has a
 mask besides, a lazily negated tensor the opposite sign, a sparse one indices. Each is resolved without loss or refused.
 What does not live here: dtypes, shapes, and what the numbers are for.
 """
@@ -55,7 +55,7 @@ def in_plain_memory(x: Any, name: str = "rows") -> Any:
     """
     if isinstance(x, np.ndarray):
         return x if type(x) in _PLAIN_NUMPY else _numpy_subclass(x, name)
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    torch = sys.modules.get("torch")  # where there is a tensor, it was imported
     tensor = getattr(torch, "Tensor", None)
     if tensor is not None and isinstance(x, tensor):
         return _torch(torch, x, name)

@@ -220,7 +220,7 @@ class CacheReader(StateReader):
         return found
 
     def facts(self) -> dict[str, Any]:
-        """What the storage tells of itself: kind, sizes on disk, commit state. For `inspect`."""
+        """Return the storage's description: kind, sizes on disk, commit state. For `inspect`."""
         self._storage.check()
         return self._storage.facts()
 

@@ -22,7 +22,7 @@ def resize(path: PathLike, capacity: int, *, timeout: float = 0, progress: Progr
     Readers of the old file go on reading it until they `refresh`, which tells them.
 
     Args:
-        path: the cache; nobody may have it open for writing.
+        path: the cache; no writer may have it open.
         capacity: positions to reserve.
         timeout: seconds to wait for a writer.
         progress: called with (bytes done, bytes in all) now and then.
@@ -52,7 +52,7 @@ def fork(
     """Make a private continuation of a shared prefix: a new cache file that begins with another's positions.
 
     The source is only read, and may have a writer meanwhile. On btrfs, XFS and the like the rows are shared on the
-    disk, so a fork costs nearly nothing; elsewhere they are copied. Rows, token ids, model and metadata come along,
+    disk, so a fork costs nearly nothing; elsewhere they are copied. Rows, token ids, model and metadata are copied,
     and so do checksums: what is damaged in the source is damaged in the fork, and not hidden.
 
     Args:
@@ -72,7 +72,7 @@ def fork(
         PositionOutOfRangeError: fewer than `length` positions are stored.
         CapacityExceededError: `capacity` is less than `length`.
         CorruptCacheError: the block that is cut does not match its checksum; nothing was made.
-        CacheChangedError: the source's writer took positions back meanwhile; nothing was made.
+        CacheChangedError: the source's writer truncated meanwhile; nothing was made.
         OSError: the disk is full or failing; nothing was made.
     """
     from .storage.file.clone import fork_file  # here, and not above: few programs need it

@@ -35,7 +35,7 @@ SMOKE = HERE / "smoke"
 TYPING = ROOT / "tests" / "typing"
 MARK = "# wrong"
 
-# Extras that others bring along: what needs them works, then, and says nothing.
+# Extras that others depend on: what needs them works then, and reports nothing.
 BRINGS = {"s3": {"zarr"}, "transformers": {"safetensors", "tokens"}}
 
 NOTHING: Mapping[str, str] = MappingProxyType({})

@@ -1,4 +1,4 @@
-"""What the commands that copy have in common: options, the copy itself, and the line that says what was done."""
+"""Options of the commands that copy, the copy itself, and its summary line."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def layers_option(command: F) -> F:
 
 
 def target_options(command: F) -> F:
-    """What there is to say of the copy itself."""
+    """Options of the copy itself."""
     options = (
         click.option("--compressor", type=click.Choice(["zstd"]), help="Compress a Zarr group, for cold storage."),
-        click.option("--overwrite", is_flag=True, help="Replace what is at DST already."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing DST."),
         click.option(
             "--no-verify",
             "verify",
@@ -50,7 +50,7 @@ def target_options(command: F) -> F:
         click.option(
             "--break-lock",
             is_flag=True,
-            help="Take an object store's lock from a writer that is certainly gone.",
+            help="Take over the object store's lock of a writer that is known to be dead.",
         ),
     )
     for option in reversed(options):

@@ -13,26 +13,26 @@ INTRO = """\
 
 <!-- Generated from the commands' help: python -m kvmmap_cli.docs > docs/cli.md -->
 
-`kvmmap` looks at caches, and looks after them. Commands that only look take no lock, so a cache that is being written
-may be looked at. Those that change one (`truncate`, `resize`, `compact`, `gc`) take the writer's lock, so they never
-touch a cache that a writer holds; where something is lost they ask, unless there is `--yes`; and whether they end by
-themselves, by Ctrl-C or by a signal, what they have not finished they have not done.
+`kvmmap` inspects and maintains caches. Commands that only read take no lock and work beside a writer. Those that change
+a cache (`truncate`, `resize`, `compact`, `gc`) take the writer's lock, so they never change a cache that a writer has
+open. They ask before they delete anything, unless `--yes` is given. An interrupted command (Ctrl-C, a signal) leaves
+the cache as it was.
 
-Data goes to stdout; errors, each one line, and progress bars go to stderr. Colours and bars are for terminals only;
-`NO_COLOR` turns colours off, `--no-progress` the bars, which come only with work that takes a while. Completion of
-commands, options and paths: `kvmmap completion --install`. With `--json` a command prints what the Python API gives:
+Data goes to stdout; errors (one line each) and progress bars go to stderr. Colours and bars are for terminals only;
+`NO_COLOR` turns colours off, and `--no-progress` the bars, which only long operations show. `kvmmap completion
+--install` sets up completion of commands, options and paths. With `--json` a command prints what Python returns:
 `kvmmap.report.inspect(cache).to_dict()` for `inspect` (of many, a list of these), with `statistics`, `token_ids` and
 `text` where they were asked for; the fields of `cache.verify()` for `verify`;
 `kvmmap.report.compare(a, b).to_dict()` for `diff`.
 
 | exit code | meaning |
 |---:|---|
-| 0 | all is well |
-| 1 | the cache is damaged: `verify` found it, or it can't be opened for damage; `diff`: the caches are different |
-| 2 | a usage error, or the path is no cache, or it can't be read, or a writer holds it; nothing was changed |
+| 0 | success |
+| 1 | the cache is damaged: found by `verify`, or the reason that it can't be opened; `diff`: the caches differ |
+| 2 | a usage error; the path is no cache or can't be read; or a writer has it open. Nothing was changed |
 | 130 | interrupted with Ctrl-C |
 | 143 | ended by SIGTERM |
-| 141 | whoever read the output stopped reading, as `head` does |
+| 141 | the reader of the output closed the pipe, as `head` does |
 """
 
 

@@ -1,4 +1,4 @@
-"""How things are shown: consoles, numbers, times, text that came from files, and the exit codes.
+"""Output: consoles, numbers, times, escaped text from files, and exit codes.
 
 rich is imported when something is printed with it, and not before.
 """
@@ -34,7 +34,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 WIDE = 10_000
-"""Columns where there is no terminal to fold lines for."""
+"""Columns where there is no terminal."""
 
 NARROW = 80
 """Columns of a picture where there is no terminal."""
@@ -47,10 +47,10 @@ MOST_REASON = 300
 
 
 def read(path: str, look: Callable[[QuantizedKvCache], T], verify: Literal["read", "none"] = "read") -> T:
-    """Open a cache for reading, look, and close it; look anew if its writer took positions back meanwhile.
+    """Open a cache for reading, call `look`, and close it; repeat if its writer truncated meanwhile.
 
     Args:
-        verify: as in `kvmmap.open`; "none" for who compares everything with its checksums, or looks at damage.
+        verify: as in `kvmmap.open`; "none" for callers that verify everything themselves, or examine damage.
     """
     import kvmmap
 
@@ -66,10 +66,10 @@ def read(path: str, look: Callable[[QuantizedKvCache], T], verify: Literal["read
 
 
 def failure(error: BaseException) -> tuple[int, str]:
-    """Return exit code and message of an error that can happen to anybody; raise it again if it is a bug."""
+    """Return exit code and message of an expected error; raise it again if it is a bug."""
     from kvmmap import CacheExistsError, CacheLockedError, CorruptCacheError, KvmmapError
 
-    # These tell what to do next in Python's terms; here it is the shell's.
+    # Their messages suggest Python calls; here commands are suggested.
     if isinstance(error, CacheLockedError):
         who = "another process" if error.actual is None else f"process {error.actual}"
         return USAGE, f"{plain(str(error.path))}: {who} has it open for writing; close it there, or try again later"
@@ -91,7 +91,7 @@ def _name(filename: Any) -> str:
 
 
 def crash(error: BaseException, variable: str) -> str:
-    """Return the message of an error that nobody foresaw.
+    """Return the message of an unexpected error.
 
     Args:
         variable: the environment variable that shows more of it.
@@ -104,20 +104,20 @@ def crash(error: BaseException, variable: str) -> str:
 
 
 def drop_output() -> None:
-    """Throw away what stdout has not taken yet: nobody will, and the interpreter would try again at its end."""
+    """Discard what stdout has not accepted: the interpreter would try again to write it when it ends."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
         os.dup2(null.fileno(), sys.stdout.fileno())
 
 
 def show(*parts: RenderableType) -> None:
-    """Print to stdout with rich. Nothing in a text is taken for markup."""
+    """Print to stdout with rich. Markup in texts is not interpreted."""
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, emoji=False)
     if console.is_terminal:
         console.print(*parts, sep="\n")
         return
-    # Nobody looks: lines are as long as they are, and have no blanks at their ends.
+    # No terminal: lines are not folded, and have no trailing blanks.
     console.width = WIDE
     with console.capture() as text:
         console.print(*parts, sep="\n")
@@ -126,12 +126,12 @@ def show(*parts: RenderableType) -> None:
 
 
 def width() -> int:
-    """Return the columns that there are for pictures and wide tables."""
+    """Return the width for pictures and wide tables, in columns."""
     return max(shutil.get_terminal_size().columns, NARROWEST) if sys.stdout.isatty() else NARROW
 
 
 def can_colour() -> bool:
-    """True if stdout shows colours."""
+    """True if stdout supports colours."""
     from rich.console import Console
 
     console = Console()
@@ -139,7 +139,7 @@ def can_colour() -> bool:
 
 
 def can_show(characters: str) -> bool:
-    """True if stdout's encoding has these characters."""
+    """True if stdout's encoding can represent these characters."""
     try:
         characters.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -153,7 +153,7 @@ def print_json(data: Any) -> None:
 
 
 def plain(text: str) -> str:
-    """Return text from outside as one line that can do nothing to a terminal: what is not printable is escaped."""
+    """Return text from files as one line that is safe to print: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -173,12 +173,12 @@ def size(number: int) -> str:
 
 
 def moment(time: datetime) -> str:
-    """Return a time as the clock on the wall shows it."""
+    """Return a time in the local time zone."""
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def indices(text: str, end: int, noun: str) -> list[int]:
-    """Return what "0-4, 6, 8-9" means, rising, each once; the opposite of `ranges`.
+    """Parse "0-4, 6, 8-9" into ascending numbers, each once; the inverse of `ranges`.
 
     Raises:
         click.UsageError: that is no such list, or not all of it is below `end`.
@@ -198,7 +198,7 @@ def indices(text: str, end: int, noun: str) -> list[int]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return rising numbers with their runs drawn together: "0-4, 6, 8-9"."""
+    """Return ascending numbers with consecutive ones as ranges: "0-4, 6, 8-9"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on stderr with rate and time left, for terminals only, and only if it takes a while.
+"""Progress of long operations: a bar on stderr with rate and time left, on terminals only, after a delay.
 
 rich is imported when a bar is drawn, and not before.
 """
@@ -30,16 +30,16 @@ BAR_WIDTH = 24
 
 def no_progress_option(command: F) -> F:
     """Give a command the option that `progress` takes."""
-    about = "Draw no progress bar; there is one only if stderr is a terminal, and the work takes a while."
+    about = "Show no progress bar. By default long operations show one if stderr is a terminal."
     return click.option("--no-progress", is_flag=True, help=about)(command)
 
 
 @contextlib.contextmanager
 def progress(verb: str, no_progress: bool = False, *, unit: str | None = None) -> Iterator[Advance | None]:
-    """Give the function that is to be called with (done, in all); None where nobody would see a bar.
+    """Give the function to call with (done, total); None where no bar would be visible.
 
     Args:
-        verb: what is being done: "verifying".
+        verb: the operation: "verifying".
         no_progress: draw nothing.
         unit: what is counted, "layers"; bytes by default.
     """

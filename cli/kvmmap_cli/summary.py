@@ -25,7 +25,7 @@ STYLES = {"closed": "green", "open for writing": "cyan", "interrupted": "yellow"
 
 
 def render(report: CacheReport, title: str) -> Iterator[RenderableType]:
-    """Yield what makes up the screen."""
+    """Yield the parts of the screen."""
     from rich.text import Text
 
     yield Text.assemble((plain(title), "bold"), f": {count(report.num_layers, 'layer')}")
@@ -36,7 +36,7 @@ def render(report: CacheReport, title: str) -> Iterator[RenderableType]:
 
 
 def headline(report: CacheReport, title: str, layers: list[int] | None) -> Text:
-    """Return one line that says which cache this is, and which of its layers."""
+    """Return one line that names the cache and the selected layers."""
     from rich.text import Text
 
     told = count(report.num_layers, "layer")
@@ -87,13 +87,13 @@ def _fields(report: CacheReport) -> Table:
 
 
 def states_text(states: StatesReport) -> str:
-    """Say what states there are, and what a checkpoint of them takes."""
+    """Return the number of states, and the size of a checkpoint."""
     layers = count(len({tensor.layer for tensor in states.tensors}), "layer")
     return f"{count(len(states.tensors), 'tensor')} in {layers}, {size(states.checkpoint_bytes)} a checkpoint"
 
 
 def checkpoints_text(states: StatesReport) -> str:
-    """Say where there are checkpoints."""
+    """Return the positions of the checkpoints."""
     found = [f"{one.position:,}{' (pinned)' if one.pinned else ''}" for one in states.checkpoints]
     text = f"at {', '.join(found)}" if found else "none"
     text += f"; {states.checkpoint_slots:,} are kept"
@@ -103,7 +103,7 @@ def checkpoints_text(states: StatesReport) -> str:
 
 
 def fill_bar(length: int, capacity: int) -> Text:
-    """Draw how full the cache is; it looks neither empty nor full unless it is."""
+    """Draw how full the cache is. Only an empty cache has an empty bar, and only a full one a full bar."""
     from rich.text import Text
 
     if not capacity:
@@ -144,10 +144,10 @@ def _committed(commit: CommitReport) -> str:
 
 
 def _about(report: CacheReport) -> Iterator[tuple[str, str]]:
-    """Yield model and metadata, shortened to what fits a screen."""
+    """Yield model and metadata, shortened to fit a screen."""
     model = report.model
     if model is not None:
-        digest = model.fingerprint  # enough of it to tell two apart; --json has it whole
+        digest = model.fingerprint  # enough to distinguish two; --json has all of it
         short = digest if digest is None or len(digest) <= MOST_PRINT else f"{digest[: MOST_PRINT - 3]}..."
         facts = {"revision": model.revision, "fingerprint": short, "dtype": model.source_dtype}
         named = [f"{name} {_value(value)}" for name, value in facts.items() if value is not None]
@@ -191,7 +191,7 @@ def _layers(report: CacheReport) -> RenderableType:
 
 
 def _shape(layer: LayerReport) -> tuple[str, ...]:
-    """Return the cells that say how a layer is built; the values' only where they differ from the keys'."""
+    """Return the cells that describe a layer's shape; values' only where they differ from keys'."""
     dim = _pair(str(layer.head_dim), str(layer.value_head_dim))
     keys, values = (
         codec if transform == "none" else f"{codec} after {transform}"

@@ -1,4 +1,4 @@
-"""A cache while another process writes it: length, rate and writer, looked at again and again."""
+"""Watch a cache that another process writes: length, rate and writer, read repeatedly."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from kvmmap.report import CacheReport
 
 MEMORY = 60
-"""Looks that are remembered, and drawn."""
+"""Samples that are kept and drawn."""
 
 RATE_OVER = 10
-"""Looks that a rate is taken over."""
+"""Samples that a rate is computed over."""
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Look(NamedTuple):
-    """One look at the cache."""
+    """One sample of the cache."""
 
     seconds: float
     length: int
 
 
 def watch(path: str, interval: float, *, as_json: bool) -> None:
-    """Look every `interval` seconds until Ctrl-C: a screen that changes, or in a pipe a line for every change."""
+    """Sample every `interval` seconds until Ctrl-C; update the screen, or print a line per change to a pipe."""
     looks: deque[Look] = deque(maxlen=MEMORY)
     screen = sys.stdout.isatty() and not as_json
     with _screen() if screen else contextlib.nullcontext(_print_lines(as_json)) as draw:
@@ -50,7 +50,7 @@ def watch(path: str, interval: float, *, as_json: bool) -> None:
 
 
 def _look(path: str) -> CacheReport:
-    # Opened anew each time: a cache that is replaced (resized) or truncated meanwhile is simply seen as it is.
+    # Opened again each time, so that a cache that was replaced (resized) or truncated is shown as it is now.
     from kvmmap import report
 
     return read(path, report.inspect)
@@ -88,7 +88,7 @@ def _print_lines(as_json: bool) -> Draw:
 
 
 def rate(looks: deque[Look]) -> float:
-    """Return positions a second over the last few looks; 0.0 after the first."""
+    """Return positions a second over the last samples; 0.0 after the first."""
     recent = list(looks)[-RATE_OVER - 1 :]
     seconds = recent[-1].seconds - recent[0].seconds
     return (recent[-1].length - recent[0].length) / seconds if seconds > 0 else 0.0
@@ -117,7 +117,7 @@ def _lines(report: CacheReport, looks: deque[Look]) -> Iterator[RenderableType]:
 
 
 def _sparks(looks: deque[Look]) -> str:
-    """Draw what each look found more than the one before."""
+    """Draw the growth between samples."""
     lengths = [look.length for look in looks]
     steps = [max(0, after - before) for before, after in pairwise(lengths)]
     characters = SPARKS if can_show(SPARKS) else "_.-=#"

@@ -1,4 +1,4 @@
-"""What one commit says of a cache, in every storage: how far it goes, and when it was made."""
+"""One commit of a cache, in every storage: its lengths, and its time."""
 
 from __future__ import annotations
 

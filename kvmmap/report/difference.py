@@ -111,7 +111,7 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
 
     Raises:
         ShapeMismatchError: their layers have other numbers of heads, or other dimensions.
-        CacheChangedError: a writer took positions back meanwhile: refresh, and compare again.
+        CacheChangedError: a writer truncated meanwhile: refresh, and compare again.
         ClosedError: one of them is closed.
     """
     if (a.geometry.layers, a.states) != (b.geometry.layers, b.states):
@@ -199,7 +199,7 @@ def _earliest(*positions: int | None) -> int | None:
 
 
 def _unlike(a: QuantizedKvCache, b: QuantizedKvCache) -> ShapeMismatchError:
-    """Say what is different about two shapes."""
+    """Describe the difference between two shapes."""
     numbers = f"{a.num_layers} layers, and {b.num_layers}"
     what = next(_shapes(a, b)) if a.num_layers == b.num_layers else numbers
     return ShapeMismatchError(

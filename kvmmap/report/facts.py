@@ -65,8 +65,8 @@ class CommitReport:
     """What would survive power loss, and who is writing."""
 
     state: State
-    """"closed": nobody writes, and all is committed. "open for writing": a writer has it. "interrupted": its last
-    writer, or the machine, ended without closing; the next writer goes on from what is stored."""
+    """"closed": no writer has it open, and all is committed. "open for writing": a writer has it. "interrupted":
+    its last writer, or the machine, ended without closing; the next writer continues from what is stored."""
 
     sequence: int
     """Number of the last commit."""
@@ -198,7 +198,7 @@ def inspect(cache: QuantizedKvCache) -> CacheReport:
 
     Raises:
         CorruptCacheError: its metadata is damaged.
-        CacheChangedError: the writer took positions back since this handle last looked.
+        CacheChangedError: the writer truncated since the last `refresh`.
         ClosedError: the cache is closed.
     """
     facts = cache.facts()

@@ -23,16 +23,16 @@ Part = Literal["keys", "values"]
 PARTS: tuple[Part, Part] = ("keys", "values")
 
 STEP_NUMBERS = 1 << 20
-"""Codes that are looked at together."""
+"""Codes that are processed together."""
 
 MOST_OUTLIERS = 16
 """How many outliers of a kind are kept."""
 
 CHANNEL_RATIO = 4.0
-"""A channel stands out if its root mean square is this many times that of the layer's median channel."""
+"""A channel is an outlier if its root mean square is this many times that of the layer's median channel."""
 
 POSITION_RATIO = 4.0
-"""A position stands out if a scale of its is this many times the mean scale of its head."""
+"""A position is an outlier if one of its scales is this many times the mean scale of its head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outliers:
-    """What stands out, the furthest first, `MOST_OUTLIERS` at most; key outliers are what attention feels first."""
+    """Outliers, largest first, at most `MOST_OUTLIERS` each. Outliers of keys affect attention most."""
 
     key_channels: tuple[ChannelOutlier, ...]
     """Channels of keys that are larger than the others."""
@@ -71,7 +71,7 @@ class CacheStatistics:
     """A whole cache, at one moment."""
 
     seq_len: int
-    """Positions looked at, in every layer."""
+    """Positions, in every layer."""
 
     keys: RowStatistics
     """Of all layers together."""
@@ -83,7 +83,7 @@ class CacheStatistics:
     """One a layer that was asked for, in order."""
 
     outliers: Outliers
-    """What stands out, over all layers."""
+    """Outliers over all layers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain JSON types."""
@@ -97,7 +97,7 @@ def statistics(
 ) -> CacheStatistics:
     """Look at every stored row of a cache; layers without rows are left out.
 
-    Rows of another codec than int8 are decoded, and looked at as int8 has them.
+    Rows of other codecs are decoded, and quantised to int8 for these figures.
 
     Args:
         cache: an open cache; at most a few MiB of it are worked on at a time.
@@ -106,7 +106,7 @@ def statistics(
 
     Raises:
         LayerOutOfRangeError: there is no such layer.
-        CacheChangedError: the writer took positions back meanwhile: refresh, and look again.
+        CacheChangedError: the writer truncated meanwhile: refresh, and try again.
         ClosedError: the cache is closed.
     """
     length = cache.seq_len

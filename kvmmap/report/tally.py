@@ -53,7 +53,7 @@ class RowStatistics:
     """
 
     rows: int
-    """Rows looked at: positions times heads."""
+    """Number of rows: positions times heads."""
 
     zero_rows: int
     """Rows that are zero throughout."""

@@ -40,7 +40,7 @@ class CopyOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incoming:
-    """What a copy brings."""
+    """What a copy transfers."""
 
     source: Storage
     geometry: CacheGeometry
@@ -97,7 +97,7 @@ class Receiver:
     """
 
     compares = False
-    """True if `stored` compares what it has stored with the source's checksums, so that nobody else need do so."""
+    """True if `stored` compares what it has stored with the source's checksums, so that the copy need not."""
 
     def __init__(self, storage: Storage, incoming: Incoming) -> None:
         self.storage = storage

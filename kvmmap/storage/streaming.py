@@ -18,7 +18,7 @@ are valid until it returns. Called by several threads."""
 
 
 class RowStream(Protocol):
-    """Rows on their way from a source to a target. They are not verified before `finish`."""
+    """Rows that are transferred from a source to a target. They are not verified before `finish`."""
 
     def finish(self) -> bool:
         """Wait for the end; return True if all rows arrived and match their checksums. On False, what was written is

@@ -42,7 +42,7 @@ def partial_path(path: str, stamp: str | None = None) -> str:
 
 
 def left_over_names(path: str) -> re.Pattern[str]:
-    """Return what matches names of temporary files for `path` that nobody continues after a crash."""
+    """Return what matches names of temporary files for `path` that are not continued after a crash."""
     name = re.sub(rf"\.{_RANDOM}\.partial$", "", os.path.basename(path))
     whole = re.escape(_cut(name, LONGEST_IN_TEMPORARY))
     part = rf"{re.escape(_cut(name, LONGEST_IN_PARTIAL))}\.{_RANDOM}\.partial"

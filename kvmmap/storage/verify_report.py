@@ -1,4 +1,4 @@
-"""What `verify` has looked at, and what it found damaged."""
+"""The result of a verification: what was checked, and what is damaged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def damaged_record(layer: int, position: int) -> Damage:
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What `verify` looked at, and found."""
+    """The result of a verification."""
 
     path: str | None
     """The cache's path; None in memory."""
@@ -46,10 +46,10 @@ class VerifyReport:
     """Positions, from 0, that checksums cover: those of the last commit. The rest is published and has none yet."""
 
     blocks: int = 0
-    """Blocks looked at, over all layers and the token ids; the incomplete last one counts."""
+    """Blocks checked, over all layers and the token ids; the incomplete last one counts."""
 
     bytes: int = 0
-    """Bytes of codes, scales and token ids looked at."""
+    """Bytes of codes, scales and token ids checked."""
 
     damages: list[Damage] = field(default_factory=list)
     """Empty if all is well."""

@@ -3,7 +3,7 @@
 Rows are copied bit by bit, unless the copy is to have other codecs: then they are decoded and encoded again.
 
 A copy to a file grows beside its place under a name of its own and takes the place when it is whole. A copy to a group
-commits as it goes, and its root says what it is a copy of until it is whole. Either is gone on with by the same copy
+commits as it goes, and its root says what it is a copy of until it is whole. Either is continued by the same copy
 started again, as long as the source has only grown: its identity and generation say so.
 """
 
@@ -115,8 +115,8 @@ def copy(
         DtypeError: there is no such codec, or no such preset.
         ShapeMismatchError: a codec that can't have rows of a layer's head_dim, or not one a layer.
         NonFiniteError: a number that the other codec can't have; names layer, position and head.
-        CacheChangedError: the source's writer took positions back meanwhile.
-        CacheLockedError: somebody writes to the target.
+        CacheChangedError: the source's writer truncated meanwhile.
+        CacheLockedError: a writer has the target open.
         CacheNotFoundError, FormatError, StoreError, OSError: as in `open` and `create`.
     """
     with opened(source, source_options) as cache:

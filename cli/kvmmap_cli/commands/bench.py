@@ -1,4 +1,4 @@
-"""`kvmmap bench`: this machine's own figures, next to memcpy."""
+"""`kvmmap bench`: measure kvmmap on this machine, beside memcpy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FOLDER = click.Path(exists=True, file_okay=False)
 def command(
     folder: str | None, seconds: float, kv_heads: int, head_dim: int, tokens: int, as_json: bool, no_progress: bool
 ) -> None:
-    """Measure how fast kvmmap is on this machine, next to copying the same memory.
+    """Measure the speed of kvmmap on this machine, beside memcpy of the same rows.
 
     One thread; each figure is the median of rounds that take turns with memcpy, in one process: on a machine that does
     other things too, only the ratios are worth anything. Files go to DIR, and are removed.

@@ -1,4 +1,4 @@
-"""`kvmmap compact`: drop the capacity that caches don't use."""
+"""`kvmmap compact`: remove unused capacity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .resize import resize
 @timeout_option
 @no_progress_option
 def command(paths: tuple[str, ...], timeout: float, no_progress: bool) -> None:
-    """Drop the capacity that the cache at PATH does not use.
+    """Remove the capacity that the cache at PATH does not use.
 
-    A cache that is done is then as large as what it holds: for file systems, archives and uploads that know no holes.
+    The file is then as large as its contents, for file systems, archives and uploads without sparse files.
     As with `kvmmap resize`, a new file takes the place of the old one.
 
     \b

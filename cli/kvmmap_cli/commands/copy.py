@@ -1,4 +1,4 @@
-"""`kvmmap copy`: a cache to another place."""
+"""`kvmmap copy`: copy a cache to another path or URL."""
 
 from __future__ import annotations
 

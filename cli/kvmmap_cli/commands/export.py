@@ -1,4 +1,4 @@
-"""`kvmmap export`: a cache into another place or form."""
+"""`kvmmap export`: write a cache in another format."""
 
 from __future__ import annotations
 

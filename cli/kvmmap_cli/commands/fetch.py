@@ -1,4 +1,4 @@
-"""`kvmmap fetch`: a remote cache into a local file."""
+"""`kvmmap fetch`: download a remote cache into a local file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kvmmap fork`: a private continuation of a shared prefix."""
+"""`kvmmap fork`: make a new cache that begins with the rows of another one."""
 
 from __future__ import annotations
 

@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SURELY_DEAD = 24 * 3600.0
-"""Seconds after which a temporary file goes: its creator is dead, or whoever would continue the copy won't."""
+"""Seconds after which a temporary file goes: its creator is dead, or the copy is unlikely to be continued."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file that might go."""
+    """A candidate for removal."""
 
     paths: tuple[str, ...]
     """All of its names in the folder: more than one if it has hard links."""
     used: float
     """When it was last used, in seconds since 1970: its access time, or that of its last write."""
     bytes: int
-    """On the disk."""
+    """Bytes on the disk."""
     parents: tuple[str, ...] = ()
     """The files that it continues: none of them goes before it."""
 
 
 @click.command("gc")
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--max-bytes", type=parse_size, metavar="SIZE", help="Keep at most so much: 500M, 10GiB.")
-@click.option("--older-than", type=parse_age, metavar="AGE", help="Remove what was not used for so long: 12h, 30d, 2w.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--max-bytes", type=parse_size, metavar="SIZE", help="Keep at most so many bytes: 500M, 10GiB.")
+@click.option("--older-than", type=parse_age, metavar="AGE", help="Remove caches not used for this long: 12h, 30d, 2w.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 @yes_option
 def command(folder: str, max_bytes: int | None, older_than: float | None, dry_run: bool, yes: bool) -> None:
-    """Remove .kvm caches in DIR and below: the longest unused first.
+    """Remove the least recently used .kvm caches in DIR and below.
 
     A cache was last used when a program read or attended over its rows, or appended; looking at it (inspect, verify,
     report, copy, gc) is no use. One that a writer holds is never removed, and neither is a file that is no cache. A
@@ -58,7 +58,7 @@ def command(folder: str, max_bytes: int | None, older_than: float | None, dry_ru
       kvmmap gc caches/ --max-bytes 50GiB --yes
     """
     if max_bytes is None and older_than is None:
-        raise click.UsageError("say what is too much: --max-bytes, --older-than, or both")
+        raise click.UsageError("give a limit: --max-bytes, --older-than, or both")
     unreadable: list[OSError] = []
     caches, kept = _caches(folder, unreadable.append)
     for error in unreadable:
@@ -79,7 +79,7 @@ def command(folder: str, max_bytes: int | None, older_than: float | None, dry_ru
 
 
 def _caches(folder: str, on_error: Callable[[OSError], None]) -> tuple[list[Found], list[Found]]:
-    """Return the caches that may go, the longest unused first, and those that a writer holds."""
+    """Return the caches that may be removed, least recently used first, and those that a writer has open."""
     free: list[Found] = []
     held: list[Found] = []
     for found in _files(path for path in walk(folder, on_error) if path.endswith(".kvm") and not os.path.islink(path)):
@@ -109,7 +109,7 @@ def _children_first(free: Sequence[Found], held: Sequence[Found]) -> tuple[list[
 
 
 def _files(paths: Iterable[str]) -> list[Found]:
-    """Return files, each once however many names it has; those that are gone by now are left out."""
+    """Return files, hard links once; those removed meanwhile are left out."""
     names: dict[tuple[int, int], list[str]] = {}
     facts: dict[tuple[int, int], os.stat_result] = {}
     for path in paths:
@@ -124,7 +124,7 @@ def _files(paths: Iterable[str]) -> list[Found]:
 
 
 def _choose(caches: Sequence[Found], max_bytes: int | None, older_than: float | None, held: int) -> list[Found]:
-    """Return what goes: all that is too old, and then the longest unused until the rest is small enough."""
+    """Return what to remove: all that is too old, then the least recently used until the rest fits."""
     oldest = -1.0 if older_than is None else time.time() - older_than
     going = [found for found in caches if found.used < oldest]
     rest = [found for found in caches if found.used >= oldest]
@@ -162,12 +162,12 @@ def _table(files: Sequence[Found]) -> Table:
 def _when(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):  # a time that no calendar has
+    except (OverflowError, OSError, ValueError):  # out of the calendar's range
         return "?"
 
 
 def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
-    """Remove files, and say what was; what can't be is told and passed over."""
+    """Remove files and print a summary; report those that can't be removed, and continue."""
     import kvmmap
 
     gone, code = [], SOUND
@@ -179,7 +179,7 @@ def _remove(going: Sequence[Found], left: Sequence[Found]) -> int:
                     gone.append(file)
                     continue
             except (kvmmap.CacheNotFoundError, FileNotFoundError):
-                continue  # somebody else was faster
+                continue  # removed by another process meanwhile
             except kvmmap.CacheLockedError:
                 click.echo(f"kvmmap: {plain(file.paths[0])}: left alone: a writer has opened it", err=True)
             except (kvmmap.KvmmapError, OSError) as error:

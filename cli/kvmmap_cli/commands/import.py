@@ -1,4 +1,4 @@
-"""`kvmmap import`: a cache out of another form."""
+"""`kvmmap import`: make a cache of a file in another format."""
 # ruff: noqa: N999
 
 from __future__ import annotations

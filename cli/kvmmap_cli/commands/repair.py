@@ -1,4 +1,4 @@
-"""`kvmmap repair`: save what is sound of a damaged cache."""
+"""`kvmmap repair`: recover the undamaged part of a cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
     type=Place(),
     multiple=True,
     metavar="LAYER:BLOCK",
-    help="Put zeros in place of this block if it is damaged, and keep what is behind it; may be given again. "
+    help="Replace this block by zeros if it is damaged, and keep what follows; may be repeated. "
     "tokens:BLOCK for token ids, which become -1.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -46,7 +46,7 @@ class Place(click.ParamType):  # type: ignore[type-arg]
 def command(
     path: str, new_path: str, zero: tuple[tuple[int | None, int], ...], as_json: bool, yes: bool, no_progress: bool
 ) -> None:
-    """Save what is sound of the damaged cache at PATH in a new one, NEW_PATH.
+    """Recover the undamaged part of the cache at PATH into a new cache at NEW_PATH.
 
     Keeps positions from the first on, up to the first block (256 positions) that does not match its checksum in some
     layer: with a hole in the middle, later positions would mean something else. Says what it kept. PATH is only read,

@@ -1,4 +1,4 @@
-"""`kvmmap report`: all about a cache as one HTML page to share."""
+"""`kvmmap report`: describe a cache on one HTML page."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _of_library(path: str) -> str:
 
 
 def _page_of(path: str) -> str:
-    """Return the name of a cache's page: NAME.html, and not longer than a file's name may be."""
+    """Return the file name of a cache's page: NAME.html, cut to the longest name that file systems allow."""
     stem = os.path.splitext(os.path.basename(path.rstrip("/")))[0] or "report"
     while len(os.fsencode(stem)) > LONGEST_STEM:
         stem = stem[:-1]
@@ -93,7 +93,7 @@ def _page_of(path: str) -> str:
 
 
 def _quiet(done: int, total: int) -> None:
-    """Show nothing."""
+    """Show no progress."""
 
 
 def _look(cache: QuantizedKvCache, verifying: Advance | None, reading: Advance | None) -> Facts:

@@ -1,4 +1,4 @@
-"""`kvmmap resize`: give a cache another capacity."""
+"""`kvmmap resize`: change the capacity of a cache."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..progress import no_progress_option, progress
 @timeout_option
 @no_progress_option
 def command(path: str, capacity: int, timeout: float, no_progress: bool) -> None:
-    """Give the cache at PATH room for CAPACITY positions.
+    """Change the capacity of the cache at PATH to CAPACITY positions.
 
-    A new file is built beside it, checked on the way, and takes its place; nothing stored is lost, and an interrupted
+    A new file is built, verified, and renamed over the old one; nothing stored is lost, and an interrupted
     resize leaves the old one. It needs disk for both meanwhile.
 
     \b
@@ -28,7 +28,7 @@ def command(path: str, capacity: int, timeout: float, no_progress: bool) -> None
 
 
 def resize(path: str, capacity: int | None, timeout: float, no_progress: bool) -> None:
-    """Resize, or compact if capacity is None, and say what came of it."""
+    """Resize, or compact if capacity is None, and print the result."""
     import kvmmap
 
     before = kvmmap.open(path, record_use=False)

@@ -1,4 +1,4 @@
-"""`kvmmap truncate`: keep the first positions of a cache, and drop the rest."""
+"""`kvmmap truncate`: keep the first positions of a cache, and remove the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..output import count, plain
 @timeout_option
 @yes_option
 def command(path: str, length: int, timeout: float, yes: bool) -> None:
-    """Keep the first LENGTH positions of the cache at PATH, and drop the rest.
+    """Keep the first LENGTH positions of the cache at PATH, and remove the rest.
 
     A cache with states goes to its last checkpoint that is not beyond LENGTH. Durable when the command ends. Asks
     first. Readers that have it open are told at once.
@@ -34,6 +34,8 @@ def command(path: str, length: int, timeout: float, yes: bool) -> None:
     with kvmmap.open(path, "a", timeout=timeout) as cache:
         if cache.seq_len != stored:
             now = count(cache.seq_len, "position")
-            raise click.UsageError(f"{plain(path)} has changed meanwhile, from {stored:,} to {now}: look again")
+            raise click.UsageError(
+                f"{plain(path)} has changed meanwhile, from {stored:,} to {now}: check its length and try again"
+            )
         length = cache.truncate(length)
     click.echo(f"{plain(path)}: {count(length, 'position')}, {stored - length:,} dropped")

@@ -25,8 +25,8 @@ def command(path: str, as_json: bool, no_progress: bool) -> None:
 
     Compares every committed block of keys, values and token ids, and the records that lead to them.
 
-    Exit code 0: all is sound. 1: damaged; says which layers and positions. 2: usage, or PATH is no cache or can't be
-    read. Positions that a writer has not committed yet have no checksum, and are only counted.
+    Exit code 0: no damage. 1: damage was found; layers and positions are printed. 2: usage, or PATH is no cache or
+    can't be read. Positions that a writer has not committed yet have no checksum, and are only counted.
 
     \b
     Examples:
@@ -77,7 +77,7 @@ def render(report: VerifyReport, title: str, num_layers: int) -> Iterator[Render
 
 
 def _lines(damages: list[Damage]) -> Iterator[str]:
-    """Yield what is damaged, neighbouring blocks of a layer with the same trouble drawn together."""
+    """Yield the damage; adjacent blocks of a layer with the same damage share a line."""
     runs: dict[tuple[int | None, str], list[list[int]]] = {}
     for damage in damages:
         if damage.start is None or damage.stop is None:

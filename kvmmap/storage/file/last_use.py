@@ -34,7 +34,7 @@ class UseRecorder:
         """When the use is to be stored again, by `time.monotonic`."""
 
     def record(self) -> None:
-        """Store the present time. The caller ensures that nobody closes the file meanwhile.
+        """Store the present time. The caller ensures that the file is not closed meanwhile.
 
         A file that can't be changed (a read-only file system, another user's file) keeps what the system stores. On
         overlayfs that is left to the system as well: to change anything of a file that lies in a lower layer would

@@ -2,7 +2,7 @@
 
 Words are aligned 64 bits, stored and loaded whole in the compiled core. All but the boot id are checked words: a value
 and 24 bits that depend on it, so that a flipped bit is detected. Lengths are valid only while the boot id is this
-machine's present one, because after a crash of the machine nobody knows which of them reached the disk; and only in
+machine's present one, because after a crash of the machine it is unknown which of them reached the disk; and only in
 the inode that they were published in, because a copy made beside a writer mixes rows of different moments.
 """
 

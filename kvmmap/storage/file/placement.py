@@ -42,7 +42,7 @@ def place_of(path: str, *, overwrite: bool) -> str:
 
 def already_exists(path: str) -> CacheExistsError:
     return CacheExistsError(
-        f'{path}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) replaces it',
+        f'{path}: exists already; kvmmap.open(path, mode="a") appends to it, create(..., overwrite=True) replaces it',
         path=path,
     )
 

@@ -68,7 +68,7 @@ class FileReceiver(Receiver):
         stream = self._streams.get(part)
         sound = stream is not None and stream.finish()
         self._streams.pop(part, None)  # only now: until then it may have to be cancelled
-        if sound:  # others are still on their way
+        if sound:  # others are still in flight
             stop = part.position + part.stop - part.start
             self._writer.write_sketches_ahead(part.layer, stop // self._writer.geometry.block_tokens)
         return sound

@@ -59,8 +59,8 @@ class DamagedFile:
             return read_superblock(self.file, cut_off=True)
         except CorruptCacheError as error:
             raise CorruptCacheError(
-                f"{error}. Without it nobody knows where rows lie, so nothing of this file can be saved: restore it "
-                "from a copy",
+                f"{error}. Without it the offsets of rows are unknown, so nothing of this file can be recovered: "
+                "restore it from a copy",
                 path=self.path,
             ) from None
 

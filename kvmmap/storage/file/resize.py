@@ -1,6 +1,7 @@
 """Another capacity for a `.kvm` file: a new file is built beside it and takes its place.
 
-The old file is never changed, so whoever has it mapped goes on reading it, and learns of it at `refresh`.
+The old file is never changed, so processes that have it mapped continue to read it, and detect
+the replacement at `refresh`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which positions of a file count: what was found when it was last looked at, and whether that still holds.
+"""Snapshots of a file: which positions are valid as of the last refresh, and whether they still are.
 
 A reader takes no lock and never waits. Data below a published length does not change, except by a truncation, which
 changes the generation: so every read is followed by a comparison of that one word, as with a seqlock.

@@ -119,7 +119,7 @@ class MappedWriter(Committer):
             self._publishing = False
             self._state = state
         except BaseException:
-            self._reload()  # at once: whoever sees the error looks at the lengths, and continues from them
+            self._reload()  # at once: callers that catch the error read the lengths, and continue from them
             raise
 
     def appended(self) -> None:

@@ -46,7 +46,7 @@ def store_arguments(scheme: str, storage_options: Mapping[str, Any] | None) -> d
     if scheme in ("s3", "s3a"):
         options = aws_options(options)
         if str(options.get("endpoint", "")).lower().startswith("http://"):
-            client.setdefault("allow_http", True)  # whoever names such an endpoint means it
+            client.setdefault("allow_http", True)  # an explicit http endpoint is intended
     if scheme == "http":
         client.setdefault("allow_http", True)
     return {"config": options or None, "client_options": client or None, "retry_config": retries}
@@ -109,7 +109,7 @@ def _first(names: Sequence[str]) -> tuple[str, str | None]:
 
 
 def _profile() -> dict[str, str]:
-    """Return what ~/.aws/credentials and ~/.aws/config say of the profile in use."""
+    """Return the settings of the active profile in ~/.aws/credentials and ~/.aws/config."""
     name = os.environ.get("AWS_PROFILE") or "default"
     home = os.path.expanduser("~/.aws")
     parser = configparser.RawConfigParser()

@@ -117,7 +117,7 @@ class ObjectLock:
                 with contextlib.suppress(ObjectChangedError):
                     objects.put_if(LOCK_KEY, data, tag)
                     return cls(objects, owner)
-                continue  # somebody else was faster
+                continue  # another writer was faster
             if time.monotonic() >= deadline:
                 raise locked_by(objects.url, other, breakable=True)
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))

@@ -93,4 +93,4 @@ class Objects(Protocol):
         """Take the writer's lock. Raises CacheLockedError."""
 
     def owner(self) -> dict[str, Any] | None:
-        """Who holds the writer's lock: "host", "pid", "time"; None if nobody does."""
+        """Return the holder of the writer's lock: "host", "pid", "time"; None if it is free."""

@@ -234,7 +234,7 @@ class BucketObjects:
             text = str(error)
             if "NoSuchBucket" in text or "InvalidBucketName" in text:
                 raise CacheNotFoundError(f"{self.url}: there is no such bucket", path=self.url) from None
-            if "169.254.169.254" in text:  # where machines in Amazon's cloud are told theirs
+            if "169.254.169.254" in text:  # where machines in Amazon's cloud get their credentials
                 raise AccessDeniedError(
                     f"{where}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in "
                     "~/.aws, or give storage_options",

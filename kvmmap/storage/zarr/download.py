@@ -72,7 +72,7 @@ class ShardRows:
 
     @property
     def lent(self) -> bool:
-        """True if somebody has views of its rows, or is still filling it."""
+        """True if there are views of its rows, or it is still being filled."""
         return self.borrowed or self._count() > self._references
 
     def empty(self) -> None:

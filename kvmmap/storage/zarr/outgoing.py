@@ -13,7 +13,7 @@ from .shard_cache import ShardCache
 from .upload import Upload
 
 UNDER_WAY = 2**27
-"""Bytes of rows that may be on their way to the store before an append waits."""
+"""Bytes of rows that may be in flight to the store before an append waits."""
 
 
 class OpenShard:
@@ -83,7 +83,7 @@ class OutgoingShards:
             opened.stored, opened.tail = count, handle.root.tails[layer]
 
     def send(self, layer: int, shard: int, count: int) -> None:
-        """Start storing the first `count` positions of an open shard; wait if much is on its way already."""
+        """Start storing the first `count` positions of an open shard; wait if too much is in flight."""
         handle, place = self._handle, (layer, shard)
         self._settle(*place)  # two puts of one object must not overtake each other
         rows = self.open[layer][shard].memory.rows
@@ -92,18 +92,18 @@ class OutgoingShards:
             self.wait_for(*next(iter(self._uploads)))
 
     def _settle(self, layer: int, shard: int) -> None:
-        """Wait until nothing of a shard is on its way any more, and ignore the outcome."""
+        """Wait until nothing of a shard is in flight, and ignore the outcome."""
         upload = self._uploads.pop((layer, shard), None)
         if upload:
             upload.settle()
 
     def settle_all(self) -> None:
-        """Wait until nothing is on its way any more, and ignore the outcome."""
+        """Wait until nothing is in flight, and ignore the outcome."""
         for place in list(self._uploads):
             self._settle(*place)
 
     def wait_for(self, layer: int, shard: int) -> None:
-        """Wait until a shard that is on its way is stored, and note its checksums.
+        """Wait until a shard in flight is stored, and note its checksums.
 
         Raises:
             OSError: it is not. It stays open, and the next commit tries again.
@@ -143,7 +143,7 @@ class OutgoingShards:
         """
         size = self._handle.layout.shard_tokens
         last, rest = divmod(length, size)
-        for again in (False, True):  # what failed on its way gets a second chance, and raises then
+        for again in (False, True):  # a failed upload is tried once more, and raises then
             for layer, shards in enumerate(self.open):
                 for shard, opened in list(shards.items()):
                     count = size if shard < last else rest if shard == last else 0

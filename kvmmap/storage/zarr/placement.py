@@ -112,7 +112,7 @@ def _refuse_what_is_there(objects: Objects, overwrite: bool) -> None:
     try:
         objects.get(ROOT_KEY)
     except MissingObjectError:
-        # What an interrupted create() has left is no obstacle; somebody else's things are.
+        # What an interrupted create() has left is no obstacle; other objects are.
         if any(key.partition("/")[0] not in OURS for key in objects.list() if not key.endswith(".tmp")):
             raise CacheExistsError(
                 f"{objects.url}: there is something else already, and no cache: choose another place", path=objects.url
@@ -128,7 +128,7 @@ def _refuse_what_is_there(objects: Objects, overwrite: bool) -> None:
 
 def _exists(objects: Objects) -> CacheExistsError:
     return CacheExistsError(
-        f'{objects.url}: exists already; kvmmap.open(path, mode="a") goes on with it, create(..., overwrite=True) '
+        f'{objects.url}: exists already; kvmmap.open(path, mode="a") appends to it, create(..., overwrite=True) '
         "replaces it",
         path=objects.url,
     )

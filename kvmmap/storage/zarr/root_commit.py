@@ -84,7 +84,7 @@ class RootCommit:
     def refuse_overtaken(self) -> NoReturn:
         """Raise CacheChangedError because another writer has committed."""
         raise CacheChangedError(
-            f"{self._handle.path}: another writer has changed it although this one holds the lock (which somebody must "
-            "have broken); nothing more can be stored: open it again",
+            f"{self._handle.path}: another writer has changed it although this one holds the lock (which another "
+            "process must have broken); nothing more can be stored: open it again",
             path=self._handle.path,
         )

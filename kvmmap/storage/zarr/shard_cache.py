@@ -58,10 +58,10 @@ class ShardCache:
         base = shard * self._layout.shard_tokens
         with self._lock:
             self._handle.check()
-            if stop > self._handle.lengths[layer]:  # since its length was looked at
+            if stop > self._handle.lengths[layer]:  # truncated since its length was read
                 refuse_truncated(self._handle.path)
             self.require(layer, shard, start - base, stop - base)
-            # Still locked: a buffer that nobody has views of is used again.
+            # Still locked: a buffer without views is reused.
             return self._keep(layer, shard, streamed=streamed).views.part(start - base, stop - base)
 
     def read_ahead(self, layer: int, shard: int, start: int, stop: int) -> None:
