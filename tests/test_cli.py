@@ -359,11 +359,11 @@ def test_watch_prints_changes(path: Path) -> None:
         cache.truncate(100)
         assert next(lines).startswith("100 positions, ")
     assert "closed" in next(lines)
-    kvmmap.compact(path)
+    kvmmap.compact(path)  # a writer for a moment, which may be seen or not
     with kvmmap.open(path, "a") as cache:
         assert "open for writing" in next(lines)
         cache.truncate(3)
-        assert next(lines).startswith("3 positions, ")  # of the file that has taken the path
+        assert any(line.startswith("3 positions, ") for line in lines)  # of the file that has taken the path
     lines.close()  # type: ignore[attr-defined]
 
 
