@@ -33,23 +33,23 @@ _NAMES: dict[Any, str] = {
     ),
     16: (
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size "
-        "expert_ffn_hidden_size moe_ffn_hidden_size q_lora_rank num_position_embeddings"
+        "expert_ffn_hidden_size moe_ffn_hidden_size q_lora_rank num_position_embeddings index_n_heads"
     ),
     3: "num_hidden_layers n_layer num_layers n_layers decoder_layers num_decoder_layers",
     2: (
         "encoder_layers depth num_encoder_layers layers num_blocks resampler_depth num_key_value_heads "
         "swa_num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k top_k_experts "
-        "num_experts_per_token"
+        "num_experts_per_token index_topk_blocks"
     ),
     4: (
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
         "attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads "
-        "index_n_heads resampler_n_heads qk_rope_head_dim num_experts n_routed_experts num_local_experts "
+        "resampler_n_heads qk_rope_head_dim num_experts n_routed_experts num_local_experts "
         "moe_num_experts n_experts num_query_tokens"
     ),
     8: (
         "head_dim swa_head_dim d_kv swa_v_head_dim index_head_dim qk_nope_head_dim resampler_head_dim "
-        "global_head_dim patch_size"
+        "global_head_dim patch_size index_topk index_block_size"
     ),
     12: "v_head_dim qk_head_dim sliding_window sliding_window_size attention_chunk_size attention_window_size",
     24: "kv_lora_rank",

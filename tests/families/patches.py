@@ -12,6 +12,17 @@ _BART = {"encoder_layers": 3}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _LINEAR = ["linear_attention", "linear_attention", "full_attention"]
 
+_CHUNKED = {
+    "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+    "no_rope_layers": [1, 0, 1],
+}
+_SHARED = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+_SPARSE = ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]
+
 PATCHES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -51,7 +62,6 @@ PATCHES: dict[str, dict[str, Any]] = {
     ),
     "big_bird": {**_DECODER, "attention_type": "original_full"},
     "bigbird_pegasus": {**_BART, "attention_type": "original_full"},
-    "mistral_large4": {"text_config": _MHA},
     "dots3_note_text": {**_MHA, "per_layer_config": {}, "head_dim": 12, "swa_head_dim": 12},
     "longcat_flash": {**_MHA, "head_dim": 4},
     "cohere_compass": {
@@ -123,6 +133,21 @@ PATCHES: dict[str, dict[str, Any]] = {
         }
     },
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared", "full"]},
+    "hy_v4": {"indexer_types": ["full", "shared", "full"]},
+    "mistral_large4": {
+        "text_config": {
+            **_MHA,
+            "num_hidden_layers": 4,
+            "indexer_types": ["full", "shared", "full", "shared"],
+            "kv_source_layers": [0, 1, 0, 1],
+            "no_rope_layers": [1, 0, 1, 0],
+        }
+    },
+    "llama4": {"text_config": _CHUNKED},
+    "llama4_text": _CHUNKED,
+    "minimax_m3_vl": {"text_config": {"layer_types": _SPARSE, "index_n_heads": 2}},
+    "minimax_m3_vl_text": {"layer_types": _SPARSE, "index_n_heads": 2},
     "zaya": {"num_experts_per_tok": 1},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "granite4_vision": {
@@ -132,19 +157,16 @@ PATCHES: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [1],
         "qformer_config": {"num_attention_heads": 4, "hidden_size": 32},
     },
-    "gemma4": {"text_config": {"hidden_size_per_layer_input": 8}},
+    "gemma4": {"text_config": {"hidden_size_per_layer_input": 8, **_SHARED}},
+    "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "prophetnet": {"num_encoder_layers": 3},
     "gemma4_assistant": {
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "layer_types": _MIXED}
     },
     "gemma4_unified_assistant": {"text_config": {"layer_types": _MIXED}},
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 1,
-        "activation_sparsity_pattern": [0.0] * 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-    },
+    "gemma3n_text": {**_SHARED, "activation_sparsity_pattern": [0.0] * 4},
     "roc_bert": {
         **_DECODER,
         "pronunciation_vocab_size": 8,

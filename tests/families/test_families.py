@@ -24,13 +24,16 @@ FEW = [
     "deepseek_v3",  # latents
     "falcon",  # multi-query; takes no other attention
     "gemma3_text",  # windows of two kinds
+    "gemma4_text",  # shared layers
     "git",  # attends itself
     "gpt2",
     "gpt_oss",  # sinks
     "jetmoe",  # uses keys before it attends
     "llama",
+    "llama4_text",  # chunks
     "mamba",  # refused: a state
     "mimo_v2_flash",  # heads differ by layer
+    "mistral_large4",  # index keys, also without keys and values
     "mpt",  # attends itself, and takes "kvmmap" only at first
     "qwen2_5_vl",  # M-RoPE
     "qwen2_moe",  # masks of two kinds, layers of one

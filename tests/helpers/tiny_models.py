@@ -129,11 +129,24 @@ def rounded(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def _rounding(update: Any) -> Any:
+    return lambda keys: update(keys.bfloat16().to(keys.dtype))
+
+
 class RoundedCache(DynamicCache):
     """transformers' own cache over what a KvmmapCache serves: its keys and values went through the codec."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.layers:
+            if hasattr(layer, "update_index"):  # MiniMax M3's models ask the layer
+                layer.update_index = _rounding(layer.update_index)
+
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         return super().update(rounded(key_states), rounded(value_states), layer_idx, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: Any, layer_idx: int) -> Any:
+        return super().update_indexer(indexer_key_states.bfloat16().to(indexer_key_states.dtype), layer_idx)
 
 
 def past(cache: Any) -> dict[str, Any]:

@@ -132,17 +132,20 @@ def check_padding(attention_mask: Any, total: int) -> None:
         )
 
 
-def is_plain(mask: Any, length: int, count: int, window: int | None) -> bool:
-    """Whether a mask for attention is the causal one, within a window.
+def is_plain(mask: Any, length: int, count: int, window: int | None, chunk: int | None = None) -> bool:
+    """Whether a mask for attention is the causal one, within a window or chunks.
 
     Args:
-        mask: bool [batch, heads, count, length + count], True where a query sees a key, or (MPT) where it does not; or
-            numbers that are added to scores. Keys before the first query's window may be left out. Anything else is not
-            plain.
+        mask: [batch, heads, count, length + count], or without heads: bool, True where a query sees a key, or (MPT)
+            where it does not; or numbers that are added to scores. Keys before the first query's window may be left
+            out. Anything else is not plain.
         length: positions stored before the pass.
         count: new ones.
         window: positions that a query sees, its own among them; None: all.
+        chunk: positions in a chunk, if a query sees only those of its own.
     """
+    if isinstance(mask, torch.Tensor) and mask.ndim == 3:
+        mask = mask[:, None]  # that of an indexer
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != count:
         return False
     first = length + count - mask.shape[3]
@@ -151,13 +154,15 @@ def is_plain(mask: Any, length: int, count: int, window: int | None) -> bool:
     seen = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
     if mask.dtype is torch.bool and not bool(seen[..., -1, -1].any()):
         seen = ~seen  # every query sees itself: so True says what is hidden
-    if count == 1 and (window is None or window > length - first):
+    if count == 1 and chunk is None and (window is None or window > length - first):
         return bool(seen.all())
     positions = torch.arange(length, length + count, device=mask.device)[:, None]
     keys = torch.arange(first, length + count, device=mask.device)
     expected = keys <= positions
     if window is not None:
         expected &= keys > positions - window
+    if chunk is not None:
+        expected &= keys // chunk == positions // chunk
     return bool((seen == expected).all())
 
 

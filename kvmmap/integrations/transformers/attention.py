@@ -20,6 +20,7 @@ from .blocks import attend_in_blocks
 from .dispatch import attends
 from .graphs import outside_graph
 from .layer import KvmmapLayer
+from .selection import selected_blocks, selected_keys
 from .sequence import MaskLength
 from .tensors import as_array, from_array
 
@@ -89,6 +90,8 @@ def kvmmap_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over a cache's layer in place, or over tensors as "sdpa" does.
@@ -104,6 +107,8 @@ def kvmmap_attention(
         softcap: bound of the scores.
         s_aux: [num_q_heads], a further score in each head's softmax that no value belongs to (attention sinks).
         sinks: [batch, num_q_heads, n, 1], such scores of each query.
+        indices: int [batch, n, k], the keys that each query sees at most (DeepSeek's sparse attention).
+        block_indices: the blocks of keys that each query sees at most (MiniMax's).
         kwargs: what else models pass.
 
     Returns:
@@ -115,6 +120,12 @@ def kvmmap_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     in_place = isinstance(key, KvmmapLayer)
     sink = sinks[..., 0] if sinks is not None else s_aux[:, None] if s_aux is not None else None
+    if not hasattr(module, "indexer"):  # nobody knows what it means by a selection
+        _refuse_unknown(module, {"indices": indices, "block_indices": block_indices}, _HARMLESS)
+    elif indices is not None and not in_place:
+        attention_mask = selected_keys(indices, attention_mask, query, key)
+    elif block_indices is not None and not in_place:
+        attention_mask = selected_blocks(module, block_indices, attention_mask, query, key, kwargs.get("position_ids"))
     if not in_place and softcap is None and sink is None:
         _refuse_unknown(module, kwargs, _HARMLESS | _SDPA)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
@@ -128,6 +139,8 @@ def kvmmap_attention(
         if dropout
         else "a mask of its own"
         if in_place and attention_mask is not None
+        else "a selection of keys"
+        if in_place and (indices is not None or block_indices is not None)
         else "no causality"
         if in_place and not causal
         else "both softcap= and position_bias="

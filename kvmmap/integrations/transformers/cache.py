@@ -19,7 +19,7 @@ from ...opening import create, open_cache, place_of, remove
 from ...storage.protocols import Durability
 from . import rope
 from .copies import in_memory, rebuilt
-from .models import LayerKind
+from .kinds import LayerKind
 from .opening import check_stored, note_regimes, record_known, room_beside, settings, spread_like
 from .resident import Resident, check_resident
 from .stored import StoredSequence
@@ -187,8 +187,8 @@ class KvmmapCache(StoredSequence):
         """
         _, length = check_range(0, self._length if length is None else length, self._length)
         self._copy(path, length, capacity)
-        kinds = [layer.kind for layer in self._layers]
-        return self._of(None, open_cache(path, "a"), kinds, self._model(), "host" if self._behind is None else "device")
+        resident: Resident = "host" if self._behind is None else "device"
+        return self._of(None, open_cache(path, "a"), self._kinds, self._model(), resident)
 
     def save(self, path: str | os.PathLike[str], *, capacity: int | None = None) -> None:
         """Copy all positions into a new file or Zarr group, bit by bit; durable on return.
@@ -218,8 +218,8 @@ class KvmmapCache(StoredSequence):
         try:
             with made:
                 done = made.seq_len
-                for layer, copy in zip(self._layers, made.layers, strict=True):
-                    for part, start, stop in layer.parts(done, length):
+                for rows, copy in zip(self._rows, made.layers, strict=True):
+                    for part, start, stop in rows.parts(done, length):
                         # Views: they raise if the file does not hold any more what it did when it was opened.
                         copy.extend_from(part, start, stop)
                 record_known(made, self.token_ids[:length])
@@ -241,8 +241,7 @@ class KvmmapCache(StoredSequence):
                 'file, and KvmmapCache.open(path, model, mode="r") opens it in as many processes as you like'
             )
         self._settle()
-        kinds = [layer.kind for layer in self._layers]
-        return rebuilt, (type(self), in_memory(self._own), kinds, self._told[: self._length])
+        return rebuilt, (type(self), in_memory(self._own), self._kinds, self._told[: self._length])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         build, arguments = self.__reduce_ex__(4)

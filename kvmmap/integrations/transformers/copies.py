@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
-from .models import LayerKind
+from .kinds import LayerKind
 from .opening import record_known, spread_like
 
 

@@ -5,17 +5,24 @@ Pure: reads configs, refuses by name what can't be kept as rows of keys and valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from ...codecs.float16 import BF16, F16
 from ...errors import UnsupportedModelError
 from ...geometry import LayerGeometry
 from .dispatch import masks_windows, source_known
+from .kinds import LayerKind, index_geometry
 
 _WINDOWED = ("sliding_attention",)
-_FULL = ("full_attention",)
+_CHUNKED = ("chunked_attention",)
+_INDEXED = ("indexed_attention", "minimax_m3_sparse")
+_KEPT = ("full_attention", *_WINDOWED, *_CHUNKED, *_INDEXED)
+
+_SHARED = "dummy"
+_EMPTY = ("moe", "mlp")
+"""Kinds of layers without attention, which transformers takes for shared ones."""
 
 _NO_CACHE = "takes no cache of keys and values: it can be run only without a KvmmapCache"
 _CODEBOOKS = "feeds one code of each codebook at every position, and not one token"
@@ -45,20 +52,6 @@ _REFUSED = {
 
 _UNMASKED = frozenset(["moshi", "qwen3_omni_moe_text"])
 """Models that mask no windows, known by name where their source is not loaded, or has masks of other models as well."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerKind:
-    """One layer of a model, as its cache sees it."""
-
-    geometry: LayerGeometry
-    """The shape of its rows."""
-
-    window: int | None
-    """Positions that a query sees, its own among them; None: all."""
-
-    latent: bool
-    """True if what is cached is expanded into keys and values afterwards (MLA), so it can't be attended over as is."""
 
 
 def text_config(config: Any) -> Any:
@@ -117,9 +110,14 @@ def _layer_kinds(config: Any) -> list[LayerKind]:
     if getattr(config, "num_hidden_layers", None) is None:
         raise UnsupportedModelError(f"{name} has no decoder layers of its own to keep keys and values of", actual=name)
     types, _ = get_layer_types_and_kwargs(config)
+    if len(types) < config.num_hidden_layers and getattr(config, "num_kv_shared_layers", None):
+        types = types + [_SHARED] * config.num_kv_shared_layers  # transformers before 5.23 leaves them out
     if len(types) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{name} names {len(types)} kinds of layers for {config.num_hidden_layers} layers")
-    kinds = [_kind(name, kind, layer) for kind, layer in zip(types, config.per_layer_config, strict=True)]
+    layers = list(config.per_layer_config)
+    kinds = [_kind(config, number, kind, layers[number]) for number, kind in enumerate(types)]
+    if all(kind.geometry is None for kind in kinds):
+        raise UnsupportedModelError(f"{name} keeps nothing of its own: all layers use another model's keys and values")
     return kinds + _repeated(config, kinds)
 
 
@@ -129,12 +127,19 @@ def _sees_ahead(config: Any) -> bool:
     return encoder or getattr(config, "use_bidirectional_attention", None) in (True, "all")
 
 
-def _kind(model: str, kind: str, config: Any) -> LayerKind:
-    if kind not in _FULL + _WINDOWED:
+def _kind(whole: Any, number: int, kind: str, config: Any) -> LayerKind:
+    model = whole.model_type
+    shares = kind == _SHARED
+    if shares:  # its mask is that of the layer it shares with
+        own = getattr(whole, "layer_types", None)
+        kind = own[number] if own is not None else "full_attention"
+        if kind in _EMPTY:
+            return LayerKind(geometry=None, window=None, latent=False)
+    if kind not in _KEPT:
         raise UnsupportedModelError(
             f"{model} has layers of the kind {kind!r}; only layers that keep keys and values for every position can be "
-            f"kept: {', '.join(_FULL + _WINDOWED)}",
-            expected=_FULL + _WINDOWED,
+            f"kept: {', '.join(_KEPT)}",
+            expected=_KEPT,
             actual=kind,
         )
     if getattr(config, "num_attention_heads", None) is None:
@@ -149,15 +154,40 @@ def _kind(model: str, kind: str, config: Any) -> LayerKind:
             "how the tokens are split into passes",
             actual=model,
         )
+    sharing = (getattr(whole, "kv_sharing_modes", None) or {number: None})[number]
+    return LayerKind(
+        geometry=None if shares or sharing == "reuse_but_indexer" else _geometry(whole, number, kind, config),
+        window=window,
+        latent=getattr(config, "kv_lora_rank", None) is not None,
+        chunk=config.attention_chunk_size if kind in _CHUNKED else None,
+        index=None if shares or kind not in _INDEXED else _index(whole, number, config),
+        valueless=_valueless(whole, number),
+    )
+
+
+def _valueless(whole: Any, number: int) -> bool:
+    """Whether a layer's latents have no rotated part, which transformers caches in the place of values."""
+    return whole.model_type == "mistral_large4_text" and not whole.no_rope_layers[number]
+
+
+def _geometry(whole: Any, number: int, kind: str, config: Any) -> LayerGeometry:
+    """The shape of a layer's rows."""
     latent = getattr(config, "kv_lora_rank", None)
     if latent is not None:
         # Multi-head latent attention: transformers caches the compressed latent in the keys' place, and the rotated
         # key part that all heads share in the values'.
-        geometry = LayerGeometry(1, latent, config.qk_rope_head_dim)
-    else:
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        geometry = LayerGeometry(_kv_heads(model, kind, config), dim, getattr(config, "v_head_dim", None) or dim)
-    return LayerKind(geometry=geometry, window=window, latent=latent is not None)
+        return LayerGeometry(1, latent, 1 if _valueless(whole, number) else config.qk_rope_head_dim)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return LayerGeometry(_kv_heads(whole.model_type, kind, config), dim, getattr(config, "v_head_dim", None) or dim)
+
+
+def _index(whole: Any, number: int, config: Any) -> LayerGeometry | None:
+    """The shape of a layer's index keys; None if it uses the selection of an earlier layer."""
+    kinds = getattr(whole, "indexer_types", None)
+    if kinds is not None and kinds[number] == "shared":
+        return None
+    half = str(getattr(config, "dtype", None)).removeprefix("torch.") == "float16"
+    return index_geometry(config.index_head_dim, F16 if half else BF16)
 
 
 def _repeated(config: Any, kinds: list[LayerKind]) -> list[LayerKind]:

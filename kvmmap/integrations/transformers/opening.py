@@ -15,7 +15,8 @@ from ...cache import QuantizedKvCache
 from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
 from ...geometry import LayerGeometry
 from .identity import check_same, config_of, describe
-from .models import LayerKind, layer_kinds, max_positions
+from .kinds import LayerKind, as_notes, from_notes, store_geometries
+from .models import layer_kinds, max_positions
 
 NOTES = "transformers"
 """Key in a cache's metadata under which is what this integration records."""
@@ -43,11 +44,10 @@ def settings(
     info, facts = describe(model, fingerprint)
     notes = {
         "config": facts,
-        "windows": [kind.window for kind in kinds],
-        "latent": [kind.latent for kind in kinds],
+        **as_notes(kinds),
         "max_positions": max_positions(config),
     }
-    shapes = spread([kind.geometry for kind in kinds], capacity, recent_window, sinks)
+    shapes = spread(store_geometries(kinds), capacity, recent_window, sinks)
     return kinds, shapes | {"metadata": own_notes(metadata or {}) | {NOTES: notes}, "model": info}
 
 
@@ -103,14 +103,11 @@ def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) 
                 f"{stored.path or 'the cache'} was not made by a KvmmapCache, and does not say which positions its "
                 "layers see: open it with the model, or its config"
             )
-        return [
-            LayerKind(geometry=geometry, window=window, latent=latent)
-            for geometry, window, latent in zip(stored.geometry.layers, notes["windows"], notes["latent"], strict=True)
-        ]
+        return from_notes(notes, stored.geometry.layers)
     info, facts = describe(model, fingerprint)
     check_same(stored.model, notes["config"] if notes else {}, info, facts, stored.path)
     kinds = layer_kinds(config_of(model))
-    shapes = tuple(kind.geometry for kind in kinds)
+    shapes = store_geometries(kinds)
     if [shape.dims for shape in shapes] != [layer.dims for layer in stored.geometry.layers]:
         raise ShapeMismatchError(
             f"{stored.path or 'the cache'} has layers of other shapes than the model's: "

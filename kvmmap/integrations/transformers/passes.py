@@ -112,7 +112,7 @@ def _before(
 def _after(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
-        cache.end_pass(model)
+        cache.end_pass(model, failed=output is None)
 
 
 @outside_graph
@@ -120,9 +120,7 @@ def _before_attention(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
     cache = _cache_in(args, kwargs)
     if cache is not None:
         given = dict(zip(_parameters(module), args, strict=False)) | kwargs
-        hidden = next((value for value in given.values() if isinstance(value, torch.Tensor)), None)
-        count = 1 if hidden is None else hidden.shape[1]
-        cache.check_mask(module, given.get("attention_mask"), count)
+        cache.check_mask(module, given.get("attention_mask"))
 
 
 def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> OneSequence | None:

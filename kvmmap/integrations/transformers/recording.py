@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from .arguments import check_padding, check_positions, is_plain, known_ids
+from .kinds import LayerKind
 
 
 class PassRecord:
@@ -32,6 +33,11 @@ class PassRecord:
     def active(self) -> bool:
         """Whether a pass runs."""
         return bool(self._running)
+
+    @property
+    def start(self) -> int:
+        """Positions that were stored before the pass that runs, or before the last one."""
+        return self._start
 
     def begin(self, model: torch.nn.Module, given: Mapping[str, Any], length: int, seen: bool) -> bool:
         """Enter a part of a model.
@@ -66,9 +72,9 @@ class PassRecord:
             self._known = min(self._known, wrong)
         return outermost
 
-    def check_mask(self, module: torch.nn.Module, mask: Any, count: int, window: int | None) -> None:
+    def check_mask(self, module: torch.nn.Module, mask: Any, kind: LayerKind) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
-        if not self._known or (mask is None and count == 1):
+        if not self._known or (mask is None and self._fed == 1):
             return
         if mask is None:
             how = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -76,7 +82,7 @@ class PassRecord:
         elif isinstance(mask, torch.Tensor) and mask.ndim == 2:
             plain = bool(mask.all())
         else:
-            plain = is_plain(mask, self._start, count, window)
+            plain = is_plain(mask, self._start, self._fed, kind.window, kind.chunk)
         if not plain and not self._has_placeholder(self._known):
             self._known = 0
 

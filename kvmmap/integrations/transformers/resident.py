@@ -14,8 +14,8 @@ import torch
 from ...errors import CapacityExceededError, KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from .device_codecs import can_decode, decode, to_device
+from .kinds import LayerKind
 from .layer import KvmmapLayer, Pattern
-from .models import LayerKind
 from .tensors import as_array
 
 Resident = Literal["host", "device"]

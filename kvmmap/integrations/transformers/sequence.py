@@ -18,11 +18,11 @@ class OneSequence(Cache):
         """Take note of what a forward pass is about to feed."""
         raise NotImplementedError
 
-    def check_mask(self, module: torch.nn.Module, mask: Any, count: int) -> None:
+    def check_mask(self, module: torch.nn.Module, mask: Any) -> None:
         """Take note of the mask that an attention module gets."""
         raise NotImplementedError
 
-    def end_pass(self, model: torch.nn.Module) -> None:
+    def end_pass(self, model: torch.nn.Module, failed: bool = False) -> None:
         """Take note of the end of a forward pass."""
         raise NotImplementedError
 
@@ -30,7 +30,7 @@ class OneSequence(Cache):
         """Refuse to go on if another config made the cache."""
         raise NotImplementedError
 
-    def attend_in_place(self, window: int | None, plain: bool) -> bool:
+    def attend_in_place(self, reach: int | None, plain: bool) -> bool:
         """Take note of a mask, and return whether the layers that it is for can be attended over in place."""
         raise NotImplementedError
 

@@ -21,13 +21,15 @@ from ...geometry import check_range
 from ...metadata import ModelInfo
 from . import rope
 from .graphs import check_graphs, outside_graph
-from .layer import KvmmapLayer, Pattern
-from .models import LayerKind
+from .kinds import LayerKind
+from .layers import made_layers
 from .opening import NOTES, check_stored, note_regimes, own_notes, placeholders
 from .passes import watch
 from .recording import PassRecord
 from .resident import Resident, ResidentLayer
+from .rows import StoredRows
 from .sequence import MaskLength, OneSequence
+from .shared import SharedLayer
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
 from .weights import Weights, weights_of
@@ -46,30 +48,22 @@ class StoredSequence(OneSequence):
         resident: Resident,
     ) -> None:
         kept = saved.seq_len if saved is not None else 0
-        layer_class = ResidentLayer if resident == "device" else KvmmapLayer
-        patterns = {(kind.window, kind.latent): Pattern(kind.window, kind.latent) for kind in kinds}
-        self._layers = [
-            layer_class(
-                kind,
-                patterns[kind.window, kind.latent],
-                saved.layers[number] if saved is not None else None,
-                own.layers[number],
-                kept,
-            )
-            for number, kind in enumerate(kinds)
-        ]
+        self._kinds = list(kinds)
+        complete = weakref.WeakMethod(self._note_complete)  # no circle: a cache's file closes with its last reference
+        self._layers, self._rows, self._patterns = made_layers(
+            kinds, saved, own, kept, resident, lambda rows: note(rows) if (note := complete()) is not None else None
+        )
         super().__init__(layers=list(self._layers))
         self._saved = saved
         self._own = own
         self._source = own if saved is None else saved
         self._behind: WriteBehind | None = None
         if resident == "device":
-            self._behind = WriteBehind(own, [layer for layer in self._layers if isinstance(layer, ResidentLayer)], kept)
+            self._behind = WriteBehind(own, [rows for rows in self._rows if isinstance(rows, ResidentLayer)], kept)
             # A cache that nobody closes is written to its end all the same, also at the end of the program.
             self._end_of_life = weakref.finalize(self, WriteBehind.stop, self._behind)
         self._kept = kept
         self._length = kept + own.seq_len  # complete in every layer; during a pass, as it was before
-        self._patterns = list(patterns.values())
         self._config_checked = model is not None
         self._dtype: tuple[Any, ...] = ()  # that keys have been checked to have, and autocast's beside
         self._masks_asked = False
@@ -160,6 +154,8 @@ class StoredSequence(OneSequence):
             ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, OSError: nothing was appended.
         """
         layer = self._layers[layer_idx]
+        if isinstance(layer, SharedLayer):
+            layer.update(key_states, value_states)
         self._masks_asked = False
         if self._behind is not None:
             self._behind.check()
@@ -180,16 +176,27 @@ class StoredSequence(OneSequence):
                 path=self.path,
             )
         result = layer.update(key_states, value_states, *args, **kwargs)
-        if all(len(other) == len(layer) for other in reversed(self._layers)):  # loops may end in any layer
-            self._length = len(layer)
+        self._note_complete(layer)
+        return result
+
+    @outside_graph
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Append a layer's new index keys [1, n, index_head_dim], and return all of them."""
+        layer: Any = self._layers[layer_idx]
+        found: torch.Tensor = layer.update_indexer(indexer_key_states)
+        return found
+
+    def _note_complete(self, appended: StoredRows) -> None:
+        """Count the positions of a store that was appended to if all others have them: loops may end in any layer."""
+        if all(len(rows) == len(appended) for rows in reversed(self._rows)):
+            self._length = len(appended)
             self._end_patterns()
             if self._behind is not None:
                 self._behind.advance(self._length)
-        return result
 
     def _complete(self) -> int:
         """Positions complete in every layer, as the layers have it."""
-        return self._kept + self._own.seq_len if self._behind is None else min(map(len, self._layers))
+        return self._kept + self._own.seq_len if self._behind is None else min(map(len, self._rows))
 
     def _settle(self) -> None:
         """Wait until everything that the layers hold is written."""
@@ -213,17 +220,17 @@ class StoredSequence(OneSequence):
             return self._length + query_length - first, first
         return MaskLength.of(self._length + query_length, self), 0
 
-    def attend_in_place(self, window: int | None, plain: bool) -> bool:
-        """Note that a mask is made for the layers of one window; return whether these can be attended over in place.
+    def attend_in_place(self, reach: int | None, plain: bool) -> bool:
+        """Note that a mask is made for the layers of one reach; return whether these can be attended over in place.
 
         Models may ask for masks that none of their layers uses, and in any order: what one mask says holds for the
-        layers of its own window only.
+        layers of its own reach only.
 
         Args:
-            window: positions that a query sees by the mask, its own among them; None: all.
-            plain: True if the mask is causal within the window and hides nothing else.
+            reach: positions in a window or chunk of the mask; None: a query sees all.
+            plain: True if the mask is causal within the window or chunks and hides nothing else.
         """
-        found = [pattern for pattern in self._patterns if pattern.window == window]
+        found = [pattern for pattern in self._patterns if pattern.reach == reach]
         for pattern in found:
             pattern.in_place = plain and not pattern.latent and self._behind is None
         return bool(found) and all(pattern.in_place for pattern in found)
@@ -244,7 +251,7 @@ class StoredSequence(OneSequence):
             UnsupportedModelError: the tokens are not those that come next (padding, packed sequences, or a prompt that
                 is fed again from its start).
         """
-        if not self._pass.active and any(len(layer) != self._length for layer in self._layers):
+        if not self._pass.active and any(len(rows) != self._length for rows in self._rows):
             self._take_back(self._complete())
         if self._pass.begin(model, given, self._length, self._has_placeholder):
             self._check_model(model)
@@ -284,16 +291,19 @@ class StoredSequence(OneSequence):
             )
         self._weights = weights
 
-    def check_mask(self, module: Any, mask: Any, count: int) -> None:
+    def check_mask(self, module: Any, mask: Any) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
-        self._pass.check_mask(module, mask, count, self._layers[module.layer_idx].kind.window)
+        self._pass.check_mask(module, mask, self._layers[module.layer_idx].kind)
 
-    def end_pass(self, model: torch.nn.Module) -> None:
-        """Record the token ids of a pass that reached all layers; roll back one that did not."""
+    def end_pass(self, model: torch.nn.Module, failed: bool = False) -> None:
+        """Record the token ids of a pass that reached all layers; roll back one that did not, or that failed later."""
         if not self._pass.end(model):
             return
         self._end_patterns()
-        if any(len(layer) != self._length for layer in self._layers):
+        if failed:
+            self._take_back(min(self._pass.start, self._length))
+            return
+        if any(len(rows) != self._length for rows in self._rows):
             self._take_back(self._complete())
             return
         start, ids = self._pass.recordable(self._length)
@@ -366,8 +376,8 @@ class StoredSequence(OneSequence):
             self._behind.drop(length)
         self._own.truncate(max(length - self._kept, 0))
         self._kept = min(self._kept, length)
-        for layer in self._layers:
-            layer.cut(length, self._kept)
+        for rows in self._rows:
+            rows.cut(length, self._kept)
         self._length = length
         self._told = self._told[:length]
         self._regimes = rope.cut(self._regimes, length)

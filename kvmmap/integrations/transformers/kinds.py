@@ -1,0 +1,96 @@
+"""What the layers of a model keep for each position, and which positions they see: their kinds.
+
+Rows lie in *stores*, and these are what a file calls layers: first one for each layer of the model that has keys and
+values of its own, then one for each that has index keys. A layer that shares another one's has none. Pure: knows no
+models, tensors or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...geometry import LayerGeometry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKind:
+    """One layer of a model, as its cache sees it."""
+
+    geometry: LayerGeometry | None
+    """The shape of its rows; None: it uses another layer's keys and values, and keeps none of its own."""
+
+    window: int | None
+    """Positions that a query sees, its own among them; None: all."""
+
+    latent: bool
+    """True if what is cached is expanded into keys and values afterwards (MLA), so it can't be attended over as is."""
+
+    chunk: int | None = None
+    """Positions in a chunk: a query sees those of its own chunk up to its own. None: no chunks."""
+
+    index: LayerGeometry | None = None
+    """The shape of its index keys, which select the positions that are attended to; None: it has none."""
+
+    valueless: bool = False
+    """True if rows of values have no numbers (latents without a rotated part): a store keeps a zero in their place."""
+
+    @property
+    def reach(self) -> int | None:
+        """What transformers calls the local size of the layer's mask: its window, or its chunk."""
+        return self.window if self.chunk is None else self.chunk
+
+
+def index_geometry(dim: int, codec: Any) -> LayerGeometry:
+    """Return the shape of index keys: one half of each number row lies with keys, the other with values."""
+    return LayerGeometry(1, dim - dim // 2, dim // 2, codec, codec)
+
+
+def store_geometries(kinds: Iterable[LayerKind]) -> list[LayerGeometry]:
+    """Return the shapes of all stores of rows, in the order in which a file has them."""
+    kinds = list(kinds)
+    own = [kind.geometry for kind in kinds if kind.geometry is not None]
+    return own + [kind.index for kind in kinds if kind.index is not None]
+
+
+def as_notes(kinds: Sequence[LayerKind]) -> dict[str, list[Any]]:
+    """Return as JSON what a cache's shapes don't say of its layers."""
+    notes: dict[str, list[Any]] = {
+        "windows": [kind.window for kind in kinds],
+        "latent": [kind.latent for kind in kinds],
+    }
+    if any(kind.chunk is not None for kind in kinds):
+        notes["chunks"] = [kind.chunk for kind in kinds]
+    if any(kind.geometry is None for kind in kinds):
+        notes["shared"] = [kind.geometry is None for kind in kinds]
+    if any(kind.index is not None for kind in kinds):
+        notes["indexed"] = [kind.index is not None for kind in kinds]
+    if any(kind.valueless for kind in kinds):
+        notes["valueless"] = [kind.valueless for kind in kinds]
+    return notes
+
+
+def from_notes(notes: Mapping[str, Any], stores: Sequence[LayerGeometry]) -> list[LayerKind]:
+    """Return the layers that `as_notes` has written down.
+
+    Args:
+        notes: what it returned.
+        stores: the shapes of the cache's stores of rows.
+    """
+    count = len(notes["windows"])
+    shared, indexed, valueless = (notes.get(name, [False] * count) for name in ("shared", "indexed", "valueless"))
+    chunks = notes.get("chunks", [None] * count)
+    left = iter(stores)
+    own = [None if share else next(left) for share in shared]
+    return [
+        LayerKind(
+            geometry=own[number],
+            window=notes["windows"][number],
+            latent=notes["latent"][number],
+            chunk=chunks[number],
+            index=next(left) if indexed[number] else None,
+            valueless=valueless[number],
+        )
+        for number in range(count)
+    ]
