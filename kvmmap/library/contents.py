@@ -17,6 +17,7 @@ from ..cache_reader import CacheReader
 from ..errors import CacheLockedError, CorruptCacheError
 from ..format import Section
 from ..opening import open_cache
+from ..storage.file.chain import ChainStorage
 from ..storage.file.mapped_file import read_superblock
 from ..storage.file.placement import refuse_locked
 from ..storage.file.reader import MappedReader
@@ -82,6 +83,8 @@ def contents_of(cache: CacheReader, seed: bytes, start: int) -> Contents:
     stop = known_length(cache, committed)
     ids = cache.token_ids[:stop]
     storage = cache.storage
+    base = storage.base if isinstance(storage, ChainStorage) else 0
+    storage = storage.own if isinstance(storage, ChainStorage) else storage
     assert isinstance(storage, MappedReader)
     hashes = b"".join(block_hashes(seed, ids, start // cache.geometry.block_tokens))
     checkpoints: tuple[int, ...] | None = None
@@ -89,7 +92,7 @@ def contents_of(cache: CacheReader, seed: bytes, start: int) -> Contents:
         stop=max(start, stop),
         head=head_of(ids[start:]),
         hashes=hashes,
-        token_offset=storage.superblock.section(Section.TOKEN_IDS).offset + 4 * start,
+        token_offset=storage.superblock.section(Section.TOKEN_IDS).offset + 4 * (start - base),
         checkpoints=checkpoints,
         disk_bytes=storage.file.stat().st_blocks * 512,
     )

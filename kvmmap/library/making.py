@@ -13,9 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cache import QuantizedKvCache
-from ..errors import CacheChangedError, CacheLockedError, CacheNotFoundError, FormatError, KvmmapError
-from ..files import fork
+from ..errors import (
+    CacheChangedError,
+    CacheLockedError,
+    CacheNotFoundError,
+    FormatError,
+    KvmmapError,
+    PositionOutOfRangeError,
+)
 from ..opening import create, open_cache
+from ..storage.file.child import MAX_FILES
 from .hashing import Prompt
 from .index import Index, is_of, new_name
 from .matching import Match
@@ -117,30 +124,39 @@ class Maker:
     ) -> Tail:
         last, name = match.segment, new_name(self._number)
         path = segment_path(self._folder, namespace.folder, name)
+        # A chain that would get too long is copied into one file.
+        parent = last if last is not None and len(match.chain) < MAX_FILES else None
+        start = 0 if parent is None else match.length
         # The index has the segment before it is made: nobody evicts its parent, and if this process dies, somebody
         # looks for the file.
-        if self._index.add(name, number, parent=0, start=0, size=0, ttl=ttl) is None:
+        number_of_parent = 0 if parent is None else parent.id
+        if self._index.add(name, number, parent=number_of_parent, start=start, size=0, ttl=ttl) is None:
             raise Vanished
         try:
             with contextlib.ExitStack() as stack:
+                notes = notes_of(namespace, metadata, None if parent is None else parent.name, start)
                 if last is None:
-                    cache = create(
-                        path, **namespace.shape(capacity), metadata=notes_of(namespace, metadata), model=namespace.model
-                    )
+                    cache = create(path, **namespace.shape(capacity), metadata=notes, model=namespace.model)
                 else:
                     try:
-                        cache = fork(last.path, path, length=match.length, capacity=capacity)
-                    except (CacheNotFoundError, CacheChangedError, FormatError) as error:
+                        cache = create(
+                            path,
+                            parent=last.path,
+                            parent_length=match.length,
+                            capacity=capacity,
+                            metadata=notes,
+                            model=namespace.model,
+                        )
+                    except (CacheNotFoundError, CacheChangedError, FormatError, PositionOutOfRangeError) as error:
                         raise self._vanished(last, error) from None
                 stack.callback(cache.close)
                 if last is not None:
                     self._compare(cache, last, prompt, match.length)
-                    cache.metadata = notes_of(namespace, metadata)
                 stack.pop_all()
         except BaseException:
             self._remove(path, name)
             raise
-        return Tail(cache, name, None, 0, False)
+        return Tail(cache, name, None if parent is None else parent.name, start, False)
 
     def _compare(self, cache: QuantizedKvCache, last: Segment, prompt: Prompt, length: int) -> None:
         """Compare the token ids of an opened cache, which its checksums cover, with the prompt's."""
@@ -162,6 +178,6 @@ class Maker:
         self._index.remove(name)
 
 
-def notes_of(namespace: Namespace, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def notes_of(namespace: Namespace, metadata: Mapping[str, Any], parent: str | None, start: int) -> dict[str, Any]:
     """Return the metadata of a new segment: from it alone the index can be rebuilt."""
-    return {**metadata, NOTES: {"namespace": namespace.document, "parent": None, "start": 0}}
+    return {**metadata, NOTES: {"namespace": namespace.document, "parent": parent, "start": start}}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..cache import QuantizedKvCache
 from ..errors import LibraryFullError, PositionOutOfRangeError
 from ..geometry import BLOCK_TOKENS
+from ..storage.file.chain import ChainStorage
 from ..storage.file.writer import MappedWriter
 from .contents import contents_of, disk_bytes
 from .index import Contents
@@ -83,7 +84,7 @@ class Session(QuantizedKvCache):
     ) -> None:
         """Be a session, of a storage that is open for appending. For `Library`."""
         storage = self.storage
-        assert isinstance(storage, MappedWriter)
+        assert isinstance(storage, MappedWriter | ChainStorage)
         self._owner: Owner | None = owner
         self.name, self.namespace, self.parent = name, namespace, parent
         self.reused, self.start, self.continues = reused, start, continues

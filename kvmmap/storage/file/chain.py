@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from .ancestor import Ancestor, counted_from
 from .chain_checkpoints import ChainCheckpoints
 from .chain_layer import ChainLayer
 from .chain_verify import verify_chain, verify_needed
+from .committer import Committer
 from .first_read import verify_tokens
 from .reader import MappedReader
 
@@ -50,6 +51,7 @@ class ChainStorage(Storage):
         self.path: str = own.path
         self.lock = own.lock
         self.writable = own.writable
+        self._admit: Callable[[int], int] | None = None
         me = weakref.proxy(self)  # no reference cycle: see `LayerStore`
         self.layers: OnDemand[LayerStore] = OnDemand(own.geometry.num_layers, lambda number: me._make(number), own.lock)
         self.checkpoints: Checkpoints = ChainCheckpoints(self.geometry, self.path, own, self.base)
@@ -143,6 +145,30 @@ class ChainStorage(Storage):
         return ids
 
     # Appending
+
+    @property
+    def admitted(self) -> int:
+        """As that of the own file, counted over the chain: see `Committer`."""
+        return self.base + self._writer.admitted
+
+    @admitted.setter
+    def admitted(self, length: int) -> None:
+        self._writer.admitted = length - self.base
+
+    @property
+    def admit(self) -> Callable[[int], int] | None:
+        """As that of the own file, counted over the chain: see `Committer`."""
+        return self._admit
+
+    @admit.setter
+    def admit(self, admit: Callable[[int], int] | None) -> None:
+        self._admit = admit
+        self._writer.admit = None if admit is None else lambda length: admit(length + self.base) - self.base
+
+    @property
+    def _writer(self) -> Committer:
+        assert isinstance(self.own, Committer)
+        return self.own
 
     def publish_step(self, length: int) -> None:
         try:

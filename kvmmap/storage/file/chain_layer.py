@@ -82,7 +82,7 @@ class ChainLayer(LayerStore):
     def begin(self, count: int) -> int:
         self._storage.check_writable()
         check_room(self.length, count, self.capacity, layer=self.index)
-        return self.length
+        return self._base + self._own.begin(count)
 
     def stage(self, start: int, count: int) -> Rows:
         return self._own.stage(start - self._base, count)
