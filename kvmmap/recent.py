@@ -98,7 +98,8 @@ class RecentRows:
             values: [n, num_kv_heads, value_head_dim], likewise.
             value_dtype: that number.
         """
-        _core.keep_recent(keys, key_dtype, values, value_dtype, start, *self.ring.parts)
+        tags, ring_keys, ring_values = self.ring.parts
+        _core.keep_recent(keys, key_dtype, values, value_dtype, start, tags, ring_keys, ring_values)
         if start < self.sinks:
             count = self.sinks - start
             _core.keep_recent(keys[:count], key_dtype, values[:count], value_dtype, start, *self.first.parts)

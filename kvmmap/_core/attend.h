@@ -33,9 +33,9 @@ struct AttendJob {
     const float* queries;  // [n, q_heads, dim], finite
     int64_t n, q_heads, kv_heads, dim, value_dim;
 
-    // Set by attend(), for a kernel: int8 codes or f32 numbers, whichever it takes.
+    // Set by attend(), for a kernel: int8 codes or floats, whichever it takes.
     const void* key_rows;       // [rows, kv_heads, dim]
-    const float* key_scales;    // [rows, kv_heads]
+    const float* key_scales;    // [rows, kv_heads]; none where numbers are their own
     const void* value_rows;     // [rows, kv_heads, value_dim]
     const float* value_scales;  // [rows, kv_heads]
 
@@ -107,13 +107,13 @@ struct AttendKernel {
                            int64_t coming, const char* prepared, AttendState state);
 };
 
-// Over int8 codes, and over f32 numbers.
-extern const AttendKernel attend_portable, attend_floats_portable;
+// Over int8 codes, over f32 numbers, and over numbers of 16 bits as they are stored.
+extern const AttendKernel attend_portable, attend_floats_portable, attend_f16_portable, attend_bf16_portable;
 #if defined(__x86_64__)
-extern const AttendKernel attend_avx2, attend_floats_avx2;
-extern const AttendKernel attend_avx512, attend_floats_avx512;
+extern const AttendKernel attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2;
+extern const AttendKernel attend_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512;
 #elif defined(__aarch64__)
-extern const AttendKernel attend_neon, attend_floats_neon;
+extern const AttendKernel attend_neon, attend_floats_neon, attend_f16_neon, attend_bf16_neon;
 #endif
 
 }  // namespace kvmmap

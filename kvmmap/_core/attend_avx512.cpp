@@ -65,5 +65,7 @@ const AttendKernel attend_avx512 = {StreamsShape::span, Bytes::width, Bytes::fin
                                     Bytes::query_bytes, store_query,  walk_streams_and_tiles,
                                     walk_stored};
 const AttendKernel attend_floats_avx512 = kernel_of<Floats<16, float>>();
+const AttendKernel attend_f16_avx512 = kernel_of<Floats<16, F16>>();
+const AttendKernel attend_bf16_avx512 = kernel_of<Floats<16, Bf16>>();
 
 }  // namespace kvmmap

@@ -11,7 +11,15 @@ int64_t number_bytes(Form form) { return form == Form::floats ? 4 : form == Form
 
 }  // namespace
 
+Numbers numbers_of(const CodedRows& keys, const CodedRows& values) {
+    if (is_integer(keys.format.codec) && is_integer(values.format.codec)) return Numbers::codes;
+    if (keys.format.codec != values.format.codec) return Numbers::floats;
+    return keys.format.codec == Codec::f16 ? Numbers::f16 : keys.format.codec == Codec::bf16 ? Numbers::bf16 : Numbers::floats;
+}
+
 AttendForms forms_of(const CodedRows& keys, const CodedRows& values) {
+    const Numbers numbers = numbers_of(keys, values);
+    if (numbers == Numbers::f16 || numbers == Numbers::bf16) return {Form::as_stored, Form::as_stored};
     if (!is_integer(keys.format.codec) || !is_integer(values.format.codec)) return {Form::floats, Form::floats};
     const auto form = [](const CodedRows& rows) { return has_levels(rows.format.codec) ? Form::levels : Form::as_stored; };
     return {form(keys), form(values)};

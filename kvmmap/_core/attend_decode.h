@@ -11,6 +11,11 @@
 
 namespace kvmmap {
 
+// What the rows of a pair are made of when they reach the kernel.
+enum class Numbers { codes, floats, f16, bf16 };
+
+Numbers numbers_of(const CodedRows& keys, const CodedRows& values);
+
 // How one side of a pair reaches the kernel.
 enum class Form { as_stored, levels, floats };
 

@@ -5,5 +5,7 @@ namespace kvmmap {
 
 const AttendKernel attend_neon = kernel_of<Floats<4>>();
 const AttendKernel attend_floats_neon = kernel_of<Floats<4, float>>();
+const AttendKernel attend_f16_neon = kernel_of<Floats<4, F16>>();
+const AttendKernel attend_bf16_neon = kernel_of<Floats<4, Bf16>>();
 
 }  // namespace kvmmap

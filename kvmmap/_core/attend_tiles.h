@@ -2,7 +2,7 @@
 // struct, in a namespace without a name, that multiplies:
 //
 //   lanes                               floats it works on at a time
-//   Number                              what keys and values are made of, int8_t or float
+//   Number                              what keys and values are made of: int8_t, or floats of 32 or 16 bits
 //   Weights                             weights of four rows over a tile, as it wants them
 //   width, finish, query_bytes, prepare as in attend.h
 //   Engine(dim, value_dim)              with room for one tile
@@ -123,16 +123,16 @@ class Walk {
         engine_.load(keys_ + (start * heads + head) * job_.dim, heads * job_.dim,
                      values_ + (start * heads + head) * job_.value_dim, heads * job_.value_dim, count);
         alignas(64) float key_scales[tile], value_scales[tile];
-        gather(job_.key_scales + start * heads + head, count, 1.0f, key_scales);
-        gather(job_.value_scales + start * heads + head, count, sums_scale, value_scales);
+        gather(job_.key_scales, start * heads + head, count, 1.0f, key_scales);
+        gather(job_.value_scales, start * heads + head, count, sums_scale, value_scales);
 
         in_fours(first * job_.group(), last * job_.group(), [&](auto n, int64_t from) {
             run_rows<decltype(n)::value>(head, start, count, from, key_scales, value_scales, ahead);
         });
     }
 
-    void gather(const float* scales, int64_t count, float factor, float* out) const {
-        for (int64_t j = 0; j < count; ++j) out[j] = scales[j * job_.kv_heads] * factor;
+    void gather(const float* scales, int64_t first, int64_t count, float factor, float* out) const {
+        for (int64_t j = 0; j < count; ++j) out[j] = scales ? scales[first + j * job_.kv_heads] * factor : factor;
         for (int64_t j = count; j < tile; ++j) out[j] = 0;
     }
 

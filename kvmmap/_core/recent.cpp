@@ -27,34 +27,32 @@ class Filling {
     uint64_t* tag_;
 };
 
-// The form that a position's rows fit into; f32 bits beyond these round to infinity.
-Half form_of(const RowGrid& rows, int64_t position) {
-    constexpr uint32_t beyond_f16 = 0x477ff000, beyond_bf16 = 0x7f7f8000;
-    if (rows.dtype == Dtype::bf16) return Half::bf16;
-    if (rows.dtype == Dtype::f16) return Half::f16;
-    uint32_t top = 0;
-    for (int64_t head = 0; head < rows.inner; ++head) {
-        const char* in = static_cast<const char*>(rows.data) + position * rows.outer_stride + head * rows.inner_stride;
-        for (int64_t d = 0; d < rows.dim; ++d) {
-            uint32_t bits;
-            std::memcpy(&bits, in + 4 * d, 4);
-            top = std::max(top, bits & 0x7fffffffu);
-        }
-    }
-    return top < beyond_f16 ? Half::f16 : top < beyond_bf16 ? Half::bf16 : Half::none;
+bool any_infinite(const uint16_t* halves, int64_t count, uint16_t infinity) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) found |= (halves[i] & 0x7fff) == infinity;
+    return found;
 }
 
-void narrow(const RowGrid& rows, int64_t position, Half form, float* room, uint16_t* out) {
-    const CodecKernels& kernels = codec_kernels();
-    const Dtype target = form == Half::f16 ? Dtype::f16 : Dtype::bf16;
+// Stores a position's rows in 16 bits: as they are, or f32 as f16 and, where a number is beyond that, as bfloat16.
+Half narrow(const RowGrid& rows, int64_t position, std::unique_ptr<float[]>& room, uint16_t* out) {
     const char* in = static_cast<const char*>(rows.data) + position * rows.outer_stride;
-    if (rows.dtype == target) {
+    const int64_t count = rows.inner * rows.dim;
+    if (rows.dtype != Dtype::f32) {
         for (int64_t head = 0; head < rows.inner; ++head)
             std::memcpy(out + head * rows.dim, in + head * rows.inner_stride, 2 * rows.dim);
-        return;
+        return rows.dtype == Dtype::f16 ? Half::f16 : Half::bf16;
     }
-    kernels.widen[static_cast<int>(rows.dtype)](in, rows.inner_stride, rows.inner, rows.dim, room);
-    kernels.narrow[static_cast<int>(target)](room, rows.inner * rows.dim, reinterpret_cast<char*>(out));
+    const CodecKernels& kernels = codec_kernels();
+    const float* numbers = reinterpret_cast<const float*>(in);
+    if (rows.inner_stride != 4 * rows.dim || reinterpret_cast<uintptr_t>(in) % alignof(float)) {
+        if (!room) room.reset(new float[count + readable_behind]);
+        kernels.widen[static_cast<int>(Dtype::f32)](in, rows.inner_stride, rows.inner, rows.dim, room.get());
+        numbers = room.get();
+    }
+    kernels.narrow[static_cast<int>(Dtype::f16)](numbers, count, reinterpret_cast<char*>(out));
+    if (!any_infinite(out, count, 0x7c00)) return Half::f16;
+    kernels.narrow[static_cast<int>(Dtype::bf16)](numbers, count, reinterpret_cast<char*>(out));
+    return any_infinite(out, count, 0x7f80) ? Half::none : Half::bf16;
 }
 
 // A digest of values by their bytes; of arrays it takes those of their digests.
@@ -77,16 +75,13 @@ uint64_t RecentRing::find(int64_t position) const {
 
 void keep_rows(const RecentRing& ring, int64_t start, const RowGrid& keys, const RowGrid& values) {
     if (!ring.slots) return;
-    std::unique_ptr<float[]> room;
+    std::unique_ptr<float[]> key_room, value_room;
     for (int64_t i = std::max<int64_t>(0, keys.outer - ring.slots); i < keys.outer; ++i) {
-        const Half of_keys = form_of(keys, i), of_values = form_of(values, i);
         const int64_t slot = ring.slot(start + i);
         Filling filling(ring.tags + slot);
-        if (of_keys == Half::none || of_values == Half::none) continue;
-        if (!room) room.reset(new float[std::max(ring.key_numbers, ring.value_numbers) + readable_behind]);
-        narrow(keys, i, of_keys, room.get(), ring.keys + slot * ring.key_numbers);
-        narrow(values, i, of_values, room.get(), ring.values + slot * ring.value_numbers);
-        filling.done(tag_of(start + i, of_keys, of_values));
+        const Half of_keys = narrow(keys, i, key_room, ring.keys + slot * ring.key_numbers);
+        const Half of_values = narrow(values, i, value_room, ring.values + slot * ring.value_numbers);
+        if (of_keys != Half::none && of_values != Half::none) filling.done(tag_of(start + i, of_keys, of_values));
     }
 }
 
@@ -268,20 +263,33 @@ void attend_parts(const AttendJob& job, const AttendExtent* extents, int64_t cou
     AttendJob behind = job;
     behind.behind = view.window;
     parts.add(behind, inside, extents, count, threads);
-    for (const Run& run : runs) {
+    // Those of one form go together, as extents. Where queries are many, those of the ring by themselves: a query may be
+    // too far from them.
+    const bool all_near = std::none_of(runs.begin(), runs.end(), [&](const Run& r) { return r.windowed && r.start <= last - view.window; });
+    std::vector<bool> done(runs.size());
+    for (size_t i = 0; i < runs.size(); ++i) {
+        if (done[i]) continue;
+        std::vector<AttendExtent> kept;
         std::vector<AttendRange> ranges;
-        for (int64_t i = 0; i < job.num_ranges; ++i) {
-            const AttendRange& r = job.ranges[i];
-            const int64_t start = std::max(r.start + job.first_position, run.start), stop = std::min(r.stop + job.first_position, run.stop);
-            if (start < stop) ranges.push_back({r.head, r.head_end, start - run.start, stop - run.start});
+        const int64_t origin = runs[i].start;
+        for (size_t k = i; k < runs.size(); ++k) {
+            const Run& run = runs[k];
+            if (done[k] || run.forms != runs[i].forms || (!all_near && run.windowed != runs[i].windowed)) continue;
+            done[k] = true;
+            const RecentRing& ring = *run.ring;
+            kept.push_back({run.start - origin, half_rows(keys_of(run.forms), ring.keys + run.slot() * ring.key_numbers),
+                            half_rows(values_of(run.forms), ring.values + run.slot() * ring.value_numbers)});
+            for (int64_t r = 0; r < job.num_ranges; ++r) {
+                const AttendRange& range = job.ranges[r];
+                const int64_t start = std::max(range.start + job.first_position, run.start);
+                const int64_t stop = std::min(range.stop + job.first_position, run.stop);
+                if (start < stop) ranges.push_back({range.head, range.head_end, start - origin, stop - origin});
+            }
         }
         AttendJob part = job;
-        part.first_position = run.start;
-        if (run.windowed) part.within = view.window;
-        const RecentRing& ring = *run.ring;
-        const AttendExtent kept{0, half_rows(keys_of(run.forms), ring.keys + run.slot() * ring.key_numbers),
-                                half_rows(values_of(run.forms), ring.values + run.slot() * ring.value_numbers)};
-        parts.add(part, ranges, &kept, 1, threads);
+        part.first_position = origin;
+        if (!all_near && runs[i].windowed) part.within = view.window;
+        parts.add(part, ranges, kept.data(), static_cast<int64_t>(kept.size()), threads);
     }
     parts.end();
 }

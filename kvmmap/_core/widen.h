@@ -1,4 +1,4 @@
-// W codes, int8, to W floats. Intrinsics, because the compiler's own conversion of vectors goes by way of single numbers:
+// W numbers of a row, int8 codes or floats of 16 bits, to W floats. Intrinsics, because the compiler's own conversion of vectors goes by way of single numbers:
 // GCC 12 makes 8 cvtsi2ss of the 8 that one vpmovsxbd and one vcvtdq2ps convert, and the same on AArch64.
 #pragma once
 
@@ -11,16 +11,43 @@
 #include <arm_neon.h>
 #endif
 
+#include "half.h"
 #include "lanes.h"
 
 namespace kvmmap {
 namespace {
+
+// Numbers of 16 bits, as they are stored.
+struct F16 {
+    uint16_t bits;
+};
+struct Bf16 {
+    uint16_t bits;
+};
 
 template <int W>
 inline typename Lanes<W>::F widen(const int8_t* codes) {
     float numbers[W];
     for (int i = 0; i < W; ++i) numbers[i] = codes[i];
     return Lanes<W>::load(numbers);
+}
+
+template <int W>
+inline typename Lanes<W>::F widen(const F16* halves) {
+    float numbers[W];
+    for (int i = 0; i < W; ++i) numbers[i] = f16_to_f32(halves[i].bits);
+    return Lanes<W>::load(numbers);
+}
+
+template <int W>
+inline typename Lanes<W>::F widen(const Bf16* halves) {
+    uint16_t bits[W];
+    std::memcpy(bits, halves, sizeof bits);
+    uint32_t wide[W];
+    for (int i = 0; i < W; ++i) wide[i] = static_cast<uint32_t>(bits[i]) << 16;
+    typename Lanes<W>::F numbers;
+    std::memcpy(&numbers, wide, sizeof numbers);
+    return numbers;
 }
 
 #if defined(__x86_64__)
@@ -41,7 +68,25 @@ inline Lanes<8>::F widen<8>(const int8_t* codes) {
 }
 #endif
 
+#if defined(__F16C__)
+template <>
+inline Lanes<8>::F widen<8>(const F16* halves) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+}
+#endif
+
 #if defined(__AVX512F__)
+template <>
+inline Lanes<16>::F widen<16>(const F16* halves) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+}
+
+template <>
+inline Lanes<16>::F widen<16>(const Bf16* halves) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 template <>
 inline Lanes<16>::F widen<16>(const int8_t* codes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
@@ -56,6 +101,13 @@ inline Lanes<4>::F widen<4>(const int8_t* codes) {
     std::memcpy(&four, codes, sizeof four);
     const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
+
+template <>
+inline Lanes<4>::F widen<4>(const F16* halves) {
+    uint16_t bits[4];
+    std::memcpy(bits, halves, sizeof bits);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(bits)));
 }
 
 #endif

@@ -1,0 +1,100 @@
+"""What rows in 16 bits cost: a push and attention with and without, and what they lose less.
+
+    python benchmarks/bench_recent.py [--positions 8192] [--window 128] [--sinks 4]
+
+Prints processor time without and with them, in alternation, and the ratio; means over lengths, since kernels work in
+tiles and one length may suit one of the two better. One thread, one query. Cases are (KV heads, query heads a KV head,
+head_dim).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvmmap
+
+CASES = ((3, 3, 64), (8, 1, 128), (8, 4, 128))
+CODECS = ("int8", "int8-rotated", "int4-rotated")
+LENGTHS = 8
+ROUNDS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what rows in 16 bits cost.")
+    parser.add_argument("--positions", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--sinks", type=int, default=4)
+    args = parser.parse_args()
+    print(f"{'case':12} {'codec':14} {'attention':>24} {'push':>22} {'push to a file':>22}   us without, with, ratio")
+    for heads, group, dim in CASES:
+        for codec in CODECS:
+            kinds = ((0, 0), (args.window, args.sinks))
+            cells = [attention(heads, group, dim, codec, kinds, args.positions)]
+            cells += [pushes(heads, dim, codec, kinds, to_file=to_file) for to_file in (False, True)]
+            print(f"{heads}x{dim} g{group:<6} {codec:14} " + " ".join(cells), flush=True)
+
+
+def attention(heads: int, group: int, dim: int, codec: str, kinds: Any, positions: int) -> str:
+    """One query over a whole layer."""
+    rows = np.random.default_rng(0).standard_normal((positions + 272, heads, dim), np.float32)
+    query = np.random.default_rng(1).standard_normal((1, heads * group, dim), np.float32)
+    layers = [
+        kvmmap.QuantizedKvLayer(
+            len(rows), heads, dim, key_codec=codec, value_codec=codec, recent_window=window, sinks=sinks
+        )
+        for window, sinks in kinds
+    ]
+    best: list[list[float]] = [[], []]
+    for length in np.linspace(positions, positions + 271, LENGTHS).astype(int):
+        for layer in layers:
+            layer.extend(rows[len(layer) : length], rows[len(layer) : length])
+        times = alternately([lambda layer=layer: layer.attend(query, threads=1) for layer in layers], 4)
+        for found, time_ in zip(best, times, strict=True):
+            found.append(time_)
+    return cell(statistics.mean(best[0]), statistics.mean(best[1]))
+
+
+def pushes(heads: int, dim: int, codec: str, kinds: Any, *, to_file: bool) -> str:
+    """One position of one layer."""
+    row = np.random.default_rng(0).standard_normal((heads, dim), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        shape: dict[str, Any] = {"num_layers": 1, "capacity": 20_000, "num_kv_heads": heads, "head_dim": dim}
+        caches = []
+        for number, (window, sinks) in enumerate(kinds):
+            more = {"key_codec": codec, "value_codec": codec, "recent_window": window, "sinks": sinks}
+            path = Path(folder) / f"{number}.kvm"
+            made = kvmmap.create(path, **shape, **more) if to_file else kvmmap.QuantizedKvCache(**shape, **more)
+            caches.append(made)
+        layers = [cache.layers[0] for cache in caches]
+        times = alternately([lambda layer=layer: layer.push(row, row) for layer in layers], 256)
+        for cache in caches:
+            cache.close()
+    return cell(*times)
+
+
+def alternately(runs: list[Callable[[], Any]], repeat: int) -> list[float]:
+    """Return the shortest processor time of each, in microseconds, over rounds of both."""
+    found: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for times, run in zip(found, runs, strict=True):
+            begun = time.thread_time()
+            for _ in range(repeat):
+                run()
+            times.append((time.thread_time() - begun) / repeat * 1e6)
+    return [min(times) for times in found]
+
+
+def cell(without: float, with_: float) -> str:
+    return f"{without:8.2f} {with_:8.2f} {with_ / without:5.3f}"
+
+
+if __name__ == "__main__":
+    main()
