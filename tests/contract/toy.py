@@ -1,4 +1,4 @@
-"""A storage of twenty lines, and its registration: what somebody writes who adds one."""
+"""A storage in thirty lines, its reader, and its registration: the least that another kind of storage needs."""
 
 from __future__ import annotations
 

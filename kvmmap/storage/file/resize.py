@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ...errors import CapacityExceededError, CorruptCacheError
 from ..checkpoints import copy_checkpoints
-from ..protocols import LayerStore, Progress, Rows
+from ..protocols import LayerStore, Progress
 from .mapped_file import read_superblock
 from .placement import build_file
 from .verify import check_blocks
@@ -66,7 +66,7 @@ def _refuse_loss(capacity: int, length: int) -> None:
 
 
 def _copy(old: MappedWriter, new: MappedWriter, length: int, progress: Progress | None) -> None:
-    size = old.geometry.block_tokens
+    size, blocks = old.geometry.block_tokens, old.mapped.blocks
     total = length * sum(layer.position_bytes for layer in old.geometry.layers)
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -78,21 +78,16 @@ def _copy(old: MappedWriter, new: MappedWriter, length: int, progress: Progress 
                 layer=damage.layer,
                 position=start,
             )
-        for source, target in zip(old.row_layers, new.row_layers, strict=True):
-            copy_rows(source, target, start, stop)
+        for layer in new.row_layers:
+            # Not through the map: what the disk can't read is an error to report then.
+            layer.write(layer.begin(stop - start), blocks.rows(layer.index, start, stop))
+            layer.publish(stop)
         if progress:
             progress(total * stop // length, total)
     copy_recent(old.layers, new.layers, length)
     new.write_tokens(0, old.read_tokens(min(old.token_len, length)))
     new.publish_tokens(min(old.token_len, length))
     copy_checkpoints(old.checkpoints, new.checkpoints, length)
-
-
-def copy_rows(source: LayerStore, target: LayerStore, start: int, stop: int) -> None:
-    """Append positions [start, stop) of one layer to another, byte by byte."""
-    rows: Rows = source.slabs().part(start, stop)
-    target.write(target.begin(stop - start), rows)
-    target.publish(stop)
 
 
 def copy_recent(sources: Sequence[LayerStore], targets: Sequence[LayerStore], length: int) -> None:
