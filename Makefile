@@ -43,6 +43,7 @@ fuzz:  ## a million hostile files, and hostile Zarr groups: only typed errors ma
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --executions $(or $(EXECUTIONS),1000000)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --groups --executions $$(($(or $(EXECUTIONS),1000000) / 50))
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --tensors --executions $$(($(or $(EXECUTIONS),1000000) / 20))
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --states --executions $$(($(or $(EXECUTIONS),1000000) / 20))
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.urls --keys $(or $(EXECUTIONS),1000000)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.commands --count $$(($(or $(EXECUTIONS),1000000) / 50))
 

@@ -40,6 +40,16 @@ def test_hostile_tensors_are_refused_or_imported() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_hostile_states_are_refused_or_imported() -> None:
+    done = fuzz("--states", "--executions", EXECUTIONS // 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_fuzzer_detects_states_that_are_read_beyond_their_end() -> None:
+    done = fuzz("--states", "--executions", 5_000, "--seed", 1, "--mutation", "states-unbounded")
+    assert done.returncode == 1, f"{done.stdout}\nand nothing happened"
+
+
 def test_the_fuzzer_detects_errors_of_the_library() -> None:
     done = fuzz("--tensors", "--executions", 5_000, "--seed", 1, "--mutation", "tensor-errors-let-through")
     assert done.returncode == 1, f"{done.stdout}\nand nothing happened"

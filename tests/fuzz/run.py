@@ -29,9 +29,11 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from kvmmap.storage.file.snapshot import SnapshotHolder
 
-from . import files, groups, tensors
+from . import files, groups, states, tensors
 from .execute import Watch, execute
 from .image import Recipe
 from .mutate import key
@@ -46,6 +48,10 @@ large as the root says, up to a bound, and touched as far as there are rows."""
 SHELL_EVERY, COPIES_EVERY = 500, 20
 
 
+def _read_what_there_is(source: Any, offset: int, size: int) -> Any:
+    return np.fromfile(source.name, np.uint8, min(size, 1 << 20), offset=offset)
+
+
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "sections-unchecked": lambda: mock.patch("kvmmap.format.superblock._check_sections"),
@@ -53,6 +59,7 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "tensor-errors-let-through": lambda: mock.patch(
         "kvmmap.formats.safetensors_file._errors_of", return_value=nullcontext()
     ),
+    "states-unbounded": lambda: mock.patch("kvmmap.formats.llama_cpp.source.Source.read", _read_what_there_is),
     "depth-unchecked": lambda: mock.patch("kvmmap.metadata._is_deep", return_value=False),
 }
 """What fuzzing must notice: checks that are left out."""
@@ -117,7 +124,10 @@ class Worker:
         path = _kind(recipe).place(recipe, self.folder)
         with self.watch.watching(self.folder):
             shell, copies = self.done % SHELL_EVERY == 0, self.done % COPIES_EVERY == 0
-            outcome = tensors.execute(path) if "tensors" in recipe else execute(path, shell=shell, copies=copies)
+            if "tensors" in recipe or "state" in recipe:
+                outcome = (tensors if "tensors" in recipe else states).execute(path)
+            else:
+                outcome = execute(path, shell=shell, copies=copies)
         self.done += 1
         self.seen[outcome] += 1
         if self.seen[outcome] == 1:
@@ -128,6 +138,8 @@ class Worker:
 
 
 def _kind(recipe: Recipe) -> ModuleType:
+    if "state" in recipe:
+        return states
     return groups if "group" in recipe else tensors if "tensors" in recipe else files
 
 
@@ -136,6 +148,7 @@ def main() -> int:
     parser.add_argument("--executions", type=int, default=1_000_000)
     parser.add_argument("--groups", action="store_true", help="Zarr groups instead of files")
     parser.add_argument("--tensors", action="store_true", help="safetensors files instead, which are imported")
+    parser.add_argument("--states", action="store_true", help="states of llama.cpp instead, which are imported")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
     parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
@@ -167,6 +180,7 @@ def work(worker: Worker, arguments: argparse.Namespace) -> int:
                 print(next(iter(worker.seen)))
             else:
                 kind = groups if arguments.groups else tensors if arguments.tensors else files
+                kind = states if arguments.states else kind
                 worker.run(kind.recipes(), arguments.executions)
         print(f"{worker.done:,} files, {len(worker.seen):,} different outcomes", flush=True)
     except BaseException:

@@ -184,7 +184,7 @@ def check_model(cache: QuantizedKvCache, model: GgufModel, accept_weights: str |
             actual={"fingerprint": f"gguf:{model.fingerprint}", "portable_id": here},
             path=cache.path,
         )
-    if accept_weights != notes.get("weights"):
+    if notes.get("weights") not in (model.weights, accept_weights):
         raise ModelMismatchError(
             f"{cache.path or 'the cache'} was made by this model with weights of {notes.get('weights')}, and those of "
             f"{model.path} are {model.weights}, which give somewhat other keys and values: "

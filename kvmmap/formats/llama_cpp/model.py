@@ -43,7 +43,7 @@ class GgufModel:
     """Whether cells have an extension."""
 
     weights: str
-    """The type of most weights, such as "Q4_1" or "F16"."""
+    """The type of most weights, such as "Q4_1" or "float16"."""
 
     rope: Mapping[str, Any]
     """RoPE facts, plain JSON."""
@@ -251,8 +251,10 @@ def _weights(tensors: list[Any]) -> str:
     """The type of most numbers of the layers' weights."""
     count: Counter[str] = Counter()
     for tensor in tensors:
-        count[tensor.tensor_type.name] += int(tensor.n_elements) if tensor.name.startswith("blk.") else 0
-    return count.most_common(1)[0][0] if count else "unknown"
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            count[tensor.tensor_type.name] += int(tensor.n_elements)
+    found = count.most_common(1)[0][0] if count else "unknown"
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(found, found)
 
 
 def _norms(tensors: list[Any], count: int) -> tuple[np.ndarray[Any, np.dtype[np.float32]], ...]:

@@ -27,10 +27,11 @@ except ImportError as error:
 from .attention import NAME as ATTENTION
 from .cache import KvmmapCache
 from .layer import KvmmapLayer
+from .portable import adopt, mark_portable
 from .prefix import reuse
 from .versions import CACHE_ARGUMENT
 from .versions import check_version as _check_version
 
 _check_version()
 
-__all__ = ["ATTENTION", "CACHE_ARGUMENT", "KvmmapCache", "KvmmapLayer", "reuse"]
+__all__ = ["ATTENTION", "CACHE_ARGUMENT", "KvmmapCache", "KvmmapLayer", "adopt", "mark_portable", "reuse"]
