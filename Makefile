@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= auto
 ENVIRONMENT := $(PYTHON) release/environment.py
 
-.PHONY: help demo test test-pythons test-model test-transformers soak fuzz sanitize lint format bench \
+.PHONY: help demo test test-pythons test-model test-bridges test-transformers soak fuzz sanitize lint format bench \
 	bench-llama-cpp figures picture docs wheels check-wheels clean
 
 help:  ## list the targets
@@ -25,6 +25,10 @@ test-pythons:  ## the tests on each supported Python that is on PATH
 test-model:  ## the transformers integration with the weights of a small model
 	@$(ENVIRONMENT) test-model
 	.venv-model/bin/pytest tests/test_smollm2.py
+
+test-bridges:  ## llama.cpp, mlx-lm and transformers continue one another's caches; llama.cpp is compiled for it
+	@$(ENVIRONMENT) bridges
+	.venv-bridges/bin/pytest -s tests/test_bridges.py tests/test_llama_cpp.py tests/test_mlx.py
 
 test-transformers:  ## the transformers integration on the oldest supported and the newest release of transformers
 	$(PYTHON) release/integrations.py
@@ -65,7 +69,7 @@ bench:  ## the benchmarks with their baselines, as tables and as JSON in bench-o
 
 bench-llama-cpp:  ## the same beside llama.cpp, which is compiled for it
 	@$(ENVIRONMENT) llama-cpp
-	.venv-llama/bin/python benchmarks/run.py llama_cpp
+	.venv-llama/bin/python benchmarks/run.py llama_cpp llama_cpp_cache
 
 figures:  ## the charts and tables of the pages, from bench-out/ (CONDITIONS="an idle machine")
 	$(PYTHON) docs/tools/figures.py collect bench-out '$(or $(CONDITIONS),conditions unknown)'

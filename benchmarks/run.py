@@ -2,8 +2,9 @@
 
     python benchmarks/run.py [NAME...]
 
-NAME is a topic, such as `append` for bench_append.py; by default all but `llama_cpp`, which needs its own environment
-(`make bench-llama-cpp`). Results go to bench-out/: a JSON file a topic, and bars.md, the last table as Markdown.
+NAME is a topic, such as `append` for bench_append.py; by default all but those of llama.cpp, which need an environment
+of their own (`make bench-llama-cpp`). Results go to bench-out/: a JSON file a topic, and bars.md, the last table as
+Markdown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ARGUMENTS = {"zarr": ["local"]}
 """What a topic is run with besides; the rest of what its program can do is left out here."""
 
-APART = {"llama_cpp"}
+APART = {"llama_cpp", "llama_cpp_cache"}
 """Topics that are run when they are named, and else not."""
 
 TOPICS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))

@@ -57,6 +57,9 @@ class Environment:
 ENVIRONMENTS = {
     "test": Environment(folder=".venv", kvmmap=".[dev]"),
     "test-model": Environment(folder=".venv-model", kvmmap=".[dev]", packages=("accelerate", "gguf"), weights=True),
+    "bridges": Environment(
+        folder=".venv-bridges", kvmmap=".[dev]", requirements=("release/requirements-bridges.txt",), weights=True
+    ),
     "demo": Environment(folder=".venv-demo", requirements=("demo/requirements.txt",), weights=True),
     "bench": Environment(
         folder=".venv-bench",
@@ -66,6 +69,7 @@ ENVIRONMENTS = {
     ),
     "llama-cpp": Environment(  # compiled for this processor, which takes minutes; so it is not part of "bench"
         folder=".venv-llama",
+        kvmmap=".[gguf]",
         requirements=("benchmarks/requirements-llama-cpp.txt",),
         weights=True,
         variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),),

@@ -89,13 +89,13 @@ class MlxLayer:
         index = "0" if part == "keys" else "1"
         if self.turned:
             order = np.r_[0 : self.keep, self.turned : self.positions, self.keep : self.turned][start:stop]
-            whole = self._rows(index, 0, self.positions)
-            return whole[order]
+            ordered: NDArray[Any] = self._rows(index, 0, self.positions)[order]
+            return ordered
         return self._rows(index, start, stop)
 
     def _rows(self, index: str, start: int, stop: int) -> NDArray[Any]:
         where = (slice(None), slice(None), slice(start, stop))
-        found = self.file.read(self._name(index), where)[0].transpose(1, 0, 2)
+        found: NDArray[Any] = self.file.read(self._name(index), where)[0].transpose(1, 0, 2)
         if not self.bits:
             return found
         scales, biases = (
