@@ -336,3 +336,23 @@ def test_attention_in_place_over_kept_blocks(tmp_path: Path) -> None:
         plain.extend(layer.read_keys(0, 40), layer.read_values(0, 40))
         np.testing.assert_allclose(layer.attend(queries), plain.attend(queries), atol=1e-5)
         assert cache.verify().sound
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_states_that_llama_cpp_has_written(tmp_path: Path) -> None:
+    """Committed slot files of the real program: the same bytes come back, and f16 and rotated q8_0 mean the same."""
+    model = TinyModel(layers=30, heads=9, kv_heads=3, embedding=576).write(tmp_path / "model.gguf")
+    rows = {}
+    for name in ("f16", "q8_0"):
+        state = GOLDEN / f"llama-{name}.slot"
+        kvmmap.import_llama_cpp(state, tmp_path / f"{name}.kvm", gguf=model)
+        kvmmap.export_llama_cpp(tmp_path / f"{name}.kvm", tmp_path / name, gguf=model)
+        assert (tmp_path / name).read_bytes() == state.read_bytes()
+        with kvmmap.open(tmp_path / f"{name}.kvm") as cache:
+            assert len(cache.token_ids) == 2
+            rows[name] = np.stack([[layer.read_keys(0, 2), layer.read_values(0, 2)] for layer in cache.layers])
+    for part in (0, 1):
+        error = np.linalg.norm(rows["q8_0"][:3, part] - rows["f16"][:3, part]) / np.linalg.norm(rows["f16"][:3, part])
+        assert error < 0.02
