@@ -356,3 +356,31 @@ def test_states_that_llama_cpp_has_written(tmp_path: Path) -> None:
     for part in (0, 1):
         error = np.linalg.norm(rows["q8_0"][:3, part] - rows["f16"][:3, part]) / np.linalg.norm(rows["f16"][:3, part])
         assert error < 0.02
+
+
+@pytest.mark.parametrize("key_type", ["f32", "f16", "bf16", "q8_0", "q4_1"])
+def test_rows_with_a_nan_are_refused(key_type: str, tmp_path: Path) -> None:
+    state = TinyState(model=TinyModel(), key_type=key_type)
+    path = state.model.write(tmp_path / "model.gguf")
+    data, raw = bytearray(state.build()), state.rows(1, keys=True).tobytes()
+    where = bytes(data).index(raw)
+    data[where : where + 4] = b"\xff" * 4  # a NaN in each of the formats, and as a scale
+    for preset in ("native", "int8"):
+        with pytest.raises(kvmmap.NonFiniteError):
+            import_llama_cpp(bytes(data), tmp_path / "made.kvm", gguf=path, preset=preset)
+    assert not (tmp_path / "made.kvm").exists()
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = TinyModel(layers=1)
+    state = TinyState(model=model, key_type="f32")
+    path = model.write(tmp_path / "model.gguf")
+    data, raw = bytearray(state.build()), state.rows(0, keys=True).tobytes()
+    where = bytes(data).index(raw)
+    data[where + 512 : where + 516] = struct.pack("<f", 1e30)  # of position 1
+    import_llama_cpp(bytes(data), tmp_path / "made.kvm", gguf=path)
+    for key_type in ("f16", "q8_0", "q4_0", "q5_1"):
+        with pytest.raises(kvmmap.NonFiniteError, match="position 1 of layer 0, head 0"):
+            export_llama_cpp(tmp_path / "made.kvm", tmp_path / "a.bin", gguf=path, key_type=key_type)
+    export_llama_cpp(tmp_path / "made.kvm", tmp_path / "a.bin", gguf=path)
+    assert (tmp_path / "a.bin").read_bytes() == bytes(data)
