@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .contents import disk_bytes, read_own_tokens
 from .hashing import Prompt
 from .making import Tail, Vanished
 from .matching import Match, Search
+from .models import open_for_model
 from .namespace import NOTES, Namespace
 from .segment import Segment
 from .session import Session
@@ -111,6 +112,7 @@ class Library(LibrarySharing):
 
     # Sessions
 
+    @overload
     def session(
         self,
         namespace: Namespace,
@@ -119,7 +121,26 @@ class Library(LibrarySharing):
         limit: int | None = None,
         capacity: int | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> Session:
+    ) -> Session: ...
+    @overload
+    def session(
+        self,
+        namespace: Any,
+        token_ids: Any,
+        *,
+        limit: int | None = None,
+        capacity: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Any: ...
+    def session(
+        self,
+        namespace: Any,
+        token_ids: Any,
+        *,
+        limit: int | None = None,
+        capacity: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Open a cache that begins with what the library has of a prompt, to be continued.
 
             with library.session(namespace, token_ids, limit=len(token_ids) - 1) as cache:
@@ -130,7 +151,8 @@ class Library(LibrarySharing):
         library ends, it is appended to in place, unless another session does so already.
 
         Args:
-            namespace, token_ids, limit: as in `match`.
+            namespace, token_ids, limit: as in `match`. Or a model in place of the namespace, whose integration is
+                imported: then the session is a cache that this model takes (`kvmmap.integrations.transformers`).
             capacity: positions that there is to be room for, with those of the prompt; by default twice the prompt's,
                 at least 8,192. Room costs no disk.
             metadata: plain JSON, kept with a new segment; "library" is the library's own key.
@@ -146,6 +168,8 @@ class Library(LibrarySharing):
             While appending, besides what `extend` raises:
             LibraryFullError: nothing more can be evicted; nothing was appended.
         """
+        if not isinstance(namespace, Namespace):
+            return open_for_model(self, namespace, token_ids, limit=limit, capacity=capacity, metadata=metadata)
         prompt = self._prompt(namespace.digest, token_ids, None)
         wanted = len(prompt) if limit is None else max(0, min(whole(limit, "limit"), len(prompt)))
         room = max(LEAST_CAPACITY, 2 * len(prompt)) if capacity is None else whole(capacity, "capacity")

@@ -26,6 +26,7 @@ except ImportError as error:
 
 from .attention import NAME as ATTENTION
 from .cache import KvmmapCache
+from .from_library import Attachment, LibraryCache, Use, attach, namespace_of, open_session
 from .layer import KvmmapLayer
 from .portable import adopt, mark_portable
 from .prefix import reuse
@@ -34,4 +35,18 @@ from .versions import check_version as _check_version
 
 _check_version()
 
-__all__ = ["ATTENTION", "CACHE_ARGUMENT", "KvmmapCache", "KvmmapLayer", "adopt", "mark_portable", "reuse"]
+__all__ = [
+    "ATTENTION",
+    "CACHE_ARGUMENT",
+    "Attachment",
+    "KvmmapCache",
+    "KvmmapLayer",
+    "LibraryCache",
+    "Use",
+    "adopt",
+    "attach",
+    "mark_portable",
+    "namespace_of",
+    "open_session",
+    "reuse",
+]

@@ -36,7 +36,7 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) ->
         UnknownTokensError: it is not known which tokens the cache holds; or, with discard=False, positions of the file
             would be lost. Nothing has changed.
     """
-    ids = _one_sequence(input_ids)
+    ids = one_sequence(input_ids)
     stored = cache.token_ids
     count = common_prefix(stored, ids[:-1], cache.placeholders)
     length = min(count, cache.valid_prefix(len(ids)))
@@ -61,7 +61,7 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) ->
     return length
 
 
-def _one_sequence(input_ids: Any) -> NDArray[Any]:
+def one_sequence(input_ids: Any) -> NDArray[Any]:
     """Return the ids of a prompt, [n]."""
     ids = input_ids.detach().cpu().numpy() if isinstance(input_ids, torch.Tensor) else np.asarray(input_ids)
     if ids.ndim == 2 and ids.shape[0] == 1:
