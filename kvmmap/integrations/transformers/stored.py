@@ -300,8 +300,8 @@ class StoredSequence(OneSequence):
         if not self._pass.end(model):
             return
         self._end_patterns()
-        if failed:
-            self._take_back(min(self._pass.start, self._length))
+        if failed and self._length > self._pass.start:
+            self._take_back(self._pass.start)
             return
         if any(len(rows) != self._length for rows in self._rows):
             self._take_back(self._complete())
