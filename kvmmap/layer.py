@@ -19,6 +19,7 @@ from .errors import EmptyCacheError, KvmmapError
 from .geometry import CacheGeometry, check_range
 from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows, where
 from .layer_reader import LayerReader
+from .recent import RecentRows
 from .row_arrays import as_rows
 from .rows import Rows
 from .storage.memory import MemoryStorage
@@ -196,6 +197,19 @@ class QuantizedKvLayer(LayerReader):
             if kept is not None:
                 self._store.take_recent(kept, start, start + rows.num_positions, at)
 
+    def chunk_rows(self, keys: Any, values: Any) -> RecentRows | None:
+        """Return what `attend` takes as `chunk`, for the queries of positions that are about to be appended.
+
+        It holds as much of them in 16 bits, in memory. Call it before `extend`, whose arguments these are.
+
+        Returns:
+            None if the cache has no recent window.
+        """
+        kept = self._store.recent_rows()
+        if kept is None or not kept.window:
+            return None
+        return kept.with_chunk(self._store.geometry, len(self), *self.check_input(keys, values))
+
     def check_input(self, keys: Any, values: Any) -> RowPair:
         """Return `extend`'s arguments as rows, their shapes checked."""
         if not self._key_shape[0]:
@@ -278,6 +292,7 @@ class QuantizedKvLayer(LayerReader):
         return_lse: bool = False,
         resident: Literal["keep", "stream"] = "keep",
         threads: int | None = None,
+        chunk: RecentRows | None = None,
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Compute exact attention, softmax(q k^T) v, over the stored keys and values without expanding them.
 
@@ -300,6 +315,9 @@ class QuantizedKvLayer(LayerReader):
             resident: "stream" reads a file larger than memory: range by range, releasing the memory of each range
                 after use. "keep" leaves rows in memory, for the next call. Has no effect on a cache in memory.
             threads: the most threads to use; all processors by default. Results differ only by f32 rounding.
+            chunk: what `chunk_rows` has returned of the queries' own positions. With a recent window, each query then
+                sees the last positions before itself in 16 bits. Without it, those that the window still has: of a
+                chunk longer than the window, only the last queries see them.
 
         Returns:
             f32 [n, num_q_heads, value_head_dim]; zeros where a query attends to nothing. With `return_lse`, (that, f32
@@ -330,6 +348,7 @@ class QuantizedKvLayer(LayerReader):
             out=out,
             resident=resident,
             threads=threads,
+            chunk=chunk,
         )
         return result if return_lse else result[0]
 

@@ -278,8 +278,7 @@ class LayerReader:
         kept = self._store.recent_rows()
         if kept is not None:
             with np.errstate(over="ignore"):  # beyond f16, as in decoding
-                for position, row in kept.rows(part.name, start, stop, self._store.length):
-                    result[position - start] = row
+                kept.overlay(part.name, start, stop, self._store.length, result)
         self._store.validate(version)
         return result
 

@@ -128,7 +128,52 @@ class RecentRows:
                 ring.keys[at], ring.values[at] = source.keys[slot], source.values[slot]
                 ring.tags[at] = (source.tags[slot] & ~_POSITION) | np.uint64(position + 1)
 
+    def with_chunk(
+        self,
+        layer: LayerGeometry,
+        length: int,
+        keys: NDArray[Any],
+        key_dtype: int,
+        values: NDArray[Any],
+        value_dtype: int,
+    ) -> RecentRows:
+        """Return rows in 16 bits of a chunk of positions that come after `length` others, and of those before it: for
+        as many queries, each of which sees its own last positions. Arguments are those of `keep`."""
+        whole = RecentRows(layer, self.window, 0)
+        before = self.ring.held(length - self.window, length)
+        whole.ring = RecentRing(layer, min(length, self.window) + len(keys))
+        whole.first, whole.sinks = self.first, self.sinks
+        to = [position % whole.ring.slots for position in before]
+        of = [position % self.ring.slots for position in before]
+        for mine, other in zip(whole.ring.parts, self.ring.parts, strict=True):
+            mine[to] = other[of]
+        _core.keep_recent(keys, key_dtype, values, value_dtype, length, *whole.ring.parts)
+        return whole
+
     # Reading
+
+    def overlay(self, part: str, start: int, stop: int, length: int, out: NDArray[Any]) -> None:
+        """Put what is kept of positions [start, stop) into `out`, [stop - start, num_kv_heads, dim], of a rows' dtype.
+
+        Args:
+            part, start, stop, length: as in `rows`.
+            out: filled where something is kept.
+        """
+        shift = np.uint64(40 if part == "keys" else 48)
+        last = self.ring.held(max(start, length - self.ring.slots), stop)
+        # The first ones are written last: they stand before those of the ring.
+        for ring, held in ((self.ring, last), (self.first, self.first.held(start, min(stop, self.sinks)))):
+            if held:
+                positions = np.array(held)
+                slots = positions % ring.slots
+                tags = ring.tags[slots]
+                kept = getattr(ring, part)[slots]
+                same = (ring.tags[slots] == tags) & ((tags & _POSITION) == (positions + 1).astype(np.uint64))
+                forms = (tags >> shift) & np.uint64(0xFF)
+                for form in np.unique(forms[same]).tolist():
+                    chosen = same & (forms == form)
+                    rows = kept[chosen]
+                    out[positions[chosen] - start] = widened(rows if form == _BF16 else rows.view(np.float16))
 
     def arguments(self, length: int) -> tuple[Any, ...]:
         """Return what `_core.attend` takes, for a layer of `length` positions."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import KvmmapError
-from ..recent import RecentView
+from ..recent import RecentRows, RecentView
 from ..row_arrays import output_array, thread_count
 from ..rows import Rows
 from .kernel import attend_extents, attend_rows
@@ -39,6 +39,7 @@ class AttendOptions(TypedDict, total=False):
     out: NDArray[np.float32] | None
     resident: Literal["keep", "stream"]
     threads: int | None
+    chunk: RecentRows | None
 
 
 def attend_store(
@@ -56,6 +57,7 @@ def attend_store(
     out: NDArray[np.float32] | None,
     resident: Literal["keep", "stream"],
     threads: int | None,
+    chunk: RecentRows | None = None,
 ) -> Attended:
     """Attend over what a store holds; arguments and errors are those of `QuantizedKvLayer.attend`."""
     if resident not in ("keep", "stream"):
@@ -74,7 +76,7 @@ def attend_store(
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
     most = thread_count(threads, length * geometry.position_bytes)
-    kept = store.recent_rows()
+    kept = store.recent_rows() if chunk is None else chunk
     recent = None if kept is None else RecentView(kept, length)
     if resident == "keep" and (store.in_memory or store.in_extents):
         if not store.is_verified(length):

@@ -121,6 +121,14 @@ class KvmmapLayer(StoredRows, CacheLayerMixin):
         Returns:
             f32 [n, num_q_heads, value_head_dim], and the logarithm of the softmax's denominator, [n, num_q_heads].
         """
+        try:
+            return self._attend_all(queries, scale, softcap)
+        finally:
+            self.chunk = None  # it has as many rows as the pass
+
+    def _attend_all(
+        self, queries: NDArray[Any], scale: float, softcap: float | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         length, window, chunk = len(self), self.kind.window, self.kind.chunk
         first = length - len(queries)
         if chunk is None:
@@ -141,7 +149,7 @@ class KvmmapLayer(StoredRows, CacheLayerMixin):
         """Attend with queries from position `first` on to positions from `oldest` on."""
         kept, stop = self.kept, first + len(queries)
         options |= {"query_start": first - kept, "positions": (max(oldest - kept, 0), stop - kept)}
-        own = self.own.attend(queries, return_lse=True, **options)
+        own = self.own.attend(queries, return_lse=True, chunk=self.chunk, **options)
         if self.saved is None or oldest >= kept:
             return own
         options |= {"query_start": first, "positions": (oldest, kept)}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...errors import UnsupportedModelError
 from ...layer import QuantizedKvLayer
+from ...recent import RecentRows
 from .tensors import as_array, to_host
 
 
@@ -25,6 +27,8 @@ class StoredRows:
         """What is appended to."""
         self.kept = kept
         """Positions that count of `saved`; `own` has those from there on."""
+        self.chunk: RecentRows | None = None
+        """Of the positions that were appended last, what their queries see in 16 bits; until they have attended."""
 
     def __len__(self) -> int:
         """Positions that the store has, also those of a pass that has not reached all layers yet."""
@@ -33,6 +37,7 @@ class StoredRows:
     def cut(self, length: int, kept: int) -> None:
         """Note that the first `length` positions are kept, the first `kept` of these in the saved cache."""
         self.kept = kept
+        self.chunk = None
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Encode and append, all positions or none.
@@ -45,8 +50,11 @@ class StoredRows:
         keys, values = to_host(key_states, value_states)
         if keys.shape[2] == 1:
             self.own.push(keys[0, :, 0], values[0, :, 0])
+            self.chunk = None
         else:
-            self.own.extend(keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1))
+            rows = keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1)
+            self.chunk = self.own.chunk_rows(*rows)
+            self.own.extend(*rows)
 
     def _check_batch(self, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != 1:
@@ -70,6 +78,12 @@ class StoredRows:
             part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place])
             part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place])
             done = place.stop
+        if self.chunk is not None:  # what some query of these sees in 16 bits, all do: tensors are the same for all
+            held = len(self.own)
+            with np.errstate(over="ignore"):
+                self.chunk.overlay("keys", 0, held, held, key_rows[self.kept :])
+                self.chunk.overlay("values", 0, held, held, value_rows[self.kept :])
+            self.chunk = None
         return keys.to(device).transpose(0, 1)[None], values.to(device).transpose(0, 1)[None]
 
     def parts(self, start: int, stop: int) -> list[tuple[QuantizedKvLayer, int, int]]:
