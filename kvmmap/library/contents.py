@@ -87,7 +87,7 @@ def contents_of(cache: CacheReader, seed: bytes, start: int) -> Contents:
     storage = storage.own if isinstance(storage, ChainStorage) else storage
     assert isinstance(storage, MappedReader)
     hashes = b"".join(block_hashes(seed, ids, start // cache.geometry.block_tokens))
-    checkpoints: tuple[int, ...] | None = None
+    checkpoints = tuple(sorted(found.position for found in cache.checkpoints)) if cache.states else None
     return Contents(
         stop=max(start, stop),
         head=head_of(ids[start:]),

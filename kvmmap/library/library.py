@@ -11,7 +11,14 @@ import numpy as np
 
 from ..cache import QuantizedKvCache
 from ..cache_reader import CacheReader
-from ..errors import CacheNotFoundError, KvmmapError, MetadataError, ShapeMismatchError, UnknownTokensError
+from ..errors import (
+    CacheNotFoundError,
+    KvmmapError,
+    MetadataError,
+    ShapeMismatchError,
+    UnknownTokensError,
+    UnsupportedModelError,
+)
 from ..geometry import index as whole
 from ..inputs import check_token_ids
 from ..opening import open_cache
@@ -257,6 +264,7 @@ class Library(LibrarySharing):
 
         Raises:
             UnknownTokensError: a position has no token id.
+            UnsupportedModelError: the cache has states.
             ModelMismatchError: the namespace has other layers than the cache.
             LibraryFullError: there is no room for it.
             CorruptCacheError, FormatError, CacheNotFoundError, StoreError, OSError: as in `kvmmap.open` and `copy`.
@@ -279,6 +287,11 @@ class Library(LibrarySharing):
                 position=where,
                 actual=len(ids),
                 path=source.path,
+            )
+        if source.states:
+            raise UnsupportedModelError(
+                f"{source.path or 'the cache'}: has states, which hold for checkpoints alone and can't be appended row "
+                "by row: compute the prompt in a session"
             )
         if source.geometry.layers != namespace.layers:
             raise ShapeMismatchError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -16,6 +16,7 @@ from ..cache_reader import CacheReader
 from ..errors import MetadataError
 from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document, ModelInfo
+from ..state_spec import CHECKPOINT_SLOTS, StateSpec
 
 NOTES = "library"
 """Key in a segment's metadata under which is what the library records."""
@@ -37,6 +38,18 @@ class Namespace:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Everything else that changes keys and values, as plain JSON: config, windows, adapters and their scale."""
 
+    recent_window: int = 0
+    """Last positions that are kept in 16 bits besides."""
+
+    sinks: int = 0
+    """First positions that are kept in 16 bits besides."""
+
+    states: tuple[StateSpec, ...] = ()
+    """States of fixed size that layers keep beside their rows: then only checkpoints can be restored."""
+
+    checkpoint_slots: int = CHECKPOINT_SLOTS
+    """Checkpoints that a segment keeps; it makes no difference to what matches."""
+
     salt: str | None = None
     """A tenant's secret: equal prompts of other tenants don't match. Only a digest of it is stored."""
 
@@ -50,6 +63,10 @@ class Namespace:
         value_head_dim: int | Sequence[int] | None = None,
         key_codec: str | Sequence[str] = "int8",
         value_codec: str | Sequence[str] = "int8",
+        recent_window: int = 0,
+        sinks: int = 0,
+        states: Iterable[StateSpec] = (),
+        checkpoint_slots: int = CHECKPOINT_SLOTS,
         model: ModelInfo | None = None,
         facts: Mapping[str, Any] | None = None,
         salt: str | None = None,
@@ -67,8 +84,12 @@ class Namespace:
             value_head_dim=value_head_dim,
             key_codec=key_codec,
             value_codec=value_codec,
+            recent_window=recent_window,
+            sinks=sinks,
+            states=states,
+            checkpoint_slots=checkpoint_slots,
         )
-        return cls(layers=geometry.layers, model=model or ModelInfo(), facts=facts or {}, salt=salt)
+        return cls._of_geometry(geometry, model, facts, salt)
 
     @classmethod
     def of(cls, cache: CacheReader, *, facts: Mapping[str, Any] | None = None, salt: str | None = None) -> Self:
@@ -77,7 +98,22 @@ class Namespace:
         Raises:
             ClosedError: the cache is closed.
         """
-        return cls(layers=cache.geometry.layers, model=cache.model or ModelInfo(), facts=facts or {}, salt=salt)
+        return cls._of_geometry(cache.geometry, cache.model, facts, salt)
+
+    @classmethod
+    def _of_geometry(
+        cls, geometry: CacheGeometry, model: ModelInfo | None, facts: Mapping[str, Any] | None, salt: str | None
+    ) -> Self:
+        return cls(
+            layers=geometry.layers,
+            model=model or ModelInfo(),
+            facts=facts or {},
+            recent_window=geometry.recent_window,
+            sinks=geometry.sinks,
+            states=geometry.states,
+            checkpoint_slots=geometry.checkpoint_slots,
+            salt=salt,
+        )
 
     @cached_property
     def document(self) -> dict[str, Any]:
@@ -101,6 +137,10 @@ class Namespace:
             ],
             "salt": None if self.salt is None else _digest(f"kvmmap salt\0{self.salt}".encode()),
         }
+        if self.recent_window or self.sinks:
+            document["recent"] = [self.recent_window, self.sinks]
+        if self.states:
+            document["states"] = [[state.layer, state.name, state.dtype, list(state.shape)] for state in self.states]
         Document(None, document).encode()
         return document
 
@@ -131,9 +171,13 @@ class Namespace:
 
     def shape(self, capacity: int) -> dict[str, Any]:
         """Return the arguments of `kvmmap.create` that give a cache these layers."""
-        return {
+        slots = {"checkpoint_slots": self.checkpoint_slots} if self.states else {}
+        return slots | {
             "num_layers": len(self.layers),
             "capacity": capacity,
+            "recent_window": self.recent_window,
+            "sinks": self.sinks,
+            "states": self.states,
             "num_kv_heads": [layer.num_kv_heads for layer in self.layers],
             "head_dim": [layer.head_dim for layer in self.layers],
             "value_head_dim": [layer.value_head_dim for layer in self.layers],

@@ -96,6 +96,9 @@ class Session(QuantizedKvCache):
         layers = self.geometry.layers
         self._position_bytes = namespace.position_bytes * 1.02 + 1
         self._fixed_bytes = 0 if continues else 4096 * (sum(len(layer.slabs) + 1 for layer in layers) + 4)
+        geometry = self.geometry
+        if not continues:
+            self._fixed_bytes += geometry.recent_bytes + geometry.checkpoint_slots * geometry.checkpoint_bytes
         self._writer = storage
         storage.admitted = reused
         storage.admit = self._admit
@@ -140,12 +143,16 @@ class Session(QuantizedKvCache):
     def truncate(self, length: int) -> int:
         """Keep the first `length` positions, at least `reused`; what is removed is durable on return.
 
+        Returns:
+            The positions kept, as `QuantizedKvCache.truncate` does.
+
         Raises:
             PositionOutOfRangeError: fewer are stored; or `length` is below `reused`: other caches may begin with these
                 positions. `library.session` with a shorter prompt branches off there.
             OSError, ClosedError, CacheLockedError, PoisonedError, CorruptCacheError: as in `flush`.
         """
-        if length < self.reused:
+        kept = self.restorable(length) if self.states and length < self.seq_len else length
+        if kept < self.reused:
             raise PositionOutOfRangeError(
                 f"the first {self.reused} positions belong to the library, so they can't be truncated to {length}: "
                 "open another session for that prefix",
