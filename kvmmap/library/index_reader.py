@@ -16,7 +16,7 @@ from .segment import Segment, StoredNamespace, segment_path
 _COLUMNS = """segments.id, segments.name, segments.parent, segments.start, segments.stop, segments.depth,
     segments.token_offset, segments.checkpoints, segments.bytes, segments.reserved, segments.writing, segments.broken,
     segments.pinned, segments.ttl, segments.created, segments.used, segments.hits, segments.reused, segments.children,
-    segments.pushed, segments.namespace, namespaces.digest, namespaces.model, namespaces.folder,
+    segments.branches, segments.pushed, segments.namespace, namespaces.digest, namespaces.model, namespaces.folder,
     namespaces.seconds / max(namespaces.positions, 1), parents.name"""
 _FROM = "segments JOIN namespaces ON namespaces.id = segments.namespace"
 _PARENTS = "LEFT JOIN segments parents ON parents.id = segments.parent"
@@ -205,8 +205,8 @@ class IndexReader:
         number, name, parent_id, start, stop, depth, token_offset, checkpoints, size, reserved, writing, broken = row[
             :12
         ]
-        pinned, ttl, created, used, hits, reused, children, pushed, namespace, digest, model, folder = row[12:24]
-        seconds, parent = row[24:]
+        pinned, ttl, created, used, hits, reused, children, branches, pushed = row[12:21]
+        namespace, digest, model, folder, seconds, parent = row[21:]
         return Segment(
             id=number,
             name=name,
@@ -219,6 +219,7 @@ class IndexReader:
             depth=depth,
             bytes=size + reserved,
             children=children,
+            branches=branches,
             writing=bool(writing),
             pinned=bool(pinned),
             ttl=ttl,

@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 2
+VERSION = 3
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -52,6 +52,7 @@ CREATE TABLE segments (
     hits INTEGER NOT NULL DEFAULT 0,
     reused INTEGER NOT NULL DEFAULT 0,
     children INTEGER NOT NULL DEFAULT 0,
+    branches INTEGER NOT NULL DEFAULT 0,
     pushed INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 
@@ -89,7 +90,7 @@ CREATE TABLE totals (name TEXT PRIMARY KEY, value REAL NOT NULL) STRICT, WITHOUT
 
 CREATE TRIGGER segment_added AFTER INSERT ON segments BEGIN
     UPDATE usage SET bytes = bytes + NEW.bytes + NEW.reserved, segments = segments + 1;
-    UPDATE segments SET children = children + 1 WHERE id = NEW.parent;
+    UPDATE segments SET children = children + 1, branches = branches + 1 WHERE id = NEW.parent;
 END;
 
 CREATE TRIGGER segment_removed AFTER DELETE ON segments BEGIN

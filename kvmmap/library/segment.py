@@ -45,6 +45,9 @@ class Segment:
     children: int
     """Segments that continue it."""
 
+    branches: int
+    """Segments that have ever continued it."""
+
     writing: bool
     """A session has it open for appending, or had when its process died."""
 
