@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..cache_reader import CacheReader
 from ..errors import CacheLockedError, CorruptCacheError
-from ..format import Section
+from ..format import Section, Superblock
 from ..opening import open_cache
 from ..storage.file.chain import ChainStorage
 from ..storage.file.mapped_file import read_superblock
@@ -68,6 +68,14 @@ def known_length(cache: CacheReader, committed: int) -> int:
     return int(unknown[0]) if len(unknown) else len(ids)
 
 
+def own_file(cache: CacheReader) -> tuple[PosixFile, Superblock]:
+    """Return the file of an open segment itself, without those that it continues."""
+    storage = cache.storage
+    own = storage.own if isinstance(storage, ChainStorage) else storage
+    assert isinstance(own, MappedReader)
+    return own.file, own.superblock
+
+
 def contents_of(cache: CacheReader, seed: bytes, start: int) -> Contents:
     """Describe an open segment for the index.
 
@@ -82,19 +90,16 @@ def contents_of(cache: CacheReader, seed: bytes, start: int) -> Contents:
     committed = min(cache.storage.committed_len, cache.seq_len)
     stop = known_length(cache, committed)
     ids = cache.token_ids[:stop]
-    storage = cache.storage
-    base = storage.base if isinstance(storage, ChainStorage) else 0
-    storage = storage.own if isinstance(storage, ChainStorage) else storage
-    assert isinstance(storage, MappedReader)
+    file, superblock = own_file(cache)
     hashes = b"".join(block_hashes(seed, ids, start // cache.geometry.block_tokens))
     checkpoints = tuple(sorted(found.position for found in cache.checkpoints)) if cache.states else None
     return Contents(
         stop=max(start, stop),
         head=head_of(ids[start:]),
         hashes=hashes,
-        token_offset=storage.superblock.section(Section.TOKEN_IDS).offset + 4 * (start - base),
+        token_offset=superblock.section(Section.TOKEN_IDS).offset,
         checkpoints=checkpoints,
-        disk_bytes=storage.file.stat().st_blocks * 512,
+        disk_bytes=file.stat().st_blocks * 512,
     )
 
 
@@ -112,7 +117,10 @@ def describe(path: str) -> Description:
             raise CorruptCacheError(f"{path}: is no segment of a library: take it in with put()", path=path)
         document = notes["namespace"]
         digest = digest_of(document)
-        start, parent = int(notes.get("start", 0)), notes.get("parent")
+        storage = cache.storage
+        parent, start = None, 0
+        if isinstance(storage, ChainStorage):
+            parent, start = storage.ancestors[-1].record.name.removesuffix(".kvm"), storage.base
         return Description(
             namespace=digest,
             document=document,

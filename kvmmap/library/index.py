@@ -130,10 +130,26 @@ class Index(IndexReader):
         return True
 
     @recovering
+    def set_whole(self, name: str) -> None:
+        """Record that a segment continues no other one after all."""
+        with self.database.writing() as connection:
+            row = connection.execute("SELECT parent FROM segments WHERE name = ?", (name,)).fetchone()
+            if row is not None:
+                connection.execute(
+                    "UPDATE segments SET parent = 0, start = 0, stop = 0, depth = 1 WHERE name = ?", (name,)
+                )
+                connection.execute(
+                    "UPDATE segments SET children = children - 1, branches = branches - 1 WHERE id = ?", (row[0],)
+                )
+
+    @recovering
     def set_bytes(self, name: str, size: int) -> None:
         """Record a segment's bytes on the disk."""
         with self.database.writing() as connection:
-            connection.execute("UPDATE segments SET bytes = ? WHERE name = ?", (size, name))
+            connection.execute(
+                "UPDATE segments SET bytes = ?, reserved = max(0, reserved - max(0, ? - bytes)) WHERE name = ?",
+                (size, size, name),
+            )
 
     @recovering
     def begin_writing(self, name: str) -> bool:

@@ -22,12 +22,17 @@ from ..errors import (
     PositionOutOfRangeError,
 )
 from ..opening import create, open_cache
-from ..storage.file.child import MAX_FILES
+from ..storage.file.chain import ChainStorage
 from .hashing import Prompt
 from .index import Index, is_of, new_name
 from .matching import Match
 from .namespace import NOTES, Namespace
+from .room import Room
 from .segment import Segment, segment_path
+
+
+COPIED_POSITIONS = 8
+"""Positions of a segment that are copied rather than continued, if fewer of it are shared."""
 
 
 class Vanished(Exception):  # noqa: N818  # a signal between these modules, and no error of a caller
@@ -52,13 +57,15 @@ class Maker:
         number: the library's; only its own segments are appended to.
         index: its index.
         lost: called with a segment whose file is gone.
+        room: keeps the library's budget.
     """
 
-    def __init__(self, folder: str, number: str, index: Index, lost: Callable[[Segment], None]) -> None:
+    def __init__(self, folder: str, number: str, index: Index, lost: Callable[[Segment], None], room: Room) -> None:
         self._folder = folder
         self._number = number
         self._index = index
         self._lost = lost
+        self._room = room
 
     def tail(
         self,
@@ -122,41 +129,77 @@ class Maker:
         metadata: Mapping[str, Any],
         ttl: float | None,
     ) -> Tail:
-        last, name = match.segment, new_name(self._number)
+        name = new_name(self._number)
         path = segment_path(self._folder, namespace.folder, name)
-        # A chain that would get too long is copied into one file.
-        parent = last if last is not None and len(match.chain) < MAX_FILES else None
-        start = 0 if parent is None else match.length
+        below, start = self._place(match, namespace)
         # The index has the segment before it is made: nobody evicts its parent, and if this process dies, somebody
         # looks for the file.
-        number_of_parent = 0 if parent is None else parent.id
-        if self._index.add(name, number, parent=number_of_parent, start=start, size=0, ttl=ttl) is None:
+        if self._index.add(name, number, parent=below.id if below else 0, start=start, size=0, ttl=ttl) is None:
             raise Vanished
         try:
             with contextlib.ExitStack() as stack:
-                notes = notes_of(namespace, metadata, None if parent is None else parent.name, start)
-                if last is None:
-                    cache = create(path, **namespace.shape(capacity), metadata=notes, model=namespace.model)
-                else:
-                    try:
-                        cache = create(
-                            path,
-                            parent=last.path,
-                            parent_length=match.length,
-                            capacity=capacity,
-                            metadata=notes,
-                            model=namespace.model,
-                        )
-                    except (CacheNotFoundError, CacheChangedError, FormatError, PositionOutOfRangeError) as error:
-                        raise self._vanished(last, error) from None
+                self._room.reserve(name, namespace.fixed_bytes)
+                cache = self._create(path, namespace, below, start, capacity, notes_of(namespace, metadata))
                 stack.callback(cache.close)
-                if last is not None:
-                    self._compare(cache, last, prompt, match.length)
+                if start < match.length:
+                    self._copy(cache, match, start)
+                if match.segment is not None:
+                    self._compare(cache, match.segment, prompt, match.length)
+                if below is not None and not isinstance(cache.storage, ChainStorage):
+                    # The chain was as long as it may be, so its first positions were copied.
+                    self._index.set_whole(name)
+                    below, start = None, 0
                 stack.pop_all()
         except BaseException:
             self._remove(path, name)
             raise
-        return Tail(cache, name, None if parent is None else parent.name, start, False)
+        return Tail(cache, name, below.name if below else None, start, False)
+
+    @staticmethod
+    def _place(match: Match, namespace: Namespace) -> tuple[Segment | None, int]:
+        """Return what a new segment continues, and its first own position."""
+        last = match.segment
+        if last is None:
+            return None, 0
+        if match.length - last.start < COPIED_POSITIONS and not namespace.states and not namespace.recent_window:
+            # Too little to keep another's segment for, such as what a chat template puts before each turn.
+            return (match.chain[-2] if len(match.chain) > 1 else None), last.start
+        return last, match.length
+
+    def _create(
+        self,
+        path: str,
+        namespace: Namespace,
+        below: Segment | None,
+        start: int,
+        capacity: int,
+        metadata: Mapping[str, Any],
+    ) -> QuantizedKvCache:
+        if below is None:
+            return create(path, **namespace.shape(capacity), metadata=metadata, model=namespace.model)
+        try:
+            return create(
+                path,
+                parent=below.path,
+                parent_length=start,
+                capacity=capacity,
+                metadata=metadata,
+                model=namespace.model,
+            )
+        except (CacheNotFoundError, CacheChangedError, FormatError, PositionOutOfRangeError) as error:
+            raise self._vanished(below, error) from None
+
+    def _copy(self, cache: QuantizedKvCache, match: Match, start: int) -> None:
+        """Copy positions from `start` on of what matched."""
+        last = match.chain[-1]
+        try:
+            with open_cache(last.path, record_use=False) as old:
+                for layer, source in zip(cache.layers, old.layers, strict=True):
+                    if layer.geometry.has_rows:
+                        layer.extend_quantized(*source.read_quantized(start, match.length))
+                cache.push_token_ids(old.token_ids[start : match.length])
+        except (CacheNotFoundError, CacheChangedError, FormatError, PositionOutOfRangeError) as error:
+            raise self._vanished(last, error) from None
 
     def _compare(self, cache: QuantizedKvCache, last: Segment, prompt: Prompt, length: int) -> None:
         """Compare the token ids of an opened cache, which its checksums cover, with the prompt's."""
@@ -166,7 +209,7 @@ class Maker:
 
     def _vanished(self, segment: Segment, error: KvmmapError) -> Vanished:
         """Record that a segment is gone or damaged; return what to raise."""
-        if isinstance(error, FormatError):
+        if isinstance(error, FormatError | PositionOutOfRangeError):
             self._index.mark_broken(segment.name, str(error))
         elif isinstance(error, CacheNotFoundError) and not os.path.exists(segment.path):
             self._lost(segment)
@@ -178,6 +221,6 @@ class Maker:
         self._index.remove(name)
 
 
-def notes_of(namespace: Namespace, metadata: Mapping[str, Any], parent: str | None, start: int) -> dict[str, Any]:
+def notes_of(namespace: Namespace, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of a new segment: from it alone the index can be rebuilt."""
-    return {**metadata, NOTES: {"namespace": namespace.document, "parent": parent, "start": start}}
+    return {**metadata, NOTES: {"namespace": namespace.document}}

@@ -126,7 +126,7 @@ class Namespace:
         weights = {"fingerprint": model.fingerprint}
         if model.fingerprint is None:
             weights = {"name": model.name, "revision": model.revision}
-        document = {
+        document: dict[str, Any] = {
             "weights": weights,
             "source_dtype": model.source_dtype,
             "rope": dict(model.rope),
@@ -168,6 +168,13 @@ class Namespace:
     def position_bytes(self) -> int:
         """Bytes of one position in all layers, with its token id."""
         return sum(layer.position_bytes for layer in self.layers) + 4
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that a segment takes at most besides its positions: its records, and a page for each array."""
+        pages = sum(len(layer.slabs) + 1 for layer in self.layers) + 8
+        geometry = CacheGeometry.build(**self.shape(0))
+        return 4096 * pages + geometry.recent_bytes + geometry.checkpoint_slots * geometry.checkpoint_bytes
 
     def shape(self, capacity: int) -> dict[str, Any]:
         """Return the arguments of `kvmmap.create` that give a cache these layers."""

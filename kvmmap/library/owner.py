@@ -36,14 +36,11 @@ class SessionOwner:
 
     def reserve(self, session: Session, size: int) -> None:
         """Make room for bytes that are about to be appended."""
-        gone = self._room.reserve(session.name, size)
-        self._count_evicted([choice.segment.bytes for choice in gone])
+        self._room.reserve(session.name, size)
 
     def evict_for(self, session: Session, size: int) -> bool:
         """Evict so many bytes, the disk being full; False if nothing could go."""
-        gone = self._room.evict(max(size, 1), keep=session.name)
-        self._count_evicted([choice.segment.bytes for choice in gone])
-        return bool(gone)
+        return bool(self._room.evict(max(size, 1), keep=session.name))
 
     def record(self, session: Session, contents: Contents) -> None:
         """Name what was committed in the index."""
@@ -89,7 +86,3 @@ class SessionOwner:
     def measured(self, session: Session, positions: int, seconds: float) -> None:
         """So many positions took so long to compute."""
         self._index.measured(session.namespace, positions, seconds)
-
-    def _count_evicted(self, sizes: list[int]) -> None:
-        if sizes:
-            self._metrics.add(evictions=len(sizes), bytes_evicted=sum(sizes))

@@ -37,6 +37,8 @@ class Room:
         self._index = index
         self._limit = limit
         self._settle = settle
+        self.evicted: Callable[[int], None] = lambda size: None
+        """Called with the bytes of a segment that was evicted."""
 
     def reserve(self, name: str, size: int) -> list[Choice]:
         """Reserve bytes for an append to a segment, evicting others as necessary; return which.
@@ -162,6 +164,8 @@ class Room:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
             self._index.remove(segment.name, evicted=evicting)
+        if evicting:
+            self.evicted(segment.bytes)
         return True
 
 

@@ -92,14 +92,9 @@ class Session(QuantizedKvCache):
         self._began = time.monotonic()
         self._prefilled: float | None = None
         self._granted = reused
-        # Checksums and sketches of blocks are 1 to 2 % more; each array may begin a page of its own.
-        layers = self.geometry.layers
+        # Checksums and sketches of blocks are 1 to 2 % more. What a new file has besides was reserved with it.
         self._position_bytes = namespace.position_bytes * 1.02 + 1
-        self._fixed_bytes = 0 if continues else 4096 * (sum(len(layer.slabs) + 1 for layer in layers) + 4)
-        geometry = self.geometry
-        if not continues:
-            self._fixed_bytes += geometry.recent_bytes + geometry.checkpoint_slots * geometry.checkpoint_bytes
-        self._writer = storage
+        self._file_path = storage.path
         storage.admitted = reused
         storage.admit = self._admit
 
@@ -123,11 +118,11 @@ class Session(QuantizedKvCache):
                 raise
             wanted = length
             owner.reserve(self, self._bytes(wanted))
-        self._granted, self._fixed_bytes = wanted, 0
+        self._granted = wanted
         return wanted
 
     def _bytes(self, length: int) -> int:
-        return int((length - self._granted) * self._position_bytes) + self._fixed_bytes
+        return int((length - self._granted) * self._position_bytes)
 
     def _append(self, keys: Sequence[Any], values: Sequence[Any], token_ids: Any) -> None:
         while True:
@@ -184,7 +179,7 @@ class Session(QuantizedKvCache):
         if owner is None or self.closed:
             super().close()
             return
-        path = self._writer.path
+        path = self._file_path
         if self.seq_len == self.reused:
             try:
                 super().close()
