@@ -98,8 +98,8 @@ def fill_index(library: kvmmap.Library, count: int) -> None:
             length = int(256 * (LONGEST / 256) ** random.random())
             head = numbers.integers(0, 50_000, 64).astype(">i4").tobytes()
             connection.execute(
-                "INSERT INTO segments (id, name, namespace, stop, head, bytes, created, used) VALUES (?, ?, ?, ?, ?, ?, "
-                "?, ?)",
+                "INSERT INTO segments (id, name, namespace, stop, head, bytes, created, used) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (segment, new_name("synthetic"), number, length, head, length * 100, now, now - random.random() * 1e6),
             )
             hashes = numbers.bytes(16 * (length // 256))

@@ -638,3 +638,17 @@ def test_a_forked_process_opens_its_own_index(library: kvmmap.Library) -> None:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
     assert library.match(NAMESPACE, prompt(text(300, 0), [1])).length == 301
+
+
+def test_a_segment_whose_file_is_about_to_be_made_stays(library: kvmmap.Library) -> None:
+    say(library, text(300, 0))
+    number = library._index.namespace_id(NAMESPACE.digest)
+    assert number is not None
+    library._index.add("about-to-be-made", number, parent=0, start=0, size=0, ttl=0)
+    segment = library.entry("about-to-be-made")
+    assert [choice.segment.stop for choice in library.evict(1)] == [300]
+    with pytest.raises(kvmmap.CacheLockedError):
+        library.remove(segment.name)
+    assert library.check().removed == ()
+    library._index.end_writing(segment.name, 0)
+    assert library.check().removed == (segment.name,)

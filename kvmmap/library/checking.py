@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import CacheLockedError, CorruptCacheError, FormatError, KvmmapError
+from ..storage.process import is_running
 from .contents import Description, describe, disk_bytes, is_written
 from .index import GOING, Index
 from .room import Room, pin_path
 from .segment import CACHES, Segment
 
 YOUNG_SECONDS = 60.0
-"""Seconds for which a segment without a file stays in the index: it may be about to be made."""
+"""Seconds for which a segment without a file stays in the index while its writer lives: it may be about to be made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class Checker:
             if is_written(segment.path):
                 continue
             if not os.path.exists(segment.path):
-                if time.time() - segment.created > YOUNG_SECONDS:
+                if not self._is_young(segment):
                     self.lost(segment)
                     settled.append(segment.name)
                 continue
@@ -199,7 +200,9 @@ class Checker:
     # Rows
 
     def _is_young(self, segment: Segment) -> bool:
-        return segment.writing and time.time() - segment.created <= YOUNG_SECONDS
+        return (
+            segment.writer_pid > 0 and is_running(segment.writer_pid) and time.time() - segment.created <= YOUNG_SECONDS
+        )
 
     def lost(self, segment: Segment) -> None:
         """Remove a segment whose file is gone from the index; if others continue it, they are of no use."""

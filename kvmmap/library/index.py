@@ -83,7 +83,19 @@ class Index(IndexReader):
                 "INSERT INTO segments "
                 "(name, namespace, parent, start, stop, depth, bytes, writing, ttl, created, used) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id",
-                (name, namespace, parent, start, start, depth, size, writing, ttl, now, now if used is None else used),
+                (
+                    name,
+                    namespace,
+                    parent,
+                    start,
+                    start,
+                    depth,
+                    size,
+                    os.getpid() if writing else 0,
+                    ttl,
+                    now,
+                    now if used is None else used,
+                ),
             ).fetchone()
             if found is None:
                 found = connection.execute("SELECT id FROM segments WHERE name = ?", (name,)).fetchone()
@@ -155,7 +167,9 @@ class Index(IndexReader):
     def begin_writing(self, name: str) -> bool:
         """Record that a session appends to a segment; False if it is not in the index."""
         with self.database.writing() as connection:
-            return connection.execute("UPDATE segments SET writing = 1 WHERE name = ?", (name,)).rowcount == 1
+            return (
+                connection.execute("UPDATE segments SET writing = ? WHERE name = ?", (os.getpid(), name)).rowcount == 1
+            )
 
     @recovering
     def end_writing(self, name: str, size: int) -> None:
@@ -212,8 +226,8 @@ class Index(IndexReader):
         with self.database.writing() as connection:
             return (
                 connection.execute(
-                    "UPDATE segments SET broken = ?, writing = 1 WHERE name = ? AND children = 0 AND pinned <= ?",
-                    (GOING, name, pinned),
+                    "UPDATE segments SET broken = ?, writing = ? WHERE name = ? AND children = 0 AND pinned <= ?",
+                    (GOING, os.getpid(), name, pinned),
                 ).rowcount
                 == 1
             )

@@ -162,14 +162,15 @@ class IndexReader:
     @recovering
     def written(self) -> list[Segment]:
         """Return the segments that a session has open, or had when its process died."""
-        return list(self._segments("WHERE segments.writing = 1", ()))
+        return list(self._segments("WHERE segments.writing > 0", ()))
 
     @recovering
     def oldest_leaves(self, count: int) -> list[Segment]:
-        """Return segments without children or pin, the longest unused first."""
+        """Return segments without children, pin or writer, the longest unused first."""
         return list(
             self._segments(
-                "WHERE segments.children = 0 AND segments.pinned = 0 ORDER BY segments.used, segments.id LIMIT ?",
+                "WHERE segments.children = 0 AND segments.pinned = 0 AND segments.writing = 0 "
+                "ORDER BY segments.used, segments.id LIMIT ?",
                 (count,),
             )
         )
@@ -180,7 +181,7 @@ class IndexReader:
         return list(
             self._segments(
                 "WHERE segments.ttl IS NOT NULL AND segments.used + segments.ttl < ? AND segments.children = 0 "
-                "AND segments.pinned = 0",
+                "AND segments.pinned = 0 AND segments.writing = 0",
                 (now,),
             )
         )
@@ -234,6 +235,7 @@ class IndexReader:
             namespace_id=namespace,
             token_offset=token_offset,
             checkpoints=None if checkpoints is None else tuple(json.loads(checkpoints)),
+            writer_pid=writing,
             reserved=reserved,
         )
 

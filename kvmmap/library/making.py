@@ -30,7 +30,6 @@ from .namespace import NOTES, Namespace
 from .room import Room
 from .segment import Segment, segment_path
 
-
 COPIED_POSITIONS = 8
 """Positions of a segment that are copied rather than continued, if fewer of it are shared."""
 

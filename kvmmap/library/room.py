@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Collection
 
 from ..errors import CacheLockedError, LibraryFullError
+from ..storage.process import is_running
 from . import policy
 from .contents import held, is_written
-from .index import Index
+from .index import GOING, Index
 from .policy import Choice
 from .segment import Segment
 
@@ -123,7 +124,7 @@ class Room:
             without: names of segments that have gone already.
         """
         segments = {segment.id: segment for segment in self._index.segments() if segment.name not in without}
-        leaves = [segment for segment in segments.values() if not segment.children and not segment.pinned]
+        leaves = [one for one in segments.values() if not (one.children or one.pinned or one.writing)]
         return policy.choose(
             leaves,
             need,
@@ -157,7 +158,8 @@ class Room:
             except CacheLockedError:
                 return False
             except FileNotFoundError:
-                pass  # the row goes all the same
+                if segment.writing and segment.broken != GOING and is_running(segment.writer_pid):
+                    return False  # its session is about to make the file
             if not self._index.begin_removal(segment.name, pinned=not evicting):
                 return False
             for path in (segment.path, pin_path(segment.path)):

@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 3
+VERSION = 4
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -58,9 +58,9 @@ CREATE TABLE segments (
 
 CREATE INDEX siblings ON segments (namespace, parent, start, head);
 CREATE INDEX families ON segments (parent) WHERE parent > 0;
-CREATE INDEX leaves ON segments (used) WHERE children = 0 AND pinned = 0;
+CREATE INDEX leaves ON segments (used, id) WHERE children = 0 AND pinned = 0 AND writing = 0;
 CREATE INDEX mortals ON segments (used + ttl) WHERE ttl IS NOT NULL;
-CREATE INDEX written ON segments (id) WHERE writing = 1;
+CREATE INDEX written ON segments (id) WHERE writing > 0;
 CREATE INDEX unpushed ON segments (id) WHERE pushed < stop;
 
 CREATE TABLE blocks (

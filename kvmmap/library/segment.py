@@ -93,6 +93,9 @@ class Segment:
     checkpoints: tuple[int, ...] | None
     """Lengths that a model with states can be restored at; None if every length can be."""
 
+    writer_pid: int
+    """Process that appends to it, or last did; 0 if it closed it."""
+
     reserved: int
     """Of `bytes`, those that are not on the disk yet."""
 

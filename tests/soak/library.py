@@ -15,6 +15,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ import numpy as np
 from helpers.library_support import NAMESPACE, check_consistent, check_rows, compute, prompt, text
 
 import kvmmap
+from kvmmap.library.index import GOING
 
 BUDGET = 1_500_000
 """Bytes: some ten segments."""
@@ -142,6 +144,8 @@ class LibrarySoak:
             os.kill(pid, signal.SIGKILL)
             self.reap(pid)
         committed = self.committed()
+        for name in self.going():
+            committed.pop(name, None)
         with kvmmap.Library(self.folder / "library") as library:
             report = library.check()
             if report.broken or report.busy:
@@ -160,13 +164,18 @@ class LibrarySoak:
             if library.stats().bytes > BUDGET:
                 raise SoakError(f"{library.stats().bytes:,} bytes after evicting to {BUDGET:,}")
 
+    def going(self) -> list[str]:
+        """Return the segments that were about to be evicted when a process died."""
+        with contextlib.closing(sqlite3.connect(self.folder / "library" / "index.sqlite3")) as connection:
+            return [row[0] for row in connection.execute("SELECT name FROM segments WHERE broken = ?", (GOING,))]
+
     def committed(self) -> dict[str, np.ndarray]:
         """Return what the files have committed, past the library: what must not be lost."""
         found = {}
         for path in (self.folder / "library").rglob("*.kvm"):
             with contextlib.suppress(kvmmap.FormatError), kvmmap.open(path, recover=True, record_use=False) as cache:
                 length = min(cache.seq_len, cache.token_len)
-                if length:
+                if length > getattr(cache.storage, "base", 0):  # it has positions of its own
                     found[path.stem] = cache.token_ids[:length]
         return found
 
