@@ -368,11 +368,22 @@ def test_a_source_that_dies_at_the_nth_operation_of_a_copy(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.kvm", "b.kvm"]
 
 
-def test_a_copy_that_meets_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are written by other threads: their errors are raised, and nothing is published."""
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_copy_that_meets_a_full_disk_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    """Rows are written by other threads, or copied in the kernel: errors are raised, and nothing is published."""
     make_long(tmp_path / "a.kvm", 17_000)
-    write = PosixFile.write
+    with kvmmap.open(tmp_path / "a.kvm") as cache:
+        full = cache.storage.superblock.sections[16, 1].offset  # type: ignore[attr-defined]
+        full += 8192 * cache.layers[1].geometry.slab_bytes(1)[0]
+    write, copy_from = PosixFile.write, PosixFile.copy_from
     count = itertools.count()
+
+    def fail_to_copy(self: PosixFile, source: PosixFile, start: int, at: int, size: int) -> None:
+        if at == full:
+            raise OSError(errno.ENOSPC, "no space")
+        copy_from(self, source, start, at, size)
 
     def fail(self: PosixFile, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
         if len(offsets) == 4 and next(count) == 3:
@@ -380,11 +391,11 @@ def test_a_copy_that_meets_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatc
         write(self, offsets, buffers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PosixFile, "write", fail)
+        patch.setattr(PosixFile, *(("copy_from", fail_to_copy) if verify else ("write", fail)))
         with pytest.raises(OSError, match="no space"):
-            kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm")
+            kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm", verify=verify)
     assert not (tmp_path / "b.kvm").exists()
-    assert kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm").resumed == 8192
+    assert kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm", verify=verify).resumed == 8192
     with kvmmap.open(tmp_path / "a.kvm") as original, kvmmap.open(tmp_path / "b.kvm") as copy:
         same(original, copy)
         assert copy.verify().sound
@@ -393,7 +404,11 @@ def test_a_copy_that_meets_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatc
 def test_a_failed_write_does_not_get_a_new_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy has the source's checksums, not those of the bytes in the file."""
     make_long(tmp_path / "a.kvm", 9000)
-    write = PosixFile.write
+    write, copy_from = PosixFile.write, PosixFile.copy_from
+
+    def flip_copied(self: PosixFile, source: PosixFile, start: int, at: int, size: int) -> None:
+        copy_from(self, source, start, at, size)
+        write(self, (at,), (bytes([self.read(at, 1)[0] ^ 1]),))
 
     def flip(self: PosixFile, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
         if len(offsets) == 4:
@@ -403,6 +418,7 @@ def test_a_failed_write_does_not_get_a_new_checksum(tmp_path: Path, monkeypatch:
         write(self, offsets, buffers)
 
     monkeypatch.setattr(PosixFile, "write", flip)
+    monkeypatch.setattr(PosixFile, "copy_from", flip_copied)
     with pytest.raises(kvmmap.CorruptCacheError, match="read back"):
         kvmmap.copy(tmp_path / "a.kvm", tmp_path / "b.kvm")
     assert not (tmp_path / "b.kvm").exists()

@@ -96,13 +96,13 @@ class MappedLayer(ReadOnlyLayer):
         return page_cache.scan(self._mapped.memory, self._offsets, self.geometry.slab_bytes(1), start, stop)
 
     def prefetch(self, start: int, stop: int) -> None:
-        for low, high in self._byte_ranges(start, stop):
+        for low, high in self.byte_ranges(start, stop):
             self._mapped.file.read_ahead(low, high - low)
 
     def release(self, start: int, stop: int) -> None:
-        page_cache.drop_pages(self._mapped.memory, self._byte_ranges(start, stop))
+        page_cache.drop_pages(self._mapped.memory, self.byte_ranges(start, stop))
 
-    def _byte_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+    def byte_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return the bytes of the file that hold positions [start, stop) of each slab."""
         row_bytes = self.geometry.slab_bytes(1)
         return [(at + start * row, at + stop * row) for at, row in zip(self._offsets, row_bytes, strict=True)]

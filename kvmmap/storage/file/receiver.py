@@ -9,12 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 from ...errors import CacheNotFoundError, FormatError
+from ..posix import PosixFile
 from ..protocols import Progress, Rows, VerifyReport
 from ..receiving import CopyOptions, CopyRange, Incoming, Receiver
 from ..streaming import RowStream, open_stream
 from ..temporary import partial_path
 from .placement import METADATA_ROOM, place_file, place_of, remove_file
 from .reader import MappedReader
+from .reader_layer import MappedLayer
 from .writer import MappedWriter
 from .writer_layer import WriterLayer
 
@@ -31,19 +33,29 @@ class FileReceiver(Receiver):
     Rows that the source can stream are written by the threads that receive them: each piece is hashed and written
     while it is in the processor's cache, and the whole is never in memory.
 
+    Rows of another file are copied within the kernel, and shared on the disk where the file system can. They are not
+    compared with their checksums on the way if all of them are read back and compared afterwards.
+
     Args:
         writer: of the partial file.
         incoming: what comes.
         path: where the file is to stand.
-        overwrite: replace a cache there.
+        options: of the copy.
     """
 
-    def __init__(self, writer: MappedWriter, incoming: Incoming, path: str, overwrite: bool) -> None:
+    def __init__(self, writer: MappedWriter, incoming: Incoming, path: str, options: CopyOptions) -> None:
         super().__init__(writer, incoming)
         self._writer = writer
         self._partial = writer.path
         self._path = path
-        self._overwrite = overwrite
+        self._overwrite = options.overwrite
+        source = incoming.source
+        self._file = source.file if isinstance(source, MappedReader) and not source.file.closed else None
+        """The source's file, if its rows are copied within the kernel."""
+        if not (options.verify and incoming.same_blocks and incoming.length == source.committed_len):
+            self._file = None
+        self.compares = self._file is not None
+        self._copies: dict[CopyRange, Future[None]] = {}
         self._layers = [cast(WriterLayer, layer) for layer in writer.layers]  # those without rows are not copied
         self._pool = ThreadPoolExecutor(WRITERS)
         self._streams: dict[CopyRange, RowStream] = {}
@@ -55,16 +67,33 @@ class FileReceiver(Receiver):
         """Open the partial file of an interrupted copy, or make one."""
         path = place_of(path, overwrite=options.overwrite)
         writer = _open_partial(partial_path(path, incoming.stamp), incoming)
-        return cls(writer, incoming, path, options.overwrite)
+        return cls(writer, incoming, path, options)
 
     def expect(self, part: CopyRange) -> None:
+        if self._file is not None and isinstance(part.source, MappedLayer):
+            self._copies[part] = self._pool.submit(self._copy, self._file, part.source, part)
+            return
         stream = open_stream(part.source, part.start, part.stop, self._layers[part.layer], part.position)
         if stream is None:
             super().expect(part)
         else:
             self._streams[part] = stream
 
+    def _copy(self, file: PosixFile, source: MappedLayer, part: CopyRange) -> None:
+        target = self._layers[part.layer]
+        extents = zip(
+            source.byte_ranges(part.start, part.stop),
+            target.byte_ranges(part.position, part.position + part.stop - part.start),
+            strict=True,
+        )
+        for (start, stop), (at, _) in extents:
+            self._writer.file.copy_from(file, start, at, stop - start)
+            self._writer.file.start_sync(at, stop - start)
+
     def has(self, part: CopyRange) -> bool:
+        if part in self._copies:
+            self._copies.pop(part).result()
+            return True
         stream = self._streams.get(part)
         sound = stream is not None and stream.finish()
         self._streams.pop(part, None)  # only now: until then it may have to be cancelled
@@ -105,7 +134,13 @@ class FileReceiver(Receiver):
 
     def verify(self, progress: Progress | None) -> VerifyReport:
         with contextlib.closing(MappedReader.open(self._partial)) as reader:
-            return reader.verify(progress)
+            report = reader.verify(progress)
+        if self._file is not None:
+            # Rows that were damaged before are reported as the source's.
+            for damage in report.damages:
+                if damage.layer is not None and damage.start is not None and damage.stop is not None:
+                    self.incoming.source.layers[damage.layer].rows(damage.start, damage.stop)
+        return report
 
     def place(self) -> str:
         place_file(self._partial, self._path, overwrite=self._overwrite)
@@ -118,6 +153,7 @@ class FileReceiver(Receiver):
     def _end_threads(self) -> None:
         for stream in self._streams.values():
             stream.cancel()
+        self._copies.clear()
         self._pool.shutdown(cancel_futures=True)
 
 

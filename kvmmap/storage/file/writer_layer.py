@@ -100,7 +100,7 @@ class WriterLayer(MappedLayer):
 
     def start_sync(self, start: int, stop: int) -> None:
         """Start writing stored positions to the disk, before the next commit waits for it."""
-        for low, high in self._byte_ranges(start, stop):
+        for low, high in self.byte_ranges(start, stop):
             self._mapped.file.start_sync(low, high - low)
 
     # Rows in 16 bits
