@@ -213,7 +213,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     return World(programs, token_ids(PROMPT + MORE), folder)
 
 
-@pytest.mark.parametrize("preset", ["native", "fidelity"])
+@pytest.mark.parametrize("preset", ["native", "int8"])
 @pytest.mark.parametrize(("maker", "reader"), list(itertools.product(PROGRAMS, PROGRAMS)))
 def test_each_continues_what_each_saved(maker: str, reader: str, preset: str, world: World) -> None:
     import shutil
