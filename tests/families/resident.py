@@ -9,7 +9,9 @@ import torch
 from helpers.tiny_models import past
 from transformers import DynamicCache
 
+from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import KvmmapCache
+from kvmmap.integrations.transformers.models import layer_kinds
 
 
 def check_resident(net: Any, ids: torch.Tensor, folder: Path, bound: float) -> str | None:
@@ -21,6 +23,12 @@ def check_resident(net: Any, ids: torch.Tensor, folder: Path, bound: float) -> s
         folder: where a file may be made.
         bound: how far logits may be off, in standard deviations: masks of another length are added up otherwise.
     """
+    if any(kind.index is not None or kind.valueless for kind in layer_kinds(net.config)):
+        try:
+            KvmmapCache.create(folder / "refused.kvm", net, resident="device")
+        except UnsupportedModelError:
+            return "a file is left" if (folder / "refused.kvm").exists() else None
+        return "index keys can't be resident, and it is not said"
     path = folder / "resident.kvm"
     own, last = DynamicCache(config=net.config), ids.shape[1] - 4
     with KvmmapCache.create(path, net, resident="device") as cache:
@@ -33,6 +41,8 @@ def check_resident(net: Any, ids: torch.Tensor, folder: Path, bound: float) -> s
             return "token ids are lost"
         _logits(net, ids[:, -1:], cache)
         for number, layer in enumerate(cache.layers):
+            if layer.keys is None:  # it shares another one's
+                continue
             stored = saved.layers[number].read(layer.keys.dtype)
             for tensor, rows in zip((layer.keys, layer.values), stored, strict=True):
                 if not torch.equal(tensor[:, :, : rows.shape[2]], rows):

@@ -52,7 +52,7 @@ class KvmmapCache(StoredSequence):
             wait for them. A pass attends over the new rows as they were computed.
 
     Raises:
-        UnsupportedModelError: the model keeps something else than keys and values.
+        UnsupportedModelError: the model keeps something else than keys and values, or what can't be resident.
         KvmmapError: not a model or config.
     """
 
@@ -69,6 +69,7 @@ class KvmmapCache(StoredSequence):
     ) -> None:
         check_resident(resident)
         kinds, shapes = settings(model, capacity, metadata, fingerprint, recent_window, sinks)
+        check_resident(resident, kinds)
         self._attach(None, QuantizedKvCache(**shapes), kinds, model, resident)
 
     @classmethod
@@ -101,6 +102,7 @@ class KvmmapCache(StoredSequence):
         """
         check_resident(resident)
         kinds, shapes = settings(model, capacity, metadata, fingerprint, recent_window, sinks)
+        check_resident(resident, kinds)
         stored = create(
             path,
             **shapes,
@@ -147,6 +149,7 @@ class KvmmapCache(StoredSequence):
         stored = open_cache(path, mode, durability=durability, timeout=timeout, storage_options=storage_options)
         try:
             kinds = check_stored(stored, model, fingerprint)
+            check_resident(resident, kinds)
             if mode == "a":
                 return cls._of(None, stored, kinds, model, resident)
             room = room_beside(stored) if room is None else room

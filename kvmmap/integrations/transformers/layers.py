@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from ...cache import QuantizedKvCache
-from ...errors import UnsupportedModelError
 from .indexed import IndexedLayer, IndexOnlyLayer
 from .kinds import LayerKind
 from .layer import KvmmapLayer, Pattern
@@ -37,17 +36,7 @@ def made_layers(
 
     Returns:
         The layers; all stores of rows, in the order of the caches' own; and what layers of one kind have in common.
-
-    Raises:
-        UnsupportedModelError: index keys, or latents of which no part is rotated, can't be resident on a device.
     """
-    if resident == "device" and any(kind.index is not None or kind.valueless for kind in kinds):
-        raise UnsupportedModelError(
-            "the model has layers with index keys, or latents without a rotated part, which a cache with "
-            'resident="device" can\'t keep: leave resident= out',
-            expected="host",
-            actual="device",
-        )
     patterns = {(kind.reach, kind.latent): Pattern(kind.reach, kind.latent) for kind in kinds if kind.geometry}
     layers: list[ModelLayer] = []
     rows: list[StoredRows] = []

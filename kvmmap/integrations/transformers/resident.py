@@ -6,6 +6,7 @@ to the cache behind it (`write_behind`). Attention is the model's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,11 +26,23 @@ _STEP = 256  # positions by which tensors grow at least
 _AT_ONCE = 4096  # positions that are decoded at a time
 
 
-def check_resident(resident: str) -> None:
-    """Raise KvmmapError unless it is "host" or "device"."""
+def check_resident(resident: str, kinds: Sequence[LayerKind] = ()) -> None:
+    """Refuse what layers can't be: resident on a device, or anywhere but there and on the host.
+
+    Raises:
+        KvmmapError: it is neither "host" nor "device".
+        UnsupportedModelError: some layers have index keys, or latents of which no part is rotated.
+    """
     if resident not in ("host", "device"):
         raise KvmmapError(
             f'resident must be "host" or "device", not {resident!r}', expected=("host", "device"), actual=resident
+        )
+    if resident == "device" and any(kind.index is not None or kind.valueless for kind in kinds):
+        raise UnsupportedModelError(
+            "the model has layers with index keys, or latents without a rotated part, which a cache with "
+            'resident="device" can\'t keep: leave resident= out',
+            expected="host",
+            actual=resident,
         )
 
 
