@@ -20,7 +20,7 @@ import torch
 from harness import Bar, Measured, Report, Task, arguments, measure, nothing, workspace
 from transformers import DynamicCache, QuantizedCache
 
-from kvmmap.integrations.transformers import CACHE_ARGUMENT, KvmmapCache, reuse
+from kvmmap.integrations.transformers import CACHE_ARGUMENT, KvmmapBatch, KvmmapCache, reuse
 from kvmmap.integrations.transformers.identity import weights_fingerprint
 
 HERE = Path(__file__).resolve().parent
@@ -34,11 +34,14 @@ CONTEXTS = (4000, 8000)
 RESIDENT = (1000, 8000)
 """Positions at which device-resident caches decode."""
 
+BATCH = (2000, 4)
+"""Positions of a sequence, and sequences, that a batch decodes."""
+
 STEPS = 8
 """Tokens that they decode at a time, so that rows written behind are part of what is measured."""
 
 SCORED = 2000
-PARTS = ("perplexity", "first", "decode", "resident", "memory")
+PARTS = ("perplexity", "first", "decode", "resident", "batch", "memory")
 LLAMA_CPP_LOAD_S = 0.6
 """Seconds that llama.cpp took to load its saved state of 7,900 tokens, f16, measured apart on 2 threads; beside
 ours, but without the model's identity, bench_llama_cpp.py measures it."""
@@ -91,6 +94,8 @@ def main() -> None:
         if "resident" in options.only:
             for length in RESIDENT:
                 resident(report, net, full, length, folder, options.rounds)
+        if "batch" in options.only:
+            batches(report, net, full, options.rounds)
         if "memory" in options.only:
             memory(report, saved)
     report.finish(options.json)
@@ -279,6 +284,34 @@ def resident(report: Report, net: Any, full: DynamicCache, length: int, folder: 
 def tokens(net: Any, cache: Any, count: int) -> None:
     for _ in range(count):
         one_token(net, cache)
+
+
+def batches(report: Report, net: Any, full: DynamicCache, rounds: int) -> None:
+    """A token for each of several sequences at once."""
+    kept, rows = BATCH
+    dynamic = DynamicCache(config=net.config)
+    caches = [KvmmapCache(net.config, capacity=kept + 1000) for _ in range(rows)]
+    for number, layer in enumerate(full.layers):
+        own = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+        dynamic.update(*(states.repeat(rows, 1, 1, 1) for states in own), number)
+        for cache in caches:
+            cache.update(*own, number)
+    batch = KvmmapBatch([KvmmapBatch.branches(cache, 1, room=1000).caches[0] for cache in caches])
+    KvmmapCache(net)  # hooks on the model
+    ids = torch.full((rows, 1), 5)
+
+    def step(cache: Any, attention: str) -> Task:
+        return Task(
+            name=f"{type(cache).__name__}, {rows} x {kept}",
+            run=lambda: net(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1),
+            before=lambda: net.set_attn_implementation(attention),
+        )
+
+    tasks = [step(batch, "kvmmap"), step(dynamic, "sdpa")]
+    measured = measure(tasks, rounds)
+    report.show(f"a token for each of {rows} sequences of {kept} tokens", measured, [tasks[1].name])
+    ratio = measured.ratio(tasks[0].name, tasks[1].name).median
+    report.bars.append(Bar(f"batch of {rows} at {kept}, f32, in place: to DynamicCache", 1.0, ratio, "x"))
 
 
 def pack_every(cache: QuantizedCache, tokens: int) -> None:

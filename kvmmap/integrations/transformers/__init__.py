@@ -25,6 +25,7 @@ except ImportError as error:
     ) from error
 
 from .attention import NAME as ATTENTION
+from .batch import KvmmapBatch
 from .cache import KvmmapCache
 from .from_library import Attachment, LibraryCache, Use, attach, namespace_of, open_session
 from .layer import KvmmapLayer
@@ -39,6 +40,7 @@ __all__ = [
     "ATTENTION",
     "CACHE_ARGUMENT",
     "Attachment",
+    "KvmmapBatch",
     "KvmmapCache",
     "KvmmapLayer",
     "LibraryCache",

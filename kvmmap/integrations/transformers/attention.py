@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...errors import UnsupportedModelError
+from .batch_layer import BatchLayer
 from .blocks import attend_in_blocks
 from .dispatch import attends
 from .graphs import outside_graph
@@ -71,7 +72,7 @@ def kvmmap_mask(**arguments: Any) -> torch.Tensor | None:
         plain = (
             how == "interface"
             and arguments.get("allow_is_causal_skip", True)
-            and (padding is None or bool(padding.all()))
+            and (padding is None or length.cache.leaves_padding_out or bool(padding.all()))
         )
         if length.cache.attend_in_place(arguments.get("local_size"), plain):
             return None
@@ -99,7 +100,7 @@ def kvmmap_attention(
     Args:
         module: the model's attention module.
         query: [1, num_q_heads, n, head_dim].
-        key: a `KvmmapLayer`, or [batch, num_kv_heads, m, head_dim].
+        key: a `KvmmapLayer` or a `BatchLayer`, or [batch, num_kv_heads, m, head_dim].
         value: the same layer, or [batch, num_kv_heads, m, value_head_dim].
         attention_mask: None over a layer; bool, True where a query sees a key, or numbers to add to the scores.
         dropout: probability; there must be none but over tensors without soft cap and sinks.
@@ -118,7 +119,7 @@ def kvmmap_attention(
         UnsupportedModelError: something is asked for that can't be computed here; nothing is left out silently.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    in_place = isinstance(key, KvmmapLayer)
+    in_place = isinstance(key, KvmmapLayer | BatchLayer)
     sink = sinks[..., 0] if sinks is not None else s_aux[:, None] if s_aux is not None else None
     if not hasattr(module, "indexer"):  # nobody knows what it means by a selection
         _refuse_unknown(module, {"indices": indices, "block_indices": block_indices}, _HARMLESS)
@@ -153,7 +154,8 @@ def kvmmap_attention(
             f'"{NAME}" can\'t here: model.set_attn_implementation("eager"), or "sdpa"'
         )
     if in_place:
-        return _attend_in_place(key, query, scale, softcap, sink), None
+        attend = _attend_in_place if isinstance(key, KvmmapLayer) else _attend_to_each
+        return attend(key, query, scale, softcap, sink), None
     if attention_mask is None and query.shape[2] > 1 and causal:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]  # a cache of fixed size, still empty
     elif attention_mask is None:
@@ -174,6 +176,23 @@ def _attend_in_place(
         return from_array(out[None], query)
     sink = sink.float().cpu().reshape(len(out[0]), -1).T  # [1 or n, num_q_heads]
     return _with_sink(torch.from_numpy(out), torch.from_numpy(lse), sink)[None].to(query)
+
+
+def _attend_to_each(
+    layer: BatchLayer, query: torch.Tensor, scale: float, softcap: float | None, sink: torch.Tensor | None
+) -> torch.Tensor:
+    """[batch, num_q_heads, n, head_dim] -> [batch, n, num_q_heads, value_head_dim]; zeros where there is padding."""
+    found: dict[int, torch.Tensor] = {}
+    for number, own, fed in layer.sequences():
+        mine = sink if sink is None or sink.ndim < 3 else sink[number : number + 1, :, -fed:]
+        found[number] = _attend_in_place(own, query[number : number + 1, :, -fed:], scale, softcap, mine)
+    if len(found) == len(query) and all(one.shape[1] == query.shape[2] for one in found.values()):
+        return torch.cat(list(found.values()))
+    one = next(iter(found.values()))
+    out = one.new_zeros(len(query), query.shape[2], *one.shape[2:])
+    for number, one in found.items():
+        out[number, -one.shape[1] :] = one[0]
+    return out
 
 
 def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:

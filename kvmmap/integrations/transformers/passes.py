@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from .graphs import outside_graph
-from .sequence import OneSequence
+from .sequence import WatchedCache
 from .versions import CACHE_ARGUMENT
 
 _watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -123,9 +123,9 @@ def _before_attention(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
         cache.check_mask(module, given.get("attention_mask"))
 
 
-def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> OneSequence | None:
+def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> WatchedCache | None:
     """The cache among a forward pass's arguments, under whatever name."""
-    return next((value for value in (*kwargs.values(), *args) if isinstance(value, OneSequence)), None)
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, WatchedCache)), None)
 
 
 def _parameters(model: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -144,7 +144,7 @@ def _renamed(
     Raises:
         UnsupportedModelError: the model would ignore the cache: it has no such parameter, or got another cache too.
     """
-    given = next((name for name, value in kwargs.items() if isinstance(value, OneSequence)), None)
+    given = next((name for name, value in kwargs.items() if isinstance(value, WatchedCache)), None)
     if given is None or given in parameters:
         return kwargs
     taken = next((name for name in _NAMES if name in parameters), None)

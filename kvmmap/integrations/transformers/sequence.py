@@ -1,4 +1,4 @@
-"""What of transformers' interface is about batches, for a cache that holds one sequence."""
+"""What hooks on a model expect of a cache, and what of transformers' interface is about batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from transformers.cache_utils import Cache
 from ...errors import UnsupportedModelError
 
 
-class OneSequence(Cache):
-    """A cache whose batch is one sequence, and can't become another: beam search and the like are refused."""
+class WatchedCache(Cache):
+    """A cache that hooks on a model report forward passes to."""
+
+    leaves_padding_out = False
+    """True if hidden columns of a 2-D attention mask are padding that the cache neither stores nor attends over."""
 
     def begin_pass(self, model: torch.nn.Module, given: Mapping[str, Any]) -> None:
         """Take note of what a forward pass is about to feed."""
@@ -33,6 +36,10 @@ class OneSequence(Cache):
     def attend_in_place(self, reach: int | None, plain: bool) -> bool:
         """Take note of a mask, and return whether the layers that it is for can be attended over in place."""
         raise NotImplementedError
+
+
+class OneSequence(WatchedCache):
+    """A cache whose batch is one sequence, and can't become another: beam search and the like are refused."""
 
     @property
     def batch_size(self) -> int:
@@ -55,7 +62,9 @@ class OneSequence(Cache):
             self._refuse("a selection of it")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise UnsupportedModelError(f"a KvmmapCache holds one sequence; {what} would need several")
+        raise UnsupportedModelError(
+            f"a KvmmapCache holds one sequence; {what} would need several: KvmmapBatch.branches(cache, count)"
+        )
 
 
 class MaskLength(int):
@@ -65,10 +74,10 @@ class MaskLength(int):
     learns what the mask is for. Where it is lost on the way, attention is computed from tensors.
     """
 
-    cache: OneSequence
+    cache: WatchedCache
 
     @classmethod
-    def of(cls, length: int, cache: OneSequence) -> MaskLength:
+    def of(cls, length: int, cache: WatchedCache) -> MaskLength:
         """Make one."""
         made = cls(length)
         made.cache = cache

@@ -1,0 +1,46 @@
+"""Sequences that begin with what one cache holds: the beginning is shared, and what follows is kept in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...cache import QuantizedKvCache
+from ...errors import KvmmapError
+from .cache import KvmmapCache
+from .opening import record_known, room_beside, spread
+
+
+def branch(cache: KvmmapCache, room: int | None) -> KvmmapCache:
+    """Return a cache that begins with what another one holds, without a copy of it.
+
+    Args:
+        cache: must stay open. The branch sees what it holds now.
+        room: positions to reserve for what follows; as many as a file that is only read has by default.
+
+    Raises:
+        KvmmapError: it holds positions in memory beside those of its file.
+    """
+    cache._settle()
+    beginning = cache._own if cache._saved is None else cache._saved
+    if cache._saved is not None and cache._own.seq_len:
+        raise KvmmapError(
+            f"{cache!r} holds {cache._own.seq_len} positions in memory beside those of its file: save it with "
+            "cache.save(path), and open that",
+            actual=cache._own.seq_len,
+        )
+    room = room_beside(beginning) if room is None else room
+    own = QuantizedKvCache(**spread(beginning.geometry.layers, room), model=beginning.model)
+    layers: list[Any] = cache.layers
+    made = type(cache)._of(beginning, own, [layer.kind for layer in layers], cache._model())
+    made.truncate(cache.seq_len)
+    return made
+
+
+def copy_branch(source: KvmmapCache, target: KvmmapCache) -> KvmmapCache:
+    """Let a branch hold what another branch of the same beginning holds; return it."""
+    target.truncate(0 if target._kept != source._kept else target._kept)
+    for mine, theirs in zip(target._own.layers, source._own.layers, strict=True):
+        mine.extend_quantized(*theirs.read_quantized())
+    record_known(target._own, source._own.token_ids)
+    target._length, target._regimes = source._length, [list(regime) for regime in source._regimes]
+    return target
