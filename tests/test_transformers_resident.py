@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 import kvmmap
 from kvmmap import codecs
-from kvmmap.integrations.transformers import KvmmapCache, reuse, write_behind
+from kvmmap.integrations.transformers import KvmmapCache, resident, reuse, write_behind
 from kvmmap.integrations.transformers.device_codecs import can_decode, decode, to_device
 
 pytestmark = pytest.mark.torch
@@ -72,6 +72,18 @@ def test_a_codec_of_a_user_is_decoded_on_the_host() -> None:
         name = "other"
 
     assert not can_decode(Other())
+
+
+@pytest.mark.parametrize("codec", ["int8", "int8-rotated", "int4-rotated"])
+def test_rows_in_16_bits_are_part_of_what_a_device_gets(codec: str) -> None:
+    shape = {"key_codec": codec, "value_codec": codec, "recent_window": 8, "sinks": 3}
+    cache = kvmmap.QuantizedKvCache(1, 60, 2, 16, **shape)
+    cache.extend(*(torch.randn(1, 50, 2, 16) for _ in range(2)))
+    (layer,) = cache.layers
+    for start, stop in ((0, 50), (0, 2), (1, 44), (10, 20), (45, 50), (40, 47)):
+        found = resident.decode_on_device(layer, start, stop, torch.empty(0))
+        for tensor, right in zip(found, resident.read_on_host(layer, start, stop, torch.empty(0)), strict=True):
+            assert torch.equal(tensor, right)
 
 
 # Generation

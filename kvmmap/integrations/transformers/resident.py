@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from ...errors import CapacityExceededError, KvmmapError, UnsupportedModelError
@@ -177,23 +176,45 @@ class ResidentLayer(KvmmapLayer):
 def _decoded(part: QuantizedKvLayer, start: int, stop: int, like: torch.Tensor) -> list[torch.Tensor]:
     """Keys and values of positions [start, stop), [n, num_kv_heads, dim], on a device."""
     shape = part.geometry
-    codecs = (shape.key_codec, shape.value_codec)
-    dims = (shape.head_dim, shape.value_head_dim)
-    if like.device.type == "cpu" or not all(map(can_decode, codecs)):  # the compiled core decodes faster
-        return [
-            _from_host(read, part, start, stop, dim, like) for read, dim in zip(("keys", "values"), dims, strict=True)
-        ]
-    rows = part.read_quantized(start, stop)
-    split = len(codecs[0].arrays(dims[0]))
-    return [
+    if like.device.type == "cpu" or not all(map(can_decode, (shape.key_codec, shape.value_codec))):
+        return read_on_host(part, start, stop, like)  # on a CPU the compiled core decodes faster
+    return decode_on_device(part, start, stop, like)
+
+
+def decode_on_device(part: QuantizedKvLayer, start: int, stop: int, like: torch.Tensor) -> list[torch.Tensor]:
+    """Return keys and values of positions [start, stop) as `read_on_host` does, transferred as they are stored.
+
+    Args:
+        part: a layer whose codecs are known here.
+        start, stop: positions.
+        like: a tensor of the dtype and on the device that the result shall have.
+    """
+    shape, rows = part.geometry, part.read_quantized(start, stop)
+    split = len(shape.key_codec.arrays(shape.head_dim))
+    found = [
         decode(codec, [to_device(array, like.device) for array in arrays], dim, like.dtype)
-        for codec, arrays, dim in zip(codecs, (rows[:split], rows[split:]), dims, strict=True)
+        for codec, arrays, dim in (
+            (shape.key_codec, rows[:split], shape.head_dim),
+            (shape.value_codec, rows[split:], shape.value_head_dim),
+        )
     ]
+    kept = part.recent_rows()
+    if kept is not None:  # few positions, in 16 bits besides
+        length = len(part)
+        for first, last in ((0, kept.sinks), (length - kept.window, length)):
+            first, last = max(first, start), min(last, stop)
+            if first < last:
+                for tensor, exact in zip(found, read_on_host(part, first, last, like), strict=True):
+                    tensor[first - start : last - start] = exact
+    return found
 
 
-def _from_host(kind: str, part: QuantizedKvLayer, start: int, stop: int, dim: int, like: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(stop - start, part.geometry.num_kv_heads, dim, dtype=like.dtype)
-    rows: np.ndarray[Any, Any] = as_array(host)
-    read = part.read_keys if kind == "keys" else part.read_values
-    read(start, stop, dtype=rows.dtype, out=rows)
-    return host.to(like.device)
+def read_on_host(part: QuantizedKvLayer, start: int, stop: int, like: torch.Tensor) -> list[torch.Tensor]:
+    """Return keys and values of positions [start, stop), decoded by the compiled core: [n, num_kv_heads, dim] each."""
+    shape, found = part.geometry, []
+    for read, dim in ((part.read_keys, shape.head_dim), (part.read_values, shape.value_head_dim)):
+        host = torch.empty(stop - start, shape.num_kv_heads, dim, dtype=like.dtype)
+        rows = as_array(host)
+        read(start, stop, dtype=rows.dtype, out=rows)
+        found.append(host.to(like.device))
+    return found
