@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -45,7 +45,7 @@ class KvmmapBatch(WatchedCache):
         if not caches or len({id(cache) for cache in caches}) < len(caches):
             raise KvmmapError("a batch takes one cache a sequence, at least one, and none twice", actual=len(caches))
         layers: list[list[Any]] = [cache.layers for cache in caches]
-        shapes = {tuple(layer.kind for layer in found) for found in layers}
+        shapes = {tuple(getattr(layer, "kind", None) for layer in found) for found in layers}
         if len(shapes) > 1:
             raise KvmmapError("the caches of a batch must be made for one model: their layers differ")
         self._members = Members(caches, [0] * len(caches))
@@ -232,14 +232,14 @@ class KvmmapBatch(WatchedCache):
             found["position_ids"] = own[..., -count:]
         return found
 
-    def end_pass(self, model: torch.nn.Module) -> None:
-        """Record token ids; roll back a pass that did not reach all layers of all sequences."""
+    def end_pass(self, model: torch.nn.Module, failed: bool = False) -> None:
+        """Record token ids; roll back a pass that failed, or did not reach all layers of all sequences."""
         if id(model) not in self._parts:
             return
         del self._parts[self._parts.index(id(model)) :]
         for cache, fed in zip(self._members.caches, self._members.fed, strict=True):
             if fed:
-                cache.end_pass(model)
+                cache.end_pass(model, failed)
         if self._parts:
             return
         members = list(zip(self._members.caches, self._before, self._members.fed, strict=True))
@@ -249,23 +249,23 @@ class KvmmapBatch(WatchedCache):
         for cache, before, _ in members:
             cache.truncate(min(before, cache.seq_len))
 
-    def check_mask(self, module: Any, mask: Any, *count: int) -> None:
+    def check_mask(self, module: Any, mask: Any) -> None:
         """Look at the part of an attention module's mask that is each sequence's own."""
         for number, (cache, fed) in enumerate(zip(self._members.caches, self._members.fed, strict=True)):
             if fed:
                 own = mask
                 if isinstance(mask, torch.Tensor) and mask.ndim == 4:
                     own = mask[number : number + 1, :, -fed:, -(cache.seq_len + fed) :]
-                cache.check_mask(module, own, *[fed for _ in count])
+                cache.check_mask(module, own)
 
     def check_config(self, config: Any) -> None:
         """Refuse to go on if another config made a cache."""
         for cache in self._members.caches:
             cache.check_config(config)
 
-    def attend_in_place(self, window: int | None, plain: bool) -> bool:
+    def attend_in_place(self, reach: int | None, plain: bool) -> bool:
         """As `KvmmapCache.attend_in_place`, for all sequences."""
-        found = [cache.attend_in_place(window, plain) for cache in self._members.caches]  # told to each of them
+        found = [cache.attend_in_place(reach, plain) for cache in self._members.caches]  # told to each of them
         return all(found)
 
     @outside_graph
@@ -300,6 +300,12 @@ class KvmmapBatch(WatchedCache):
         columns = self._columns + self._width
         tensors = [found[number] for number in range(len(found))]
         return _aligned([keys for keys, _ in tensors], columns), _aligned([values for _, values in tensors], columns)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> NoReturn:
+        """Refuse indexed attention: its index keys are stored for single sequences only."""
+        raise UnsupportedModelError(
+            "a KvmmapBatch does not keep index keys: generate each sequence with its own KvmmapCache"
+        )
 
     @outside_graph
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

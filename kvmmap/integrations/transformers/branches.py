@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...cache import QuantizedKvCache
 from ...errors import KvmmapError
 from .cache import KvmmapCache
@@ -30,8 +28,7 @@ def branch(cache: KvmmapCache, room: int | None) -> KvmmapCache:
         )
     room = room_beside(beginning) if room is None else room
     own = QuantizedKvCache(**spread(beginning.geometry.layers, room), model=beginning.model)
-    layers: list[Any] = cache.layers
-    made = type(cache)._of(beginning, own, [layer.kind for layer in layers], cache._model())
+    made = type(cache)._of(beginning, own, cache._kinds, cache._model())
     made.truncate(cache.seq_len)
     return made
 

@@ -59,9 +59,9 @@ class StoredRows:
     def _check_batch(self, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != 1:
             raise UnsupportedModelError(
-                f"a KvmmapCache holds one sequence, and this is a batch of {key_states.shape[0]} (several prompts, "
-                "beam search, or num_return_sequences): generate them one by one, each with its own cache; those that "
-                'start alike may each open the same file with mode="r"',
+                f"a KvmmapCache holds one sequence, and this is a batch of {key_states.shape[0]}: use "
+                "KvmmapBatch([cache, ...]) for several prompts, and KvmmapBatch.branches(cache, count) for beam search "
+                "and num_return_sequences",
                 expected=1,
                 actual=key_states.shape[0],
             )

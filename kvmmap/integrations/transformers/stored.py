@@ -372,9 +372,11 @@ class StoredSequence(OneSequence):
         self._end_patterns()
 
     def _take_back(self, length: int) -> None:
+        kept = max(length - self._kept, 0)
         if self._behind is not None:
             self._behind.drop(length)
-        self._own.truncate(max(length - self._kept, 0))
+        if self._behind is None or self._own.seq_len > kept:  # fewer are there while rows wait to be written
+            self._own.truncate(kept)
         self._kept = min(self._kept, length)
         for rows in self._rows:
             rows.cut(length, self._kept)

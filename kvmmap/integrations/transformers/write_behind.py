@@ -112,6 +112,8 @@ class WriteBehind:
         Raises:
             As `settle`.
         """
+        if self._wanted <= length:
+            return
         with self._changed:
             self._wait(lambda: not self._busy)
             self._wanted = max(min(self._wanted, length), self._written)
