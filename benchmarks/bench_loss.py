@@ -1,10 +1,11 @@
 """What each codec loses: KL divergence of SmolLM2-135M's next token from that of an f32 cache, over real texts.
 
-    python benchmarks/bench_loss.py [--tokens 1024] [--texts FILE ...]
+    python benchmarks/bench_loss.py [--tokens 1024] [--texts FILE ...] [--window 0 128] [--sinks 4]
 
-The first half of a text goes through the codec as the cache of a prompt does; the model then reads the second half with
-it. Needs what the demo needs (demo/requirements*.txt). Unless others are given, the texts are a licence, a page and
-code of Python's standard library.
+Attention goes over what a cache would store: every position through the codec and, with a window, the positions of each
+query's window and the first ones as they are kept in 16 bits (`recent_window` and `sinks` of `kvmmap.create`). Needs
+what the demo needs (demo/requirements*.txt). Unless others are given, the texts are a licence, a page and code of
+Python's standard library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from kvmmap.codecs.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "demo"))
-from model import Model, Pair, cache_of, pairs_of  # noqa: E402
+from model import Model  # noqa: E402
+from transformers import AttentionInterface  # noqa: E402
 
 
 def main() -> None:
@@ -34,24 +37,56 @@ def main() -> None:
         nargs="*",
         default=[ROOT / "LICENSE", ROOT / "docs/design.md", Path(argparse.__file__), Path(statistics.__file__)],
     )
+    parser.add_argument("--window", type=int, nargs="*", default=[0, 128], help="recent windows to try")
+    parser.add_argument("--sinks", type=int, default=4, help="sinks that go with a window")
     args = parser.parse_args()
     model = Model.load()
     pairs = {codec.name: (codec.name, codec.name) for codec in codecs.COMPILED}
     pairs |= {f"{preset} (preset)": names for preset, names in PRESETS.items() if names not in pairs.values()}
-    found: dict[str, list[float]] = {name: [] for name in pairs}
+    AttentionInterface.register("stored", attend_stored)
+    cases = {(name, window): (*names, window) for name, names in pairs.items() for window in args.window}
+    found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for path in args.texts:
         ids = model.encode(path.read_text(encoding="utf-8"))[: args.tokens]
-        half = len(ids) // 2
-        exact = pairs_of(model.prefill(ids[:half]))
-        expected = read_on(model, ids[half:], exact)
-        for name, (keys, values) in pairs.items():
-            stored = [(through(keys, k), through(values, v)) for k, v in exact]
-            found[name].append(divergence(expected, read_on(model, ids[half:], stored)))
+        model.net.set_attn_implementation("sdpa")
+        expected = read(model, ids)
+        model.net.set_attn_implementation("stored")
+        for case, (keys, values, window) in cases.items():
+            STORED.update(keys=keys, values=values, window=window, sinks=args.sinks if window else 0)
+            found[case].append(divergence(expected, read(model, ids)))
     dim = model.config.head_dim
-    print(f"{'codec':22} {'bits':>6} {'median':>9} {'worst':>9}   KL divergence from f32, {len(args.texts)} texts")
-    for name, losses in found.items():
+    print(
+        f"{'codec':22} {'window':>6} {'bits':>6} {'median':>9} {'worst':>9}   KL divergence from f32, "
+        f"{len(args.texts)} texts"
+    )
+    for (name, window), losses in found.items():
         bits = statistics.mean(codecs.by_name(part).bits_per_number(dim) for part in pairs[name])
-        print(f"{name:22} {bits:6.2f} {statistics.median(losses):9.2g} {max(losses):9.2g}")
+        print(f"{name:22} {window:6} {bits:6.2f} {statistics.median(losses):9.2g} {max(losses):9.2g}")
+
+
+STORED: dict[str, Any] = {}
+"""What `attend_stored` attends over: codecs of keys and values, window and sinks."""
+
+
+def attend_stored(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention over rows as a cache stores them, each query seeing its own window in 16 bits."""
+    heads, length = key.shape[1], key.shape[2]
+    group = query.shape[1] // heads
+    at = torch.arange(length)
+    seen = at[None] <= at[:, None]
+    kept = (at[None] > at[:, None] - STORED["window"]) | (at[None] < STORED["sinks"])
+    coded_keys, coded_values = (
+        through(STORED[name], rows[0].transpose(0, 1)).transpose(0, 1).repeat_interleave(group, 0)
+        for name, rows in (("keys", key), ("values", value))
+    )
+    exact_keys, exact_values = (rows[0].half().float().repeat_interleave(group, 0) for rows in (key, value))
+    queries = query[0] * more["scaling"]
+    scores = torch.where(kept, queries @ exact_keys.mT, queries @ coded_keys.mT)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    out = (weights * kept) @ exact_values + (weights * ~kept) @ coded_values
+    return out.transpose(0, 1)[None], None
 
 
 def through(name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -62,9 +97,11 @@ def through(name: str, rows: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(codec.decoded(arrays, numbers.shape[2]))
 
 
-def read_on(model: Model, ids: list[int], pairs: list[Pair]) -> torch.Tensor:
+@torch.inference_mode()
+def read(model: Model, ids: list[int]) -> torch.Tensor:
     """Log probabilities of every next token."""
-    return model.feed(ids, cache_of(pairs, model.config), keep=0).double().log_softmax(-1)
+    logits: torch.Tensor = model.net(torch.tensor([ids]), use_cache=False).logits[0]
+    return logits.double().log_softmax(-1)
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
@@ -28,7 +29,9 @@ from make import (  # noqa: E402
     make,
     make_child,
     make_codecs,
+    make_recent,
     make_states,
+    recent_rows,
 )
 
 
@@ -122,7 +125,30 @@ def test_a_file_that_continues_another_opens() -> None:
         assert cache.verify().sound
 
 
-WRITERS = [("v1-sketches.kvm", make), ("v1-codecs.kvm", make_codecs), ("v1-states.kvm", make_states)]
+def test_rows_in_16_bits_of_version_1_open() -> None:
+    """Whole numbers, which f16 and bfloat16 hold: those that are kept come back as they were."""
+    rows = recent_rows()
+    with kvmmap.open(GOLDEN / "v1-recent.kvm") as cache:
+        assert (cache.seq_len, cache.geometry.recent_window, cache.geometry.sinks) == (21, 8, 3)
+        for layer, keys in zip(cache.layers, rows, strict=True):
+            found = layer.read_keys()
+            np.testing.assert_array_equal(found[:3], keys[:3])
+            np.testing.assert_array_equal(found[13:20], keys[13:20])
+            np.testing.assert_array_equal(found[20], keys[20].astype(ml_dtypes.bfloat16).astype(np.float32))
+            kept = layer.recent_rows()
+            assert kept is not None
+            assert kept.num_held(21) == 11
+        report = cache.verify()
+        assert report.sound
+        assert not report.inexact
+
+
+WRITERS = [
+    ("v1-sketches.kvm", make),
+    ("v1-codecs.kvm", make_codecs),
+    ("v1-states.kvm", make_states),
+    ("v1-recent.kvm", make_recent),
+]
 WRITERS.append(("v1-parent.kvm", make_child))
 
 

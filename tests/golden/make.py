@@ -71,6 +71,37 @@ def make_codecs(path: Path) -> None:
         cache.extend(codec_rows(0), codec_rows(1), np.arange(10))
 
 
+def make_recent(path: Path) -> None:
+    """Write a file with the last and first positions in 16 bits, of both forms; the same bytes every time."""
+    with (
+        mock.patch("os.urandom", return_value=bytes(range(16))),
+        mock.patch("time.time_ns", return_value=1_700_000_000_000_000_000),
+        mock.patch("os.getpid", return_value=4242),
+        kvmmap.create(
+            path,
+            num_layers=2,
+            capacity=40,
+            num_kv_heads=2,
+            head_dim=5,
+            value_codec=["int8", "bf16"],
+            recent_window=8,
+            sinks=3,
+            metadata_room=1000,
+        ) as cache,
+    ):
+        rows = recent_rows()
+        cache.extend(rows[:, :20], -rows[:, :20])
+        cache.extend(rows[:, 20:], -rows[:, 20:])
+
+
+def recent_rows() -> np.ndarray:
+    """Rows of every layer of `make_recent`: whole numbers, the last of them beyond f16."""
+    numbers = np.arange(2 * 21 * 2 * 5, dtype=np.int64) * 7919 % 2001 - 1000
+    rows = numbers.astype(np.float32).reshape(2, 21, 2, 5)
+    rows[:, 20] *= 256
+    return rows
+
+
 def make_child(path: Path) -> None:
     """Write a file that continues `v1-sketches.kvm` in the same folder at position 259; the same bytes every time."""
     with (
@@ -144,5 +175,5 @@ def make_states(path: Path) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    makers = {"codecs": make_codecs, "states": make_states, "parent": make_child}
+    makers = {"codecs": make_codecs, "recent": make_recent, "states": make_states, "parent": make_child}
     makers.get(target.stem.partition("-")[2], make)(target)
