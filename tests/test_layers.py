@@ -60,6 +60,7 @@ FRAMEWORKS = {
     "gguf": "formats",
     "mmap": "storage",
     "sqlite3": "library",
+    "opentelemetry": "library",
 }
 """The one package that may import each of these libraries."""
 

@@ -43,6 +43,11 @@ def test_continuing_a_prefix(session: Session) -> None:
     session.run(DOCS / "howto/continue-a-prefix.md")
 
 
+def test_measuring_a_library(session: Session) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    session.run(DOCS / "howto/library-metrics.md")
+
+
 def test_a_server(session: Session) -> None:
     session.run(DOCS / "howto/server.md")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ..errors import CacheLockedError, CacheNotFoundError, ClosedError, KvmmapError, ShapeMismatchError
 from ..geometry import index as whole
@@ -21,6 +21,7 @@ from .policy import Choice
 from .remote_index import RemoteIndex
 from .room import Room, pin_path
 from .segment import Segment, StoredNamespace
+from .telemetry import instrument
 
 
 class LibraryUpkeep:
@@ -93,8 +94,28 @@ class LibraryUpkeep:
         return LibraryStats.of(size, count, self._settings.max_bytes, self._open_index.totals(), self._database.facts())
 
     def metrics(self) -> dict[str, float]:
-        """Return what this handle has counted since it was opened, by name; see `docs/library.md`."""
+        """Return what this handle has counted since it was opened, by name."""
         return self._metrics.values()
+
+    def instrument(self, meter_provider: Any = None) -> None:
+        """Register what `metrics` counts, and the library's size, as instruments of OpenTelemetry.
+
+        They are read when a reader of the provider collects, as long as the library is open; once for each handle.
+
+        Args:
+            meter_provider: OpenTelemetry's; the global one by default.
+
+        Raises:
+            MissingLibraryError: OpenTelemetry is not installed: `pip install 'kvmmap[metrics]'`.
+        """
+        self._require_open()
+        instrument(self.metrics, self._sizes, {"kvmmap.library.path": self.path}, meter_provider)
+
+    def _sizes(self) -> dict[str, float]:
+        if self._closed:
+            return {"size": 0, "segments": 0}
+        size, count = self._index.usage()
+        return {"size": size, "segments": count}
 
     def pin(self, *names: str) -> None:
         """Keep segments, and those they continue, whatever the budget. Pins survive the loss of the index.
