@@ -314,7 +314,7 @@ def test_a_store_that_dies_at_the_nth_operation_of_a_copy(
                 break
             if reached is None:  # what was to be told was that it is whole
                 continue
-            place.delete(LOCK_KEY)  # the lock of a server that can't be asked to take it back
+            place.delete(LOCK_KEY)  # the lock of a server that can't be asked to release it
             report = counting_copy(monkeypatch, first, CountingObjects(place), overwrite=overwrite)
             assert report.resumed == reached
             with kvmmap.QuantizedKvCache.of_storage(ZarrReader.open(place)) as copy:

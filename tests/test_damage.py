@@ -3,7 +3,7 @@
 Three files are looked at: one that was closed; one whose writer has died, with positions that were published and not
 committed; and the same after the machine went down. Every byte of superblock, commit records, live record and
 checksums is changed, 2,000 single bits over each whole file, and its end is cut off at every section's edge. After
-each, everything that can be read is, and compared. What may come of it is listed below, by what lies there; `python
+each, everything that can be read is, and compared. The permitted outcomes are listed below, by section; `python
 tests/test_damage.py` prints how often each did.
 
 The mutation checks leave out what this rests upon, one at a time, and must see a wrong value served.

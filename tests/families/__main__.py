@@ -1,4 +1,4 @@
-"""Try every family, and write down what came of it: `python -m families` from tests/, in a few minutes.
+"""Try every family, and record the outcome: `python -m families` from tests/, in a few minutes.
 
 Outcomes go to outcomes.json, by release of transformers, and the table in docs/transformers.md is written from it. With
 types as arguments only those are tried.

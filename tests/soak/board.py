@@ -13,7 +13,7 @@ _WORD = struct.Struct("q")
 class Board:
     """Shared memory, made before the processes are forked.
 
-    `truncations` is odd while a writer takes positions back; then `acknowledged` (positions that are certainly
+    `truncations` is odd while a writer truncates; then `acknowledged` (positions that are certainly
     published) and the cut (positions from `cut_length` on are of epochs above `cut_epoch`) change.
     """
 

@@ -177,7 +177,7 @@ class Fetch:
 
 
 class _Part(NamedTuple):
-    """What came of one array."""
+    """The outcome of one array."""
 
     digests: list[int]
     """Of the blocks that were asked for."""
