@@ -12,7 +12,7 @@ import numpy as np
 from llama_cpp.llama_cache import BaseLlamaCache
 from numpy.typing import NDArray
 
-from ...errors import CacheNotFoundError, KvmmapError, LibraryFullError
+from ...errors import CacheNotFoundError, KvmmapError
 from ...library import Library, Match, Namespace
 from ...paths import PathLike
 from .context import Context
@@ -114,9 +114,10 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
 
     def __setitem__(self, key: Sequence[int], value: Any) -> None:
         """Store what was computed: a `LlamaState`, or what the context holds."""
+        self._served()
         try:
             self._store(value)
-        except (LibraryFullError, OSError) as error:
+        except (KvmmapError, OSError) as error:
             log.warning("the conversation is not stored: %s", error)
 
     # What it does
