@@ -193,6 +193,7 @@ class LayerReader:
         dtype: DTypeLike = "float32",
         out: NDArray[Any] | None = None,
         threads: int | None = None,
+        length: int | None = None,
     ) -> NDArray[Any]:
         """Decode the keys of positions [start, stop): of each the best that is stored.
 
@@ -205,6 +206,8 @@ class LayerReader:
             dtype: "float32", "float16" or "bfloat16".
             out: where to put them, C-contiguous [stop - start, num_kv_heads, head_dim] of that dtype; new by default.
             threads: at most so many; as many as there are processors by default.
+            length: positions of the whole sequence, where others that follow are kept elsewhere: the recent window ends
+                there. By default, as many as are stored.
 
         Returns:
             [stop - start, num_kv_heads, head_dim], in C order.
@@ -215,7 +218,7 @@ class LayerReader:
             CacheChangedError: the writer truncated since the last `refresh`.
             CorruptCacheError: a block does not match its checksum (`verify` of `kvmmap.open`).
         """
-        return self._read(self._keys, start, stop, dtype, out, threads)
+        return self._read(self._keys, start, stop, dtype, out, threads, length)
 
     def read_values(
         self,
@@ -225,12 +228,13 @@ class LayerReader:
         dtype: DTypeLike = "float32",
         out: NDArray[Any] | None = None,
         threads: int | None = None,
+        length: int | None = None,
     ) -> NDArray[Any]:
         """Decode the values of positions [start, stop): [stop - start, num_kv_heads, value_head_dim].
 
         Arguments and errors are those of `read_keys`.
         """
-        return self._read(self._values, start, stop, dtype, out, threads)
+        return self._read(self._values, start, stop, dtype, out, threads, length)
 
     def _one_row(self, part: _Part, position: int, head: int) -> NDArray[np.float32]:
         row: NDArray[np.float32] = self._one_position(part, position, head)[0]
@@ -264,6 +268,7 @@ class LayerReader:
         dtype: DTypeLike,
         out: NDArray[Any] | None,
         threads: int | None,
+        length: int | None,
     ) -> NDArray[Any]:
         require_rows(self.geometry, self._number())
         version = self._store.version()
@@ -278,7 +283,8 @@ class LayerReader:
         kept = self._store.recent_rows()
         if kept is not None:
             with np.errstate(over="ignore"):  # beyond f16, as in decoding
-                kept.overlay(part.name, start, stop, self._store.length, result)
+                newest = self._store.length if length is None else max(length, self._store.length)
+                kept.overlay(part.name, start, stop, newest, result)
         self._store.validate(version)
         return result
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ...cache import QuantizedKvCache
+from ...codecs.presets import Codecs
 from ...errors import KvmmapError
 from ...files import fork
 from ...geometry import check_range
@@ -20,20 +21,20 @@ from ...storage.protocols import Durability
 from . import rope
 from .copies import in_memory, rebuilt
 from .kinds import LayerKind
-from .opening import check_stored, note_regimes, record_known, room_beside, settings, spread_like
+from .opening import Storing, check_stored, note_regimes, record_known, room_beside, settings, spread_like
 from .resident import Resident, check_resident
 from .stored import StoredSequence
 
 
 class KvmmapCache(StoredSequence):
-    """Keys and values of one sequence as int8, to be passed to a model or its `generate` as `cache`.
+    """Keys and values of one sequence, quantised, to be passed to a model or its `generate` as `cache`.
 
     transformers before 5.24 calls the argument `past_key_values`. `model.generate(input_ids, **cache.argument)` works
     with every release.
 
     `create` makes a new file, `open` goes on from one; the constructor makes a cache in memory. Everything that is
-    attended over is what is stored, int8 rows, also within the prompt that is being prefilled, so that closing and
-    reopening between two forward passes changes nothing.
+    attended over is what is stored, also within the prompt that is being prefilled, so that closing and reopening
+    between two forward passes changes nothing.
 
     With `model.set_attn_implementation("kvmmap")` attention runs over the rows where they lie; with any other, `update`
     dequantises all of them for every layer and step.
@@ -42,8 +43,9 @@ class KvmmapCache(StoredSequence):
         model: the model that will use it, or its config. With the model, its weights' fingerprint is recorded, and the
             token ids of every forward pass of it; with the config alone, neither (see `record_token_ids`).
         capacity: positions to reserve; by default as many as the model is made for.
-        recent_window: last positions to keep in 16 bits besides, as in `kvmmap.create`.
-        sinks: first positions to keep in 16 bits besides.
+        preset: how rows are stored, as in `kvmmap.create`; "int8" by default.
+        key_codec, value_codec: names of codecs; one for all layers, or one a layer; the preset's unless given.
+        recent_window, sinks: last and first positions to keep in 16 bits besides; the preset's unless given.
         metadata: plain JSON of your own.
         fingerprint: a digest of the weights, if you have one; else it is computed of all of them.
         resident: "device" keeps keys and values as tensors on the device that the model runs on, in its dtype, as
@@ -61,14 +63,20 @@ class KvmmapCache(StoredSequence):
         model: Any,
         capacity: int | None = None,
         *,
-        recent_window: int = 0,
-        sinks: int = 0,
+        preset: str | None = None,
+        key_codec: Codecs | None = None,
+        value_codec: Codecs | None = None,
+        recent_window: int | None = None,
+        sinks: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         resident: Resident = "host",
     ) -> None:
         check_resident(resident)
-        kinds, shapes = settings(model, capacity, metadata, fingerprint, recent_window, sinks)
+        storing = Storing(
+            preset=preset, key_codec=key_codec, value_codec=value_codec, recent_window=recent_window, sinks=sinks
+        )
+        kinds, shapes = settings(model, capacity, metadata, fingerprint, storing)
         check_resident(resident, kinds)
         self._attach(None, QuantizedKvCache(**shapes), kinds, model, resident)
 
@@ -79,8 +87,11 @@ class KvmmapCache(StoredSequence):
         model: Any,
         *,
         capacity: int | None = None,
-        recent_window: int = 0,
-        sinks: int = 0,
+        preset: str | None = None,
+        key_codec: Codecs | None = None,
+        value_codec: Codecs | None = None,
+        recent_window: int | None = None,
+        sinks: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         resident: Resident = "host",
@@ -93,7 +104,8 @@ class KvmmapCache(StoredSequence):
 
         Args:
             path: where; what ends with ".zarr" is a group in a directory, a URL one in an object store.
-            model, capacity, recent_window, sinks, metadata, fingerprint, resident: as in the constructor.
+            model, capacity, preset, key_codec, value_codec, recent_window, sinks: as in the constructor.
+            metadata, fingerprint, resident: likewise.
             durability, overwrite, timeout, storage_options: as in `kvmmap.create`.
 
         Raises:
@@ -101,7 +113,10 @@ class KvmmapCache(StoredSequence):
             CacheExistsError, CacheNotFoundError, CacheLockedError, OSError: as in `kvmmap.create`.
         """
         check_resident(resident)
-        kinds, shapes = settings(model, capacity, metadata, fingerprint, recent_window, sinks)
+        storing = Storing(
+            preset=preset, key_codec=key_codec, value_codec=value_codec, recent_window=recent_window, sinks=sinks
+        )
+        kinds, shapes = settings(model, capacity, metadata, fingerprint, storing)
         check_resident(resident, kinds)
         stored = create(
             path,
@@ -214,6 +229,8 @@ class KvmmapCache(StoredSequence):
         capacity = self.capacity if capacity is None else capacity
         if source.path is not None and os.path.isfile(source.path) and place_of(path).file_path is not None:
             held = self._length if self._saved is None else self._kept
+            for store in self._own.storage.layers:
+                store.save_recent()  # what is in memory alone would not be in the copy
             made = fork(source.path, path, length=min(held, length), capacity=capacity)
         else:
             shapes = spread_like(source, capacity)

@@ -6,14 +6,16 @@ Between `models` and `identity`, which know configs and weights, and `kvmmap`'s 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
+from ...codecs.presets import Codecs, chosen_codecs, chosen_recent
 from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
-from ...geometry import LayerGeometry
+from ...geometry import LayerGeometry, one_a_layer
 from .identity import check_same, config_of, describe
 from .kinds import LayerKind, as_notes, from_notes, store_geometries
 from .models import layer_kinds, max_positions
@@ -28,13 +30,27 @@ MOST_ROOM = 32_768
 """Positions at most for which memory is reserved unasked beside a file that is only read."""
 
 
+DEFAULT_PRESET = "int8"
+"""How rows are stored where the caller says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storing:
+    """How the caller of `KvmmapCache` wants rows to be stored; None where nothing was said."""
+
+    preset: str | None = None
+    key_codec: Codecs | None = None
+    value_codec: Codecs | None = None
+    recent_window: int | None = None
+    sinks: int | None = None
+
+
 def settings(
     model: Any,
     capacity: int | None,
     metadata: Mapping[str, Any] | None,
     fingerprint: str | None,
-    recent_window: int = 0,
-    sinks: int = 0,
+    storing: Storing,
 ) -> tuple[list[LayerKind], dict[str, Any]]:
     """Return a model's layers, and the arguments to make a cache for it with."""
     config = config_of(model)
@@ -47,7 +63,13 @@ def settings(
         **as_notes(kinds),
         "max_positions": max_positions(config),
     }
-    shapes = spread(store_geometries(kinds), capacity, recent_window, sinks)
+    preset = storing.preset or DEFAULT_PRESET
+    window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
+    shapes = spread(store_geometries(kinds), capacity, window, first)
+    own = sum(kind.geometry is not None for kind in kinds)
+    keys, values = chosen_codecs(preset, storing.key_codec, storing.value_codec)
+    for name, chosen in (("key_codec", keys), ("value_codec", values)):
+        shapes[name][:own] = one_a_layer(chosen, own, name)  # rows of indexes, which follow, have their own
     return kinds, shapes | {"metadata": own_notes(metadata or {}) | {NOTES: notes}, "model": info}
 
 

@@ -75,8 +75,9 @@ class StoredRows:
         done = 0
         for part, first, stop in self.parts(0, len(self)):
             place = slice(done, done + stop - first)
-            part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place])
-            part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place])
+            length = len(self) if part is self.saved else None  # where the recent window ends
+            part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place], length=length)
+            part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place], length=length)
             done = place.stop
         if self.chunk is not None:  # what some query of these sees in 16 bits, all do: tensors are the same for all
             held = len(self.own)
