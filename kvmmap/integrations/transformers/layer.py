@@ -149,10 +149,11 @@ class KvmmapLayer(StoredRows, CacheLayerMixin):
         """Attend with queries from position `first` on to positions from `oldest` on."""
         kept, stop = self.kept, first + len(queries)
         options |= {"query_start": first - kept, "positions": (max(oldest - kept, 0), stop - kept)}
-        own = self.own.attend(queries, return_lse=True, chunk=self.chunk, **options)
+        options["chunk"] = self.chunk
+        own = self.own.attend(queries, return_lse=True, **options)
         if self.saved is None or oldest >= kept:
             return own
-        options |= {"query_start": first, "positions": (oldest, kept)}
+        options |= {"query_start": first, "positions": (oldest, kept), "chunk": None}
         before = self.saved.attend(queries, return_lse=True, **options)
         return merge_attention([before[0], own[0]], [before[1], own[1]])
 

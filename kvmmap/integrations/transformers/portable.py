@@ -28,15 +28,15 @@ def portable_id_of(model: torch.nn.Module) -> str:
     theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     layers = getattr(body_of(model), "layers", ())
     norms = [getattr(getattr(layer, "input_layernorm", None), "weight", None) for layer in layers]
-    kinds = layer_kinds(config)
-    if theta is None or len(norms) != len(kinds) or not all(isinstance(norm, torch.Tensor) for norm in norms):
+    shapes = [kind.geometry for kind in layer_kinds(config) if kind.geometry is not None]
+    if theta is None or len(norms) != len(shapes) or not all(isinstance(norm, torch.Tensor) for norm in norms):
         raise UnsupportedModelError(
             f"a {type(model).__name__} has no portable id that can be computed: give portable_id= one of your own, "
             "the same "
             "in all programs"
         )
     found = MemberFacts(
-        layers=tuple(kind.geometry for kind in kinds),
+        layers=tuple(shapes),
         rope_theta=float(theta),
         norms=tuple(np.asarray(norm.detach().float().cpu()) for norm in norms if norm is not None),
     ).portable_id()
