@@ -159,6 +159,22 @@ class MemoryMachine(CacheMachine):
     in_memory = True
 
 
+class RecentMachine(CacheMachine):
+    """The same over a file that keeps some rows in 16 bits, where whole numbers are exact."""
+
+    def make(self) -> kvmmap.QuantizedKvCache:
+        shape = {"num_layers": LAYERS, "capacity": CAPACITY, "num_kv_heads": HEADS, "head_dim": DIM}
+        return kvmmap.create(self.path, **shape, recent_window=20, sinks=3)
+
+    def compare(self, cache: kvmmap.QuantizedKvCache) -> None:
+        super().compare(cache)
+        for layer, keys in zip(cache.layers, np.stack(self.keys, axis=1) if self.keys else (), strict=False):
+            found = layer.read_keys(0, len(keys))
+            coded = kvmmap.dequantize_rows(*kvmmap.quantize_rows(keys))
+            exact = (found == keys).all(axis=(1, 2))
+            assert (exact | (found == coded).all(axis=(1, 2))).all()
+
+
 class ZarrMachine(CacheMachine):
     """The same over a Zarr group, whose shards are as short as they can be."""
 
@@ -171,8 +187,10 @@ class ZarrMachine(CacheMachine):
 
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+RecentMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 MemoryMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 ZarrMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestFile = CacheMachine.TestCase
 TestMemory = MemoryMachine.TestCase
+TestRecent = RecentMachine.TestCase
 TestZarr = ZarrMachine.TestCase
