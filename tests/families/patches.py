@@ -106,7 +106,19 @@ PATCHES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 32},
     },
-    "bamba": {"mamba_n_heads": 8, "mamba_d_state": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 3},
+    "falcon_h1": {
+        "mamba_n_heads": 8,
+        "mamba_d_ssm": 64,
+        "mamba_d_state": 16,
+        **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"), 1.0),
+    },
+    **{kind: {"layer_types": _LINEAR} for kind in ("kimi_linear", "bailing_hybrid", "olmo_hybrid")},
+    **{kind: {"layer_types": _LINEAR} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
+    **{kind: {"text_config": {"layer_types": _LINEAR}} for kind in ("qwen3_5", "qwen3_5_moe")},
+    **{kind: {"text_config": {"layer_types": _LINEAR}} for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    "qwen3_next": {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention", "conv"]}},
@@ -132,7 +144,7 @@ PATCHES: dict[str, dict[str, Any]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         }
     },
-    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"]},
+    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1]},
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full"]},
     "hy_v4": {"indexer_types": ["full", "shared", "full"]},
     "mistral_large4": {
@@ -178,6 +190,8 @@ PATCHES: dict[str, dict[str, Any]] = {
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
     },
     "glm5_next": {"text_config": {**_MHA, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": _LINEAR}},
     "dots3_note": {

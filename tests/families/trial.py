@@ -19,6 +19,7 @@ from families.resident import check_resident
 from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
 from kvmmap.integrations.transformers.dispatch import attends
+from kvmmap.integrations.transformers.states import SINGLE_TOKENS
 
 BOUND = 0.02
 """How far logits may be off, in standard deviations of them: sums in another order push numbers over a code's edge."""
@@ -83,8 +84,10 @@ def trial(kind: str, folder: Path) -> Outcome:
     _check_alive(kind, net, references["generation"])
     outcome.supported = True
     _check_stages(kind, net, references, folder / "native")
+    if has_states(net):
+        check_states_refusals(kind, net)
     with _own_errors(kind, "device-resident"):
-        if wrong := check_resident(net, prompt(30), folder, BOUND):
+        if not has_states(net) and (wrong := check_resident(net, prompt(30), folder, BOUND)):
             raise WrongError(f"{kind}: device-resident: {wrong}")
     net.set_attn_implementation(ATTENTION)
     if net.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
@@ -112,7 +115,7 @@ def _failed(reference: Any) -> bool:
 
 
 def _why_tensors(net: Any) -> str:
-    if any(layer.kind.latent for layer in KvmmapCache(net).layers):
+    if any(isinstance(layer, KvmmapLayer) and layer.kind.latent for layer in KvmmapCache(net).layers):
         return "its rows are latents, which become keys and values after the cache"
     how = attends(net.config.get_text_config(decoder=True))
     if how == "own":
@@ -151,6 +154,39 @@ def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -
     return result.sequences, torch.cat([step.reshape(1, -1) for step in result.logits])
 
 
+WITHOUT_STATES = ("prompt lookup",)
+"""What is refused for models with states."""
+
+
+def has_states(net: Any) -> bool:
+    """Whether a model keeps states besides rows, or in place of them."""
+    return bool(KvmmapCache(net, 8).checkpoint_bytes)
+
+
+def takes_one(net: Any) -> bool:
+    """Whether a model drops its states when a pass of several tokens continues a sequence."""
+    return net.config.get_text_config(decoder=True).model_type in SINGLE_TOKENS
+
+
+def check_states_refusals(kind: str, net: Any) -> None:
+    """What can't be done with states is refused by kvmmap's own error."""
+    cache = KvmmapCache(net)
+    net(input_ids=prompt(5), use_cache=True, **past(cache))
+    refused: dict[str, Callable[[], Any]] = {
+        "crop": lambda: cache.crop(-1),
+        "device": lambda: KvmmapCache(net, resident="device"),
+        "config": lambda: KvmmapCache(net.config),
+    }
+    if takes_one(net):
+        refused["several tokens"] = lambda: net(input_ids=prompt(2), use_cache=True, **past(cache))
+    for what, act in refused.items():
+        try:
+            act()
+        except UnsupportedModelError:
+            continue
+        raise WrongError(f"{kind}: {what} is not refused")
+
+
 STAGES: dict[str, Callable[[Any, Any], Any]] = {
     "generation": lambda net, cache: generate(net, prompt(30), cache, 8),
     "chunked prefill": lambda net, cache: generate(net, prompt(30), cache, 4, prefill_chunk_size=7),
@@ -173,14 +209,18 @@ def _references(net: Any) -> dict[str, Any]:
 
 def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path) -> None:
     folder.mkdir()
+    left_out = WITHOUT_STATES if has_states(net) else ()
     for stage in ("generation", "chunked prefill", "prompt lookup"):
-        if not _failed(references[stage]):
+        if not _failed(references[stage]) and stage not in left_out and not (stage[0] == "c" and takes_one(net)):
             with _own_errors(kind, stage):
                 _check(kind, stage, STAGES[stage](net, KvmmapCache(net)), references[stage])
     path = folder / "cache.kvm"
     with _own_errors(kind, "reopening"):
         _check(kind, "reopening", _reopened(net, path), references["generation"])
-    if not _failed(references["chunked prefill"]):  # a model that takes one token a pass can't continue a prefix
+    if has_states(net):
+        with _own_errors(kind, "prefix"):
+            _check(kind, "prefix", from_a_checkpoint(kind, net, path), references["prefix"])
+    elif not _failed(references["chunked prefill"]):  # a model that takes one token a pass can't continue a prefix
         with _own_errors(kind, "prefix"), KvmmapCache.open(path, net) as cache:
             if reuse(cache, BRANCH) != 20:
                 raise WrongError(f"{kind}: 20 tokens agree, and reuse does not say so")
@@ -196,6 +236,25 @@ def _reopened(net: Any, path: Path) -> Any:
     with KvmmapCache.open(path, net) as cache:
         tokens, third = generate(net, tokens, cache, 2)
     return tokens, torch.cat([first, second, third])
+
+
+def from_a_checkpoint(kind: str, net: Any, path: Path) -> Any:
+    """Continue with another prompt from where the states were kept, or from the start."""
+    with KvmmapCache.open(path, net) as cache:
+        positions = [one.position for one in cache.checkpoints]
+        if 30 not in positions or cache.seq_len not in positions:
+            raise WrongError(f"{kind}: checkpoints at {positions}, and not at the prompt's end and where it was closed")
+        if reuse(cache, BRANCH) != 0:
+            raise WrongError(f"{kind}: positions are reused whose states are not kept")
+        if takes_one(net):
+            return generate(net, BRANCH, cache, 3)
+    with KvmmapCache(net) as cache:
+        net(input_ids=prompt(30)[:, :20], use_cache=True, **past(cache))
+        cache.checkpoint()
+        net(input_ids=prompt(30)[:, 20:], use_cache=True, **past(cache))
+        if reuse(cache, BRANCH) != 20 or cache.seq_len != 20:
+            raise WrongError(f"{kind}: 20 tokens agree, there is a checkpoint, and reuse does not say so")
+        return generate(net, BRANCH, cache, 3)
 
 
 # What must hold

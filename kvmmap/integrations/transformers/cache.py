@@ -204,7 +204,7 @@ class KvmmapCache(StoredSequence):
             CacheExistsError, CacheNotFoundError, CapacityExceededError, CacheChangedError, OSError: as in `save`.
         """
         _, length = check_range(0, self._length if length is None else length, self._length)
-        self._copy(path, length, capacity)
+        self._copy(path, self.restorable(length), capacity)
         resident: Resident = "host" if self._behind is None else "device"
         return self._of(None, open_cache(path, "a"), self._kinds, self._model(), resident)
 
@@ -225,6 +225,7 @@ class KvmmapCache(StoredSequence):
 
     def _copy(self, path: str | os.PathLike[str], length: int, capacity: int | None) -> None:
         self._settle()
+        self.checkpoint()
         source = self._source
         capacity = self.capacity if capacity is None else capacity
         if source.path is not None and os.path.isfile(source.path) and place_of(path).file_path is not None:
@@ -238,16 +239,27 @@ class KvmmapCache(StoredSequence):
         try:
             with made:
                 done = made.seq_len
-                for rows, copy in zip(self._rows, made.layers, strict=True):
+                for rows, number in zip(self._rows, made.geometry.row_layers, strict=True):
                     for part, start, stop in rows.parts(done, length):
                         # Views: they raise if the file does not hold any more what it did when it was opened.
-                        copy.extend_from(part, start, stop)
+                        made.layers[number].extend_from(part, start, stop)
+                self._copy_checkpoints(made, length)
                 record_known(made, self.token_ids[:length])
                 if self._rope is not None:
                     note_regimes(made, rope.cut(self._regimes, length))
         except BaseException:
             remove(path)
             raise
+
+    def _copy_checkpoints(self, made: QuantizedKvCache, length: int) -> None:
+        """Copy the checkpoints up to a length that the copy lacks."""
+        target = made.storage.checkpoints
+        present = {one.position for one in target.all()}
+        for one in self.checkpoints:
+            if one.position <= length and one.position not in present:
+                held, shift = (self._own, self._kept) if one.position > self._kept else (self._source, 0)
+                target.write(one.position, list(held.read_states(one.position - shift).values()))
+                target.name_staged(pin=one.pinned)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy or pickle a cache in memory.
@@ -261,6 +273,7 @@ class KvmmapCache(StoredSequence):
                 'file, and KvmmapCache.open(path, model, mode="r") opens it in as many processes as you like'
             )
         self._settle()
+        self.checkpoint()
         return rebuilt, (type(self), in_memory(self._own), self._kinds, self._told[: self._length])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -275,6 +288,7 @@ class KvmmapCache(StoredSequence):
     def flush(self) -> None:
         """Make what was appended survive power loss. Nothing to do in memory, or with mode="r"."""
         self._settle()
+        self.checkpoint()
         self._own.flush()
 
     def close(self) -> None:
@@ -282,6 +296,8 @@ class KvmmapCache(StoredSequence):
         try:
             if self._behind is not None:
                 self._behind.stop()
+            if self._saved is None and self.path is not None and not self._own.closed:
+                self.checkpoint()
         finally:
             for cache in (self._own, self._saved):
                 if cache is not None:

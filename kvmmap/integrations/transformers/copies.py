@@ -24,6 +24,7 @@ def in_memory(cache: QuantizedKvCache) -> dict[str, Any]:
         "rows": [[array.copy() for array in layer.read_quantized(0, length)] for layer in cache.layers],
         "recent": [layer.recent_rows() for layer in cache.layers],
         "token_ids": cache.token_ids[:length],
+        "checkpoints": [(*one, list(cache.read_states(one.position).values())) for one in cache.checkpoints],
     }
 
 
@@ -41,10 +42,14 @@ def rebuilt(
     """
     own = QuantizedKvCache(**held["shapes"])
     for layer, rows in zip(own.layers, held["rows"], strict=True):
-        layer.extend_quantized(*rows)
+        if layer.geometry.has_rows:
+            layer.extend_quantized(*rows)
     for store, kept in zip(own.storage.layers, held["recent"], strict=True):
         if kept is not None:
             store.take_recent(kept, 0, store.length)
+    for position, pinned, states in held["checkpoints"]:
+        own.storage.checkpoints.write(position, states)
+        own.storage.checkpoints.name_staged(pin=pinned)
     record_known(own, held["token_ids"])
     made = kind._of(None, own, kinds, model)
     made.record_token_ids(told) if len(told) else None

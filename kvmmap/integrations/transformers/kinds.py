@@ -1,8 +1,9 @@
 """What the layers of a model keep for each position, and which positions they see: their kinds.
 
 Rows lie in *stores*, and these are what a file calls layers: first one for each layer of the model that has keys and
-values of its own, then one for each that has index keys. A layer that shares another one's has none. Pure: knows no
-models, tensors or files.
+values of its own, then one for each that has index keys. A layer that shares another one's has none; but where some
+layer has states, each has a store, which may be one without rows, so that states belong to the layer of their number.
+Pure: knows no models, tensors or files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class LayerKind:
     """One layer of a model, as its cache sees it."""
 
     geometry: LayerGeometry | None
-    """The shape of its rows; None: it uses another layer's keys and values, and keeps none of its own."""
+    """The shape of its rows; None: it keeps none of its own, as it uses another layer's, or has states alone."""
 
     window: int | None
     """Positions that a query sees, its own among them; None: all."""
@@ -32,6 +33,9 @@ class LayerKind:
 
     index: LayerGeometry | None = None
     """The shape of its index keys, which select the positions that are attended to; None: it has none."""
+
+    states: int = 0
+    """States of fixed size that it keeps, as transformers counts them: a convolution's and a recurrent one are one."""
 
     valueless: bool = False
     """True if rows of values have no numbers (latents without a rotated part): a store keeps a zero in their place."""
@@ -47,10 +51,29 @@ def index_geometry(dim: int, codec: Any) -> LayerGeometry:
     return LayerGeometry(1, dim - dim // 2, dim // 2, codec, codec)
 
 
+_NO_ROWS = LayerGeometry(0, 0, 0)
+
+
+def has_states(kinds: Iterable[LayerKind]) -> bool:
+    """True if a layer keeps states."""
+    return any(kind.states for kind in kinds)
+
+
+def store_numbers(kinds: Sequence[LayerKind]) -> list[int | None]:
+    """Return the number of the store of each layer's keys and values; None for a layer that has none."""
+    found: list[int | None] = []
+    for number, kind in enumerate(kinds):
+        before = number if has_states(kinds) else sum(one is not None for one in found)
+        found.append(None if kind.geometry is None else before)
+    return found
+
+
 def store_geometries(kinds: Iterable[LayerKind]) -> list[LayerGeometry]:
     """Return the shapes of all stores of rows, in the order in which a file has them."""
     kinds = list(kinds)
     own = [kind.geometry for kind in kinds if kind.geometry is not None]
+    if has_states(kinds):
+        own = [kind.geometry or _NO_ROWS for kind in kinds]
     return own + [kind.index for kind in kinds if kind.index is not None]
 
 
@@ -66,6 +89,8 @@ def as_notes(kinds: Sequence[LayerKind]) -> dict[str, list[Any]]:
         notes["shared"] = [kind.geometry is None for kind in kinds]
     if any(kind.index is not None for kind in kinds):
         notes["indexed"] = [kind.index is not None for kind in kinds]
+    if has_states(kinds):
+        notes["states"] = [kind.states for kind in kinds]
     if any(kind.valueless for kind in kinds):
         notes["valueless"] = [kind.valueless for kind in kinds]
     return notes
@@ -82,7 +107,11 @@ def from_notes(notes: Mapping[str, Any], stores: Sequence[LayerGeometry]) -> lis
     shared, indexed, valueless = (notes.get(name, [False] * count) for name in ("shared", "indexed", "valueless"))
     chunks = notes.get("chunks", [None] * count)
     left = iter(stores)
-    own = [None if share else next(left) for share in shared]
+    states = notes.get("states", [0] * count)
+    if any(states):
+        own = [store if store.has_rows else None for store, _ in zip(left, range(count), strict=False)]
+    else:
+        own = [None if share else next(left) for share in shared]
     return [
         LayerKind(
             geometry=own[number],
@@ -90,6 +119,7 @@ def from_notes(notes: Mapping[str, Any], stores: Sequence[LayerGeometry]) -> lis
             latent=notes["latent"][number],
             chunk=chunks[number],
             index=next(left) if indexed[number] else None,
+            states=states[number],
             valueless=valueless[number],
         )
         for number in range(count)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from transformers.cache_utils import LinearAttentionLayer
+
 from ...cache import QuantizedKvCache
+from ...errors import UnsupportedModelError
 from .indexed import IndexedLayer, IndexOnlyLayer
-from .kinds import LayerKind
+from .kinds import LayerKind, store_numbers
 from .layer import KvmmapLayer, Pattern
 from .resident import Resident, ResidentLayer
 from .rows import IndexRows, StoredRows
 from .shared import SharedLayer
+from .state_layers import KvmmapHybridLayer
 
-ModelLayer: TypeAlias = KvmmapLayer | SharedLayer
+ModelLayer: TypeAlias = KvmmapLayer | SharedLayer | LinearAttentionLayer
 
 
 def made_layers(
@@ -36,23 +40,36 @@ def made_layers(
 
     Returns:
         The layers; all stores of rows, in the order of the caches' own; and what layers of one kind have in common.
+
+    Raises:
+        UnsupportedModelError: states can't be resident on a device.
     """
+    if resident == "device" and own.states:
+        raise UnsupportedModelError(
+            'a cache with states can\'t be resident="device": leave resident= out', expected="host", actual="device"
+        )
     patterns = {(kind.reach, kind.latent): Pattern(kind.reach, kind.latent) for kind in kinds if kind.geometry}
     layers: list[ModelLayer] = []
     rows: list[StoredRows] = []
-    for kind in kinds:
-        if kind.geometry is None:
+    for kind, number in zip(kinds, store_numbers(kinds), strict=True):
+        if kind.states and number is None:
+            layers.append(LinearAttentionLayer(kind.states))
+            continue
+        if kind.geometry is None or number is None:
             layers.append(SharedLayer(kind) if kind.index is None else IndexOnlyLayer(kind))
             continue
-        number = len(rows)
         kept_rows = None if saved is None else saved.layers[number]
         cls = ResidentLayer if resident == "device" else KvmmapLayer if kind.index is None else IndexedLayer
+        if kind.states:
+            cls = KvmmapHybridLayer
         made = cls(kind, patterns[kind.reach, kind.latent], kept_rows, own.layers[number], kept)
         layers.append(made)
         rows.append(made)
+    indexed = 0
     for layer in layers:
         if isinstance(layer, IndexedLayer | IndexOnlyLayer):
-            number = len(rows)
+            number = len(own.geometry.layers) - sum(kind.index is not None for kind in kinds) + indexed
+            indexed += 1
             layer.index = IndexRows(None if saved is None else saved.layers[number], own.layers[number], kept)
             layer.appended = appended
             rows.append(layer.index)

@@ -5,6 +5,7 @@ Pure: reads configs, refuses by name what can't be kept as rows of keys and valu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -13,12 +14,14 @@ from ...codecs.float16 import BF16, F16
 from ...errors import UnsupportedModelError
 from ...geometry import LayerGeometry
 from .dispatch import masks_windows, source_known
-from .kinds import LayerKind, index_geometry
+from .kinds import LayerKind, has_states, index_geometry
 
-_WINDOWED = ("sliding_attention",)
+_WINDOWED = ("sliding_attention", "hybrid_sliding")
 _CHUNKED = ("chunked_attention",)
 _INDEXED = ("indexed_attention", "minimax_m3_sparse")
-_KEPT = ("full_attention", *_WINDOWED, *_CHUNKED, *_INDEXED)
+_STATES_ALONE = ("linear_attention", "conv")
+_WITH_STATES = (*_STATES_ALONE, "hybrid", "hybrid_sliding")
+_KEPT = ("full_attention", "hybrid", *_WINDOWED, *_CHUNKED, *_INDEXED)
 
 _SHARED = "dummy"
 _EMPTY = ("moe", "mlp")
@@ -36,6 +39,7 @@ _REFUSED = {
     "diffusion_gemma": "generates blocks of tokens by denoising, attending in both directions",
     "evolla": _CROSS,
     "idefics": _CROSS,
+    "minimax": "keeps its states in a cache of a class of its own, and not in the cache's layers",
     "kosmos-2": _UNNAMED,
     "kosmos-2.5": _UNNAMED,
     "musicgen_decoder": _CODEBOOKS,
@@ -109,13 +113,20 @@ def _layer_kinds(config: Any) -> list[LayerKind]:
         )
     if getattr(config, "num_hidden_layers", None) is None:
         raise UnsupportedModelError(f"{name} has no decoder layers of its own to keep keys and values of", actual=name)
-    types, _ = get_layer_types_and_kwargs(config)
+    types, arguments = get_layer_types_and_kwargs(config)
     if len(types) < config.num_hidden_layers and getattr(config, "num_kv_shared_layers", None):
         types = types + [_SHARED] * config.num_kv_shared_layers  # transformers before 5.23 leaves them out
     if len(types) != config.num_hidden_layers:
         raise UnsupportedModelError(f"{name} names {len(types)} kinds of layers for {config.num_hidden_layers} layers")
     layers = list(config.per_layer_config)
     kinds = [_kind(config, number, kind, layers[number]) for number, kind in enumerate(types)]
+    for number, kind in enumerate(types):
+        if kind in _WITH_STATES:
+            kinds[number] = replace(kinds[number], states=arguments[number].get("number_of_states", 1))
+    if has_states(kinds) and all(kind.geometry is None for kind in kinds):
+        raise UnsupportedModelError(
+            f"{name} keeps states alone, and no keys and values: positions are counted in rows of these", actual=name
+        )
     if all(kind.geometry is None for kind in kinds):
         raise UnsupportedModelError(f"{name} keeps nothing of its own: all layers use another model's keys and values")
     return kinds + _repeated(config, kinds)
@@ -129,6 +140,8 @@ def _sees_ahead(config: Any) -> bool:
 
 def _kind(whole: Any, number: int, kind: str, config: Any) -> LayerKind:
     model = whole.model_type
+    if kind in _STATES_ALONE:
+        return LayerKind(geometry=None, window=None, latent=False)
     shares = kind == _SHARED
     if shares:  # its mask is that of the layer it shares with
         own = getattr(whole, "layer_types", None)

@@ -6,7 +6,7 @@ Between `models` and `identity`, which know configs and weights, and `kvmmap`'s 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from ...cache import QuantizedKvCache
 from ...codecs.presets import Codecs, chosen_codecs, chosen_recent
 from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
 from ...geometry import LayerGeometry, one_a_layer
+from ...state_spec import StateSpec
 from .identity import check_same, config_of, describe
-from .kinds import LayerKind, as_notes, from_notes, store_geometries
+from .kinds import LayerKind, as_notes, from_notes, has_states, store_geometries
 from .models import layer_kinds, max_positions
+from .probe import find_states
 
 NOTES = "transformers"
 """Key in a cache's metadata under which is what this integration records."""
@@ -55,6 +57,9 @@ def settings(
     """Return a model's layers, and the arguments to make a cache for it with."""
     config = config_of(model)
     kinds = layer_kinds(config)
+    states: tuple[StateSpec, ...] = ()
+    if has_states(kinds):
+        kinds, states = find_states(model)
     if capacity is None:
         capacity = max_positions(config) or DEFAULT_CAPACITY
     info, facts = describe(model, fingerprint)
@@ -65,8 +70,8 @@ def settings(
     }
     preset = storing.preset or DEFAULT_PRESET
     window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
-    shapes = spread(store_geometries(kinds), capacity, window, first)
-    own = sum(kind.geometry is not None for kind in kinds)
+    shapes = spread(store_geometries(kinds), capacity, window, first) | {"states": states}
+    own = len(kinds) if states else sum(kind.geometry is not None for kind in kinds)
     keys, values = chosen_codecs(preset, storing.key_codec, storing.value_codec)
     for name, chosen in (("key_codec", keys), ("value_codec", values)):
         shapes[name][:own] = one_a_layer(chosen, own, name)  # rows of indexes, which follow, have their own
@@ -102,7 +107,10 @@ def spread(layers: Sequence[LayerGeometry], capacity: int, recent_window: int = 
 def spread_like(cache: QuantizedKvCache, capacity: int, start: int = 0) -> dict[str, Any]:
     """Return the arguments that make a cache of a cache's layers, for its positions from `start` on."""
     geometry = cache.geometry
-    return spread(geometry.layers, capacity, geometry.recent_window, max(0, geometry.sinks - start))
+    shapes = spread(geometry.layers, capacity, geometry.recent_window, max(0, geometry.sinks - start))
+    if geometry.states:
+        shapes |= {"states": geometry.states, "checkpoint_slots": geometry.checkpoint_slots}
+    return shapes
 
 
 def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) -> list[LayerKind]:
@@ -119,6 +127,11 @@ def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) 
         UnsupportedModelError: no model is given, and none was recorded.
     """
     notes = stored.metadata.get(NOTES)
+    if stored.states and not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{stored.path or 'the cache'} has states, which hooks on the model take: open it with the model, and not "
+            "with its config or without"
+        )
     if model is None:
         if notes is None:
             raise UnsupportedModelError(
@@ -129,6 +142,11 @@ def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) 
     info, facts = describe(model, fingerprint)
     check_same(stored.model, notes["config"] if notes else {}, info, facts, stored.path)
     kinds = layer_kinds(config_of(model))
+    layers = stored.geometry.layers
+    if stored.states and [kind.geometry is not None for kind in kinds] == [layer.has_rows for layer in layers]:
+        # Their shapes were found by running the model.
+        found = [replace(kind, geometry=layer) for kind, layer in zip(kinds, layers, strict=True)]
+        kinds = [new if new.geometry and new.geometry.has_rows else old for new, old in zip(found, kinds, strict=True)]
     shapes = store_geometries(kinds)
     if [shape.dims for shape in shapes] != [layer.dims for layer in stored.geometry.layers]:
         raise ShapeMismatchError(

@@ -28,7 +28,8 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) ->
     Returns:
         How many tokens are reused: those that agree one by one from the start, but for the prompt's last one, which is
         always fed again, because its logits are not stored. A placeholder, such as for an image, ends the prefix: two
-        images have the same ones. It is `cache.seq_len` afterwards.
+        images have the same ones. Of a model with states, up to the last checkpoint of these. It is `cache.seq_len`
+        afterwards.
 
     Raises:
         ShapeMismatchError: no tokens, or more than one sequence.
@@ -39,7 +40,7 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) ->
     ids = one_sequence(input_ids)
     stored = cache.token_ids
     count = common_prefix(stored, ids[:-1], cache.placeholders)
-    length = min(count, cache.valid_prefix(len(ids)))
+    length = cache.restorable(min(count, cache.valid_prefix(len(ids))))
     unknown = length == count and count < min(len(stored), len(ids) - 1) and stored[count] < 0
     lost = len(stored) - length if cache.writable and cache.path is not None else 0
     if not discard and ((unknown and (lost or not length)) or (lost and discard is False)):

@@ -20,6 +20,7 @@ from ...errors import ModelMismatchError, UnsupportedModelError
 from ...geometry import check_range
 from ...metadata import ModelInfo
 from . import rope
+from .checkpointed import CheckpointedSequence
 from .graphs import check_graphs, outside_graph
 from .kinds import LayerKind
 from .layers import made_layers
@@ -28,7 +29,7 @@ from .passes import watch
 from .recording import PassRecord
 from .resident import Resident, ResidentLayer
 from .rows import StoredRows
-from .sequence import MaskLength, OneSequence
+from .sequence import MaskLength
 from .shared import SharedLayer
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
@@ -36,7 +37,7 @@ from .weights import Weights, weights_of
 from .write_behind import WriteBehind
 
 
-class StoredSequence(OneSequence):
+class StoredSequence(CheckpointedSequence):
     """Keys and values of one sequence as transformers' models use them."""
 
     def _attach(
@@ -64,6 +65,7 @@ class StoredSequence(OneSequence):
             self._end_of_life = weakref.finalize(self, WriteBehind.stop, self._behind)
         self._kept = kept
         self._length = kept + own.seq_len  # complete in every layer; during a pass, as it was before
+        self._states = self._make_states(saved, own, model) if own.states else None
         self._config_checked = model is not None
         self._dtype: tuple[Any, ...] = ()  # that keys have been checked to have, and autocast's beside
         self._masks_asked = False
@@ -153,7 +155,7 @@ class StoredSequence(OneSequence):
             ModelMismatchError: keys of another dtype than those that are stored.
             ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, OSError: nothing was appended.
         """
-        layer = self._layers[layer_idx]
+        layer: Any = self._layers[layer_idx]
         if isinstance(layer, SharedLayer):
             layer.update(key_states, value_states)
         self._masks_asked = False
@@ -175,7 +177,7 @@ class StoredSequence(OneSequence):
                 "forward pass was not announced. Open the cache with the model that generates",
                 path=self.path,
             )
-        result = layer.update(key_states, value_states, *args, **kwargs)
+        result: tuple[Any, Any] = layer.update(key_states, value_states, *args, **kwargs)
         self._note_complete(layer)
         return result
 
@@ -251,10 +253,11 @@ class StoredSequence(OneSequence):
             UnsupportedModelError: the tokens are not those that come next (padding, packed sequences, or a prompt that
                 is fed again from its start).
         """
-        if not self._pass.active and any(len(rows) != self._length for rows in self._rows):
+        if not self._pass.active and (self._dirty or any(len(rows) != self._length for rows in self._rows)):
             self._take_back(self._complete())
         if self._pass.begin(model, given, self._length, self._has_placeholder):
             self._check_model(model)
+            self._begin_states(model, given)
 
     def _check_model(self, model: torch.nn.Module) -> None:
         """Refuse a pass of another model than the cache's, or after a change of its weights or adapters.
@@ -293,7 +296,10 @@ class StoredSequence(OneSequence):
 
     def check_mask(self, module: Any, mask: Any) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
-        self._pass.check_mask(module, mask, self._layers[module.layer_idx].kind)
+        kind = self._kinds[module.layer_idx]
+        if kind.geometry is not None or not kind.states:
+            for one in mask.values() if isinstance(mask, Mapping) else (mask,):  # Zaya's layers get two, by name
+                self._pass.check_mask(module, one, kind)
 
     def end_pass(self, model: torch.nn.Module, failed: bool = False) -> None:
         """Record the token ids of a pass that reached all layers; roll back one that did not, or that failed later."""
@@ -306,6 +312,8 @@ class StoredSequence(OneSequence):
         if any(len(rows) != self._length for rows in self._rows):
             self._take_back(self._complete())
             return
+        if self._states is not None:
+            self._states.end(self._length, self._kept)
         start, ids = self._pass.recordable(self._length)
         if start < self._length:
             self._record_regime(start)
@@ -360,8 +368,14 @@ class StoredSequence(OneSequence):
 
     # Taking back
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
         """Keep the first `length` positions. With mode="r" this is only noted, and the file stays as it is.
+
+        The states of a model that has some go to the last checkpoint that is not beyond `length`, and positions with
+        them.
+
+        Returns:
+            The positions kept: `restorable(length)`.
 
         Raises:
             PositionOutOfRangeError: fewer are stored.
@@ -370,8 +384,10 @@ class StoredSequence(OneSequence):
         _, length = check_range(0, length, self._length)
         self._take_back(length)
         self._end_patterns()
+        return self._length
 
     def _take_back(self, length: int) -> None:
+        length = self._restore_states(length)
         kept = max(length - self._kept, 0)
         if self._behind is not None:
             self._behind.drop(length)
@@ -404,14 +420,3 @@ class StoredSequence(OneSequence):
         if regimes != self._regimes:
             self._regimes = regimes
             note_regimes(self._own, regimes)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Truncate the last tokens, as assisted generation does: minus how many, as transformers counts."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        if tokens_to_remove:
-            self.truncate(max(self._length + tokens_to_remove, 0))
-
-    def reset(self) -> None:
-        """Remove everything: `truncate(0)`."""
-        self.truncate(0)
