@@ -35,6 +35,10 @@ def test_commands_that_exist(session: Session, name: str) -> None:
     session.run(DOCS / name)
 
 
+def test_checkpoints(session: Session) -> None:
+    session.run(DOCS / "howto/checkpoints.md")
+
+
 def test_more_than_memory(session: Session) -> None:
     session.run(DOCS / "howto/larger-than-memory.md")
 

@@ -28,10 +28,12 @@ FEW = [
     "git",  # attends itself
     "gpt2",
     "gpt_oss",  # sinks
+    "jamba",  # states; takes one token a pass after the first
     "jetmoe",  # uses keys before it attends
+    "lfm2",  # states of convolutions
     "llama",
     "llama4_text",  # chunks
-    "mamba",  # refused: a state
+    "mamba",  # refused: states alone
     "mimo_v2_flash",  # heads differ by layer
     "mistral_large4",  # index keys, also without keys and values
     "mpt",  # attends itself, and takes "kvmmap" only at first
