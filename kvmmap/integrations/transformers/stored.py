@@ -306,7 +306,7 @@ class StoredSequence(CheckpointedSequence):
         if not self._pass.end(model):
             return
         self._end_patterns()
-        if failed and self._length > self._pass.start:
+        if failed and (self._dirty or self._length > self._pass.start):
             self._take_back(self._pass.start)
             return
         if any(len(rows) != self._length for rows in self._rows):
