@@ -8,6 +8,7 @@ checks that these stay what they were.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,7 +164,7 @@ class ChainStorage(Storage):
     @admit.setter
     def admit(self, admit: Callable[[int], int] | None) -> None:
         self._admit = admit
-        self._writer.admit = None if admit is None else lambda length: admit(length + self.base) - self.base
+        self._writer.admit = None if admit is None else functools.partial(_admit_own, admit, self.base)
 
     @property
     def _writer(self) -> Committer:
@@ -277,6 +278,11 @@ class ChainStorage(Storage):
             for ancestor in self.ancestors
         ]
         return facts
+
+
+def _admit_own(admit: Callable[[int], int], base: int, length: int) -> int:
+    """Ask for a length of the own file, which begins at `base` of the chain."""
+    return admit(length + base) - base
 
 
 def _ancestor_tokens(ancestor: Ancestor, stop: int) -> NDArray[np.int32]:
