@@ -11,6 +11,7 @@ fills the places in the pages that say `<!-- figures: NAME -->`. `check` tells w
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -304,11 +305,23 @@ def readme(topics: Topics) -> str:
     return "\n".join(["| | beside | as fast |", "|---|---|---:|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def fidelity(topics: Topics) -> str:
+    """What each codec and preset loses, beside other programs' recipes."""
+    lines = ["| keys and values as | bits | KL | worst text | 99th percentile | same best token | perplexity | texts |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in json.loads((FIGURES / "fidelity.json").read_text())["rows"]:
+        cells = [f"{row['bits']:.2f}", *(f"{row[key]:.2g}" for key in ("kl", "worst", "kl_p99"))]
+        cells += [f"{row['top1']:.1%}", f"{row['perplexity']:+.2%}", str(row["texts"])]
+        lines.append(f"| {row['recipe']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Topics], str]] = {
     "bars": bars,
     "losses": losses,
     "llama": beside_llama,
     "readme": readme,
+    "fidelity": fidelity,
     "sizes": lambda topics: sizes.table(),
 }
 

@@ -1,0 +1,32 @@
+"""Medians over texts of the fidelity benchmark's results, printed and as the JSON that docs/fidelity.md is made of."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from reading import perplexity_change
+from recipes import F32
+from results import Store
+
+
+def show(store: Store, path: Path) -> None:
+    """Print a line for each recipe, the one that loses least first, and write the JSON."""
+    by_recipe: dict[str, dict[str, Any]] = {}
+    for result in store.all("loss"):
+        by_recipe.setdefault(result["recipe"], {})[result["text"]] = result
+    exact = by_recipe.pop(F32.name)
+    rows = []
+    for name, found in by_recipe.items():
+        changes = [perplexity_change(one["loss"], exact[text]["loss"]) for text, one in found.items()]
+        median = {
+            key: statistics.median(one[key] for one in found.values()) for key in ("kl", "kl_p99", "top1", "bits")
+        }
+        facts = {"recipe": name, "texts": len(found), "worst": max(one["kl"] for one in found.values())}
+        rows.append(facts | median | {"perplexity": statistics.median(changes)})
+    rows.sort(key=lambda row: float(row["kl"]))
+    for row in rows:
+        print(f"{row['recipe']:32} {row['bits']:6.2f} bits  {row['kl']:8.2g}, worst {row['worst']:8.2g}")
+    path.write_text(json.dumps({"texts": sorted(exact), "rows": rows}, indent=1) + "\n")
