@@ -43,7 +43,7 @@ class RecentRing:
         self.tags = np.zeros(slots, np.uint64)
         self.keys = np.zeros((slots, layer.num_kv_heads, layer.head_dim), np.uint16)
         self.values = np.zeros((slots, layer.num_kv_heads, layer.value_head_dim), np.uint16)
-        self.parts = (self.tags, self.keys, self.values)
+        self.parts: tuple[NDArray[Any], ...] = (self.tags, self.keys, self.values)
         """As the compiled functions take them."""
 
     def cut(self, length: int) -> None:

@@ -22,7 +22,7 @@ from ...library import Library, Namespace
 from ...library.models import register
 from . import rope
 from .cache import KvmmapCache
-from .opening import NOTES, own_notes, placeholders, settings
+from .opening import NOTES, Storing, own_notes, placeholders, settings
 from .prefix import one_sequence
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
@@ -39,20 +39,27 @@ class LibraryCache(KvmmapCache):
 
 
 def namespace_of(
-    model: Any, *, recent_window: int = 0, sinks: int = 0, salt: str | None = None, fingerprint: str | None = None
+    model: Any,
+    *,
+    preset: str | None = None,
+    recent_window: int | None = None,
+    sinks: int | None = None,
+    salt: str | None = None,
+    fingerprint: str | None = None,
 ) -> Namespace:
     """Return the namespace that a model's caches belong to: its weights and adapters, config, dtype and layers.
 
     Args:
         model: a model of transformers.
-        recent_window, sinks, fingerprint: as in `KvmmapCache`.
+        preset, recent_window, sinks, fingerprint: as in `KvmmapCache`.
         salt: a tenant's secret: equal prompts of other tenants don't match.
 
     Raises:
         UnsupportedModelError: the model keeps something else than keys and values, or its RoPE depends on the length of
             a prompt ("dynamic", "longrope"): then a prefix is not the same in all prompts.
     """
-    return _namespace(model, settings(model, None, None, fingerprint, recent_window, sinks)[1], salt)
+    storing = Storing(preset=preset, recent_window=recent_window, sinks=sinks)
+    return _namespace(model, settings(model, None, None, fingerprint, storing)[1], salt)
 
 
 def _namespace(model: Any, shapes: Mapping[str, Any], salt: str | None) -> Namespace:
@@ -78,8 +85,9 @@ def open_session(
     limit: int | None = None,
     capacity: int | None = None,
     metadata: Mapping[str, Any] | None = None,
-    recent_window: int = 0,
-    sinks: int = 0,
+    preset: str | None = None,
+    recent_window: int | None = None,
+    sinks: int | None = None,
     salt: str | None = None,
     fingerprint: str | None = None,
 ) -> LibraryCache:
@@ -98,7 +106,8 @@ def open_session(
         limit: match at most so many.
         capacity: positions that there is to be room for; by default what the model is made for. Room costs no disk.
         metadata: plain JSON of your own, kept with a new segment.
-        recent_window, sinks, fingerprint: as in `KvmmapCache`; another window is another namespace.
+        preset, recent_window, sinks, fingerprint: as in `KvmmapCache`; other codecs or another window are another
+            namespace.
         salt: as in `namespace_of`.
 
     Raises:
@@ -107,7 +116,8 @@ def open_session(
         LibraryFullError, ClosedError, OSError: as in `Library.session`.
     """
     ids = one_sequence(input_ids)
-    kinds, shapes = settings(model, None, None, fingerprint, recent_window, sinks)
+    storing = Storing(preset=preset, recent_window=recent_window, sinks=sinks)
+    kinds, shapes = settings(model, None, None, fingerprint, storing)
     found = np.flatnonzero(np.isin(ids, list(placeholders(model.config))))
     most = min([len(ids) - 1, *found[:1].tolist(), *([] if limit is None else [limit])])
     stored: QuantizedKvCache = library.session(
@@ -218,8 +228,8 @@ def attach(library: Library, model: Any, **options: Any) -> Attachment:
     Args:
         library: the library; it stays open as long as the model is attached.
         model: a model of transformers.
-        options: keyword arguments of `open_session`: `capacity`, `metadata`, `recent_window`, `sinks`, `salt`,
-            `fingerprint`.
+        options: keyword arguments of `open_session`: `capacity`, `metadata`, `preset`, `recent_window`, `sinks`,
+            `salt`, `fingerprint`.
 
     Raises:
         UnsupportedModelError: as in `namespace_of`.
@@ -227,8 +237,5 @@ def attach(library: Library, model: Any, **options: Any) -> Attachment:
     """
     if "generate" in vars(model):
         raise KvmmapError("the model's generate is replaced already: detach the library that it is attached to first")
-    known = {
-        name: value for name, value in options.items() if name in ("recent_window", "sinks", "salt", "fingerprint")
-    }
-    namespace_of(model, **known)
+    namespace_of(model, **{name: value for name, value in options.items() if name not in ("capacity", "metadata")})
     return Attachment(library, model, options)
