@@ -16,13 +16,15 @@ from .cache_reader import CacheReader
 from .codecs.presets import Codecs, chosen_codecs, chosen_recent
 from .errors import PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
-from .geometry import CacheGeometry, check_range, check_room, index
+from .geometry import CacheGeometry
 from .inputs import check_token_ids, one_step, per_layer
 from .metadata import ModelInfo, document
+from .ranges import check_range, check_room, index
 from .state_spec import CHECKPOINT_SLOTS, StateSpec
 from .states import StateWriter
 from .storage.memory import MemoryStorage
-from .storage.protocols import Storage, not_pickled
+from .storage.protocols import Storage
+from .storage.refusals import not_pickled
 
 
 class QuantizedKvCache(CacheReader, StateWriter):

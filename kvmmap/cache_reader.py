@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from .errors import PositionOutOfRangeError
 from .format import NO_TOKEN
-from .geometry import CacheGeometry, compression_ratio, index
+from .geometry import CacheGeometry
 from .inputs import check_quantized
 from .layer import QuantizedKvLayer
 from .layers import Layers
 from .metadata import ModelInfo, document
+from .ranges import compression_ratio, index
 from .states import StateReader
 from .storage.protocols import Progress, Storage, VerifyReport
 

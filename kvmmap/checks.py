@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .errors import HeadOutOfRangeError, NonFiniteError, PositionOutOfRangeError
-from .geometry import check_range, index
 from .inputs import where
+from .ranges import check_range, index
 from .storage.protocols import LayerStore
 
 

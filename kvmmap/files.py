@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .cache import QuantizedKvCache
-from .geometry import index
 from .opening import check_durability, file_path
 from .paths import PathLike
+from .ranges import index
 from .storage.file.resize import resize_file
 from .storage.protocols import Durability, Progress
 

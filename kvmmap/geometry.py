@@ -7,7 +7,6 @@ occupies is the file system's business.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +15,8 @@ import numpy as np
 
 from .codecs import INT8, RowCodec, by_name
 from .codecs.registry import MAX_ARRAYS
-from .errors import CapacityExceededError, PositionOutOfRangeError, ShapeMismatchError
+from .errors import ShapeMismatchError
+from .ranges import index
 from .state_spec import CHECKPOINT_SLOTS, MAX_CHECKPOINT_SLOTS, StateSpec, aligned, check_states
 
 T = TypeVar("T", int, str)
@@ -33,18 +33,6 @@ RECENT_HEAD_BYTES = 24
 MAX_RECENT = 65_536
 """Positions that a recent window has at most, and sinks that there are at most."""
 MAX_STATE_CAPACITY = 2**39 - 2
-
-
-def index(value: object, name: str) -> int:
-    """Return `value` as an int; anything that is not a whole number is a ShapeMismatchError naming `name`."""
-    if isinstance(value, bool):
-        raise ShapeMismatchError(f"{name} must be a whole number, not {value!r}", expected="int", actual=value)
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ShapeMismatchError(
-            f"{name} must be a whole number, not {value!r}", expected="int", actual=value
-        ) from None
 
 
 def _bounded(value: object, name: str, low: int, high: int) -> int:
@@ -388,38 +376,3 @@ def _layer_list(numbers: list[int]) -> str:
         parts = [*parts[:7], f"{sum(last - first + 1 for first, last in runs[7:])} more"]
     text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return f"layer{'s' if len(numbers) > 1 else ''} {text}"
-
-
-def compression_ratio(fp32_bytes: int, quantized_bytes: int) -> float:
-    """f32 bytes over stored bytes; 1.0 where both are 0."""
-    return fp32_bytes / quantized_bytes if quantized_bytes else 1.0
-
-
-def check_room(length: int, count: int, capacity: int, *, layer: int | None = None) -> None:
-    """Refuse an append of `count` positions at `length` that goes past `capacity`."""
-    if length + count > capacity:
-        raise CapacityExceededError(
-            f"capacity is {capacity} positions, {length} are stored, and {count} more do not fit; nothing was "
-            "appended: create the cache with a larger capacity, or kvmmap.resize() its file",
-            capacity=capacity,
-            position=length,
-            expected=capacity - length,
-            actual=count,
-            layer=layer,
-        )
-
-
-def check_range(start: int, stop: int, length: int, *, layer: int | None = None) -> tuple[int, int]:
-    """Return [start, stop) as ints if it lies within `length` stored positions."""
-    start, stop = index(start, "start"), index(stop, "stop")
-    if not 0 <= start <= stop <= length:
-        bad = start if not 0 <= start <= length else stop
-        where = "" if layer is None else f" in layer {layer}"
-        raise PositionOutOfRangeError(
-            f"positions [{start}, {stop}) are not all stored{where}: there are {length}, counted from 0, and negative "
-            "ones do not wrap",
-            position=bad,
-            actual=length,
-            layer=layer,
-        )
-    return start, stop

@@ -16,14 +16,16 @@ from .attention.topk import select_blocks
 from .checks import non_finite
 from .codecs.presets import chosen_codecs, chosen_recent
 from .errors import EmptyCacheError, KvmmapError
-from .geometry import CacheGeometry, check_range
+from .geometry import CacheGeometry
 from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows, where
 from .layer_reader import LayerReader
+from .ranges import check_range
 from .recent import RecentRows
 from .row_arrays import as_rows
 from .rows import Rows
 from .storage.memory import MemoryStorage
-from .storage.protocols import LayerStore, Storage, not_pickled
+from .storage.protocols import LayerStore, Storage
+from .storage.refusals import not_pickled
 from .storage.sketches import layer_sketches
 
 

@@ -13,8 +13,9 @@ from numpy.typing import DTypeLike, NDArray
 from .checks import check_head, check_position, check_stored_range
 from .codecs import RowCodec
 from .errors import DtypeError
-from .geometry import LayerGeometry, compression_ratio
+from .geometry import LayerGeometry
 from .inputs import require_rows
+from .ranges import compression_ratio
 from .recent import RecentRows
 from .row_arrays import as_bits, output_array, target_dtype, thread_count
 from .rows import Rows

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from .errors import LayerOutOfRangeError
-from .geometry import index
 from .layer import QuantizedKvLayer
+from .ranges import index
 from .storage.on_demand import OnDemand
 from .storage.protocols import Storage
 

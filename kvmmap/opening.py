@@ -14,9 +14,10 @@ from typing import Any, Literal, get_args
 from .cache import QuantizedKvCache
 from .codecs.presets import chosen_codecs, chosen_recent
 from .errors import FormatError, KvmmapError, NotACacheError, ShapeMismatchError
-from .geometry import CacheGeometry, index
+from .geometry import CacheGeometry
 from .metadata import Document, ModelInfo, document
 from .paths import PathLike, place_text
+from .ranges import index
 from .state_spec import CHECKPOINT_SLOTS, StateSpec
 from .storage.file import place as _files  # noqa: F401  # registers .kvm files
 from .storage.protocols import Durability, Storage, Verify

@@ -43,7 +43,7 @@ class RecentRing:
         self.tags = np.zeros(slots, np.uint64)
         self.keys = np.zeros((slots, layer.num_kv_heads, layer.head_dim), np.uint16)
         self.values = np.zeros((slots, layer.num_kv_heads, layer.value_head_dim), np.uint16)
-        self.parts: tuple[NDArray[Any], ...] = (self.tags, self.keys, self.values)
+        self.parts: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] = (self.tags, self.keys, self.values)
         """As the compiled functions take them."""
 
     def cut(self, length: int) -> None:
@@ -145,8 +145,9 @@ class RecentRows:
         whole.first, whole.sinks = self.first, self.sinks
         to = [position % whole.ring.slots for position in before]
         of = [position % self.ring.slots for position in before]
-        for mine, other in zip(whole.ring.parts, self.ring.parts, strict=True):
-            mine[to] = other[of]
+        theirs: tuple[NDArray[Any], ...] = self.ring.parts
+        for number, mine in enumerate(whole.ring.parts):
+            mine[to] = theirs[number][of]
         _core.keep_recent(keys, key_dtype, values, value_dtype, length, *whole.ring.parts)
         return whole
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .arrays import as_numpy
 from .errors import NoCheckpointError, ShapeMismatchError
-from .geometry import check_range, index
+from .ranges import check_range, index
 from .state_spec import StateSpec, check_arrays
 from .storage.checkpoints import Checkpoint
 from .storage.protocols import Storage

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TABLE = (
     ("_core", "lazy", "errors", "paths"),
-    ("arrays", "row_arrays"),
+    ("arrays", "ranges", "row_arrays"),
     ("codecs", "quantize"),
     ("geometry", "metadata", "state_spec", "sizing"),
     ("rows", "recent", "inputs"),
@@ -24,7 +24,7 @@ TABLE = (
     (
         *("storage.verify_report", "storage.protocols", "storage.readonly", "storage.streaming"),
         *("storage.checkpoints", "storage.rowless"),
-        *("storage.receiving", "storage.registry"),
+        *("storage.receiving", "storage.registry", "storage.refusals", "storage.locks"),
     ),
     ("storage",),
     ("states",),

@@ -81,13 +81,15 @@ def test_another_model_or_tenant_never_matches(library: kvmmap.Library) -> None:
         (model("llama", hidden_act="gelu"), {}),
         (model("llama").to(torch.bfloat16), {}),
         (net, {"salt": "tenant"}),
+        (net, {"recent_window": 16}),
+        (net, {"preset": "compact"}),
     ):
         with open_session(library, other, ids, **options) as cache:
             assert cache.reused == 0
             generate(other, ids, cache, 2)
         with open_session(library, other, ids, **options) as cache:
             assert cache.reused == 49
-    assert len(library.namespaces()) == 5
+    assert len(library.namespaces()) == 7
     assert namespace_of(net).digest == namespace_of(model("llama")).digest
 
 

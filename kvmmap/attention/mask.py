@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..arrays import as_numpy
 from ..errors import DtypeError, PositionOutOfRangeError, ShapeMismatchError
-from ..geometry import check_range, index
+from ..ranges import check_range, index
 
 
 class Mask(NamedTuple):

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import EmptyCacheError, ShapeMismatchError
-from ..geometry import LayerGeometry, index
+from ..geometry import LayerGeometry
+from ..ranges import index
 from .mask import check_mask
 from .queries import check_query
 from .source import RowSource

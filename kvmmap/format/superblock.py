@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codecs import RowCodec, by_id, known_ids, known_transforms
 from ..errors import CorruptCacheError, NotACacheError, ShapeMismatchError, VersionMismatchError
 from ..geometry import MAX_LAYERS, CacheGeometry, LayerGeometry
+from .layer_entries import decode_layers
 from .records import (
     CHECKSUM,
     FORMAT_VERSION,
@@ -240,7 +240,7 @@ class Superblock:
         sections_at = HEADER.size + LAYER_ENTRY.size * num_layers
         sections = SectionTable(body[sections_at:states_at], path)
         try:
-            layers = _decode_layers(body[HEADER.size : sections_at], path)
+            layers = decode_layers(body[HEADER.size : sections_at], path)
             geometry = CacheGeometry(
                 capacity=header["capacity"],
                 layers=layers,
@@ -307,40 +307,6 @@ def _sizes_of_layer(layer: LayerGeometry, geometry: CacheGeometry) -> dict[int, 
         Section.KEY_SKETCHES: layer.sketch_bytes(geometry.num_blocks),
         **{kind: slots * layer.recent_bytes for kind, slots in recent if slots},
     }
-
-
-def _decode_layers(data: memoryview, path: str) -> tuple[LayerGeometry, ...]:
-    """Return one object a shape, which all layers of that shape share."""
-    entries = list(LAYER_ENTRY.struct.iter_unpack(data))
-    shapes: dict[tuple[int, ...], LayerGeometry] = {}
-    for entry in dict.fromkeys(entries):
-        heads, dim, value_dim, key, key_transform, value, value_transform = entry
-        number = entries.index(entry)
-        shapes[entry] = LayerGeometry(
-            heads,
-            dim,
-            value_dim,
-            _codec("key", (key, key_transform), number, path),
-            _codec("value", (value, value_transform), number, path),
-        )
-    return tuple([shapes[entry] for entry in entries])
-
-
-def _codec(part: str, place: tuple[int, int], layer: int, path: str) -> RowCodec:
-    id, transform = place
-    codec = by_id(id, transform)
-    if codec is not None:
-        return codec
-    what, known, value = "codec", known_ids(), id
-    if id in known:
-        what, known, value = "transform", known_transforms(id), transform
-    raise VersionMismatchError(
-        f"{path}: layer {layer} has {part} {what} {value}, and this kvmmap knows {known}: use a newer kvmmap",
-        path=path,
-        expected=tuple(known),
-        actual=value,
-        layer=layer,
-    )
 
 
 def _recent_slots(sections: SectionTable, kind: Section, layers: tuple[LayerGeometry, ...]) -> int:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ..cache import QuantizedKvCache
 from ..codecs import INT8
 from ..errors import CacheExistsError, CacheNotFoundError, DtypeError, FormatError
-from ..geometry import check_range
 from ..paths import PathLike, place_text
+from ..ranges import check_range
 from ..row_arrays import output_array
 from ..storage.posix import PosixFile
 from ..storage.protocols import Progress

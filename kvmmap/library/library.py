@@ -19,10 +19,10 @@ from ..errors import (
     UnknownTokensError,
     UnsupportedModelError,
 )
-from ..geometry import index as whole
 from ..inputs import check_token_ids
 from ..opening import open_cache
 from ..paths import PathLike
+from ..ranges import index as whole
 from .contents import disk_bytes, read_own_tokens
 from .hashing import Prompt
 from .making import Tail, Vanished

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import CacheLockedError, CacheNotFoundError, ClosedError, KvmmapError, ShapeMismatchError
-from ..geometry import index as whole
 from ..opening import file_path, open_cache
 from ..paths import PathLike
+from ..ranges import index as whole
 from ..storage.protocols import VerifyReport
 from . import settings as stored_settings
 from .checking import Checker, CheckReport

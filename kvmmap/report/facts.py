@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ..cache import QuantizedKvCache
-from ..geometry import compression_ratio
 from ..metadata import ModelInfo
+from ..ranges import compression_ratio
 from ..storage.process import is_running
 from .states import StatesReport, inspect_states
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..geometry import CacheGeometry, check_room
+from ..geometry import CacheGeometry
 from ..metadata import Document
-from .protocols import LayerStore, Rows, Storage, closed_error, refuse_truncated
+from ..ranges import check_room
+from .protocols import LayerStore, Rows, Storage
+from .refusals import closed_error, refuse_truncated
 from .rowless import RowlessLayer
 
 

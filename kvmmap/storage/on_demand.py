@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar, cast, overload
 
-from .protocols import Lock
+from .locks import Lock
 
 T_co = TypeVar("T_co", covariant=True)
 

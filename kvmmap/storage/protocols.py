@@ -20,18 +20,20 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, NoReturn, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CacheChangedError, ClosedError, KvmmapError
 from ..format import NO_TOKEN
-from ..geometry import CacheGeometry, LayerGeometry, check_room
+from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
+from ..ranges import check_room
 from ..recent import RecentRows
 from ..rows import Rows as Rows
 from .checkpoints import Checkpoints, MemoryCheckpoints
+from .locks import Lock
+from .refusals import closed_error, refuse_truncated
 from .verify_report import Damage as Damage
 from .verify_report import VerifyReport as VerifyReport
 from .verify_report import damaged_record as damaged_record
@@ -45,18 +47,6 @@ Durability = Literal["publish", "commit"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
-
-
-class Lock(Protocol):
-    """A lock that a thread may take again while it holds it: `threading.RLock`."""
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
-
-    def release(self) -> None: ...
-
-    def __enter__(self) -> bool: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
 
 
 STAGE_BYTES = 2 * 1024 * 1024
@@ -408,22 +398,3 @@ class Storage(ABC):
     def facts(self) -> dict[str, Any]:
         """Return what `inspect` shows of the storage itself."""
         return {"kind": self.kind}
-
-
-def closed_error(path: str | None) -> ClosedError:
-    """Return the error for a use after `close`."""
-    return ClosedError("the cache is closed" if path is None else f"{path}: the cache is closed", path=path)
-
-
-def refuse_truncated(path: str | None) -> NoReturn:
-    """Raise for rows that were truncated while they were being read."""
-    where = "" if path is None else f"{path}: "
-    raise CacheChangedError(f"{where}positions were truncated during the read: read again", path=path)
-
-
-def not_pickled(path: str | None) -> KvmmapError:
-    """Return the error for pickling or copying a cache or a layer: its map and its lock belong to this process."""
-    what = "a cache can't be pickled or copied, since its memory and its lock belong to this process"
-    if path is None:
-        return KvmmapError(f"{what}: keep it in a file, and kvmmap.open(path) it in the worker")
-    return KvmmapError(f"{path}: {what}: send the path, and kvmmap.open(path) it in the worker", path=path)

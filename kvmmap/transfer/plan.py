@@ -13,7 +13,8 @@ from ..cache import QuantizedKvCache
 from ..codecs import by_name
 from ..codecs.presets import Codecs
 from ..errors import NoCheckpointError
-from ..geometry import LayerGeometry, check_range, check_room, index, one_a_layer
+from ..geometry import LayerGeometry, one_a_layer
+from ..ranges import check_range, check_room, index
 from ..state_spec import StateSpec
 from ..storage.receiving import CopyRange, Incoming
 from .transcoding import LayerLoss, TranscodedStorage

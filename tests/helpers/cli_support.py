@@ -38,7 +38,7 @@ def fill(cache: kvmmap.QuantizedKvCache, count: int, *, tokens: bool = True) -> 
 def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the installed program as a user would, with pipes for its output."""
     return subprocess.run(
-        [PROGRAM, *map(str, args)], capture_output=True, text=True, env=PLAIN | env, timeout=60, check=False
+        [PROGRAM, *map(str, args)], capture_output=True, text=True, env=PLAIN | env, timeout=300, check=False
     )
 
 

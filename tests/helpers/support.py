@@ -60,7 +60,7 @@ def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.
         [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         cwd=TESTS,
     )

@@ -15,8 +15,8 @@ from ...cache import QuantizedKvCache
 from ...codecs.presets import Codecs
 from ...errors import KvmmapError
 from ...files import fork
-from ...geometry import check_range
 from ...opening import create, open_cache, place_of, remove
+from ...ranges import check_range
 from ...storage.protocols import Durability
 from . import rope
 from .copies import in_memory, rebuilt

@@ -13,7 +13,7 @@ import torch
 
 from ...cache import QuantizedKvCache
 from ...errors import UnsupportedModelError
-from ...geometry import check_range
+from ...ranges import check_range
 from ...storage.checkpoints import Checkpoint
 from .kinds import LayerKind
 from .models import text_config

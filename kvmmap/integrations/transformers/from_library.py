@@ -73,7 +73,12 @@ def _namespace(model: Any, shapes: Mapping[str, Any], salt: str | None) -> Names
     if autocast is not None:
         name += f" under autocast to {dtype_name(autocast)}"
     info = replace(shapes["model"], source_dtype=name)
-    rows = {key: value for key, value in shapes.items() if key not in ("capacity", "metadata", "model") and value != 0}
+    if shapes.get("states"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: keeps states beside keys and values, which sessions of a library don't continue "
+            "yet: keep a KvmmapCache for each prompt"
+        )
+    rows = {key: value for key, value in shapes.items() if key not in ("capacity", "metadata", "model")}
     return Namespace.build(**rows, model=info, facts={NOTES: shapes["metadata"][NOTES]}, salt=salt)
 
 

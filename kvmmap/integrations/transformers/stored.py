@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
 from ...errors import ModelMismatchError, UnsupportedModelError
-from ...geometry import check_range
 from ...metadata import ModelInfo
+from ...ranges import check_range
 from . import rope
+from .checked_weights import checked_weights
 from .checkpointed import CheckpointedSequence
 from .graphs import check_graphs, outside_graph
 from .kinds import LayerKind
@@ -256,43 +257,8 @@ class StoredSequence(CheckpointedSequence):
         if not self._pass.active and (self._dirty or any(len(rows) != self._length for rows in self._rows)):
             self._take_back(self._complete())
         if self._pass.begin(model, given, self._length, self._has_placeholder):
-            self._check_model(model)
+            self._weights = checked_weights(model, self._weights, self._source)
             self._begin_states(model, given)
-
-    def _check_model(self, model: torch.nn.Module) -> None:
-        """Refuse a pass of another model than the cache's, or after a change of its weights or adapters.
-
-        Raises:
-            ModelMismatchError: says what differs.
-        """
-        weights = weights_of(model)
-        random = weights.random.active()
-        if random is not None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is in training mode, and {random} would make keys and values random: "
-                "model.eval()",
-                actual=random,
-            )
-        expected = (self._source.model or ModelInfo()).fingerprint
-        if expected is None or weights is self._weights:
-            return
-        if self._weights is not None and self._weights.digest is None:
-            raise ModelMismatchError(
-                f"{self.path or 'the cache'} was opened with fingerprint={expected!r}, and the model, its weights or "
-                "its adapters have changed since: open it again, with the fingerprint of what they are now",
-                expected={"weights": expected},
-                path=self.path,
-            )
-        check_stored(self._source, model, None)
-        if self._weights is not None and weights.tables != self._weights.tables:
-            raise ModelMismatchError(
-                f"tables that the model computes from its config (positions, scales) have changed since {self!r} was "
-                "opened, and keys and values depend on them",
-                expected={"tables": self._weights.tables},
-                actual={"tables": weights.tables},
-                path=self.path,
-            )
-        self._weights = weights
 
     def check_mask(self, module: Any, mask: Any) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""

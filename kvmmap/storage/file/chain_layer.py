@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...geometry import check_room
+from ...ranges import check_room
 from ...recent import RecentRows
 from ..protocols import LayerStore, Rows, Storage
 from ..sketches import ComputedSketches

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from ...errors import ParentError
-from ..protocols import Damage, Progress, VerifyReport, refuse_truncated
+from ..protocols import Damage, Progress, VerifyReport
+from ..refusals import refuse_truncated
 from .ancestor import Ancestor
 from .reader import MappedReader
 from .verify import check_blocks, check_tokens

@@ -14,7 +14,7 @@ import dataclasses
 
 from ...errors import CorruptCacheError
 from ...format import WHOLE_CACHE, Section, Slot, slab_sections
-from ...geometry import check_range, check_room
+from ...ranges import check_range, check_room
 from ..checkpoints import copy_checkpoints
 from ..posix import PosixFile, closing_on_error
 from ..protocols import Durability, Progress

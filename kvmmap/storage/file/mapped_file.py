@@ -21,7 +21,8 @@ from ...errors import CacheChangedError, CacheNotFoundError, ClosedError, Corrup
 from ...format import HEADER, PAGE, Parent, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
 from ..posix import PosixFile
-from ..protocols import Rows, closed_error
+from ..protocols import Rows
+from ..refusals import closed_error
 from .block_reader import BlockReader
 from .commit_slots import Slots
 from .live_record import LiveRecord, map_live

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ...errors import CacheChangedError, CorruptCacheError
 from ...format import CheckpointEntry, Slot
-from ..protocols import refuse_truncated
+from ..refusals import refuse_truncated
 from .last_use import UseRecorder
 from .mapped_file import MappedFile
 from .verified_blocks import VerifiedBlocks

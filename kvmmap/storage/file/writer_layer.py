@@ -10,7 +10,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...geometry import LayerGeometry, check_room
+from ...geometry import LayerGeometry
+from ...ranges import check_room
 from ...recent import RecentRows
 from ..protocols import Rows
 from .committer import Committer

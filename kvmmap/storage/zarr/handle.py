@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 
 from ...errors import CacheChangedError, CacheNotFoundError
 from ..objects.protocol import MissingObjectError, Objects
-from ..protocols import closed_error, refuse_truncated
+from ..refusals import closed_error, refuse_truncated
 from .layout import ROOT_KEY
 from .root import Root
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import NotACacheError
-from ...geometry import CacheGeometry, index
+from ...geometry import CacheGeometry
 from ...metadata import Document
 from ...paths import is_url
+from ...ranges import index
 from ..objects.protocol import Objects
 from ..protocols import Storage
 from ..receiving import CopyOptions, Incoming, Receiver

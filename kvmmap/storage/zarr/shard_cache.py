@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from ...geometry import LayerGeometry
-from ..protocols import Rows, refuse_truncated
+from ..protocols import Rows
+from ..refusals import refuse_truncated
 from ..streaming import WriteBytes
 from .committed import BlockChecksums, Sums, refuse_block
 from .download import Block, Fetch, ShardRows

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...geometry import check_room
+from ...ranges import check_room
 from ...recent import RecentRows
 from ..protocols import Rows
 from ..readonly import ReadOnlyStorage

@@ -1,0 +1,43 @@
+"""Layer entries of a superblock, decoded."""
+
+from __future__ import annotations
+
+from ..codecs import RowCodec
+from ..codecs.registry import by_id, known_ids, known_transforms
+from ..errors import VersionMismatchError
+from ..geometry import LayerGeometry
+from .records import LAYER_ENTRY
+
+
+def decode_layers(data: memoryview, path: str) -> tuple[LayerGeometry, ...]:
+    """Return one object a shape, which all layers of that shape share."""
+    entries = list(LAYER_ENTRY.struct.iter_unpack(data))
+    shapes: dict[tuple[int, ...], LayerGeometry] = {}
+    for entry in dict.fromkeys(entries):
+        heads, dim, value_dim, key, key_transform, value, value_transform = entry
+        number = entries.index(entry)
+        shapes[entry] = LayerGeometry(
+            heads,
+            dim,
+            value_dim,
+            _codec("key", (key, key_transform), number, path),
+            _codec("value", (value, value_transform), number, path),
+        )
+    return tuple([shapes[entry] for entry in entries])
+
+
+def _codec(part: str, place: tuple[int, int], layer: int, path: str) -> RowCodec:
+    id, transform = place
+    codec = by_id(id, transform)
+    if codec is not None:
+        return codec
+    what, known, value = "codec", known_ids(), id
+    if id in known:
+        what, known, value = "transform", known_transforms(id), transform
+    raise VersionMismatchError(
+        f"{path}: layer {layer} has {part} {what} {value}, and this kvmmap knows {known}: use a newer kvmmap",
+        path=path,
+        expected=tuple(known),
+        actual=value,
+        layer=layer,
+    )
