@@ -10,6 +10,7 @@ _MLA = {**_MHA, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 _DECODER = {"is_decoder": True}
 _BART = {"encoder_layers": 3}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_MOSTLY_FULL = ["full_attention", "linear_attention", "full_attention"]
 _LINEAR = ["linear_attention", "linear_attention", "full_attention"]
 
 _CHUNKED = {
@@ -115,10 +116,12 @@ PATCHES: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"), 1.0),
     },
     **{kind: {"layer_types": _LINEAR} for kind in ("kimi_linear", "bailing_hybrid", "olmo_hybrid")},
-    **{kind: {"layer_types": _LINEAR} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
-    **{kind: {"text_config": {"layer_types": _LINEAR}} for kind in ("qwen3_5", "qwen3_5_moe")},
+    "qwen3_5_text": {"layer_types": _LINEAR},
+    "qwen3_5": {"text_config": {"layer_types": _LINEAR}},
+    "qwen3_5_moe_text": {"layer_types": _MOSTLY_FULL},
+    "qwen3_5_moe": {"text_config": {"layer_types": _MOSTLY_FULL}},
     **{kind: {"text_config": {"layer_types": _LINEAR}} for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
-    "qwen3_next": {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    "qwen3_next": {"layer_types": _MOSTLY_FULL},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention", "conv"]}},
