@@ -15,11 +15,13 @@ class Size:
     """What a cache of one preset takes."""
 
     preset: str
+    """Its name."""
 
     key_codec: str
     """Name of the codec of keys."""
 
     value_codec: str
+    """Name of the codec of values."""
 
     bytes_per_token: int
     """Keys and values of all layers at one position, scales included."""

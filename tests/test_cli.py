@@ -420,6 +420,7 @@ def test_verify_json_matches_the_api(path: Path) -> None:
         "bytes": report.bytes,
         "damages": [{"what": report.damages[0].what, "layer": 1, "start": 512, "stop": 700}],
         "unverified": 0,
+        "inexact": [],
         "sound": False,
     }
 

@@ -295,7 +295,7 @@ def test_without_a_superblock_nothing_can_be_done(path: Path, new: Path) -> None
     data = bytearray(path.read_bytes())
     data[50] ^= 1
     path.write_bytes(data)
-    with pytest.raises(kvmmap.CorruptCacheError, match="nothing of this file can be saved"):
+    with pytest.raises(kvmmap.CorruptCacheError, match="nothing of this file can be recovered"):
         save(path, new)
     assert not new.exists()
 

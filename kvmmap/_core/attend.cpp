@@ -181,6 +181,11 @@ AttendState from_row(AttendState state, int64_t row, int64_t width) {
     return {state.top + row, state.total + row, state.sums + row * width};
 }
 
+// None where numbers are their own: what such a codec's pointer points to is not to be read.
+const float* scales_of(const CodedRows& rows) {
+    return scale_bytes(rows.format.codec) ? reinterpret_cast<const float*>(rows.scales) : nullptr;
+}
+
 // Has the kernel walk over a range of one extent, what must be decoded for it a span at a time.
 void walk(const AttendJob& job, const AttendKernel& kernel, AttendRange range, int64_t coming, const char* prepared,
           AttendState state, const Source& source, DecodedRows* decoded) {
@@ -188,8 +193,8 @@ void walk(const AttendJob& job, const AttendKernel& kernel, AttendRange range, i
     const AttendExtent& extent = source.extents[number];
     AttendJob here = job;
     here.first_position += extent.start;
-    here.key_rows = extent.keys.codes, here.key_scales = reinterpret_cast<const float*>(extent.keys.scales);
-    here.value_rows = extent.values.codes, here.value_scales = reinterpret_cast<const float*>(extent.values.scales);
+    here.key_rows = extent.keys.codes, here.key_scales = scales_of(extent.keys);
+    here.value_rows = extent.values.codes, here.value_scales = scales_of(extent.values);
     range.start -= extent.start, range.stop -= extent.start;
     coming = std::min(coming, source.stop(number)) - extent.start;
     if (!decoded) return kernel.walk(here, range, coming, prepared, state);

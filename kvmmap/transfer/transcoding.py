@@ -41,7 +41,10 @@ class LayerLoss:
     """What one layer lost by being transcoded."""
 
     keys: CodecLoss
+    """Of its keys."""
+
     values: CodecLoss
+    """Of its values."""
 
 
 class _Tally:

@@ -11,7 +11,7 @@ kvmmap.open("a.kvm", mode="rb")  # wrong
 kvmmap.open(3)  # wrong
 kvmmap.open("a.kvm", "a", durability="always")  # wrong
 kvmmap.opne("a.kvm")  # wrong
-kvmmap.create("a.kvm", num_layers=2, capacity=8)  # wrong
+kvmmap.create("a.kvm", num_layers=2, capacity=8, heads=1)  # wrong
 kvmmap.create("a.kvm", num_layers="2", capacity=8, num_kv_heads=1, head_dim=8)  # wrong
 kvmmap.copy("a.kvm", "b.zarr", layers="all")  # wrong
 kvmmap.copy("a.kvm", "b.zarr", progress=print).nonesuch  # wrong

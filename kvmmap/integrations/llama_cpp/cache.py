@@ -67,6 +67,7 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
     ) -> None:
         super().__init__(max_bytes if max_bytes is not None else 2**63 - 1)
         self.library = Library(path, max_bytes=max_bytes, ttl=ttl)
+        """Where conversations are kept."""
         self._codec, self._salt = codec, salt
         self._context: Context | None = None
         self._namespace: Namespace | None = None
