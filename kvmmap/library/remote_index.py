@@ -81,6 +81,17 @@ class RemoteIndex(Index):
         return [entry for entry in found if entry is not None]
 
     @recovering
+    def remote_stops(self, parents: Sequence[str], above: int, most: int) -> list[int]:
+        """Return where segments of the object store end that continue one of some others, within (above, most]."""
+        marks = ", ".join("?" * len(parents))
+        with self.database.reading() as connection:
+            rows = connection.execute(
+                f"SELECT DISTINCT stop FROM remotes WHERE parent IN ({marks}) AND stop > ? AND stop <= ?",
+                (*parents, above, most),
+            ).fetchall()
+        return [int(row[0]) for row in rows]
+
+    @recovering
     def forget_remote(self, name: str) -> None:
         """Forget a segment that the object store no longer has."""
         with self.database.writing() as connection:

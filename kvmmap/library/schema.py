@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 4
+VERSION = 5
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -78,6 +78,8 @@ CREATE TABLE remotes (
     stop INTEGER NOT NULL,
     entry TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
+
+CREATE INDEX remote_families ON remotes (parent, stop) WHERE parent IS NOT NULL;
 
 CREATE TABLE remote_hashes (hash BLOB NOT NULL, name TEXT NOT NULL, PRIMARY KEY (hash, name)) STRICT, WITHOUT ROWID;
 

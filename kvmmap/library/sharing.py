@@ -165,14 +165,21 @@ class Sharing:
                 low = middle
             else:
                 high = middle - 1
+        boundary = low * BLOCK_TOKENS
+        reached = self._index.remote_with_prefix(prompt.hash(low)) if low else []
         best: tuple[int, RemoteSegment | None] = (0, None)
-        ends = [prompt.hash(low)] if low else []
-        for entry in [one for hash in ends for one in self._index.remote_with_prefix(hash)]:
-            length = low * BLOCK_TOKENS
-            if length < entry.stop <= len(prompt) and prompt.hash_at(entry.stop) == entry.hash_list()[-1]:
-                length = entry.stop
-            if entry.namespace == namespace and length > best[0]:
-                best = length, entry
+        seen: set[str] = set()
+        while reached := [one for one in reached if one.namespace == namespace and one.name not in seen]:
+            for one in reached:
+                length = one.stop if _ends_in(one, prompt) else boundary
+                if length > best[0]:
+                    best = length, one
+            # What continues these may end before the next block boundary: then only the hash of its end finds it.
+            names = {one.name for one in reached}
+            seen |= names
+            stops = self._index.remote_stops(sorted(names), boundary, len(prompt))
+            ends = [one for stop in stops for one in self._index.remote_with_prefix(prompt.hash_at(stop))]
+            reached = [one for one in ends if one.parent in names and _ends_in(one, prompt)]
         return best
 
     def fetch(self, entry: RemoteSegment) -> int:
@@ -301,6 +308,11 @@ class Sharing:
             orphans=len(orphans),
             manifests=self.compact_log(),
         )
+
+
+def _ends_in(entry: RemoteSegment, prompt: Prompt) -> bool:
+    """Whether all of a segment is a prefix of a prompt, by its hash."""
+    return entry.stop <= len(prompt) and prompt.hash_at(entry.stop) == entry.hash_list()[-1]
 
 
 def _going(
