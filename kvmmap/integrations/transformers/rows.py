@@ -29,6 +29,7 @@ class StoredRows:
         """Positions that count of `saved`; `own` has those from there on."""
         self.chunk: RecentRows | None = None
         """Of the positions that were appended last, what their queries see in 16 bits; until they have attended."""
+        self._chunk_start = 0  # the first of these positions
 
     def __len__(self) -> int:
         """Positions that the store has, also those of a pass that has not reached all layers yet."""
@@ -53,7 +54,7 @@ class StoredRows:
             self.chunk = None
         else:
             rows = keys[0].swapaxes(0, 1), values[0].swapaxes(0, 1)
-            self.chunk = self.own.chunk_rows(*rows)
+            self.chunk, self._chunk_start = self.own.chunk_rows(*rows), len(self)
             self.own.extend(*rows)
 
     def _check_batch(self, key_states: torch.Tensor) -> None:
@@ -73,9 +74,10 @@ class StoredRows:
         values = torch.empty(len(self), shape.num_kv_heads, shape.value_head_dim, dtype=dtype)
         key_rows, value_rows = as_array(keys), as_array(values)
         done = 0
+        newest = len(self) if self.chunk is None else self._chunk_start  # where the recent window of saved rows ends
         for part, first, stop in self.parts(0, len(self)):
             place = slice(done, done + stop - first)
-            length = len(self) if part is self.saved else None  # where the recent window ends
+            length = newest if part is self.saved else None
             part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place], length=length)
             part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place], length=length)
             done = place.stop
