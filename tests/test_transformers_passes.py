@@ -392,6 +392,7 @@ def test_a_full_graph_is_refused_when_the_cache_is_made(how: str) -> None:
 
 
 def test_a_full_graph_that_is_compiled_later_is_refused_by_torch() -> None:
+    torch._dynamo.reset()  # it would use the graphs of this code that it has made before, with their breaks
     net = model("llama", "kvmmap")
     cache = KvmmapCache(net)
     net.forward = torch.compile(net.forward, backend="eager", fullgraph=True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from families.configs import config, model  # noqa: E402
 from families.trial import generate, prompt  # noqa: E402
@@ -33,6 +34,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     found: str = request.param
+    if found == "nemotron_h" and Version(transformers.__version__).release < (5, 23):
+        pytest.skip("this release of transformers names layers without attention otherwise: refused, by name")
     return found
 
 
