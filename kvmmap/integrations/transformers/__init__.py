@@ -33,6 +33,7 @@ from .portable import adopt, mark_portable
 from .prefix import reuse
 from .versions import CACHE_ARGUMENT
 from .versions import check_version as _check_version
+from .weights import weights_fingerprint
 
 _check_version()
 
@@ -51,4 +52,5 @@ __all__ = [
     "namespace_of",
     "open_session",
     "reuse",
+    "weights_fingerprint",
 ]

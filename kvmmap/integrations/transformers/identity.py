@@ -16,7 +16,7 @@ import torch
 from ...errors import KvmmapError, ModelMismatchError
 from ...metadata import ModelInfo
 from .models import text_config
-from .weights import weights_fingerprint
+from .weights import digested_weights, weights_fingerprint
 
 __all__ = ["check_same", "config_of", "describe", "weights_fingerprint"]
 
@@ -62,6 +62,11 @@ _IRRELEVANT = frozenset(
 )
 
 
+_SETTINGS, _HOOKS = "module_settings", "module_hooks"
+"""Facts of a model that are no part of its config; empty where all modules are as the config makes them. They are not
+known, and not compared, of a config alone, and of a model whose weights the caller has identified."""
+
+
 def describe(model: Any, fingerprint: str | None) -> tuple[ModelInfo, dict[str, Any]]:
     """Return what to record of a model: who it is, and its config's facts.
 
@@ -71,9 +76,11 @@ def describe(model: Any, fingerprint: str | None) -> tuple[ModelInfo, dict[str, 
     """
     whole = config_of(model)
     config = text_config(whole)
-    if fingerprint is None and isinstance(model, torch.nn.Module):
-        fingerprint = weights_fingerprint(model)
     facts = {name: _plain(value) for name, value in config.to_dict().items() if name not in _IRRELEVANT}
+    if fingerprint is None and isinstance(model, torch.nn.Module):
+        weights = digested_weights(model)
+        fingerprint = weights.digest
+        facts |= {_SETTINGS: _plain(weights.settings), _HOOKS: weights.hooks}
     if isinstance(model, torch.nn.Module):
         facts["weights_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     info = ModelInfo(
@@ -109,6 +116,8 @@ def check_same(
     Raises:
         ModelMismatchError: says what differs; `expected` is what the cache has, `actual` what the model has.
     """
+    if stored_facts and _SETTINGS in facts:  # older files do not say so where there are none
+        stored_facts = {_SETTINGS: {}, _HOOKS: []} | dict(stored_facts)
     differing = {
         name: (stored_facts[name], facts[name])
         for name in stored_facts
@@ -122,10 +131,13 @@ def check_same(
     else:
         differing |= _differing_names(stored, info)
     if differing:
+        hint = ""
+        if _HOOKS in differing:
+            hint = " (or, if those hooks only observe, open it with fingerprint=weights_fingerprint(model))"
         shown = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items())
         raise ModelMismatchError(
             f"{path or 'the cache'} was made by another model: {shown}. Keys and values mean nothing to any but the "
-            "model that made them: open it with that one, or prefill a new cache",
+            f"model that made them: open it with that one, or prefill a new cache{hint}",
             expected={name: old for name, (old, _) in differing.items()},
             actual={name: new for name, (_, new) in differing.items()},
             path=path,

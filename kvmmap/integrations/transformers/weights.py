@@ -1,7 +1,7 @@
 """Weights: a digest of all that changes keys and values, and a cheap look at whether they are still what was digested.
 
-The look compares each tensor's address and version, which modules there are, the adapters' settings, and some of the
-bytes of tensors on the CPU (`memory`).
+The look compares each tensor's address and version, which modules there are and what they are set to (`behavior`), the
+adapters' settings, and some of the bytes of tensors on the CPU (`memory`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from ...errors import KvmmapError
+from .behavior import Behavior, added_hooks, changed_settings, state
 from .frequencies import deviating, scalings, watched_buffers
 from .memory import TensorBytes
 from .randomness import RandomParts
@@ -36,8 +37,13 @@ class Weights:
     def __init__(self, body: torch.nn.Module) -> None:
         self.digest: str | None = None
         self.tables: str | None = None
-        """A digest of buffers that are not saved with the weights, but for rotary frequencies. It is compared only
-        within a process: two machines may compute these tables differently in the last bit."""
+        """A digest of buffers that are not saved with the weights, but for rotary frequencies, and of all numbers that
+        modules hold. It is compared only within a process: two machines may compute tables differently in the last
+        bit, and two releases of transformers may name numbers differently."""
+        self.settings: dict[str, Any] = {}
+        """Numbers and parts that its config does not give, by name; known once the digest is."""
+        self.hooks: list[str] = []
+        """Hooks and replaced methods, by name; known once the digest is."""
         self.random = RandomParts(body)
         self._modules = [(module._modules, dict(module._modules)) for module in body.modules() if module._modules]
         self._tensors: list[tuple[dict[str, Any], str]] = [
@@ -55,6 +61,7 @@ class Weights:
         ]
         self._rotary = [module for module in body.modules() if scalings(module)]
         self._tuners = [module for _, module in tuners(body)]
+        self._behavior = Behavior(body)
         self._marks = self._look()
         self._bytes = TensorBytes(held[name] for held, name in self._tensors)
 
@@ -64,16 +71,16 @@ class Weights:
             if held != children:
                 return False
         try:
-            return self._look() == self._marks and self._bytes.unchanged(thorough)
+            return self._behavior.unchanged() and self._look() == self._marks and self._bytes.unchanged(thorough)
         except KeyError:
             return False
 
-    def compute_digests(self, body: torch.nn.Module) -> str:
-        """Compute the digests of everything; return the one that identifies the weights."""
+    def compute_digests(self, body: torch.nn.Module) -> None:
+        """Compute the digests of everything."""
         self.tables = _digest_of_tables(body)
+        self.settings, self.hooks = changed_settings(body), added_hooks(body)
         self._bytes.read_all()
         self.digest = _digest(body)
-        return self.digest
 
     def _look(self) -> list[Any]:
         tensors = [held[name] for held, name in self._tensors]
@@ -101,6 +108,14 @@ def weights_of(model: torch.nn.Module, thorough: bool = False) -> Weights:
     return known
 
 
+def digested_weights(model: torch.nn.Module) -> Weights:
+    """Return what the weights of a model are, with their digest; raises as `weights_fingerprint`."""
+    weights = weights_of(model, thorough=True)
+    if weights.digest is None:
+        weights.compute_digests(body_of(model))
+    return weights
+
+
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """Return a digest of all of a model's weights, XXH3 with 128 bits, in hex.
 
@@ -110,8 +125,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     Raises:
         KvmmapError: weights that have no bytes here (on the meta device, or of a kind torch can't show as bytes).
     """
-    weights = weights_of(model, thorough=True)
-    return weights.digest or weights.compute_digests(body_of(model))
+    return str(digested_weights(model).digest)
 
 
 def _digest(body: torch.nn.Module) -> str:
@@ -140,6 +154,7 @@ def _digest_of_tables(body: torch.nn.Module) -> str:
             value = module._buffers.get(name)
             if value is not None and not value.is_meta and not name.endswith("inv_freq"):
                 _add(digest, f"{prefix}.{name}", value)
+    digest.update("\n".join(state(body)).encode())
     return digest.hexdigest()
 
 

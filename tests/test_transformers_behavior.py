@@ -1,0 +1,181 @@
+"""Whose cache it is, beside weights: numbers that modules hold, parts without weights, hooks, replaced methods."""
+
+from __future__ import annotations
+
+import functools
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import generate, model, past, prompt
+
+import kvmmap
+from kvmmap.integrations.transformers import KvmmapCache, reuse, weights_fingerprint
+from kvmmap.integrations.transformers.behavior import added_hooks, changed_settings
+from kvmmap.integrations.transformers.weights import body_of, weights_of
+
+pytestmark = pytest.mark.torch
+torch.set_num_threads(1)
+
+
+def epsilon(net: Any) -> None:
+    net.model.layers[1].input_layernorm.variance_epsilon = 0.5
+
+
+def scale(net: Any) -> None:
+    net.model.layers[0].self_attn.scaling *= 2
+
+
+def window(net: Any) -> None:
+    net.model.layers[0].self_attn.sliding_window = 4
+
+
+def embedding_scale(net: Any) -> None:
+    net.model.embed_tokens.scalar_embed_scale = 3.0
+
+
+def activation(net: Any) -> None:
+    net.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+
+
+def hook(net: Any) -> None:
+    net.model.layers[0].register_forward_hook(lambda module, args, output: output + 1)
+
+
+def hook_before(net: Any) -> None:
+    net.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+
+
+def partial_hook(net: Any) -> None:
+    net.model.norm.register_forward_hook(functools.partial(lambda add, module, args, output: output + add, 1))
+
+
+def callable_hook(net: Any) -> None:
+    class Adds:
+        def __call__(self, module: Any, args: Any, output: Any) -> Any:
+            return output + 1
+
+    net.model.layers[0].mlp.register_forward_hook(Adds())
+
+
+def forward(net: Any) -> None:
+    mlp = net.model.layers[0].mlp
+    mlp.forward = types.MethodType(lambda self, x: self.down_proj(x[..., : self.down_proj.in_features]), mlp)
+
+
+def wrapped_forward(net: Any) -> None:
+    own = net.model.layers[0].mlp.forward
+
+    @functools.wraps(own)  # `__module__` is transformers' then
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * own(x)
+
+    net.model.layers[0].mlp.forward = doubled
+
+
+CHANGES = {
+    "llama": [epsilon, scale, activation, hook, hook_before, partial_hook, callable_hook, forward, wrapped_forward],
+    "gemma3": [window, embedding_scale, hook],
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), [(kind, change) for kind, found in CHANGES.items() for change in found])
+def test_what_changes_a_pass_is_refused(tmp_path: Path, kind: str, change: Any) -> None:
+    path = tmp_path / "a.kvm"
+    net = model(kind, "kvmmap")
+    with KvmmapCache.create(path, net) as cache:
+        net(prompt(20), **past(cache))
+        change(net)
+        with pytest.raises(kvmmap.ModelMismatchError, match=r"module_(settings|hooks) was"):
+            net(prompt(2), **past(cache))
+        assert cache.seq_len == 20
+    with pytest.raises(kvmmap.ModelMismatchError, match=r"module_(settings|hooks) was"):
+        KvmmapCache.open(path, net)
+    with KvmmapCache.open(path, model(kind, "kvmmap")) as cache:
+        assert cache.seq_len == 20
+    other = tmp_path / "b.kvm"
+    with KvmmapCache.create(other, net) as cache:
+        assert weights_of(net).settings or weights_of(net).hooks
+    with KvmmapCache.open(other, net):
+        pass
+    with pytest.raises(kvmmap.ModelMismatchError, match=r"module_(settings|hooks) was"):
+        KvmmapCache.open(other, model(kind, "kvmmap"))
+
+
+def test_a_given_fingerprint_accepts_hooks(tmp_path: Path) -> None:
+    net, seen = model("llama", "kvmmap"), []
+    with KvmmapCache.create(tmp_path / "a.kvm", net) as cache:
+        net(prompt(20), **past(cache))
+    net.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(kvmmap.ModelMismatchError, match="fingerprint=weights_fingerprint"):
+        KvmmapCache.open(tmp_path / "a.kvm", net)
+    with KvmmapCache.open(tmp_path / "a.kvm", net, fingerprint=weights_fingerprint(net)) as cache:
+        net(prompt(2), **past(cache))
+    assert seen
+
+
+def test_changes_that_keys_and_values_do_not_depend_on_are_none() -> None:
+    net = model("llama", "kvmmap")
+    cache = KvmmapCache(net)
+    net(prompt(20), **past(cache))
+    known = weights_of(net)
+    net.model.gradient_checkpointing = True
+    net.model.layers[0].self_attn.attention_dropout = 0.5
+    net.model.layers[0].self_attn.forward = torch.compile(net.model.layers[0].self_attn.forward, backend="eager")
+    net(prompt(2), output_hidden_states=True, **past(cache))
+    assert weights_of(net) is known
+    assert reuse(cache, torch.cat([prompt(20), prompt(2)], 1)) == 21
+
+
+def test_a_setting_that_is_put_back_is_no_change() -> None:
+    net = model("llama", "kvmmap")
+    cache = KvmmapCache(net)
+    net(prompt(20), **past(cache))
+    norm = net.model.layers[0].input_layernorm
+    before = norm.variance_epsilon
+    norm.variance_epsilon = 0.5
+    with pytest.raises(kvmmap.ModelMismatchError):
+        net(prompt(2), **past(cache))
+    norm.variance_epsilon = before + 0.0
+    handle = net.model.norm.register_forward_hook(lambda *_: None)
+    handle.remove()
+    net(prompt(2), **past(cache))
+    assert cache.seq_len == 22
+
+
+def test_a_config_that_was_edited_after_the_model_was_made_does_not_hide_what_it_says_no_longer(tmp_path: Path) -> None:
+    net = model("llama", "kvmmap")
+    with KvmmapCache.create(tmp_path / "a.kvm", net) as cache:
+        net(prompt(20), **past(cache))
+    net.config.rms_norm_eps = 0.5
+    with pytest.raises(kvmmap.ModelMismatchError, match="rms_norm_eps"):
+        KvmmapCache.open(tmp_path / "a.kvm", net)
+    for module in net.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.5
+    assert not changed_settings(body_of(net))
+    with pytest.raises(kvmmap.ModelMismatchError, match="rms_norm_eps"):
+        KvmmapCache.open(tmp_path / "a.kvm", net)
+
+
+def test_a_model_that_cannot_be_made_of_its_config_is_compared_within_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = model("llama", "kvmmap")
+    monkeypatch.setattr(type(net.model), "__init__", lambda *_: 1 / 0)
+    cache = KvmmapCache(net)
+    generate(net, prompt(20), cache, 1)
+    assert not changed_settings(net.model)
+    epsilon(net)
+    with pytest.raises(kvmmap.ModelMismatchError, match="tables"):
+        net(prompt(2), **past(cache))
+
+
+def test_looking_leaves_the_random_numbers_as_they_were() -> None:
+    net = model("llama")
+    before = torch.random.get_rng_state()
+    changed_settings(body_of(net))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not added_hooks(net)
