@@ -19,6 +19,7 @@ from helpers.support import rows
 import kvmmap
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document
+from kvmmap.storage.file.chain import ChainStorage
 from kvmmap.storage.file.child import create_child, open_chain
 from kvmmap.storage.file.reader import MappedReader
 from kvmmap.storage.file.writer import MappedWriter
@@ -182,3 +183,73 @@ def test_a_parent_is_durable_before_its_child(folder: str) -> None:
 
 def without_the_sync(kind: str, caller: str) -> bool:
     return (kind, caller) == ("sync", "make_record")
+
+
+def commit_unsynced_child(folder: str, seed: int, mutation: Mutation | None = None) -> int:
+    """Commit a child that was made without a sync, on a machine that loses power at any moment.
+
+    The parent's writer may have died in the middle of a commit, and the child's may die in its own.
+
+    Returns:
+        How many images had the child after its commit was acknowledged.
+    """
+    family = Family(folder, seed, mutation)
+    machine, random, parent, path = family.machine, family.random, family.path("0.kvm"), family.path("1.kvm")
+    step, length = rows(2, 20, 1, 4), 0
+    with machine.running(), contextlib.ExitStack() as stack:
+        writer = MappedWriter.create(parent, GEOMETRY, Document(None, {}))
+        stack.callback(writer.file.close)
+        cache = kvmmap.QuantizedKvCache.of_storage(writer)
+        for _ in range(2):
+            cache.extend(step, step, np.arange(20))
+            machine.countdown = random.randrange(3, 12) if cache.seq_len == 40 else None
+            with contextlib.suppress(Killed):
+                cache.flush()
+            machine.new_process()
+        writer.file.close()
+        chain = create_child(path, parent, None, capacity=400, durable=False)
+        assert isinstance(chain, ChainStorage)
+        for one in (chain.own, chain.ancestors[0].reader):
+            stack.callback(one.file.close)
+        child, base = kvmmap.QuantizedKvCache.of_storage(chain), chain.seq_len
+        child.extend(step, step, np.arange(20))
+        machine.countdown = random.randrange(2, 20) if random.random() < 0.5 else None
+        with contextlib.suppress(Killed):
+            child.flush()
+            length = base + 20
+        machine.new_process()
+        return sum(look_at_child(family, length, base) for _ in range(12))
+
+
+def look_at_child(family: Family, length: int, base: int) -> bool:
+    """Lose power, and open the child: all of it is there if its commit was acknowledged, and never something else."""
+    image = family.machine.disk.power_loss(family.random)
+    boot, family.machine.boot = family.machine.boot, -1
+    folder = family.folder + ".image"
+    os.makedirs(folder, exist_ok=True)
+    for name in ("0.kvm", "1.kvm"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(image.get(name, b""))
+    try:
+        with contextlib.closing(open_chain(MappedReader.open(os.path.join(folder, "1.kvm")))) as chain:
+            assert chain.seq_len in ((length,) if length else (base, base + 20))
+            assert chain.verify().sound
+            np.testing.assert_array_equal(chain.read_tokens(chain.seq_len)[base:], np.arange(chain.seq_len - base))
+    except kvmmap.FormatError:
+        assert not length  # nothing of it had to be durable yet
+    finally:
+        family.machine.boot = boot
+    return length > 0
+
+
+def test_the_first_commit_makes_an_unsynced_child_durable(folder: str) -> None:
+    assert sum(commit_unsynced_child(folder, seed) for seed in range(HISTORIES * 2)) > 12
+
+
+@pytest.mark.parametrize("function", ["_sync_parent", "_commit", "_write_slot", "_sync_name"])
+def test_an_unsynced_child_needs_every_sync(folder: str, function: str) -> None:
+    def without(kind: str, caller: str) -> bool:
+        return caller == function and kind.startswith("sync")
+
+    with pytest.raises((AssertionError, kvmmap.ParentError)):
+        list(map(functools.partial(commit_unsynced_child, folder, mutation=without), range(40)))

@@ -6,14 +6,17 @@ The files are right. A segment that can't be used is named as broken and stays w
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import CacheLockedError, CorruptCacheError, FormatError, KvmmapError
+from ..storage.file.placement import remove_dead
 from ..storage.process import is_running
-from .contents import Description, describe, disk_bytes, is_written
+from ..storage.temporary import is_temporary
+from .contents import Description, describe, disk_bytes, is_written, was_committed
 from .index import GOING, Index
 from .room import Room, pin_path
 from .segment import CACHES, Segment
@@ -83,6 +86,7 @@ class Checker:
     def check(self) -> CheckReport:
         """Bring the index in line with all files."""
         updated = self.settle()
+        self._remove_left_overs()
         known = {segment.name: segment for segment in self._index.segments()}
         files = dict(self._files())
         removed = [name for name in known if name not in files and not self._is_young(known[name])]
@@ -126,6 +130,15 @@ class Checker:
                         if file.endswith(".kvm") and not file.startswith("."):
                             yield file.removesuffix(".kvm"), os.path.join(caches, folder, file)
 
+    def _remove_left_overs(self) -> None:
+        """Remove the temporary files of processes that died while they made a segment."""
+        for folder in glob.iglob(os.path.join(glob.escape(self._folder), CACHES, "*")):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_temporary(entry.name):
+                        with contextlib.suppress(OSError):  # another process was faster
+                            remove_dead(entry.path)
+
     def _add(self, files: dict[str, str]) -> tuple[list[str], list[str], list[str], list[str]]:
         """Add files to the index, parents first; return the names of those added, broken, busy and empty."""
         found: dict[str, Description] = {}
@@ -141,6 +154,9 @@ class Checker:
             except FileNotFoundError:
                 continue
             except (KvmmapError, OSError) as error:
+                if not was_committed(path) and self._remove_empty(path):
+                    empty.append(name)
+                    continue
                 self._add_broken(name, path, str(error))
                 broken.append(name)
         for name in sorted(found, key=lambda name: found[name].start):
@@ -217,6 +233,9 @@ class Checker:
         except CacheLockedError:
             return False
         except (FormatError, CorruptCacheError, OSError) as error:
+            if segment.stop == segment.start and not segment.children and not was_committed(segment.path):
+                self._room.remove(segment)
+                return True
             self._index.mark_broken(segment.name, str(error))
             self._index.end_writing(segment.name, disk_bytes(segment.path))
             return True

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache_reader import CacheReader
-from ..errors import CacheLockedError, CorruptCacheError
-from ..format import Section, Superblock
+from ..errors import CacheLockedError, CorruptCacheError, KvmmapError
+from ..format import PAGE, Section, Superblock
 from ..opening import open_cache
 from ..storage.file.chain import ChainStorage
 from ..storage.file.mapped_file import read_superblock
@@ -143,6 +143,22 @@ def commit_published(path: str) -> None:
         whole = cache.facts()["state"] == "closed"
     if not whole:
         open_cache(path, "a", record_use=False).close()
+
+
+def was_committed(path: str) -> bool:
+    """False for a file of which nothing was ever durable, because the machine went down before its first commit.
+
+    The file system then has its name, and zeros where its superblock or its commits should be.
+    """
+    try:
+        with contextlib.closing(PosixFile.open(path, writable=False)) as file:
+            if not any(file.read(0, PAGE)):
+                return False
+            superblock = read_superblock(file)
+            slots = [superblock.section(section) for section in (Section.SLOT_A, Section.SLOT_B)]
+            return any(any(file.read(slot.offset, slot.size)) for slot in slots)
+    except (KvmmapError, OSError):
+        return True
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ class Prompt:
 
     def __init__(self, seed: bytes, ids: NDArray[np.int32]) -> None:
         self.ids = np.ascontiguousarray(ids, "<i4")
-        self._seed = len(seed)
-        self._data = memoryview(seed + self.ids.tobytes())
+        self._state = xxhash.xxh3_128(seed)
+        self._data = memoryview(self.ids).cast("B") if len(self.ids) else memoryview(b"")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,7 +45,9 @@ class Prompt:
     def hash_at(self, length: int) -> bytes:
         """Return the hash of a prefix, 16 bytes."""
         # At once and not incrementally: a search asks for a dozen of them, and 512 KB are hashed in 20 us.
-        return xxhash.xxh3_128_digest(self._data[: self._seed + 4 * length])
+        state = self._state.copy()
+        state.update(self._data[: 4 * length])
+        return state.digest()
 
     def head(self, position: int) -> bytes:
         """Return the sort key of the ids from a position on."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..cache_reader import CacheReader
@@ -23,7 +24,7 @@ from ..inputs import check_token_ids
 from ..opening import open_cache
 from ..paths import PathLike
 from ..ranges import index as whole
-from .contents import disk_bytes, read_own_tokens
+from .contents import read_own_tokens
 from .hashing import Prompt
 from .making import Tail, Vanished
 from .matching import Match, Search
@@ -177,18 +178,15 @@ class Library(LibrarySharing):
         """
         if not isinstance(namespace, Namespace):
             return open_for_model(self, namespace, token_ids, limit=limit, capacity=capacity, metadata=metadata)
-        prompt = self._prompt(namespace.digest, token_ids, None)
-        wanted = len(prompt) if limit is None else max(0, min(whole(limit, "limit"), len(prompt)))
-        room = max(LEAST_CAPACITY, 2 * len(prompt)) if capacity is None else whole(capacity, "capacity")
-        if room < len(prompt):
+        ids = check_token_ids(token_ids, None)
+        room = max(LEAST_CAPACITY, 2 * len(ids)) if capacity is None else whole(capacity, "capacity")
+        if room < len(ids):
             raise ShapeMismatchError(
-                f"capacity is {room} positions, and the prompt alone has {len(prompt)}",
-                expected=len(prompt),
-                actual=room,
+                f"capacity is {room} positions, and the prompt alone has {len(ids)}", expected=len(ids), actual=room
             )
+        sought = Prompt(namespace.seed, ids if limit is None else ids[: max(0, whole(limit, "limit"))])
         number = self._number(namespace)
         self._kick()
-        sought = Prompt(namespace.seed, prompt.ids[:wanted])
         for attempt in range(ATTEMPTS):
             match = self._match(namespace.digest, sought)
             if attempt == 0 and self._fetch_longer(namespace.digest, sought, match.length):
@@ -207,11 +205,11 @@ class Library(LibrarySharing):
                 if attempt == ATTEMPTS // 2:
                     self.check()
                 continue
-            self._use(match, len(prompt) - match.length)
-            return self._begin(namespace, match, tail, prompt)
+            self._use(match, len(ids) - match.length)
+            return self._begin(namespace, match, tail, ids)
         raise KvmmapError(f"{self.path}: segments vanish as fast as they are found: is something else deleting them?")
 
-    def _begin(self, namespace: Namespace, match: Match, tail: Tail, prompt: Prompt) -> Session:
+    def _begin(self, namespace: Namespace, match: Match, tail: Tail, ids: NDArray[np.int32]) -> Session:
         session = Session.of_storage(tail.cache.storage)
         assert isinstance(session, Session)
         session.begin(
@@ -222,10 +220,8 @@ class Library(LibrarySharing):
             parent=tail.parent,
             start=tail.start,
             continues=tail.continues,
-            prompt=prompt.ids,
+            prompt=ids,
         )
-        if not tail.continues:
-            self._open_index.set_bytes(tail.name, disk_bytes(session.path or ""))
         return session
 
     def _number(self, namespace: Namespace) -> int:

@@ -21,8 +21,11 @@ from ..errors import (
     KvmmapError,
     PositionOutOfRangeError,
 )
-from ..opening import create, open_cache
+from ..geometry import CacheGeometry
+from ..metadata import document
+from ..opening import open_cache, place_of
 from ..storage.file.chain import ChainStorage
+from ..storage.registry import CreateOptions
 from .hashing import Prompt
 from .index import Index, is_of, new_name
 from .matching import Match
@@ -174,17 +177,14 @@ class Maker:
         capacity: int,
         metadata: Mapping[str, Any],
     ) -> QuantizedKvCache:
+        # Nothing of it counts before it is committed, and its name is random, so it need not be durable before.
+        place, options = place_of(path), CreateOptions(durable=False)
+        notes = document(metadata, namespace.model)
         if below is None:
-            return create(path, **namespace.shape(capacity), metadata=metadata, model=namespace.model)
+            geometry = CacheGeometry.build(**namespace.shape(capacity))
+            return QuantizedKvCache.of_storage(place.create(geometry, notes, options))
         try:
-            return create(
-                path,
-                parent=below.path,
-                parent_length=start,
-                capacity=capacity,
-                metadata=metadata,
-                model=namespace.model,
-            )
+            return QuantizedKvCache.of_storage(place.create_child(below.path, start, capacity, notes, options))
         except (CacheNotFoundError, CacheChangedError, FormatError, PositionOutOfRangeError) as error:
             raise self._vanished(below, error) from None
 

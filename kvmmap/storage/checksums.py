@@ -6,6 +6,7 @@ hash of each one's incomplete block, so that committing after every token costs 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..format import block_checksum
+from ..format import BLOCK_CHECKSUM, block_checksum
+
+_ONE_ARRAY = struct.Struct(f"{BLOCK_CHECKSUM.format}Q")
+"""What `block_checksum` hashes of a block that has one array."""
 
 Track = Sequence[NDArray[Any]]
 """Arrays that grow along their first axis together."""
@@ -35,6 +39,26 @@ def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
     """Return the checksum of positions [start, stop) of a block, from nothing."""
     parts = [xxhash.xxh3_64_intdigest(array[start:stop].data) for array in arrays]
     return block_checksum(track, block, stop - start, parts)
+
+
+def digests(array: NDArray[Any], track: int, blocks: NDArray[np.int64], size: int, stop: int) -> NDArray[np.uint64]:
+    """Return the checksums of blocks of a track of one array, as `digest` does, u64 [len(blocks)].
+
+    Args:
+        array: contiguous, [positions].
+        track: which.
+        blocks: their numbers.
+        size: positions of a block.
+        stop: where the last block ends.
+    """
+    # A long prompt has hundreds of blocks of token ids, so calls are what costs.
+    data, hash64, pack = memoryview(np.ascontiguousarray(array)).cast("B"), xxhash.xxh3_64_intdigest, _ONE_ARRAY.pack
+    width = array.itemsize
+    found = np.empty(len(blocks), np.uint64)
+    for number, block in enumerate(blocks.tolist()):
+        start, end = block * size, min((block + 1) * size, stop)
+        found[number] = hash64(pack(track, end - start, block, hash64(data[start * width : end * width])))
+    return found
 
 
 class BlockHasher:

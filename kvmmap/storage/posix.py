@@ -297,8 +297,8 @@ class PosixFile:
             pause = min(pause * 2, 0.05)
         return True
 
-    def link_to(self, path: str) -> None:
-        """Rename this file to `path`, which must not exist; durable on return.
+    def link_to(self, path: str, *, durable: bool = True) -> None:
+        """Rename this file to `path`, which must not exist; durable on return unless `durable` is False.
 
         If the directory can't be synced, the name is removed: the file exists durably, or not at all.
         """
@@ -314,6 +314,8 @@ class PosixFile:
         else:
             self._unlink(self.path)
         self.path = path
+        if not durable:
+            return
         try:
             self._sync_folder(path)
         except OSError:

@@ -30,6 +30,9 @@ class CreateOptions:
     metadata_room: int | None = None
     compressor: str | None = None
     break_lock: bool = False
+    durable: bool = True
+    """False: nothing is synced before the first commit of a file, which makes the file and its name durable. After a
+    power loss before that, its bytes may be anything. The name must be one that no other process ever uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

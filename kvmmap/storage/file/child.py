@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -104,6 +105,7 @@ def create_child(
     overwrite: bool = False,
     timeout: float = 0,
     metadata_room: int = METADATA_ROOM,
+    durable: bool = True,
 ) -> Storage:
     """Make a file that begins with the first `length` positions of another, and open it for appending.
 
@@ -113,7 +115,7 @@ def create_child(
         length: positions of the parent; all that are committed by default.
         capacity: positions to reserve, those of the parent included; the parent's by default.
         document: model and metadata; the parent's by default.
-        durability, overwrite, timeout, metadata_room: as in `MappedWriter.create`.
+        durability, overwrite, timeout, metadata_room, durable: as in `MappedWriter.create`.
 
     Raises:
         PositionOutOfRangeError: fewer positions are committed, or `length` is 0.
@@ -153,7 +155,7 @@ def create_child(
                 overwrite=overwrite,
                 timeout=timeout,
             )
-        record = make_record(nearest, length, path)
+        record = make_record(nearest, length, path, durable=durable)
         slots = max(2, nearest.geometry.checkpoint_slots)  # one is that of the first position, and stays
         writer = MappedWriter.create(
             path,
@@ -164,7 +166,10 @@ def create_child(
             timeout=timeout,
             metadata_room=metadata_room,
             parent=record,
+            durable=durable,
         )
+        if not durable:
+            writer.before_first_commit = functools.partial(_sync_parent, nearest)
         try:
             if states is not None:
                 writer.checkpoints.write(0, states)
@@ -225,9 +230,14 @@ def _close_unused(chain: Storage, child: ChainStorage) -> None:
             reader.close()
 
 
-def make_record(parent: MappedReader, length: int, path: str) -> Parent:
-    """Return the record of a new file at `path` that begins after `length` positions of a chain; the last of them is
-    one of the parent's own.
+def make_record(parent: MappedReader, length: int, path: str, *, durable: bool = True) -> Parent:
+    """Return the record of a new file that begins after `length` positions of a chain.
+
+    Args:
+        parent: the file of the chain that has the last of these positions.
+        length: positions.
+        path: of the new file.
+        durable: sync the parent; else that must be done before the new file is durable.
 
     Raises:
         ParentError: the parent lies in another folder, or has a name that can't be recorded.
@@ -260,9 +270,15 @@ def make_record(parent: MappedReader, length: int, path: str) -> Parent:
         tail_checksums=tails,
     )
     parent.validate(parent.version())  # the rows and checksums were still the parent's
-    # The slot was read from memory: a child must not be durable before what it begins with.
-    parent.file.sync()
+    if durable:
+        # The slot was read from memory: a child must not be durable before what it begins with.
+        parent.file.sync()
     return record
+
+
+def _sync_parent(parent: MappedReader) -> None:
+    """Make durable what a child begins with, before its first commit."""
+    parent.file.sync()
 
 
 def _verify_cut(parent: MappedReader, count: int, tokens: int) -> None:

@@ -61,7 +61,7 @@ def fork_file(
             length = old.checkpoints.last(length)
         geometry = dataclasses.replace(old.geometry, capacity=old.geometry.capacity if capacity is None else capacity)
         check_room(0, length, geometry.capacity)
-        file = build_file(
+        file, _ = build_file(
             target, geometry, old.document, metadata_room=old.superblock.section(Section.METADATA).size // 2
         )
         try:

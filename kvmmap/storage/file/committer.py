@@ -61,6 +61,10 @@ class Committer(MappedReader):
         self._sync_error: OSError | None = None
         self._new_document: tuple[Document, bytes] | None = None
         self._name_synced = False
+        self.durable = True
+        """False until the first commit of a file that was made without syncing it."""
+        self.before_first_commit: Callable[[], None] | None = None
+        """Makes durable what a file of which nothing is durable yet needs: its parent."""
         self._generation = 1
         self.admitted = superblock.geometry.capacity
         """Positions up to which rows may be written without asking `admit`."""
@@ -250,6 +254,9 @@ class Committer(MappedReader):
                 half, size, digest = 1 - half, len(data), checksum(data)
                 section = self.superblock.section(Section.METADATA)
                 self.file.write((section.offset + half * (section.size // 2),), (data,))
+            if self.before_first_commit is not None:
+                self.before_first_commit()
+                self.before_first_commit = None
             self._sync()
             slot = Slot(
                 sequence=max(before.sequence, self.live.get("acknowledged")) + 1,
@@ -265,6 +272,7 @@ class Committer(MappedReader):
                 checkpoints=self.checkpoints.to_commit(length),
             )
             self._write_slot(slot)
+            self.durable = True
             self._new_document = None
             self.live.put("acknowledged", slot.sequence)
             if both:
@@ -349,5 +357,6 @@ class Committer(MappedReader):
         changed |= self.checkpoints.staged == length or slot.checkpoints != self.checkpoints.to_commit(length)
         if changed or self._new_document is not None or not slot.closed:
             self.commit(closing=True)
-        self._sync_name()
+        if self.durable:
+            self._sync_name()
         self.live.distrust()  # from here on only the commit counts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import CorruptCacheError
-from ..checksums import Track, digest
+from ..checksums import Track, digest, digests
 from .mapped_file import MappedFile
 from .snapshot import Snapshot, SnapshotHolder
 from .verified_blocks import Ranges
@@ -51,9 +51,14 @@ def verify_tokens(mapped: MappedFile, holder: SnapshotHolder, stop: int) -> None
     covered = min(slot.token_len, holder.inherited_tokens)
     if verified is None or verified.below[track] >= min(stop, covered):
         return
-    ids, sums = [mapped.token_ids()], mapped.token_checksums(slot)
-    for block in verified.missing(track, np.array([[0, stop]], np.int64), covered).tolist():
-        _compare(mapped, holder, snapshot, ids, track, block, slot.token_len, int(sums[block]))
+    ids, sums = mapped.token_ids(), mapped.token_checksums(slot)
+    blocks = verified.missing(track, np.array([[0, stop]], np.int64), covered)
+    size = mapped.geometry.block_tokens
+    found = digests(ids, track, blocks, size, slot.token_len)
+    if not np.array_equal(found, sums[blocks]):
+        for block in blocks.tolist():
+            _compare(mapped, holder, snapshot, [ids], track, block, slot.token_len, int(sums[block]))
+    verified.note_all(track, blocks, slot.token_len)
     verified.sum_up(track, covered)
 
 

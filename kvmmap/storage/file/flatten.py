@@ -20,7 +20,6 @@ from ..posix import closing_on_error
 from ..protocols import Durability, Progress
 from .chain import ChainStorage
 from .chain_layer import ChainLayer
-from .mapped_file import read_superblock
 from .placement import METADATA_ROOM, already_exists, build_file, place_of, replace_file
 from .resize import copy_recent
 from .writer import MappedWriter
@@ -50,10 +49,11 @@ def flatten(
     target = place_of(target, overwrite=overwrite)
     geometry = dataclasses.replace(chain.geometry, capacity=capacity)
     version = chain.version()
-    file = build_file(target, geometry, document, metadata_room=max(METADATA_ROOM, len(document.encode())))
+    room = max(METADATA_ROOM, len(document.encode()))
+    file, superblock = build_file(target, geometry, document, metadata_room=room)
     try:
         with closing_on_error(file):
-            new = MappedWriter(file, read_superblock(file), durability=durability)
+            new = MappedWriter(file, superblock, durability=durability)
         _copy_rows(chain, new, length, progress)
         sums = chain.block_checksums(length)
         tokens = min(chain.token_len, length)

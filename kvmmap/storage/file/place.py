@@ -56,6 +56,7 @@ class FilePlace(Place):
             overwrite=options.overwrite,
             timeout=options.timeout,
             metadata_room=METADATA_ROOM if options.metadata_room is None else options.metadata_room,
+            durable=options.durable,
         )
 
     def create_child(
@@ -77,6 +78,7 @@ class FilePlace(Place):
             overwrite=options.overwrite,
             timeout=options.timeout,
             metadata_room=METADATA_ROOM if options.metadata_room is None else options.metadata_room,
+            durable=options.durable,
         )
 
     def remove(self, *, timeout: float = 0, break_lock: bool = False) -> None:

@@ -116,8 +116,9 @@ def build_file(
     *,
     metadata_room: int = METADATA_ROOM,
     parent: Parent | None = None,
-) -> PosixFile:
-    """Create a complete, empty, durable cache file beside `path`, under a temporary name.
+    durable: bool = True,
+) -> tuple[PosixFile, Superblock]:
+    """Create a complete, empty cache file beside `path`, under a temporary name.
 
     Args:
         path: where it is to stand.
@@ -125,9 +126,11 @@ def build_file(
         document: model and metadata.
         metadata_room: bytes to reserve for these.
         parent: the file that it continues.
+        durable: sync it; and remove what dead creators of `path` left.
     """
     data = document.encode()
-    remove_left_overs(path)
+    if durable:
+        remove_left_overs(path)
     superblock = Superblock.plan(
         geometry,
         file_id=os.urandom(16),
@@ -171,11 +174,12 @@ def build_file(
             record.publish(layer, 0)
         for number in range(num_slots(geometry)):
             record.publish_checkpoint(number, 0)
-        file.sync()
+        if durable:
+            file.sync()
     except BaseException:
         file.discard()
         raise
-    return file
+    return file, superblock
 
 
 def place_file(partial: str, path: str, *, overwrite: bool = False, timeout: float = 0) -> None:

@@ -129,7 +129,7 @@ class _Repair:
             )
         room = old.superblock.section(Section.METADATA).size // 2 + (PAGE if self.zero else 0)
         parent = self._parent(new_path)
-        file = build_file(new_path, old.geometry, document or Document(None, {}), metadata_room=room, parent=parent)
+        file, _ = build_file(new_path, old.geometry, document or Document(None, {}), metadata_room=room, parent=parent)
         try:
             file.copy_access(old.file)
             file.try_lock()

@@ -37,7 +37,7 @@ def resize_file(path: str, capacity: int | None, *, timeout: float = 0, progress
         wanted = before + length if capacity is None else capacity
         _refuse_loss(wanted, before + length)
         geometry = dataclasses.replace(old.geometry, capacity=wanted - before)
-        file = build_file(old.path, geometry, old.document, parent=old.parent)
+        file, _ = build_file(old.path, geometry, old.document, parent=old.parent)
         try:
             file.copy_access(old.file)
             new = MappedWriter(file, read_superblock(file), durability="publish")

@@ -47,6 +47,10 @@ class VerifiedBlocks:
         """Remember that the first `rows` rows of a block are verified."""
         self._of(track)[block] = rows
 
+    def note_all(self, track: int, blocks: NDArray[np.int64], covered: int) -> None:
+        """Remember that some blocks are verified as far as checksums cover them: positions below `covered`."""
+        self._of(track)[blocks] = self._wanted(covered)[blocks]
+
     def sum_up(self, track: int, covered: int) -> None:
         """Update `below` from what was noted."""
         short = np.flatnonzero(self._of(track) < self._wanted(covered))

@@ -20,7 +20,6 @@ from ...metadata import Document
 from ..posix import closing_on_error
 from ..protocols import Durability, Verify
 from .committer import Committer
-from .mapped_file import read_superblock
 from .placement import METADATA_ROOM, already_exists, build_file, lock_file, place_of, replace_file
 from .verify import check_blocks, check_tokens
 from .writer_layer import ScratchRows, WriterLayer
@@ -66,18 +65,28 @@ class MappedWriter(Committer):
         timeout: float = 0,
         metadata_room: int = METADATA_ROOM,
         parent: Parent | None = None,
+        durable: bool = True,
     ) -> MappedWriter:
-        """Make a new file, put it at `path` whole, and hold it for appending."""
+        """Make a new file, put it at `path` whole, and hold it for appending.
+
+        Args:
+            path, geometry, document, durability, overwrite, timeout, metadata_room: as in `kvmmap.create`.
+            parent: the file that it continues.
+            durable: False: the first commit makes the file and its name durable, and nothing is synced before.
+        """
         path = place_of(path, overwrite=overwrite)
-        file = build_file(path, geometry, document, metadata_room=metadata_room, parent=parent)
+        file, superblock = build_file(
+            path, geometry, document, metadata_room=metadata_room, parent=parent, durable=durable
+        )
         try:
             file.try_lock()
-            superblock = read_superblock(file)
             if overwrite and os.path.lexists(path):
                 replace_file(file, path, timeout)
             else:
-                file.link_to(path)
-            return cls(file, superblock, durability=durability)
+                file.link_to(path, durable=durable)
+            writer = cls(file, superblock, durability=durability)
+            writer.durable = durable
+            return writer
         except BaseException as error:
             if file.path != path:
                 file.discard()
