@@ -106,7 +106,8 @@ def test_verify_and_rebuild(folder: Path) -> None:
     assert "3 segments" in run("library", "rebuild", "--quick", folder).stdout
     told = json.loads(run("library", "rebuild", "--json", folder).stdout)
     assert len(told["added"]) == 3
-    path = next(folder.rglob("*.kvm"))
+    with kvmmap.Library(folder) as library:
+        path = Path(next(entry.path for entry in library.entries() if not entry.children))
     path.write_bytes(b"no cache")
     result = run("library", "verify", folder)
     assert result.returncode == 1

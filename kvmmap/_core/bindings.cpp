@@ -574,6 +574,7 @@ NB_MODULE(_kernels, m) {
     m.def("bound_blocks", &bound_blocks, "parts"_a, "sketches"_a, "heads"_a, "dim"_a, "bounds"_a);
     m.def("write_all", &write_all_at, "fd"_a, "offsets"_a, "buffers"_a);
     m.def("start_sync", &start_sync, "fd"_a, "offset"_a, "size"_a, nb::call_guard<nb::gil_scoped_release>());
+    m.def("punch_hole", &punch_hole, "fd"_a, "offset"_a, "size"_a, nb::call_guard<nb::gil_scoped_release>());
     m.def("store_word", &store_at, "map"_a, "offset"_a, "word"_a);
     m.def("load_word", &load_at, "map"_a, "offset"_a);
     m.def("publish", &publish_at, "map"_a, "offset"_a, "value"_a, "index"_a, "salt"_a);

@@ -34,6 +34,16 @@ void start_sync(int fd, int64_t offset, int64_t size) {
 #endif
 }
 
+bool punch_hole(int fd, int64_t offset, int64_t size) {
+#ifdef __linux__
+    return ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                       static_cast<off_t>(size)) == 0;
+#else
+    (void)fd, (void)offset, (void)size;
+    return false;
+#endif
+}
+
 static uint64_t mix(uint64_t h) {  // the finaliser of splitmix64
     h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9u;
     h = (h ^ (h >> 27)) * 0x94d049bb133111ebu;

@@ -19,6 +19,9 @@ int write_all(int fd, const Write* writes, int count);
 // then. It promises nothing, and takes no error away from that sync.
 void start_sync(int fd, int64_t offset, int64_t size);
 
+// Returns the disk space of a range, which then reads as zeros, to the file system. False where that can't be done.
+bool punch_hole(int fd, int64_t offset, int64_t size);
+
 // A sealed word holds a value below 2^40 and, above it, 24 bits that depend on the value, the word's index and the
 // file's salt: any other 64 bits are taken for a value once in 2^24. One aligned store publishes both.
 constexpr int seal_bits = 40;

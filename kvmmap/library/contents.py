@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from ..cache_reader import CacheReader
 from ..errors import CacheLockedError, CorruptCacheError, KvmmapError
 from ..format import PAGE, Section, Superblock
+from ..geometry import BLOCK_TOKENS
 from ..opening import open_cache
 from ..storage.file.chain import ChainStorage
 from ..storage.file.mapped_file import read_superblock
 from ..storage.file.placement import refuse_locked
 from ..storage.file.reader import MappedReader
 from ..storage.posix import PosixFile
-from .hashing import block_hashes, head_of
+from .hashing import Prompt, block_hashes, head_of
 from .index import Contents
 from .namespace import NOTES, digest_of
 from .segment import Segment
@@ -92,14 +93,29 @@ def contents_of(cache: CacheReader, seed: bytes, start: int) -> Contents:
     ids = cache.token_ids[:stop]
     file, superblock = own_file(cache)
     hashes = b"".join(block_hashes(seed, ids, start // cache.geometry.block_tokens))
-    checkpoints = tuple(sorted(found.position for found in cache.checkpoints)) if cache.states else None
+    checkpoints = cache.checkpoints if cache.states else None
+    old = sum(not found.pinned for found in checkpoints[:-1]) if checkpoints else 0
     return Contents(
         stop=max(start, stop),
         head=head_of(ids[start:]),
         hashes=hashes,
         token_offset=superblock.section(Section.TOKEN_IDS).offset,
-        checkpoints=checkpoints,
+        checkpoints=None if checkpoints is None else tuple([found.position for found in checkpoints]),
         disk_bytes=file.stat().st_blocks * 512,
+        spare_bytes=old * superblock.checkpoint_layout.size if old else 0,
+        points=_points(seed, ids, [found.position for found in checkpoints or ()]),
+    )
+
+
+def _points(seed: bytes, ids: NDArray[np.int32], positions: Sequence[int]) -> tuple[tuple[int, bytes, bytes], ...]:
+    """Return what the index has of checkpoints: see `Contents.points`."""
+    prompt = Prompt(seed, ids)
+    return tuple(
+        [
+            (position, prompt.hash(position // BLOCK_TOKENS), prompt.hash_at(position))
+            for position in positions
+            if position <= len(ids)
+        ]
     )
 
 

@@ -28,7 +28,7 @@ class Prompt:
     def __init__(self, seed: bytes, ids: NDArray[np.int32]) -> None:
         self.ids = np.ascontiguousarray(ids, "<i4")
         self._state = xxhash.xxh3_128(seed)
-        self._data = memoryview(self.ids).cast("B") if len(self.ids) else memoryview(b"")
+        self._data = self.ids.data.cast("B") if len(self.ids) else memoryview(b"")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -27,6 +27,11 @@ class Contents(NamedTuple):
     token_offset: int
     checkpoints: tuple[int, ...] | None
     disk_bytes: int
+    spare_bytes: int = 0
+    """Of checkpoints that may be dropped."""
+    points: tuple[tuple[int, bytes, bytes], ...] = ()
+    """Of each checkpoint its position, and the hashes of the prefixes that end at the last block boundary up to it, and
+    at it."""
 
 
 class Index(IndexReader):
@@ -111,13 +116,19 @@ class Index(IndexReader):
             number = int(row[0])
             checkpoints = None if contents.checkpoints is None else json.dumps(contents.checkpoints)
             connection.execute(
-                "UPDATE segments SET stop = ?, head = ?, token_offset = ?, checkpoints = ?, bytes = ?, "
+                "UPDATE segments SET stop = ?, head = ?, token_offset = ?, checkpoints = ?, spare = ?, bytes = ?, "
                 "reserved = max(0, reserved - max(0, ? - bytes)), broken = NULL WHERE id = ?",
                 (
-                    *(contents.stop, contents.head, contents.token_offset, checkpoints),
+                    *(contents.stop, contents.head, contents.token_offset, checkpoints, contents.spare_bytes),
                     *(contents.disk_bytes, contents.disk_bytes, number),
                 ),
             )
+            if contents.checkpoints is not None:
+                connection.execute("DELETE FROM points WHERE segment = ?", (number,))
+                connection.executemany(
+                    "INSERT INTO points (segment, position, anchor, hash) VALUES (?, ?, ?, ?)",
+                    [(number, *point) for point in contents.points],
+                )
             row = connection.execute("SELECT hashes FROM spans WHERE segment = ?", (number,)).fetchone()
             old: bytes = b"" if row is None else row[0]
             if old != contents.hashes:
@@ -161,6 +172,20 @@ class Index(IndexReader):
             connection.execute(
                 "UPDATE segments SET bytes = ?, reserved = max(0, reserved - max(0, ? - bytes)) WHERE name = ?",
                 (size, size, name),
+            )
+
+    @recovering
+    def set_checkpoints(self, name: str, checkpoints: Sequence[int], size: int | None = None) -> None:
+        """Record which checkpoints a segment has, older ones being dropped, and its bytes on the disk if known."""
+        with self.database.writing() as connection:
+            connection.execute(
+                "UPDATE segments SET checkpoints = ?, spare = 0, bytes = coalesce(?, bytes) WHERE name = ?",
+                (json.dumps(checkpoints), size, name),
+            )
+            connection.execute(
+                "DELETE FROM points WHERE segment = (SELECT id FROM segments WHERE name = ?) "
+                "AND position NOT IN (SELECT value FROM json_each(?))",
+                (name, json.dumps(checkpoints)),
             )
 
     @recovering
@@ -250,6 +275,7 @@ class Index(IndexReader):
             span = connection.execute("SELECT hashes FROM spans WHERE segment = ?", (number,)).fetchone()
             _forget_blocks(connection, number, b"" if span is None else span[0])
             connection.execute("DELETE FROM spans WHERE segment = ?", (number,))
+            connection.execute("DELETE FROM points WHERE segment = ?", (number,))
             connection.execute("DELETE FROM segments WHERE id = ?", (number,))
             if evicted:
                 _count(connection, evictions=1, bytes_evicted=size)
@@ -297,7 +323,7 @@ class Index(IndexReader):
     def clear(self) -> None:
         """Remove all segments and namespaces from the index; what was counted stays."""
         with self.database.writing() as connection:
-            for table in ("blocks", "spans", "segments", "namespaces"):
+            for table in ("blocks", "points", "spans", "segments", "namespaces"):
                 connection.execute(f"DELETE FROM {table}")
 
 

@@ -16,8 +16,8 @@ from .segment import Segment, StoredNamespace, segment_path
 _COLUMNS = """segments.id, segments.name, segments.parent, segments.start, segments.stop, segments.depth,
     segments.token_offset, segments.checkpoints, segments.bytes, segments.reserved, segments.writing, segments.broken,
     segments.pinned, segments.ttl, segments.created, segments.used, segments.hits, segments.reused, segments.children,
-    segments.branches, segments.pushed, segments.namespace, namespaces.digest, namespaces.model, namespaces.folder,
-    namespaces.seconds / max(namespaces.positions, 1), parents.name"""
+    segments.branches, segments.pushed, segments.spare, segments.namespace, namespaces.digest, namespaces.model,
+    namespaces.folder, namespaces.seconds / max(namespaces.positions, 1), parents.name"""
 _FROM = "segments JOIN namespaces ON namespaces.id = segments.namespace"
 _PARENTS = "LEFT JOIN segments parents ON parents.id = segments.parent"
 
@@ -123,6 +123,27 @@ class IndexReader:
         return [self._segment(row) for row in rows]
 
     @recovering
+    def last_point(self, anchor: bytes, below: int) -> int | None:
+        """Return the last position below some position at which a segment has a checkpoint, of those whose last block
+        boundary has a hash; None if there is none."""
+        with self.database.reading() as connection:
+            row = connection.execute(
+                "SELECT max(position) FROM points WHERE anchor = ? AND position < ?", (anchor, below)
+            ).fetchone()
+        return None if row is None else row[0]
+
+    @recovering
+    def pointed(self, hash: bytes) -> list[Segment]:
+        """Return segments that have a checkpoint where the prefix of a hash ends."""
+        return list(
+            self._segments(
+                "WHERE segments.id IN (SELECT segment FROM points WHERE hash = ?) AND segments.broken IS NULL "
+                f"LIMIT {CANDIDATES}",
+                (hash,),
+            )
+        )
+
+    @recovering
     def neighbours(self, namespace: int, parent: int, start: int, head: bytes) -> list[Segment]:
         """Return the segments that continue a parent at a position and whose first token ids are most like a prompt's:
         its neighbours in the order of ids."""
@@ -206,8 +227,8 @@ class IndexReader:
         number, name, parent_id, start, stop, depth, token_offset, checkpoints, size, reserved, writing, broken = row[
             :12
         ]
-        pinned, ttl, created, used, hits, reused, children, branches, pushed = row[12:21]
-        namespace, digest, model, folder, seconds, parent = row[21:]
+        pinned, ttl, created, used, hits, reused, children, branches, pushed, spare = row[12:22]
+        namespace, digest, model, folder, seconds, parent = row[22:]
         return Segment(
             id=number,
             name=name,
@@ -237,6 +258,7 @@ class IndexReader:
             checkpoints=None if checkpoints is None else tuple(json.loads(checkpoints)),
             writer_pid=writing,
             reserved=reserved,
+            spare_bytes=spare,
         )
 
     @recovering
@@ -267,4 +289,5 @@ class IndexReader:
                 "SELECT name FROM segments WHERE parent > 0 AND parent NOT IN (SELECT id FROM segments)"
             ).fetchall()
             assert not orphans, orphans
+            assert one("SELECT count(*) FROM points WHERE segment NOT IN (SELECT id FROM segments)").fetchone() == (0,)
             assert one("SELECT count(*) FROM blocks WHERE segment NOT IN (SELECT id FROM segments)").fetchone() == (0,)

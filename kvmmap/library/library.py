@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any, overload
 
 import numpy as np
@@ -14,11 +14,12 @@ from ..cache import QuantizedKvCache
 from ..cache_reader import CacheReader
 from ..errors import (
     CacheNotFoundError,
+    CapacityExceededError,
     KvmmapError,
     MetadataError,
+    NoCheckpointError,
     ShapeMismatchError,
     UnknownTokensError,
-    UnsupportedModelError,
 )
 from ..inputs import check_token_ids
 from ..opening import open_cache
@@ -250,6 +251,8 @@ class Library(LibrarySharing):
     ) -> Segment:
         """Take an existing cache into the library: its rows are copied, as far as the library does not have them.
 
+        Of a cache with states the checkpoints are copied as well, and positions up to the last one.
+
         Args:
             cache: path or URL of a cache, or an open one, of which every position has a token id.
             namespace: whose keys and values it holds; by default what the cache says, `Namespace.of(cache)`.
@@ -260,12 +263,12 @@ class Library(LibrarySharing):
 
         Raises:
             UnknownTokensError: a position has no token id.
-            UnsupportedModelError: the cache has states.
-            ModelMismatchError: the namespace has other layers than the cache.
+            NoCheckpointError: the cache has states, and no checkpoint to continue from.
+            ShapeMismatchError: the namespace has other layers, codecs or states than the cache.
             LibraryFullError: there is no room for it.
             CorruptCacheError, FormatError, CacheNotFoundError, StoreError, OSError: as in `kvmmap.open` and `copy`.
         """
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             if isinstance(cache, CacheReader):
                 source = cache
             else:
@@ -284,26 +287,24 @@ class Library(LibrarySharing):
                 actual=len(ids),
                 path=source.path,
             )
-        if source.states:
-            raise UnsupportedModelError(
-                f"{source.path or 'the cache'}: has states, which hold for checkpoints alone and can't be appended row "
-                "by row: compute the prompt in a session"
-            )
-        if source.geometry.layers != namespace.layers:
+        if (source.geometry.layers, source.states) != (namespace.layers, namespace.states):
             raise ShapeMismatchError(
-                f"{source.path or 'the cache'}: its layers or codecs are not those of the namespace",
+                f"{source.path or 'the cache'}: its layers, codecs or states are not those of the namespace",
                 expected=namespace.layers,
                 actual=source.geometry.layers,
+                path=source.path,
+            )
+        ids = ids[: source.restorable(min(len(ids), source.seq_len))]
+        if not len(ids):
+            raise NoCheckpointError(
+                f"{source.path or 'the cache'}: has states and no checkpoint, so it could never be continued: call "
+                "write_states() and checkpoint() when they are known",
                 path=source.path,
             )
         notes = source.metadata if metadata is None else metadata
         notes = {key: value for key, value in notes.items() if key != NOTES}
         with self.session(namespace, ids, capacity=max(len(ids), source.capacity), metadata=notes) as session:
-            for start in range(session.reused, len(ids), COPY_POSITIONS):
-                stop = min(start + COPY_POSITIONS, len(ids))
-                for layer, old in zip(session.layers, source.layers, strict=True):
-                    layer.extend_from(old, start, stop)
-                session.push_token_ids(ids[start:stop])
+            _copy_rest(source, session, ids)
             name = session.name if len(ids) > session.reused or session.continues else None
         found = (
             self._open_index.segment(name)
@@ -315,6 +316,30 @@ class Library(LibrarySharing):
                 f"{self.path}: what was put in is evicted already: raise max_bytes", path=self.path
             )
         return found
+
+
+def _copy_rest(source: CacheReader, session: Session, ids: NDArray[np.int32]) -> None:
+    """Append what a session lacks of a cache, whose token ids these are, with its checkpoints."""
+    stops = {len(ids): False}
+    if source.states:
+        stops = {found.position: found.pinned for found in source.checkpoints if found.position <= len(ids)}
+    start = session.reused
+    for end, pinned in stops.items():
+        if end <= session.reused:
+            continue
+        while start < end:
+            stop = min(start + COPY_POSITIONS, end)
+            for layer, old in zip(session.layers, source.layers, strict=True):
+                if layer.geometry.has_rows:
+                    layer.extend_from(old, start, stop)
+            session.push_token_ids(ids[start:stop])
+            start = stop
+        if source.states:
+            session.write_states(source.read_states(end))
+            try:
+                session.checkpoint(pin=pinned)
+            except CapacityExceededError:  # of those of a child, one stays where it begins
+                session.checkpoint()
 
 
 def _own(metadata: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..errors import (
     CacheNotFoundError,
     FormatError,
     KvmmapError,
+    NoCheckpointError,
     PositionOutOfRangeError,
 )
 from ..geometry import CacheGeometry
@@ -134,6 +135,7 @@ class Maker:
         name = new_name(self._number)
         path = segment_path(self._folder, namespace.folder, name)
         below, start = self._place(match, namespace)
+        source = match.segment if start == match.length else below
         # The index has the segment before it is made: nobody evicts its parent, and if this process dies, somebody
         # looks for the file.
         if self._index.add(name, number, parent=below.id if below else 0, start=start, size=0, ttl=ttl) is None:
@@ -141,7 +143,7 @@ class Maker:
         try:
             with contextlib.ExitStack() as stack:
                 self._room.reserve(name, namespace.fixed_bytes)
-                cache = self._create(path, namespace, below, start, capacity, notes_of(namespace, metadata))
+                cache = self._create(path, namespace, source, start, capacity, notes_of(namespace, metadata))
                 stack.callback(cache.close)
                 if start < match.length:
                     self._copy(cache, match, start)
@@ -166,27 +168,33 @@ class Maker:
         if match.length - last.start < COPIED_POSITIONS and not namespace.states and not namespace.recent_window:
             # Too little to keep another's segment for, such as what a chat template puts before each turn.
             return (match.chain[-2] if len(match.chain) > 1 else None), last.start
+        if match.length == last.start:
+            return match.chain[-2], last.start  # of the last one, only the checkpoint where it begins is needed
         return last, match.length
 
     def _create(
         self,
         path: str,
         namespace: Namespace,
-        below: Segment | None,
+        source: Segment | None,
         start: int,
         capacity: int,
         metadata: Mapping[str, Any],
     ) -> QuantizedKvCache:
+        """Make a file that begins with the first positions of a segment."""
         # Nothing of it counts before it is committed, and its name is random, so it need not be durable before.
         place, options = place_of(path), CreateOptions(durable=False)
         notes = document(metadata, namespace.model)
-        if below is None:
+        if source is None:
             geometry = CacheGeometry.build(**namespace.shape(capacity))
             return QuantizedKvCache.of_storage(place.create(geometry, notes, options))
         try:
-            return QuantizedKvCache.of_storage(place.create_child(below.path, start, capacity, notes, options))
+            return QuantizedKvCache.of_storage(place.create_child(source.path, start, capacity, notes, options))
         except (CacheNotFoundError, CacheChangedError, FormatError, PositionOutOfRangeError) as error:
-            raise self._vanished(below, error) from None
+            raise self._vanished(source, error) from None
+        except NoCheckpointError as error:  # it was replaced, or dropped, since the index was told
+            self._index.set_checkpoints(source.name, error.expected or ())
+            raise Vanished from None
 
     def _copy(self, cache: QuantizedKvCache, match: Match, start: int) -> None:
         """Copy positions from `start` on of what matched."""

@@ -14,11 +14,12 @@ import binascii
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 from ..errors import StoreError
 from ..storage.objects.protocol import MissingObjectError, ObjectChangedError, Objects
+from .hashing import Prompt
 
 LOG = "log"
 SNAPSHOT = "snapshot.json"
@@ -60,11 +61,27 @@ class RemoteSegment:
     """Of the stream."""
     disk_bytes: int
     """That its file takes."""
+    checkpoints: dict[str, str] | None = None
+    """Positions at which a model with states can continue it, with the hashes of the prefixes that end there; None if
+    it can be continued at every position."""
 
     def hash_list(self) -> list[bytes]:
         """Return the hashes."""
         data = base64.b64decode(self.hashes)
         return [data[at : at + 16] for at in range(0, len(data), 16)]
+
+    def restorable(self, length: int, prompt: Prompt) -> int:
+        """Return at which length it can be continued for a prompt.
+
+        Args:
+            length: positions of it that are certainly the prompt's.
+            prompt: for a model with states, its hashes find a checkpoint that may be somewhat further on.
+        """
+        if self.checkpoints is None:
+            return length
+        points = sorted((int(at) for at in self.checkpoints if int(at) <= len(prompt)), reverse=True)
+        same = (at for at in points if prompt.hash_at(at).hex() == self.checkpoints[str(at)])
+        return next(same, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""
@@ -74,7 +91,10 @@ class RemoteSegment:
     def of_json(cls, entry: Any) -> RemoteSegment | None:
         """Read what `to_json` returned; None for what a later version or another program wrote."""
         try:
-            found = cls(**{each.name: entry[each.name] for each in fields(cls)})
+            found = cls(**{each.name: entry[each.name] for each in fields(cls) if each.name != "checkpoints"})
+            points = entry.get("checkpoints")
+            if points is not None:
+                found = replace(found, checkpoints={str(int(at)): str(hash) for at, hash in points.items()})
             names = (found.name, found.namespace, found.folder, *found.parts, *([found.parent] if found.parent else ()))
             if any(not isinstance(name, str) or ".." in name or not name for name in names):
                 return None
@@ -82,7 +102,7 @@ class RemoteSegment:
                 return None
             if not 0 <= found.start < found.stop or len(base64.b64decode(found.hashes, validate=True)) % 16:
                 return None
-        except (TypeError, KeyError, ValueError, binascii.Error):
+        except (TypeError, KeyError, ValueError, AttributeError, binascii.Error):
             return None
         return found
 

@@ -4,11 +4,14 @@ One indexed query for each step of a binary search finds the deepest block bound
 parents are stored as long as it is, so all shallower boundaries are. From there on segments are walked as a radix tree.
 Segments that continue one parent at one position are sorted by their first token ids, so the one with the longest
 common prefix is a neighbour of the prompt's place among them.
+
+A model with states continues at a checkpoint alone. Of each checkpoint, the index has the hash of the prefix that ends
+there, and that of the last block boundary before: the last one within the common prefix is looked for block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,22 +147,24 @@ class Search:
             return Match(length=0, common=0, chain=())
         common, segment = self._best
         chain = self._index.chain(segment)
-        length = restorable(chain, common)
-        kept = [one for one in chain if one.start < length]
-        return Match(length=length, common=common, chain=tuple(kept) if length else ())
+        if segment.checkpoints is None:
+            return Match(length=common, common=common, chain=tuple(one for one in chain if one.start < common))
+        length, last = self._last_checkpoint(common)
+        return Match(length=length, common=common, chain=tuple(self._index.chain(last)) if last is not None else ())
 
+    def _last_checkpoint(self, common: int) -> tuple[int, Segment | None]:
+        """Return the last checkpoint of any segment within the prompt's first `common` ids, and that segment.
 
-def restorable(chain: Sequence[Segment], length: int) -> int:
-    """Return the greatest length, at most `length`, at which a model can continue a chain.
-
-    A model with states continues at a checkpoint alone. Those of a segment count up to where the next one continues.
-    """
-    if all(segment.checkpoints is None for segment in chain):
-        return length
-    found = 0
-    for number, segment in enumerate(chain):
-        end = chain[number + 1].start if number + 1 < len(chain) else length
-        for position in segment.checkpoints or ():
-            if found < position <= min(end, length):
-                found = position
-    return found
+        It may be of another segment than the one with most ids of the prompt.
+        """
+        prompt = self._prompt
+        for block in range(common // BLOCK_TOKENS, -1, -1):
+            anchor = prompt.hash(block)
+            below = min(common, (block + 1) * BLOCK_TOKENS - 1) + 1
+            while (position := self._index.last_point(anchor, below)) is not None:
+                for segment in self._index.pointed(prompt.hash_at(position)):
+                    # A segment that continues another one has a checkpoint where it begins, before ids of its own.
+                    if segment.namespace_id == self._namespace and self._common(segment) >= position:
+                        return position, segment
+                below = position
+        return 0, None

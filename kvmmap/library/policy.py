@@ -6,6 +6,8 @@ last uses. That part grows with the number of segments that ever continued it, w
 about again and again from a conversation that was long and is over, and with the seconds of computation that it saves
 per byte on the disk. Nothing depends on the present time, so what a dry run says is what happens.
 
+Of a segment with states, the old checkpoints go first, which are most of its bytes and rarely needed again.
+
 Only leaves go, since segments that continue another one need it. `benchmarks/bench_library.py` compares this with the
 longest unused first, and with what a clairvoyant would do.
 """
@@ -39,7 +41,7 @@ class Choice:
 
     segment: Segment
     reason: str
-    """"broken", "expired" or "room"."""
+    """"broken", "expired", "room", or "checkpoints": the segment stays, and loses all but its last checkpoint."""
     worth: float
     """Seconds of computation that a use of it saves, per GiB."""
     age: float
@@ -73,6 +75,11 @@ def next_to_go(leaves: Sequence[Segment]) -> Segment:
     return min(some, key=lambda leaf: (leaf.broken is None, rank(leaf, span), leaf.used, leaf.id))
 
 
+def loses_checkpoints(segment: Segment) -> bool:
+    """True if old checkpoints of a segment go before the segment itself."""
+    return segment.broken is None and segment.spare_bytes > 0
+
+
 def choose(
     leaves: Sequence[Segment],
     need: int,
@@ -80,7 +87,8 @@ def choose(
     may_go: Callable[[Segment], bool],
     parent_of: Callable[[Segment], Segment | None],
 ) -> list[Choice]:
-    """Return what goes to make room: leaves, and then parents whose children have all gone.
+    """Return what goes to make room: leaves, and then parents whose children have all gone; of each its old
+    checkpoints first.
 
     Args:
         leaves: all leaves that are not pinned.
@@ -92,13 +100,20 @@ def choose(
     waiting = sorted(leaves, key=_age)
     going: list[Choice] = []
     left: dict[int, int] = {}
+    thinner: set[int] = set()
     while waiting and need > 0:
         segment = next_to_go(waiting)
         waiting.remove(segment)
         if not may_go(segment):
             continue
+        if loses_checkpoints(segment) and segment.id not in thinner:
+            thinner.add(segment.id)
+            going.append(explain(segment, "checkpoints", now))
+            need -= segment.spare_bytes
+            bisect.insort(waiting, segment, key=_age)
+            continue
         going.append(explain(segment, "broken" if segment.broken else "room", now))
-        need -= segment.bytes
+        need -= segment.bytes - (segment.spare_bytes if segment.id in thinner else 0)
         parent = parent_of(segment)
         if parent is not None:
             left[parent.id] = left.get(parent.id, parent.children) - 1
@@ -120,6 +135,8 @@ def explain(segment: Segment, reason: str, now: float) -> Choice:
         "broken": f"is of no use: {segment.broken}",
         "expired": f"was not used for {age:,.0f} s, and is kept for {segment.ttl or 0:,.0f}",
         "room": f"worth least: was last used {age:,.0f} s ago, saves {per_gib:.3g} s of computation per GiB, {uses}",
+        "checkpoints": f"keeps its last checkpoint; older ones go, {segment.spare_bytes:,} bytes: it was last used "
+        f"{age:,.0f} s ago, saves {per_gib:.3g} s of computation per GiB, {uses}",
     }[reason]
     return Choice(
         segment=segment,

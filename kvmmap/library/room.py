@@ -11,10 +11,11 @@ import os
 import time
 from collections.abc import Callable, Collection
 
-from ..errors import CacheLockedError, LibraryFullError
+from ..errors import CacheLockedError, KvmmapError, LibraryFullError
+from ..storage.file.thinning import drop_old_checkpoints
 from ..storage.process import is_running
 from . import policy
-from .contents import held, is_written
+from .contents import disk_bytes, held, is_written
 from .index import GOING, Index
 from .policy import Choice
 from .segment import Segment
@@ -104,17 +105,34 @@ class Room:
         gone: list[Choice] = []
         freed = 0
         tried: set[str] = {keep} if keep else set()
+        thinner: set[str] = set()
         while freed < need:
             leaves = [leaf for leaf in self._index.oldest_leaves(policy.WINDOW + len(tried)) if leaf.name not in tried]
             if not leaves:
                 break
             leaf = policy.next_to_go(leaves)
+            if policy.loses_checkpoints(leaf) and leaf.name not in thinner:
+                thinner.add(leaf.name)
+                if size := self._drop_checkpoints(leaf):
+                    gone.append(policy.explain(leaf, "checkpoints", time.time()))
+                    freed += size
+                continue
             if self.remove(leaf, evicting=True):
                 gone.append(policy.explain(leaf, "broken" if leaf.broken else "room", time.time()))
                 freed += leaf.bytes
             else:
                 tried.add(leaf.name)
         return gone
+
+    def _drop_checkpoints(self, segment: Segment) -> int:
+        """Drop all but a segment's last checkpoint; return the bytes that this frees, 0 if nothing could be dropped."""
+        try:
+            kept = drop_old_checkpoints(segment.path)
+        except (KvmmapError, OSError):
+            return 0  # being written, gone, or damaged
+        size = disk_bytes(segment.path)
+        self._index.set_checkpoints(segment.name, kept, size)
+        return max(0, segment.bytes - size)
 
     def plan(self, need: int, without: Collection[str] = ()) -> list[Choice]:
         """Return what `evict` would remove, and why; nothing is removed.

@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 5
+VERSION = 6
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -41,6 +41,7 @@ CREATE TABLE segments (
     head BLOB NOT NULL DEFAULT x'',
     token_offset INTEGER NOT NULL DEFAULT 0,
     checkpoints TEXT,
+    spare INTEGER NOT NULL DEFAULT 0,
     bytes INTEGER NOT NULL DEFAULT 0,
     reserved INTEGER NOT NULL DEFAULT 0,
     writing INTEGER NOT NULL DEFAULT 0,
@@ -68,6 +69,17 @@ CREATE TABLE blocks (
     segment INTEGER NOT NULL,
     PRIMARY KEY (hash, segment)
 ) STRICT, WITHOUT ROWID;
+
+CREATE TABLE points (
+    segment INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    anchor BLOB NOT NULL,
+    hash BLOB NOT NULL,
+    PRIMARY KEY (segment, position)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX anchored ON points (anchor, position);
+CREATE INDEX pointed ON points (hash);
 
 CREATE TABLE spans (segment INTEGER PRIMARY KEY, hashes BLOB NOT NULL) STRICT;
 

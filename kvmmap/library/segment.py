@@ -93,6 +93,9 @@ class Segment:
     checkpoints: tuple[int, ...] | None
     """Lengths that a model with states can be restored at; None if every length can be."""
 
+    spare_bytes: int
+    """Bytes of old checkpoints, which eviction drops before the segment itself."""
+
     writer_pid: int
     """Process that appends to it, or last did; 0 if it closed it."""
 

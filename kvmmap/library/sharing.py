@@ -135,7 +135,10 @@ class Sharing:
             ids = np.concatenate([ids[: one.start], read_own_tokens(one, one.stop - one.start)])
         seed = bytes.fromhex(segment.namespace)
         hashes = list(block_hashes(seed, ids[: segment.stop], segment.start // BLOCK_TOKENS))
-        hashes.append(Prompt(seed, ids[: segment.stop]).hash_at(segment.stop))
+        whole, points = Prompt(seed, ids[: segment.stop]), None
+        hashes.append(whole.hash_at(segment.stop))
+        if segment.checkpoints is not None:
+            points = {str(at): whole.hash_at(at).hex() for at in segment.checkpoints if at <= segment.stop}
         namespace = next(one for one in self._index.namespaces() if one.digest == segment.namespace)
         return RemoteSegment(
             name=segment.name,
@@ -152,6 +155,7 @@ class Sharing:
             size=packed.size,
             digest=packed.digest,
             disk_bytes=segment.bytes,
+            checkpoints=points,
         )
 
     # Fetching
@@ -171,7 +175,7 @@ class Sharing:
         seen: set[str] = set()
         while reached := [one for one in reached if one.namespace == namespace and one.name not in seen]:
             for one in reached:
-                length = one.stop if _ends_in(one, prompt) else boundary
+                length = one.restorable(one.stop if _ends_in(one, prompt) else boundary, prompt)
                 if length > best[0]:
                     best = length, one
             # What continues these may end before the next block boundary: then only the hash of its end finds it.

@@ -52,9 +52,11 @@ def digests(array: NDArray[Any], track: int, blocks: NDArray[np.int64], size: in
         stop: where the last block ends.
     """
     # A long prompt has hundreds of blocks of token ids, so calls are what costs.
-    data, hash64, pack = memoryview(np.ascontiguousarray(array)).cast("B"), xxhash.xxh3_64_intdigest, _ONE_ARRAY.pack
-    width = array.itemsize
     found = np.empty(len(blocks), np.uint64)
+    if not len(blocks):
+        return found
+    data, hash64, pack = np.ascontiguousarray(array).data.cast("B"), xxhash.xxh3_64_intdigest, _ONE_ARRAY.pack
+    width = array.itemsize
     for number, block in enumerate(blocks.tolist()):
         start, end = block * size, min((block + 1) * size, stop)
         found[number] = hash64(pack(track, end - start, block, hash64(data[start * width : end * width])))

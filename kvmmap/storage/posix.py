@@ -214,6 +214,10 @@ class PosixFile:
         """Wait until everything written is on the disk."""
         os.fdatasync(self._fd)
 
+    def release(self, offset: int, size: int) -> None:
+        """Return the disk space of a range to the file system, where it can do that. The range reads as zeros then."""
+        _core.punch_hole(self._fd, offset, size)
+
     @_names_file
     def resize(self, size: int) -> None:
         """Give the file its size; what is new is a hole."""

@@ -160,6 +160,11 @@ def recording_file(machine: Machine) -> type[PosixFile]:
             if machine.event("sync"):
                 disk.inode(self._inode).settle()
 
+        def release(self, offset: int, size: int) -> None:
+            if machine.event("release"):
+                super().release(offset, size)
+                disk.inode(self._inode).writes.append((offset, bytes(size)))
+
         def resize(self, size: int) -> None:
             machine.event("resize")
             super().resize(size)

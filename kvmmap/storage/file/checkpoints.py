@@ -185,6 +185,18 @@ class WriterCheckpoints(_CheckpointReader):
             self._storage.commit_again()
         raise AssertionError("every checkpoint slot is named")
 
+    def drop_old(self) -> None:
+        """Drop all checkpoints but the last and pinned ones, and return the disk space of all that no commit names."""
+        for found in self.all()[:-1]:
+            slot = None if found.pinned else self._find(found.position)
+            if slot is not None:
+                self._drop(slot)
+        for _ in self._mapped.slots.read():
+            self._storage.commit_again()  # now neither commit slot names them
+        for slot, entry in enumerate(self._named):
+            if not entry.word:
+                self._mapped.file.release(self._offset(slot), self._layout.size)
+
     def _write(self, slot: int, position: int, arrays: Sequence[NDArray[Any]]) -> None:
         file, at = self._mapped.file, self._offset(slot)
         flat = [array.reshape(-1).view(np.uint8).data for array in arrays]
