@@ -18,13 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from harness import Bar, Report, Task, arguments, gaussian, measure
+from ml_dtypes import bfloat16
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvmmap
 
 HEADS, DIM = 8, 128
-BARS = {1: (0.75, 10.0), 4: (0.55, 35.0), 8: (0.4, None)}
-"""By query heads a KV head: of the read limit, and of torch in f32."""
+BARS = {1: (0.75, 10.0), 4: (0.44, 35.0), 8: (0.23, None)}
+"""By query heads a KV head, of f32 queries: of the read limit, and of torch in f32."""
+
+BARS_16_BITS = {1: (0.75, None), 4: (0.65, 60.0), 8: (0.4, None)}
+"""The same of bf16 queries, and of torch in bf16."""
+
+ERRORS = (2.0, 400.0)
+"""Millionths of the output's largest number that are lost, of f32 queries and of bf16 ones."""
 
 TWO_THREADS = 1.7
 """Of one thread, where two threads can read the same bytes in so little time."""
@@ -73,10 +80,12 @@ def decode(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
         out = np.empty_like(queries)
         theirs = torch.from_numpy(queries.swapaxes(0, 1).copy())[None]
         half = [x.bfloat16() for x in (theirs, keys, values)]
+        halved, out_half = queries.astype(bfloat16), np.empty_like(queries)
         tasks = [
             Task(name="read", run=lambda: read(words)),
             Task(name="read, 2 threads", run=lambda: list(two.map(read, halves))),
             Task(name="attend", run=lambda q=queries, o=out: layer.attend(q, out=o, threads=1)),
+            Task(name="attend, bf16", run=lambda q=halved, o=out_half: layer.attend(q, out=o, threads=1)),
             Task(name="attend, 2 threads", run=lambda q=queries, o=out: layer.attend(q, out=o, threads=2)),
             Task(name="torch f32", run=lambda q=theirs: torch_attention(q, keys, values)),
             Task(name="torch bf16", run=lambda h=half: torch_attention(*h)),
@@ -87,6 +96,12 @@ def decode(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
         report.bars.append(Bar(f"{title}: of the read limit", of_limit, found.ratio("attend", "read").median, "x"))
         if of_torch:
             report.bars.append(Bar(f"{title}: of torch f32", of_torch, found.ratio("attend", "torch f32").median, "x"))
+        of_limit, of_torch = BARS_16_BITS[group]
+        ratio = found.ratio("attend, bf16", "read").median
+        report.bars.append(Bar(f"{title}, bf16: of the read limit", of_limit, ratio, "x"))
+        if of_torch:
+            ratio = found.ratio("attend, bf16", "torch bf16").median
+            report.bars.append(Bar(f"{title}, bf16: of torch bf16", of_torch, ratio, "x"))
         if len(os.sched_getaffinity(0)) > 1:
             gain = found.ratio("attend, 2 threads", "attend").median
             allowed = found.ratio("read, 2 threads", "attend").median
@@ -94,8 +109,12 @@ def decode(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
                 report.bars.append(Bar(f"{title}: two threads of one", TWO_THREADS, gain, "x"))
             else:
                 report.note(f"{title}: two threads of one", f"{gain:.2f}x, of {allowed:.2f}x that reading allows")
-        worst = error(layer, queries, out)
-        report.bars.append(Bar(f"{title}: error, millionths of the largest", 2.0, worst * 1e6, "x at most"))
+        worst, worst_half = error(layer, queries, out), error(layer, halved, out_half)
+        of_theirs = torch_attention(*half)[0].float().numpy().swapaxes(0, 1)[None]
+        what = "error, millionths of the largest"
+        report.bars.append(Bar(f"{title}: {what}", ERRORS[0], worst * 1e6, "x at most"))
+        report.bars.append(Bar(f"{title}, bf16: {what}", ERRORS[1], worst_half * 1e6, "x at most"))
+        report.note(f"{title}, torch bf16: {what}", round(error(layer, halved, of_theirs.reshape(out.shape)) * 1e6))
 
 
 def read(words: list[np.ndarray]) -> None:
@@ -115,7 +134,7 @@ def error(layer: kvmmap.QuantizedKvLayer, queries: np.ndarray, out: np.ndarray) 
     for head in range(layer.num_kv_heads):
         keys = layer.key_codes[:, head] * layer.key_scales[:, head, None].astype(np.float64)
         values = layer.value_codes[:, head] * layer.value_scales[:, head, None].astype(np.float64)
-        scores = queries[0, head * group : (head + 1) * group] @ keys.T * layer.head_dim**-0.5
+        scores = queries.astype(np.float64)[0, head * group : (head + 1) * group] @ keys.T * layer.head_dim**-0.5
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         expected[0, head * group : (head + 1) * group] = weights @ values / weights.sum(axis=1, keepdims=True)
     return float(np.abs(out - expected).max() / np.abs(expected).max())

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Unpack, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .attention.run import AttendOptions, attend_store
+from .attention.run import AttendOptions, Precision, attend_store
 from .attention.topk import select_blocks
 from .checks import non_finite
 from .codecs.presets import chosen_codecs, chosen_recent
@@ -295,6 +295,7 @@ class QuantizedKvLayer(LayerReader):
         resident: Literal["keep", "stream"] = "keep",
         threads: int | None = None,
         chunk: RecentRows | None = None,
+        precision: Precision = "queries",
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Compute exact attention, softmax(q k^T) v, over the stored keys and values without expanding them.
 
@@ -320,6 +321,9 @@ class QuantizedKvLayer(LayerReader):
             chunk: what `chunk_rows` has returned of the queries' own positions. With a recent window, each query then
                 sees the last positions before itself in 16 bits. Without it, those that the window still has: of a
                 chunk longer than the window, only the last queries see them.
+            precision: "queries" computes with the precision of the queries' dtype: f32 queries lose about 2e-7 of the
+                largest number of the result, f16 and bf16 ones less than rounding them to 16 bits has lost. "exact"
+                computes as for f32 queries, whatever the dtype; for 16 bits that takes up to half as long again.
 
         Returns:
             f32 [n, num_q_heads, value_head_dim]; zeros where a query attends to nothing. With `return_lse`, (that, f32
@@ -351,6 +355,7 @@ class QuantizedKvLayer(LayerReader):
             resident=resident,
             threads=threads,
             chunk=chunk,
+            precision=precision,
         )
         return result if return_lse else result[0]
 

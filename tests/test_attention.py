@@ -18,6 +18,7 @@ import kvmmap
 from kvmmap import QuantizedKvLayer, _core, merge_attention
 
 TOLERANCE = 2e-6  # of the largest number of the output
+TOLERANCE_16_BITS = 4e-4  # the same, for queries of f16 and bf16
 
 
 def filled(
@@ -29,20 +30,29 @@ def filled(
     return layer
 
 
-def check(layer: QuantizedKvLayer, queries: Any, *, keep: Any = None, sizes: bool = False, **more: Any) -> None:
+def check(
+    layer: QuantizedKvLayer,
+    queries: Any,
+    *,
+    keep: Any = None,
+    sizes: bool = False,
+    tolerance: float = TOLERANCE,
+    **more: Any,
+) -> None:
     """Compare with the oracle; with `sizes`, in proportion to what is summed and not to what is left of it."""
     out, lse = layer.attend(queries, return_lse=True, **more)
     more.pop("threads", None)
+    more.pop("precision", None)
     more.pop("positions", None)
     expected, expected_lse = oracle.attend(layer, queries, keep=keep, **more)
     size = oracle.attend(layer, queries, keep=keep, sizes=True, **more)[0] if sizes else np.abs(expected)
     assert out.dtype == lse.dtype == np.float32
     assert out.shape == expected.shape
-    assert np.abs(out - expected).max(initial=0) <= TOLERANCE * size.max(initial=0)
+    assert np.abs(out - expected).max(initial=0) <= tolerance * size.max(initial=0)
     seen = np.isfinite(expected_lse)
     assert (np.isneginf(lse) == ~seen).all()
     assert (out[~seen] == 0).all()
-    np.testing.assert_allclose(lse[seen], expected_lse[seen], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse[seen], expected_lse[seen], rtol=1e-5, atol=1e-5 if tolerance == TOLERANCE else 1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 63, 64, 65, 127, 128, 255, 256, 257, 4095, 4096, 4097, 9000])
@@ -168,8 +178,55 @@ def test_dtypes_and_strides_of_queries(kernel: str, dtype: Any) -> None:
     layer = filled(100, 2, 16)
     queries = rows(4, 3, 16, seed=9).astype(dtype).swapaxes(0, 1)
     assert not queries.flags.c_contiguous
-    check(layer, np.concatenate([queries, queries[:, :2]], axis=1)[:, ::-1][:, :6])
-    check(layer, queries)
+    for given_queries in (queries, np.concatenate([queries, queries[:, :2]], axis=1)[:, ::-1][:, :6]):
+        check(layer, given_queries, precision="exact")
+        if dtype is np.float32:
+            check(layer, given_queries)
+        else:
+            check(layer, given_queries, tolerance=TOLERANCE_16_BITS)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
+@pytest.mark.parametrize("codec", ["int8", "int8-rotated"])
+def test_precision_follows_the_dtype_of_queries(kernel: str, codec: str, dtype: Any) -> None:
+    for length, dim, group, n in [(700, 128, 1, 1), (700, 64, 4, 2), (300, 80, 8, 1), (600, 128, 8, 3)]:
+        layer = QuantizedKvLayer(length, 2, dim, key_codec=codec, value_codec=codec)
+        layer.extend(rows(length, 2, dim), rows(length, 2, dim, seed=1))
+        queries = rows(n, 2 * group, dim, seed=9).astype(dtype)
+        check(layer, queries, precision="exact")
+        check(layer, queries, tolerance=TOLERANCE_16_BITS)
+        # f32 queries are never computed with less, whatever they were made of.
+        check(layer, queries.astype(np.float32))
+
+
+def test_16_bit_queries_lose_less_than_torch_does(kernel: str) -> None:
+    torch = pytest.importorskip("torch")
+    layer = filled(2000, 2, 64)
+    queries = rows(1, 8, 64, seed=9).astype(bfloat16)
+    expected, _ = oracle.attend(layer, queries)
+    keys, values = (
+        torch.from_numpy(np.ascontiguousarray(x.swapaxes(0, 1)))[None].bfloat16()
+        for x in (layer.read_keys(), layer.read_values())
+    )
+    theirs = torch.from_numpy(np.ascontiguousarray(queries.astype(np.float32).swapaxes(0, 1)))[None].bfloat16()
+    out = torch.nn.functional.scaled_dot_product_attention(theirs, keys, values, enable_gqa=True)
+    their_error = np.abs(out[0].float().numpy().swapaxes(0, 1) - expected).max()
+    assert np.abs(layer.attend(queries) - expected).max() < their_error / 5
+
+
+def test_one_key_far_above_all_others_and_16_bit_queries(kernel: str) -> None:
+    layer = QuantizedKvLayer(3000, 1, 64)
+    keys, values = rows(3000, 1, 64), rows(3000, 1, 64, seed=1)
+    queries = rows(1, 1, 64, seed=2).astype(bfloat16)
+    keys[0] = queries[0].astype(np.float32) * 3
+    values[0] = 1e-4
+    layer.extend(keys, values)
+    check(layer, queries, tolerance=TOLERANCE_16_BITS)
+
+
+def test_precision_is_one_of_two() -> None:
+    with pytest.raises(kvmmap.KvmmapError, match="precision"):
+        filled(10).attend(rows(1, 2, 16), precision="fast")  # type: ignore[arg-type]
 
 
 def test_over_any_storage(make_cache: MakeCache) -> None:

@@ -14,8 +14,8 @@
 namespace kvmmap {
 namespace {
 
-// Of each instruction set, by what rows are made of.
-const AttendKernel& attend_kernel(Numbers numbers) {
+// Of each instruction set, by what rows are made of, and whether queries were given in 16 bits.
+const AttendKernel& attend_kernel(Numbers numbers, bool short_queries) {
     const auto choose = [numbers](const AttendKernel& codes, const AttendKernel& floats, const AttendKernel& f16,
                                   const AttendKernel& bf16) -> const AttendKernel& {
         return numbers == Numbers::codes ? codes : numbers == Numbers::floats ? floats : numbers == Numbers::f16 ? f16 : bf16;
@@ -23,7 +23,8 @@ const AttendKernel& attend_kernel(Numbers numbers) {
     switch (current_isa()) {
 #if defined(__x86_64__)
         case Isa::avx2: return choose(attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2);
-        case Isa::avx512: return choose(attend_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512);
+        case Isa::avx512:
+            return choose(short_queries ? attend_short_avx512 : attend_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512);
 #elif defined(__aarch64__)
         case Isa::neon: return choose(attend_neon, attend_floats_neon, attend_f16_neon, attend_bf16_neon);
 #endif
@@ -262,7 +263,7 @@ void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int t
 void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threads) {
     const CodedRows &keys = extents->keys, &values = extents->values;  // the codecs of all
     const Source source{extents, count, forms_of(keys, values)};
-    const AttendKernel& kernel = attend_kernel(numbers_of(keys, values));
+    const AttendKernel& kernel = attend_kernel(numbers_of(keys, values), job.short_queries);
     std::vector<float> rotated;
     if (keys.format.rotated) {
         rotated.assign(job.queries, job.queries + job.rows() * job.dim);

@@ -44,6 +44,9 @@ struct AttendJob {
     float scale;
     float softcap;  // 0: none
 
+    // Queries were given in 16 bits, and products may lose less than that has lost, where a kernel is faster then.
+    bool short_queries;
+
     // Query i stands at query_start + i, and sees a position that is at most its own if causal, and that is within its
     // window or below sinks.
     int64_t query_start;
@@ -111,7 +114,7 @@ struct AttendKernel {
 extern const AttendKernel attend_portable, attend_floats_portable, attend_f16_portable, attend_bf16_portable;
 #if defined(__x86_64__)
 extern const AttendKernel attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2;
-extern const AttendKernel attend_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512;
+extern const AttendKernel attend_avx512, attend_short_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512;
 #elif defined(__aarch64__)
 extern const AttendKernel attend_neon, attend_floats_neon, attend_f16_neon, attend_bf16_neon;
 #endif

@@ -7,18 +7,19 @@
 namespace kvmmap {
 namespace {
 
+template <int digits>
 class Bytes {
   public:
     static constexpr int lanes = 16;
     using Number = int8_t;
 
     struct Weights {
-        alignas(64) char digits[4][tile / 4 * step_digits];
+        alignas(64) char bytes[4][tile / 4 * step_bytes<digits>];
         float worth[4];
     };
 
     static int64_t width(int64_t value_dim) { return to_64(value_dim); }
-    static int64_t query_bytes(int64_t dim) { return query_header + to_64(dim) / 4 * step_digits; }
+    static int64_t query_bytes(int64_t dim) { return query_header + to_64(dim) / 4 * step_bytes<digits>; }
 
     // Within 64 numbers the bytes of four positions were interleaved by unpacking, within groups of 16.
     static void finish(const float* sums, int64_t value_dim, float factor, float* out) {
@@ -43,16 +44,16 @@ class Bytes {
     template <int R>
     void scores(const char* const (&queries)[R], float (&out)[R][tile], Ahead& ahead) const {
         for (int64_t j = 0; j < tile; j += 16)
-            multiply_keys<R>(Int8Rows(dim_), at(keys_ + j * key_stride_), key_stride_, dim_, queries, out[0] + j, tile, ahead);
+            multiply_keys<digits, R>(Int8Rows(dim_), at(keys_ + j * key_stride_), key_stride_, dim_, queries, out[0] + j, tile, ahead);
     }
 
-    static void set(Weights& weights, int r, const float* w) { weights.worth[r] = store_weights(w, tile, weights.digits[r]); }
+    static void set(Weights& weights, int r, const float* w) { weights.worth[r] = store_weights<digits>(w, tile, weights.bytes[r]); }
 
     template <int R>
     void add(const Weights& weights, float* const (&sums)[R], Ahead& ahead) const {
-        const WeightRows rows{weights.digits[0], sizeof weights.digits[0], weights.worth, sums};
+        const WeightRows rows{weights.bytes[0], sizeof weights.bytes[0], weights.worth, sums};
         for (int64_t d = 0; d < value_dim_; d += 64)
-            multiply_values<R>(Int8Rows(value_dim_), at(values_), d, 16 * value_stride_, value_stride_, tile / 16, rows, ahead);
+            multiply_values<digits, R>(Int8Rows(value_dim_), at(values_), d, 16 * value_stride_, value_stride_, tile / 16, rows, ahead);
     }
 
   private:

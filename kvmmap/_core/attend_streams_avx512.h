@@ -75,12 +75,13 @@ struct StreamsShape {
 };
 
 // One query row, a position of every stream, 64 numbers from d on.
-template <class Values>
+template <int digits, class Values>
 [[gnu::noinline]] void add_16(const Values& stored, const char* values, int64_t d, int64_t stream, const char* weights,
                               __m512i* sums) {
-    HalfSums first(sums), second(sums + HalfSums::registers);
+    using Sums = HalfSums<digits>;
+    Sums first(sums), second(sums + Sums::registers);
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q, values += 4 * stream, weights += step_digits) {
+    for (int q = 0; q < 4; ++q, values += 4 * stream, weights += step_bytes<digits>) {
         const FourRows four(stored, values, stream, d);
         __m512i a, b;
         four.half<false>(a, b);
@@ -88,24 +89,24 @@ template <class Values>
         four.half<true>(a, b);
         second.add(a, b, weights);
     }
-    first.keep(sums), second.keep(sums + HalfSums::registers);
+    first.keep(sums), second.keep(sums + Sums::registers);
 }
 
 // Keys and Values load rows as attend_rows_avx512.h says.
-template <class Keys, class Values>
+template <int digits, class Keys, class Values>
 class Streams : public StreamsShape {
   public:
     // `keys` and `values` are rows as they are stored, with their scales.
     Streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const char* prepared, AttendState state)
         : job_(job), keys_(job.dim), values_(job.value_dim), stored_keys_(keys), stored_values_(values),
           heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)), value_parts_(job.value_dim / 64), key_row_(heads_ * keys_.row_bytes), value_row_(heads_ * values_.row_bytes),
-          softmax_(job.softcap, state, Bytes::width(job.value_dim)), worth_(heads_ * at_once_),
+          softmax_(job.softcap, state, Bytes<digits>::width(job.value_dim)), worth_(heads_ * at_once_),
           queries_(heads_ * rows_), sums_(heads_ * rows_) {
         // Not push_back: what it grows by is a function that other objects share, and this one's needs AVX-512.
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < rows_; ++r) {
-                queries_[h * rows_ + r] = prepared + row_of(h, r) * Bytes::query_bytes(job.dim);
-                sums_[h * rows_ + r] = state.sums + row_of(h, r) * Bytes::width(job.value_dim);
+                queries_[h * rows_ + r] = prepared + row_of(h, r) * Bytes<digits>::query_bytes(job.dim);
+                sums_[h * rows_ + r] = state.sums + row_of(h, r) * Bytes<digits>::width(job.value_dim);
             }
         const int64_t kept = few(job) ? heads_ * rows_ * value_parts_ * part_registers * 64 : 0;
         memory_.reset(new char[64 + 4 * span * heads_ * (at_once_ + 2) + kept]);
@@ -140,8 +141,9 @@ class Streams : public StreamsShape {
     }
 
   private:
+    using Sums = HalfSums<digits>;
     static constexpr int64_t most_rows = 16;               // of weights that are kept at a time, a head
-    static constexpr int part_registers = 2 * HalfSums::registers;  // of sums over 64 numbers
+    static constexpr int part_registers = 2 * Sums::registers;  // of sums over 64 numbers
 
     // Row r of a head's queries, as the state counts them: over queries, and within a query over its query heads.
     int64_t row_of(int64_t head, int64_t r) const {
@@ -189,7 +191,7 @@ class Streams : public StreamsShape {
                 Lines ahead = few(job_) ? streams_ahead(keys, values, at, keys_.row_bytes)
                                         : lines_at(values, row == 0 ? step * times * 64 * lanes : values.bytes(), times);
                 in_fours(0, count, [&](auto n, int64_t r) {
-                    multiply_keys<decltype(n)::value>(keys_, keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
+                    multiply_keys<digits, decltype(n)::value>(keys_, keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
                                                       weights_ + (h * at_once_ + r) * span + j * lanes, span, ahead);
                     ahead.left = 0;
                 });
@@ -203,7 +205,7 @@ class Streams : public StreamsShape {
                 float* weights = weights_ + (h * at_once_ + r) * span;
                 softmax_.scale(weights, key_scales_ + h * span, span);
                 softmax_.weigh(row_of(h, row + r), weights, value_scales_ + h * span, span);
-                worth_[h * at_once_ + r] = store_weights(weights, span, reinterpret_cast<char*>(weights));
+                worth_[h * at_once_ + r] = store_weights<digits>(weights, span, reinterpret_cast<char*>(weights));
             }
     }
 
@@ -218,7 +220,7 @@ class Streams : public StreamsShape {
             for (int64_t d = 0; d < job_.value_dim; d += 64, at += length * 64 * lanes) {
                 Lines ahead = lines_at(next, at, length);
                 in_fours(0, count, [&](auto n, int64_t r) {
-                    multiply_values<decltype(n)::value>(values_, values.codes + h * values_.row_bytes, d, values.row,
+                    multiply_values<digits, decltype(n)::value>(values_, values.codes + h * values_.row_bytes, d, values.row,
                                                         values.stream(), length, weight_rows(h, row, r), ahead);
                     ahead.left = 0;
                 });
@@ -235,7 +237,7 @@ class Streams : public StreamsShape {
                 for (int64_t d = 0; d < job_.value_dim; d += 64) {
                     ahead.fetch(16);
                     for (int64_t r = 0; r < rows_; ++r, sums += part_registers)
-                        add_16(values_, values.codes + at, d, values.stream(), weight_rows(h, 0, r).digits + j * 64, sums);
+                        add_16<digits>(values_, values.codes + at, d, values.stream(), weight_rows(h, 0, r).digits + j * 4 * step_bytes<digits>, sums);
                 }
             }
         const __m512i* sums = kept_;
@@ -243,8 +245,8 @@ class Streams : public StreamsShape {
             for (int64_t d = 0; d < job_.value_dim; d += 64)
                 for (int64_t r = 0; r < rows_; ++r, sums += part_registers) {
                     const WeightRows rows = weight_rows(h, 0, r);
-                    HalfSums(sums).add_to(rows.sums[0] + d, rows.worth[0]);
-                    HalfSums(sums + HalfSums::registers).add_to(rows.sums[0] + d + 32, rows.worth[0]);
+                    Sums(sums).add_to(rows.sums[0] + d, rows.worth[0]);
+                    Sums(sums + Sums::registers).add_to(rows.sums[0] + d + 32, rows.worth[0]);
                 }
     }
 
@@ -253,7 +255,7 @@ class Streams : public StreamsShape {
     Values values_;
     CodedRows stored_keys_, stored_values_;
     int64_t heads_, rows_, at_once_, value_parts_, key_row_, value_row_;
-    Softmax<Bytes> softmax_;
+    Softmax<Bytes<digits>> softmax_;
     std::vector<float> worth_;             // [head][row] of one unit of a weight
     std::vector<const char*> queries_;     // [head][row], as prepared
     std::vector<float*> sums_;             // [head][row], in the state

@@ -317,7 +317,7 @@ std::vector<int> take_recent_records(nb::handle records_object, nb::tuple ring_p
 int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
                     int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
                     bool causal, int64_t window, int64_t sinks, nb::handle out_object, nb::handle lse_object,
-                    int threads, const std::vector<int>& codecs, nb::object recent) {
+                    int threads, const std::vector<int>& codecs, nb::object recent, bool exact) {
     if (kv_heads < 1 || codecs.size() != 4) throw nb::value_error("at least one head; codec and transform of keys and of values");
     Buffer queries(queries_object, reading), ranges(ranges_object, contiguous);
     Buffer out(out_object, writing), lse(lse_object, writing);
@@ -351,6 +351,7 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
         extents.push_back({start, {key_format, keys.codes(), keys.scales()}, {value_format, values.codes(), values.scales()}});
     }
     job.first_position = first_position;
+    job.short_queries = grid.dtype != Dtype::f32 && !exact;
     job.scale = scale, job.softcap = softcap, job.query_start = query_start;
     job.causal = causal, job.window = window, job.sinks = sinks;
     job.num_ranges = ranges.bytes() / static_cast<int64_t>(sizeof(AttendRange));
@@ -562,7 +563,7 @@ NB_MODULE(_kernels, m) {
           "threads"_a);
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
-          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none());
+          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none(), "exact"_a = false);
     m.def("keep_recent", &keep_recent, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a, "start"_a, "tags"_a, "ring_keys"_a,
           "ring_values"_a);
     m.def("make_recent_records", &make_recent_records, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a, "out"_a);

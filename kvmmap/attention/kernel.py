@@ -55,6 +55,7 @@ def attend_rows(
     threads: int = 1,
     layer: int | None = None,
     recent: RecentView | None = None,
+    exact: bool = False,
 ) -> NDArray[np.float32]:
     """Attend over rows that lie in memory.
 
@@ -71,6 +72,7 @@ def attend_rows(
         threads: at most so many; no more are started than the rows keep busy.
         layer: its index, for messages.
         recent: rows in 16 bits that stand for some of the coded ones, if the layer keeps them.
+        exact: with the arithmetic of f32 queries, whatever the dtype of these.
 
     Returns:
         The log-sum-exp of the scores, f32 [n, num_q_heads].
@@ -83,7 +85,9 @@ def attend_rows(
             queries, rows, ranges, mask, geometry, out, lse, first_position=first_position, recent=recent
         )
     else:
-        bad = _call(kernel, queries, dtype, rows, ranges, mask, geometry, out, lse, first_position, threads, recent)
+        bad = _call(
+            kernel, queries, dtype, rows, ranges, mask, geometry, out, lse, first_position, threads, recent, exact
+        )
     _refuse_bad(bad, q_heads, layer)
     return lse
 
@@ -100,6 +104,7 @@ def attend_extents(
     threads: int = 1,
     layer: int | None = None,
     recent: RecentView | None = None,
+    exact: bool = False,
 ) -> NDArray[np.float32]:
     """As `attend_rows`, over rows that lie in memory in several extents.
 
@@ -111,7 +116,7 @@ def attend_extents(
     lse = np.empty((n, q_heads), _F32)
     kernel = KERNELS.get((geometry.key_codec, geometry.value_codec))
     if kernel is not None:
-        bad = _call(kernel, queries, dtype, tuple(extents), ranges, mask, geometry, out, lse, 0, threads, recent)
+        bad = _call(kernel, queries, dtype, tuple(extents), ranges, mask, geometry, out, lse, 0, threads, recent, exact)
         _refuse_bad(bad, q_heads, layer)
         return lse
     merging, part = Merging(out.shape), np.empty_like(out)
@@ -139,6 +144,7 @@ def _call(
     first_position: int,
     threads: int,
     recent: RecentView | None,
+    exact: bool,
 ) -> int:
     return kernel(
         queries,
@@ -157,6 +163,7 @@ def _call(
         out,
         lse,
         threads,
+        exact=exact,
         **({} if recent is None else {"recent": recent.rows.arguments(recent.length)}),
     )
 

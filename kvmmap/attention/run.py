@@ -22,6 +22,9 @@ from .merge import Merging
 from .queries import check_queries
 from .source import RowSource
 
+Precision = Literal["queries", "exact"]
+"""Which arithmetic attention computes with: that of the queries' dtype, or that of f32 whatever their dtype."""
+
 Attended = tuple[NDArray[np.float32], NDArray[np.float32]]
 """out, f32 [n, num_q_heads, value_head_dim], and lse, f32 [n, num_q_heads]."""
 
@@ -40,6 +43,7 @@ class AttendOptions(TypedDict, total=False):
     resident: Literal["keep", "stream"]
     threads: int | None
     chunk: RecentRows | None
+    precision: Precision
 
 
 def attend_store(
@@ -58,10 +62,14 @@ def attend_store(
     resident: Literal["keep", "stream"],
     threads: int | None,
     chunk: RecentRows | None = None,
+    precision: Precision = "queries",
 ) -> Attended:
     """Attend over what a store holds; arguments and errors are those of `QuantizedKvLayer.attend`."""
     if resident not in ("keep", "stream"):
         raise KvmmapError(f'resident must be "keep" or "stream", not {resident!r}')
+    if precision not in ("queries", "exact"):
+        raise KvmmapError(f'precision must be "queries" or "exact", not {precision!r}')
+    exact = precision == "exact"
     version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)
@@ -85,12 +93,32 @@ def attend_store(
         if store.in_memory:
             slabs = store.slabs()
             lse = attend_rows(
-                rows, dtype, slabs, ranges, mask, geometry, result, threads=most, layer=store.index, recent=recent
+                rows,
+                dtype,
+                slabs,
+                ranges,
+                mask,
+                geometry,
+                result,
+                threads=most,
+                layer=store.index,
+                recent=recent,
+                exact=exact,
             )
         else:
             extents = store.extents()
             lse = attend_extents(
-                rows, dtype, extents, ranges, mask, geometry, result, threads=most, layer=store.index, recent=recent
+                rows,
+                dtype,
+                extents,
+                ranges,
+                mask,
+                geometry,
+                result,
+                threads=most,
+                layer=store.index,
+                recent=recent,
+                exact=exact,
             )
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
@@ -108,6 +136,7 @@ def attend_store(
                 threads=most,
                 layer=store.index,
                 recent=recent,
+                exact=exact,
             )
             merging.add(part, lse)
         lse = merging.end(result)

@@ -21,6 +21,7 @@ struct Case {
     bool causal;
     float softcap;
     int threads;
+    bool short_queries;
     RowFormat keys, values;
 };
 
@@ -54,6 +55,7 @@ double check(const Case& c) {
     job.dim = c.dim, job.value_dim = c.value_dim;
     job.scale = 1 / std::sqrt(static_cast<float>(c.dim)), job.softcap = c.softcap;
     job.query_start = c.query_start, job.causal = c.causal, job.window = c.window, job.sinks = c.sinks;
+    job.short_queries = c.short_queries;
     job.ranges = &range, job.num_ranges = 1, job.out = out.data(), job.lse = lse.data();
     attend(job, keys.rows, values.rows, c.threads);
 
@@ -86,7 +88,7 @@ double check(const Case& c) {
                 most = std::fmax(most, std::fabs(wanted));
             }
             const float log = lse[i * q_heads + q];
-            if (total > 0 ? !(std::fabs(log - top - std::log(total)) < 1e-4) : log != -std::numeric_limits<float>::infinity())
+            if (total > 0 ? !(std::fabs(log - top - std::log(total)) < (c.short_queries ? 1e-3 : 1e-4)) : log != -std::numeric_limits<float>::infinity())
                 return 1;
         }
     return most > 0 ? worst / most : worst;
@@ -114,6 +116,7 @@ int main() {
                 c.value_dim = pick({64, 128, 192}), c.query_start = pick({300, c.rows - 1, c.rows, 1000});
                 c.window = pick({0, 0, 500, 900});
             }
+            c.short_queries = k % 4 == 3;
             c.softcap = static_cast<float>(pick({0, 0, 3})), c.threads = static_cast<int>(pick({1, 1, 2, 3}));
             // Half of them int8, the others any pair of codecs that take such rows.
             c.keys = c.values = {Codec::int8, false};
@@ -126,7 +129,7 @@ int main() {
                 }
             const double worst = check(c);
             // Where few values cancel out, what is left is small beside what was summed.
-            if (!(worst <= 2e-5)) {
+            if (!(worst <= (c.short_queries ? 2e-3 : 2e-5))) {
                 std::printf("%s: %g at rows %d n %d heads %d group %d dim %d value_dim %d query_start %d window %d sinks %d codecs %d %d\n",
                             isa_name(static_cast<Isa>(i)), worst, static_cast<int>(c.rows), static_cast<int>(c.n),
                             static_cast<int>(c.heads), static_cast<int>(c.group), static_cast<int>(c.dim),

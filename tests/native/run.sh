@@ -39,7 +39,7 @@ compile() {
             objects="$objects $build/$name-$unit.o"
             case "$built " in *" $unit "*) continue ;; esac
             built="$built $unit"
-            if [ "$quick/$unit" = quick/attend_avx512 ]; then
+            if [ "$quick/$unit" = quick/attend_avx512 ] || [ "$quick/$unit" = quick/attend_short_avx512 ]; then
                 # shellcheck disable=SC2086
                 $compiler -std=c++17 -Wall -Wextra -ffp-contract=off -O1 $isa -c "$source" -o "$build/$name-$unit.o"
                 continue

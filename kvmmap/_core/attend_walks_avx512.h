@@ -1,0 +1,74 @@
+// Attention with AVX-512 and its dot product of bytes, by the number of digits of queries and weights: tiles of 64 positions
+// where a mask, an odd shape or the end of the rows asks for them, and else 16 streams side by side.
+#pragma once
+
+#include "attend_streams_avx512.h"
+
+namespace kvmmap {
+namespace {
+
+using Rows = CodedRows;
+
+// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+template <int digits, class Keys, class Values>
+int64_t walk_streams(const AttendJob& job, const Rows& keys, const Rows& values, const AttendRange& range, int64_t coming,
+                     const char* prepared, AttendState state) {
+    constexpr int64_t span = StreamsShape::span;
+    int64_t start = range.start;
+    if (!StreamsShape::suit(job, range) || start + span > range.stop) return start;
+    Streams<digits, Keys, Values> streams(job, keys, values, prepared, state);
+    for (; start + span <= range.stop && streams.see_all(start); start += span) streams.run(start, start + 2 * span <= coming);
+    return start;
+}
+
+template <int digits>
+void walk_streams_and_tiles(const AttendJob& job, const AttendRange& range, int64_t coming, const char* prepared,
+                            AttendState state) {
+    const RowFormat int8{Codec::int8, false};
+    const Rows keys{int8, static_cast<const char*>(job.key_rows), reinterpret_cast<const char*>(job.key_scales)};
+    const Rows values{int8, static_cast<const char*>(job.value_rows), reinterpret_cast<const char*>(job.value_scales)};
+    AttendRange rest = range;
+    rest.start = walk_streams<digits, Int8Rows, Int8Rows>(job, keys, values, range, coming, prepared, state);
+    if (rest.start < rest.stop) walk<Bytes<digits>>(job, rest, coming, prepared, state);
+}
+
+using WalkStreams = int64_t (*)(const AttendJob&, const Rows&, const Rows&, const AttendRange&, int64_t, const char*, AttendState);
+
+template <int digits, class Keys>
+WalkStreams by_values(Codec values, int64_t dim) {
+    const bool narrow = LevelRows<4, true>::suit(dim);
+    if (values == Codec::int8) return walk_streams<digits, Keys, Int8Rows>;
+    if (!narrow && !LevelRows<4, false>::suit(dim)) return nullptr;
+    if (values == Codec::int4) return narrow ? walk_streams<digits, Keys, LevelRows<4, true>> : walk_streams<digits, Keys, LevelRows<4, false>>;
+    if (values == Codec::int5) return narrow ? walk_streams<digits, Keys, LevelRows<5, true>> : walk_streams<digits, Keys, LevelRows<5, false>>;
+    return nullptr;
+}
+
+template <int digits>
+WalkStreams by_pair(Codec keys, int64_t dim, Codec values, int64_t value_dim) {
+    const bool narrow = LevelRows<4, true>::suit(dim);
+    if (keys == Codec::int8) return by_values<digits, Int8Rows>(values, value_dim);
+    if (!narrow && !LevelRows<4, false>::suit(dim)) return nullptr;
+    if (keys == Codec::int4)
+        return narrow ? by_values<digits, LevelRows<4, true>>(values, value_dim) : by_values<digits, LevelRows<4, false>>(values, value_dim);
+    if (keys == Codec::int5)
+        return narrow ? by_values<digits, LevelRows<5, true>>(values, value_dim) : by_values<digits, LevelRows<5, false>>(values, value_dim);
+    return nullptr;
+}
+
+template <int digits>
+int64_t walk_stored(const AttendJob& job, const Rows& keys, const Rows& values, const AttendRange& range, int64_t coming,
+                    const char* prepared, AttendState state) {
+    const WalkStreams run = by_pair<digits>(keys.format.codec, job.dim, values.format.codec, job.value_dim);
+    return run ? run(job, keys, values, range, coming, prepared, state) : range.start;
+}
+
+template <int digits>
+constexpr AttendKernel bytes_kernel() {
+    using Engine = Bytes<digits>;
+    return {StreamsShape::span, Engine::width, Engine::finish, Engine::query_bytes, store_query<digits>,
+            walk_streams_and_tiles<digits>, walk_stored<digits>};
+}
+
+}  // namespace
+}  // namespace kvmmap
