@@ -105,10 +105,20 @@ class IndexReader:
         return list(self._segments("ORDER BY segments.namespace, segments.depth, segments.id", ()))
 
     @recovering
-    def with_prefix(self, hash: bytes) -> bool:
-        """True if there is a segment with the hash of a prefix."""
+    def deepest(self, hash_of: Callable[[int], bytes], blocks: int) -> int:
+        """Return the last block boundary of a prompt that a segment has, by a binary search; 0 if none has any.
+
+        Args:
+            hash_of: returns the hash of the prefix that ends at a block boundary.
+            blocks: block boundaries of the prompt.
+        """
+        low, high = 0, blocks
         with self.database.reading() as connection:
-            return connection.execute("SELECT 1 FROM blocks WHERE hash = ? LIMIT 1", (hash,)).fetchone() is not None
+            while low < high:
+                middle = (low + high + 1) // 2
+                row = connection.execute("SELECT 1 FROM blocks WHERE hash = ? LIMIT 1", (hash_of(middle),)).fetchone()
+                low, high = (low, middle - 1) if row is None else (middle, high)
+        return low
 
     @recovering
     def candidates(self, hash: bytes) -> list[Segment]:

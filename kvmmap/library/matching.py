@@ -78,7 +78,7 @@ class Search:
 
     def run(self) -> Match:
         """Return the longest match."""
-        block = self._deepest_block()
+        block = self._index.deepest(self._prompt.hash, self._prompt.blocks)
         boundary = block * BLOCK_TOKENS
         found = self._index.candidates(self._prompt.hash(block)) if block else []
         for segment in found:
@@ -87,16 +87,6 @@ class Search:
             # Siblings that share the boundary's block with the candidates, and more of the prompt than they.
             self._visit_all(parent, start, boundary)
         return self._restorable()
-
-    def _deepest_block(self) -> int:
-        low, high = 0, self._prompt.blocks
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._index.with_prefix(self._prompt.hash(middle)):
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
     def _visit_all(self, parent: int, start: int, boundary: int) -> None:
         for segment in self._index.neighbours(self._namespace, parent, start, self._prompt.head(start)):

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from ..errors import CacheLockedError, KvmmapError, LibraryFullError
 from ..storage.file.thinning import drop_old_checkpoints
@@ -106,8 +107,14 @@ class Room:
         freed = 0
         tried: set[str] = {keep} if keep else set()
         thinner: set[str] = set()
+        leaves: list[Segment] = []
+        known_all = False
         while freed < need:
-            leaves = [leaf for leaf in self._index.oldest_leaves(policy.WINDOW + len(tried)) if leaf.name not in tried]
+            if len(leaves) < policy.WINDOW and not known_all:
+                # More than are chosen from, so that not every one that goes costs a query.
+                found = self._index.oldest_leaves(2 * policy.WINDOW + len(tried))
+                known_all = len(found) < 2 * policy.WINDOW + len(tried)
+                leaves = [leaf for leaf in found if leaf.name not in tried]
             if not leaves:
                 break
             leaf = policy.next_to_go(leaves)
@@ -116,10 +123,14 @@ class Room:
                 if size := self._drop_checkpoints(leaf):
                     gone.append(policy.explain(leaf, "checkpoints", time.time()))
                     freed += size
+                    leaves[leaves.index(leaf)] = replace(leaf, bytes=leaf.bytes - size)
                 continue
+            leaves.remove(leaf)
             if self.remove(leaf, evicting=True):
                 gone.append(policy.explain(leaf, "broken" if leaf.broken else "room", time.time()))
                 freed += leaf.bytes
+                if leaf.parent_id:  # that may be a leaf now
+                    leaves, known_all = [], False
             else:
                 tried.add(leaf.name)
         return gone
