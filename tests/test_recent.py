@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import recent_oracle
 from helpers.support import MakeCache, rows, run_python
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kvmmap
@@ -223,6 +223,7 @@ def test_a_step_that_is_refused_changes_nothing(make_cache: MakeCache) -> None:
 @given(
     steps=st.lists(st.tuples(st.sampled_from([1, 1, 2, 5, 17, 40, -1, -3, -30]), st.booleans()), min_size=1, max_size=8)
 )
+@example([(40, True), (1, False), (-1, False)])
 def test_a_reopened_cache_continues_as_if_never_closed(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, steps: list[tuple[int, bool]]
 ) -> None:

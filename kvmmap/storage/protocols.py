@@ -140,6 +140,11 @@ class LayerStore(ABC):
         if self.recent is not None:
             self.recent.copy_from(source, start, stop, at)
 
+    @property
+    def has_unsaved_recent(self) -> bool:
+        """True if rows in 16 bits are to be written, or those of truncated positions to be removed."""
+        return False
+
     def save_recent(self) -> None:
         """Write the rows in 16 bits that are in memory alone, where the storage has another place for them."""
 

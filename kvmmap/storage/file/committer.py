@@ -224,6 +224,7 @@ class Committer(MappedReader):
                 slot = self.snapshot.slot  # to have room for it there may have been a commit
             same = (slot.seq_len, slot.token_len) == (length, tokens) and self._new_document is None
             same = same and slot.checkpoints == self.checkpoints.to_commit(length)
+            same = same and not self._has_unsaved_recent()
             self._sync_name()
             if same and (slot.closed or not closing):
                 return
@@ -280,6 +281,9 @@ class Committer(MappedReader):
         except BaseException:
             self.interrupt()
             raise
+
+    def _has_unsaved_recent(self) -> bool:
+        return self.geometry.keeps_recent and any(layer.has_unsaved_recent for layer in self.layers.made())
 
     def _save_recent(self, *, closed: bool) -> None:
         """Write the rows in 16 bits that the file does not have yet. Before it counts as closed, look for torn ones."""
@@ -355,6 +359,7 @@ class Committer(MappedReader):
         length = self.seq_len
         changed = (slot.seq_len, slot.token_len) != (length, min(self.token_len, length))
         changed |= self.checkpoints.staged == length or slot.checkpoints != self.checkpoints.to_commit(length)
+        changed |= self._has_unsaved_recent()
         if changed or self._new_document is not None or not slot.closed:
             self.commit(closing=True)
         if self.durable:

@@ -129,6 +129,10 @@ class WriterLayer(MappedLayer):
         if self._unsaved is not None:
             start, stop = min(self._unsaved[0], length), min(self._unsaved[1], length)
             self._unsaved = (start, stop) if start < stop else None
+        if self.recent is not None and self._loaded is not None and length:
+            # Slots that truncated positions had taken are empty now; their records may still be those before.
+            stop = length if self._unsaved is None else self._unsaved[1]
+            self._unsaved = max(0, length - self.recent.window), stop
 
     def _note_unsaved(self, start: int, stop: int) -> None:
         if self._unsaved is not None:
@@ -136,6 +140,10 @@ class WriterLayer(MappedLayer):
         self._unsaved = start, stop
         if stop - start >= SAVED_TOGETHER:
             self.save_recent()
+
+    @property
+    def has_unsaved_recent(self) -> bool:
+        return self._unsaved is not None
 
     def save_recent(self) -> None:
         """Write the rows in 16 bits that are in memory alone, and empty the slots whose record was torn; a commit makes

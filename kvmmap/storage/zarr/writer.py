@@ -147,6 +147,7 @@ class ZarrWriter(ZarrReader):
             root = self.root
             same = (root.seq_len, root.token_len, root.copying) == (length, tokens, self.copying)
             same = same and root.checkpoints == self.checkpoints.to_commit(length)
+            same = same and not any(layer.has_unsaved_recent for layer in self._writers)
             if same and self._new_document is None and (root.closed or not closing):
                 return
             self._commit(length, tokens, closing=closing)

@@ -108,6 +108,15 @@ class ZarrWriterLayer(ZarrLayer):
         super().take_recent(source, start, stop, at)
         self._unsaved = True
 
+    def forget_recent(self, length: int) -> None:
+        super().forget_recent(length)
+        # Slots that truncated positions had taken are empty now; their records may still be those before.
+        self._unsaved |= self.recent is not None and self._loaded is not None
+
+    @property
+    def has_unsaved_recent(self) -> bool:
+        return self._unsaved
+
     def unsaved_records(self, length: int) -> NDArray[np.uint8] | None:
         """Return the records of positions below `length`; None if the group has them."""
         recent = self.recent_rows() if self._unsaved else None
