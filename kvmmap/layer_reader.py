@@ -283,9 +283,8 @@ class LayerReader:
             done += len(rows[0])
         kept = self._store.recent_rows()
         if kept is not None:
-            with np.errstate(over="ignore"):  # beyond f16, as in decoding
-                newest = self._store.length if length is None else max(length, self._store.length)
-                kept.overlay(part.name, start, stop, newest, result)
+            newest = self._store.length if length is None else max(length, self._store.length)
+            kept.overlay(part.name, start, stop, newest, bits, number)
         self._store.validate(version)
         return result
 

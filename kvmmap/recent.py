@@ -140,7 +140,7 @@ class RecentRows:
         """Return rows in 16 bits of a chunk of positions that come after `length` others, and of those before it: for
         as many queries, each of which sees its own last positions. Arguments are those of `keep`."""
         whole = RecentRows(layer, self.window, 0)
-        before = self.ring.held(length - self.window, length)
+        before = self.ring.held(length - self.window + 1, length)
         whole.ring = RecentRing(layer, min(length, self.window) + len(keys))
         whole.first, whole.sinks = self.first, self.sinks
         to = [position % whole.ring.slots for position in before]
@@ -153,28 +153,19 @@ class RecentRows:
 
     # Reading
 
-    def overlay(self, part: str, start: int, stop: int, length: int, out: NDArray[Any]) -> None:
-        """Put what is kept of positions [start, stop) into `out`, [stop - start, num_kv_heads, dim], of a rows' dtype.
+    def overlay(self, part: str, start: int, stop: int, length: int, out: NDArray[Any], dtype: int) -> None:
+        """Put what is kept of positions [start, stop) into `out`.
 
         Args:
             part, start, stop, length: as in `rows`.
-            out: filled where something is kept.
+            out: C-contiguous [stop - start, num_kv_heads, dim], filled where something is kept.
+            dtype: its dtype's number: bf16 as its bits.
         """
-        shift = np.uint64(40 if part == "keys" else 48)
-        last = self.ring.held(max(start, length - self.ring.slots), stop)
-        # The first ones are written last: they stand before those of the ring.
-        for ring, held in ((self.ring, last), (self.first, self.first.held(start, min(stop, self.sinks)))):
-            if held:
-                positions = np.array(held)
-                slots = positions % ring.slots
-                tags = ring.tags[slots]
-                kept = getattr(ring, part)[slots]
-                same = (ring.tags[slots] == tags) & ((tags & _POSITION) == (positions + 1).astype(np.uint64))
-                forms = (tags >> shift) & np.uint64(0xFF)
-                for form in np.unique(forms[same]).tolist():
-                    chosen = same & (forms == form)
-                    rows = kept[chosen]
-                    out[positions[chosen] - start] = widened(rows if form == _BF16 else rows.view(np.float16))
+        keys, newest = part == "keys", max(start, length - self.ring.slots)
+        if newest < stop:
+            _core.read_recent(self.ring.parts, keys, newest, stop, out[newest - start :], dtype)
+        if start < self.sinks:  # written last: they stand before those of the ring
+            _core.read_recent(self.first.parts, keys, start, min(stop, self.sinks), out, dtype)
 
     def arguments(self, length: int) -> tuple[Any, ...]:
         """Return what `_core.attend` takes, for a layer of `length` positions."""

@@ -281,6 +281,17 @@ std::pair<int64_t, int64_t> ring_numbers(const nb::tuple& parts) {
     return {numbers(parts[1]), numbers(parts[2])};
 }
 
+void read_recent(nb::tuple ring_parts, bool of_keys, int64_t start, int64_t stop, nb::handle out_object, int dtype) {
+    const auto [keys, values] = ring_numbers(ring_parts);
+    const Ring ring = to_ring(ring_parts, 0, keys, values, contiguous);
+    const Dtype kind = to_dtype(dtype);
+    Buffer out(out_object, writing);
+    if (start < 0 || start > stop) throw nb::value_error("no such positions");
+    char* rows = out.at_least<char>((stop - start) * (of_keys ? keys : values) * dtype_bytes(kind), "out: too small");
+    nb::gil_scoped_release released;
+    read_rows(ring.view, of_keys, start, stop, kind, rows);
+}
+
 void make_recent_records(nb::tuple ring_parts, nb::tuple arrays, int64_t first, int64_t start, int64_t stop, nb::handle out_object) {
     const auto [keys, values] = ring_numbers(ring_parts);
     const Ring ring = to_ring(ring_parts, 0, keys, values, contiguous);
@@ -566,6 +577,7 @@ NB_MODULE(_kernels, m) {
           "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none(), "exact"_a = false);
     m.def("keep_recent", &keep_recent, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a, "start"_a, "tags"_a, "ring_keys"_a,
           "ring_values"_a);
+    m.def("read_recent", &read_recent, "ring"_a, "keys"_a, "start"_a, "stop"_a, "out"_a, "dtype"_a);
     m.def("make_recent_records", &make_recent_records, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a, "out"_a);
     m.def("take_recent_records", &take_recent_records, "records"_a, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a);
     m.def("merge_part", &merge_part_into, "state"_a, "out"_a, "lse"_a);

@@ -85,6 +85,28 @@ void keep_rows(const RecentRing& ring, int64_t start, const RowGrid& keys, const
     }
 }
 
+void read_rows(const RecentRing& ring, bool keys, int64_t start, int64_t stop, Dtype dtype, char* out) {
+    const int64_t count = keys ? ring.key_numbers : ring.value_numbers, size = count * dtype_bytes(dtype);
+    const CodecKernels& kernels = codec_kernels();
+    std::unique_ptr<uint16_t[]> copy(new uint16_t[count]);  // the slot may be written meanwhile
+    std::unique_ptr<float[]> wide(new float[count + readable_behind]);
+    for (int64_t p = std::max(start, stop - ring.slots); p < stop; ++p) {
+        const uint64_t tag = ring.find(p);
+        if (!tag) continue;
+        std::memcpy(copy.get(), (keys ? ring.keys : ring.values) + ring.slot(p) * count, 2 * count);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (ring.find(p) != tag) continue;
+        const Dtype form = (keys ? keys_of(tag) : values_of(tag)) == Half::f16 ? Dtype::f16 : Dtype::bf16;
+        char* row = out + (p - start) * size;
+        if (form == dtype) {
+            std::memcpy(row, copy.get(), size);
+        } else {
+            kernels.widen[static_cast<int>(form)](reinterpret_cast<const char*>(copy.get()), 2 * count, 1, count, wide.get());
+            kernels.narrow[static_cast<int>(dtype)](wide.get(), count, row);
+        }
+    }
+}
+
 bool CodedArrays::has(int64_t position) const {
     return position >= first && std::all_of(arrays.begin(), arrays.end(), [&](const Array& a) { return position - first < a.rows; });
 }

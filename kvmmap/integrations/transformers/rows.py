@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...errors import UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from ...recent import RecentRows
+from ...row_arrays import as_bits, target_dtype
 from .tensors import as_array, to_host
 
 
@@ -82,10 +82,9 @@ class StoredRows:
             part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place], length=length)
             done = place.stop
         if self.chunk is not None:  # what some query of these sees in 16 bits, all do: tensors are the same for all
-            held = len(self.own)
-            with np.errstate(over="ignore"):
-                self.chunk.overlay("keys", 0, held, held, key_rows[self.kept :])
-                self.chunk.overlay("values", 0, held, held, value_rows[self.kept :])
+            held, number = len(self.own), target_dtype(key_rows.dtype)[1]
+            self.chunk.overlay("keys", 0, held, held, as_bits(key_rows[self.kept :]), number)
+            self.chunk.overlay("values", 0, held, held, as_bits(value_rows[self.kept :]), number)
             self.chunk = None
         return keys.to(device).transpose(0, 1)[None], values.to(device).transpose(0, 1)[None]
 
