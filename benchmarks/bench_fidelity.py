@@ -26,7 +26,7 @@ from corpus import Text, texts  # noqa: E402
 from fidelity_report import show  # noqa: E402
 from model import Model  # noqa: E402
 from reading import OTHERS, Reader, losses  # noqa: E402
-from recipes import F32, RECIPES  # noqa: E402
+from recipes import CACHES, F32, RECIPES  # noqa: E402
 from results import Store, bits_of, key_of, read_on  # noqa: E402
 
 LIBRARIES = {"quanto": "optimum", "hqq": "hqq", "fp8": "torch"}
@@ -45,7 +45,7 @@ def main() -> None:
     if args.report:
         show(Store(args.results), args.report)
         return
-    names = [recipe.name for recipe in RECIPES] + [name for name in OTHERS if _installed(OTHERS[name][0])]
+    names = [recipe.name for recipe in (*CACHES, *RECIPES)] + [name for name in OTHERS if _installed(OTHERS[name][0])]
     chosen = [name for name in names if not args.recipes or name in args.recipes]
     found = list(texts(args.root, lambda name, what: print(f"no text {name!r}: {what} is not there")))
     found = [text for text in found if not args.texts or text.name in args.texts]
@@ -72,8 +72,8 @@ def measure(
     """Measure what each recipe loses in the last `read` of `tokens` tokens of each text."""
     for text in found:
         ids = encode(text.text)[: tokens + 1]
-        key = key_of(ids, read, reader.net.config)
-        missing = [name for name in (F32.name, *recipes) if not store.has(task, text.name, name, key)]
+        keys = {name: key_of(name, ids, read, reader.net.config) for name in (F32.name, *recipes)}
+        missing = [name for name, key in keys.items() if not store.has(task, text.name, name, key)]
         if not missing:
             continue
         prompt, rest, following = reader.prompt(ids[: -read - 1]), ids[-read - 1 : -1], ids[-read:]
@@ -82,7 +82,7 @@ def measure(
             start = time.process_time()
             result = losses(read_on(reader, prompt, rest, name), expected, following)
             facts = {"bits": bits_of(name, reader.net.config.head_dim), "tokens": tokens, "read": read}
-            store.put(task, text, name, key, result | facts)
+            store.put(task, text, name, keys[name], result | facts)
             print(f"{task}: {text.name}: {name}: {result['kl']:.3g}, {time.process_time() - start:.1f} s", flush=True)
 
 

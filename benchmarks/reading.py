@@ -12,11 +12,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from recipes import F32, Recipe
+from recipes import F32, Kept, Recipe
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, QuantizedCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvmmap.integrations.transformers import ATTENTION, KvmmapCache
 
 CHUNK = 128
 """Tokens that a requantising cache gets at a time: its residual length."""
@@ -109,6 +111,16 @@ class Reader:
             tokens = torch.tensor([list(ids[start : start + CHUNK])])
             hidden.append(self.net.get_decoder()(tokens, past_key_values=cache, use_cache=True)[0][0])
         return self._logits(torch.cat(hidden))
+
+    @torch.inference_mode()
+    def read_on_kept(self, prompt: Prompt, ids: Sequence[int], kept: Kept) -> torch.Tensor:
+        """As `read_on`, through a `KvmmapCache` that is attended in place."""
+        self.net.set_attn_implementation(ATTENTION)
+        cache = KvmmapCache(self.net.config, prompt.length + len(ids), **kept.settings)
+        for layer, (keys, values) in prompt.pairs.items():
+            cache.update(keys, values, layer)
+        hidden = self.net.get_decoder()(torch.tensor([list(ids)]), **cache.argument, use_cache=True)[0][0]
+        return self._logits(hidden)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.net.get_output_embeddings()(hidden)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from corpus import Text
 from reading import OTHERS, Prompt, Reader
-from recipes import F32, RECIPES, Recipe
+from recipes import CACHES, F32, RECIPES, Kept, Recipe
 
 
 class Store:
@@ -49,9 +49,11 @@ def _plain(name: str) -> str:
     return re.sub("[^a-z0-9_.+-]+", "_", name.lower())
 
 
-def key_of(ids: Sequence[int], *facts: Any) -> str:
-    """Return a digest of what a result is computed from: tokens, numbers, and last the model's config."""
+def key_of(name: str, ids: Sequence[int], *facts: Any) -> str:
+    """Return a digest of what a recipe's result is computed from: tokens, numbers, and last the model's config."""
     *numbers, config = facts
+    if name not in OTHERS and isinstance(recipe := recipe_of(name), Kept):
+        numbers.append(recipe.settings)
     shape = [config.head_dim, config.num_hidden_layers, config.hidden_size]
     return hashlib.sha256(json.dumps([list(ids), numbers, shape]).encode()).hexdigest()[:16]
 
@@ -60,12 +62,15 @@ def read_on(reader: Reader, prompt: Prompt, ids: Sequence[int], name: str) -> to
     """Read on through the recipe of a name."""
     if name in OTHERS:
         return reader.read_on_with(prompt, ids, *OTHERS[name])
-    return reader.read_on(prompt, ids, recipe_of(name))
+    recipe = recipe_of(name)
+    if isinstance(recipe, Kept):
+        return reader.read_on_kept(prompt, ids, recipe)
+    return reader.read_on(prompt, ids, recipe)
 
 
-def recipe_of(name: str) -> Recipe:
+def recipe_of(name: str) -> Recipe | Kept:
     """Return the recipe of a name."""
-    return next(recipe for recipe in (F32, *RECIPES) if recipe.name == name)
+    return next(recipe for recipe in (F32, *RECIPES, *CACHES) if recipe.name == name)
 
 
 def bits_of(name: str, dim: int) -> float:
