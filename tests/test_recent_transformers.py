@@ -17,7 +17,7 @@ import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache
 
 WINDOW, SINKS = 8, 2
-RECENT: dict[str, Any] = {"recent_window": WINDOW, "sinks": SINKS}
+RECENT: dict[str, Any] = {"preset": "int8", "recent_window": WINDOW, "sinks": SINKS}
 
 
 @pytest.fixture(params=["kvmmap", "sdpa"])
@@ -37,7 +37,7 @@ IDS = torch.arange(3, 43)[None] % 50
 def test_a_pass_sees_what_its_queries_see_one_by_one(model: Any) -> None:
     """Nearly: the rows of neighbours are exact either way, and the codec's loss of those further away is the same."""
     whole, steps = KvmmapCache(model, 64, **RECENT), KvmmapCache(model, 64, **RECENT)
-    plain = KvmmapCache(model, 64)
+    plain = KvmmapCache(model, 64, preset="int8")
     at_once = feed(model, whole, IDS)
     one_by_one = torch.cat([feed(model, steps, IDS[:, i : i + 1]) for i in range(IDS.shape[1])], dim=1)
     exact = model(IDS).logits

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import RoundedCache, generate
+from helpers.windowed_attention import WINDOWED, WindowedCache
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -52,7 +53,7 @@ def ids(smollm2: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def expected(smollm2: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What transformers' own cache and attention generate over rows that went through the codec."""
+    """What transformers' own cache and attention generate over the rows that a KvmmapCache has."""
     smollm2.net.set_attn_implementation("sdpa")
     tokens, logits = generate(smollm2.net, ids, RoundedCache(config=smollm2.net.config), STEPS)
     return tokens, logits
@@ -99,8 +100,10 @@ def test_with_torchs_attention_it_is_a_dynamic_cache_of_the_same_rows(
 
 
 def test_in_place_it_generates_the_same_and_differs_by_rounding_alone(
-    smollm2: Any, ids: torch.Tensor, path: Path, expected: tuple[torch.Tensor, torch.Tensor], noise: float
+    smollm2: Any, ids: torch.Tensor, path: Path, noise: float
 ) -> None:
+    smollm2.net.set_attn_implementation(WINDOWED)
+    expected = generate(smollm2.net, ids, WindowedCache(config=smollm2.net.config), STEPS)
     smollm2.net.set_attn_implementation("kvmmap")
     tokens, logits = generate_in_two(smollm2.net, ids, path)
     assert tokens.tolist() == expected[0].tolist()
@@ -109,7 +112,10 @@ def test_in_place_it_generates_the_same_and_differs_by_rounding_alone(
 
 
 def test_every_layers_attention_in_place_is_exact(smollm2: Any, ids: torch.Tensor) -> None:
-    """Prompt and steps, each on the very queries and rows of the model: f32's rounding away from f64, as torch's is."""
+    """Prompt and steps, each on the very queries and rows of the model: f32's rounding away from f64, as torch's is.
+
+    Without a recent window, so that all queries of a pass have the same rows.
+    """
     errors: dict[str, list[float]] = {"kvmmap": [], "torch": []}
 
     def compared(module: Any, query: torch.Tensor, layer: Any, value: Any, mask: Any, **more: Any) -> Any:
@@ -127,7 +133,7 @@ def test_every_layers_attention_in_place_is_exact(smollm2: Any, ids: torch.Tenso
     AttentionMaskInterface.register("compared", kvmmap_mask)
     net = smollm2.net
     net.set_attn_implementation("compared")
-    generate(net, ids, KvmmapCache(net), 6)
+    generate(net, ids, KvmmapCache(net, recent_window=0, sinks=0), 6)
     assert len(errors["kvmmap"]) == 6 * net.config.num_hidden_layers
     assert max(errors["kvmmap"]) < 5e-6
     assert max(errors["kvmmap"]) < 2 * max(errors["torch"])

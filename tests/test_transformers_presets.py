@@ -118,3 +118,45 @@ def test_the_window_loses_less(path: Path) -> None:
 
     assert loss(128) < 0.01 * loss(0)
     assert loss(40) < 0.9 * loss(0)
+
+
+def test_the_default_is_fidelity_where_rows_can_be_rotated(path: Path) -> None:
+    """Rotated int8 with the recent window; plain int8 for latents, and keys or values of an odd number a row."""
+    KvmmapCache.create(path, model("llama")).close()
+    assert codecs_of(path) == {("int8-rotated", "int8-rotated")}
+    with kvmmap.open(path) as cache:
+        assert (cache.geometry.recent_window, cache.geometry.sinks) == preset_recent("fidelity")
+    KvmmapCache.create(path, model("deepseek_v3"), overwrite=True).close()
+    assert codecs_of(path) == {("int8", "int8")}
+    KvmmapCache.create(path, model("qwen3", head_dim=10), overwrite=True).close()
+    assert codecs_of(path) == {("int8-rotated", "int8-rotated")}
+    KvmmapCache.create(path, model("gpt2", hidden_size=36, num_attention_heads=4), overwrite=True).close()
+    assert codecs_of(path) == {("int8", "int8")}
+    KvmmapCache.create(
+        path, model("gpt2", hidden_size=36), preset="compact", value_codec="int8", overwrite=True
+    ).close()
+    assert codecs_of(path) == {("int8", "int8")}
+    with pytest.raises(kvmmap.ShapeMismatchError, match="int4-rotated"):
+        KvmmapCache(model("gpt2", hidden_size=36), preset="compact")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_perplexity_and_divergence_of_a_reopened_default_cache(path: Path, attention: str) -> None:
+    """The preset as it is, over more positions than its window has: those of one that was never closed."""
+    net = model("qwen3", attention)
+    first, rest = prompt(180), prompt(40, seed=2)
+    net.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        exact = net(torch.cat([first, rest], 1)).logits[0, 180:].double().log_softmax(-1)
+    net.set_attn_implementation(attention)
+    unbroken = KvmmapCache(net)
+    net(first, **past(unbroken))
+    with KvmmapCache.create(path, net) as cache:
+        net(first, **past(cache))
+    expected = step_by_step(net, rest, unbroken).log_softmax(-1)
+    with KvmmapCache.open(path, net, "a") as cache:
+        halves = [step_by_step(net, rest[:, :20], cache)]
+    with KvmmapCache.open(path, net, "a") as cache:
+        found = torch.cat([*halves, step_by_step(net, rest[:, 20:], cache)]).log_softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert float(kl_div(found, exact, log_target=True, reduction="none").sum(-1).mean()) > 0

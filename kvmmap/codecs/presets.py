@@ -41,6 +41,10 @@ def preset_codecs(preset: str) -> tuple[str, str]:
     return PRESETS[preset]
 
 
+UNROTATED = {"int8-rotated": "int8"}
+"""What takes the place of a rotated codec at the same size where rows can't be rotated."""
+
+
 def preset_recent(preset: str) -> tuple[int, int]:
     """Return how many of the last and of the first positions a preset keeps in 16 bits besides."""
     return (RECENT_WINDOW, SINKS) if preset in WITH_RECENT else (0, 0)

@@ -40,7 +40,7 @@ class Outcome:
     """A cache can be made for the family, and everything through it is right."""
 
     in_place: bool = False
-    """It attends over the int8 rows in place."""
+    """It attends over the coded rows in place."""
 
     why: str = ""
     """Why it is not supported, or not in place; without the type's name."""
@@ -196,8 +196,26 @@ STAGES: dict[str, Callable[[Any, Any], Any]] = {
     "chunked prefill": lambda net, cache: generate(net, prompt(30), cache, 4, prefill_chunk_size=7),
     "prompt lookup": lambda net, cache: generate(net, prompt(14).repeat(1, 2), cache, 8, prompt_lookup_num_tokens=3),
     "prefix": lambda net, cache: generate(net, BRANCH, cache, 3),
+    "coded rows": lambda net, cache: generate(net, prompt(30), cache, 4),
+    "recent window": lambda net, cache: one_by_one(net, prompt(24), cache, 8),
 }
 """What is done alike with transformers' cache and with ours."""
+
+RECENT: dict[str, dict[str, int]] = {
+    "coded rows": {"recent_window": 0, "sinks": 0},
+    "recent window": {"recent_window": 8, "sinks": 2},
+}
+"""What is kept in 16 bits in which stage: in others, the default, which is more than these sequences are long."""
+
+
+def one_by_one(net: Any, ids: torch.Tensor, cache: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pass of the first tokens and one of each of the others: ids and the logits of all passes' last tokens."""
+    logits = []
+    for start, stop in ((0, first), *((at, at + 1) for at in range(first, ids.shape[1]))):
+        with torch.no_grad():
+            found = net(input_ids=ids[:, start:stop], use_cache=True, **past(cache)).logits
+        logits.append(found[:, -1:].reshape(1, -1))
+    return ids, torch.cat(logits)
 
 
 def _references(net: Any) -> dict[str, Any]:
@@ -205,7 +223,7 @@ def _references(net: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage, run in STAGES.items():
         try:
-            found[stage] = run(net, RoundedCache(config=net.config))
+            found[stage] = run(net, RoundedCache(config=net.config, **RECENT.get(stage, {})))
         except Exception as error:
             found[stage] = error
     return found
@@ -214,10 +232,10 @@ def _references(net: Any) -> dict[str, Any]:
 def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path) -> None:
     folder.mkdir()
     left_out = WITHOUT_STATES if has_states(net) else ()
-    for stage in ("generation", "chunked prefill", "prompt lookup"):
+    for stage in ("generation", "chunked prefill", "prompt lookup", *RECENT):
         if not _failed(references[stage]) and stage not in left_out and not (stage[0] == "c" and takes_one(net)):
             with _own_errors(kind, stage):
-                _check(kind, stage, STAGES[stage](net, KvmmapCache(net)), references[stage])
+                _check(kind, stage, STAGES[stage](net, KvmmapCache(net, **RECENT.get(stage, {}))), references[stage])
     path = folder / "cache.kvm"
     with _own_errors(kind, "reopening"):
         _check(kind, "reopening", _reopened(net, path), references["generation"])

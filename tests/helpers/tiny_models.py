@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import transformers as tf
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import DynamicCache
 
-import kvmmap
+from kvmmap.codecs import by_name
 from kvmmap.integrations.transformers import CACHE_ARGUMENT
+from kvmmap.integrations.transformers.models import layer_kinds
+from kvmmap.integrations.transformers.tensors import as_array
+from kvmmap.row_arrays import as_rows
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -120,33 +123,79 @@ def save_llama(folder: Path) -> None:
     tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT).save_pretrained(folder)
 
 
-def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """Quantise and dequantise keys or values."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    array = kvmmap.dequantize_rows(*kvmmap.quantize_rows(tensor.contiguous()), dtype=kind)
-    if tensor.dtype is torch.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def rounded(tensor: torch.Tensor, codec: str = "int8") -> torch.Tensor:
+    """Encode and decode keys or values, [..., dim]."""
+    if not tensor.numel():
+        return tensor
+    made, dim = by_name(codec), tensor.shape[-1]
+    rows, number = as_rows(as_array(tensor.detach().reshape(-1, 1, dim).contiguous()))
+    arrays = [np.zeros((len(rows), 1, *one.shape), one.dtype) for one in made.arrays(dim)]
+    assert made.encode(rows, number, arrays, 1) < 0
+    return torch.from_numpy(made.decoded(arrays, dim)).to(tensor.dtype).reshape(tensor.shape)
 
 
-def _rounding(update: Any) -> Any:
-    return lambda keys: update(keys.bfloat16().to(keys.dtype))
+def halves(tensor: torch.Tensor) -> torch.Tensor:
+    """What is kept of keys or values in 16 bits, [batch, heads, n, dim]: f16, or bf16 for positions beyond it."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    near = tensor.half().float()
+    return torch.where(near.isfinite().all(-1, keepdim=True).all(1, keepdim=True), near, tensor.bfloat16().float())
 
 
 class RoundedCache(DynamicCache):
-    """transformers' own cache over what a KvmmapCache serves: its keys and values went through the codec."""
+    """transformers' own cache over what a KvmmapCache serves: keys and values as they are read from it.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for layer in self.layers:
+    They are kept as they come, and rounded when they are returned: the last and the first positions to 16 bits, others
+    by the codec. All queries of a pass see in 16 bits what the first of them does, as those of a KvmmapCache that is
+    not attended in place; in place each one has its own last positions: the same if none is beyond the window.
+
+    Args:
+        recent_window: last positions that are rounded to 16 bits.
+        sinks: first positions that are.
+        kwargs: DynamicCache's.
+    """
+
+    def __init__(self, *, recent_window: int = 128, sinks: int = 4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._recent = recent_window, sinks
+        kinds = layer_kinds(kwargs["config"]) if "config" in kwargs else []
+        self._latent = [kind.latent for kind in kinds]
+        self.forms: list[tuple[torch.Tensor, torch.Tensor, int, int]] = []
+        """Keys and values of the last update: by the codec, in 16 bits, window and sinks."""
+        self._index_keys: dict[int, torch.Tensor] = {}
+        for number, layer in enumerate(self.layers):
             if hasattr(layer, "update_index"):  # MiniMax M3's models ask the layer
-                layer.update_index = _rounding(layer.update_index)
+                layer.update_index = partial(self._update_index, number, layer.update_index)
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return super().update(rounded(key_states), rounded(value_states), layer_idx, *args, **kwargs)
+        latent = layer_idx < len(self._latent) and self._latent[layer_idx]
+        stop = self.get_seq_length(layer_idx) + key_states.shape[2]
+        found, forms = [], []
+        for rows in super().update(key_states, value_states, layer_idx, *args, **kwargs):
+            codec = "int8" if latent or rows.shape[-1] % 2 else "int8-rotated"
+            recent = self._in_16_bits(rows.shape[2], key_states.shape[2], stop)
+            forms.append((rounded(rows, codec), halves(rows), *self._recent))
+            found.append(torch.where(recent, forms[-1][1], forms[-1][0]))
+        self.forms = forms
+        return tuple(found)
 
     def update_indexer(self, indexer_key_states: Any, layer_idx: int) -> Any:
-        return super().update_indexer(indexer_key_states.bfloat16().to(indexer_key_states.dtype), layer_idx)
+        update = partial(super().update_indexer, layer_idx=layer_idx)
+        return self._update_index(layer_idx, update, indexer_key_states)
+
+    def _update_index(self, number: int, update: Any, keys: torch.Tensor) -> torch.Tensor:
+        """Index keys are kept in bf16, and besides as others are."""
+        count = keys.shape[-2]
+        held = update(halves(keys[:, None])[:, 0] if self._recent[0] else keys.bfloat16().to(keys.dtype)).shape[-2]
+        before = self._index_keys.get(number, keys[..., :0, :])[..., : held - count, :]
+        rows = self._index_keys[number] = torch.cat([before, keys], -2)
+        return torch.where(self._in_16_bits(held, count, held), halves(rows[:, None])[:, 0], rows.bfloat16().to(rows))
+
+    def _in_16_bits(self, held: int, new: int, stop: int) -> torch.Tensor:
+        """Which of the last `held` of `stop` positions are, [held, 1], for `new` queries."""
+        window, sinks = self._recent
+        positions = torch.arange(stop - held, stop)[:, None]
+        return (positions < sinks) | (positions > stop - new - window if window else positions < 0)
 
 
 def past(cache: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from kvmmap.integrations.transformers import KvmmapCache, reuse
 
-model.set_attn_implementation("kvmmap")                    # attend over the int8 rows in place
+model.set_attn_implementation("kvmmap")                    # attend over the stored rows in place
 cache = KvmmapCache.open("prompt.kvm", model)              # refused if another model made it
 reuse(cache, input_ids)                                    # as many tokens as agree
 model.generate(input_ids, cache=cache)                     # prefills only the rest

@@ -1,4 +1,4 @@
-"""Attention "kvmmap", registered with transformers: queries attend over the int8 rows where they lie.
+"""Attention "kvmmap", registered with transformers: queries attend over the coded rows where they lie.
 
 `model.set_attn_implementation("kvmmap")` has a model call two functions here. The one that makes masks finds out if
 plain causal attention over a KvmmapCache is asked for, and then tells the cache to hand its layers on in place of

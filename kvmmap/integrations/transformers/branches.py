@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...cache import QuantizedKvCache
 from ...errors import KvmmapError
 from .cache import KvmmapCache
-from .opening import record_known, room_beside, spread
+from .opening import record_known, room_beside, spread_like
 
 
 def branch(cache: KvmmapCache, room: int | None) -> KvmmapCache:
@@ -27,7 +27,7 @@ def branch(cache: KvmmapCache, room: int | None) -> KvmmapCache:
             actual=cache._own.seq_len,
         )
     room = room_beside(beginning) if room is None else room
-    own = QuantizedKvCache(**spread(beginning.geometry.layers, room), model=beginning.model)
+    own = QuantizedKvCache(**spread_like(beginning, room, cache.seq_len), model=beginning.model)
     made = type(cache)._of(beginning, own, cache._kinds, cache._model())
     made.truncate(cache.seq_len)
     return made
@@ -37,7 +37,7 @@ def copy_branch(source: KvmmapCache, target: KvmmapCache) -> KvmmapCache:
     """Let a branch hold what another branch of the same beginning holds; return it."""
     target.truncate(0 if target._kept != source._kept else target._kept)
     for mine, theirs in zip(target._own.layers, source._own.layers, strict=True):
-        mine.extend_quantized(*theirs.read_quantized())
+        mine.extend_from(theirs)
     record_known(target._own, source._own.token_ids)
     target._length, target._regimes = source._length, [list(regime) for regime in source._regimes]
     return target

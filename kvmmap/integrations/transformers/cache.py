@@ -43,7 +43,8 @@ class KvmmapCache(StoredSequence):
         model: the model that will use it, or its config. With the model, its weights' fingerprint is recorded, and the
             token ids of every forward pass of it; with the config alone, neither (see `record_token_ids`).
         capacity: positions to reserve; by default as many as the model is made for.
-        preset: how rows are stored, as in `kvmmap.create`; "int8" by default.
+        preset: how rows are stored, as in `kvmmap.create`; "fidelity" by default: rotated int8, and the last and first
+            positions in 16 bits besides. Rows that can't be rotated, and latents, are plain int8.
         key_codec, value_codec: names of codecs; one for all layers, or one a layer; the preset's unless given.
         recent_window, sinks: last and first positions to keep in 16 bits besides; the preset's unless given.
         metadata: plain JSON of your own.

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
-from ...codecs.presets import Codecs, chosen_codecs, chosen_recent
+from ...codecs import by_name
+from ...codecs.presets import UNROTATED, Codecs, chosen_recent, preset_codecs
 from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
 from ...geometry import LayerGeometry, one_a_layer
 from ...state_spec import StateSpec
@@ -31,8 +32,7 @@ DEFAULT_CAPACITY = 4096
 MOST_ROOM = 32_768
 """Positions at most for which memory is reserved unasked beside a file that is only read."""
 
-
-DEFAULT_PRESET = "int8"
+DEFAULT_PRESET = "fidelity"
 """How rows are stored where the caller says nothing."""
 
 
@@ -71,11 +71,26 @@ def settings(
     preset = storing.preset or DEFAULT_PRESET
     window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
     shapes = spread(store_geometries(kinds), capacity, window, first) | {"states": states}
-    own = len(kinds) if states else sum(kind.geometry is not None for kind in kinds)
-    keys, values = chosen_codecs(preset, storing.key_codec, storing.value_codec)
-    for name, chosen in (("key_codec", keys), ("value_codec", values)):
-        shapes[name][:own] = one_a_layer(chosen, own, name)  # rows of indexes, which follow, have their own
+    own = [kind for kind in kinds if states or kind.geometry is not None]
+    asked = storing.key_codec, storing.value_codec
+    for part, chosen, codec in zip(("key", "value"), asked, preset_codecs(preset), strict=True):
+        dims = shapes["head_dim" if part == "key" else "value_head_dim"]
+        fitting: Codecs = [_fitting(codec, dim, kind.latent) for dim, kind in zip(dims, own, strict=False)]
+        name = f"{part}_codec"  # of rows of indexes, which follow, they are chosen already
+        shapes[name][: len(own)] = one_a_layer(fitting if chosen is None else chosen, len(own), name)
     return kinds, shapes | {"metadata": own_notes(metadata or {}) | {NOTES: notes}, "model": info}
+
+
+def _fitting(codec: str, dim: int, latent: bool) -> str:
+    """Return a preset's codec for rows of a model: latents lose more if they are rotated, and odd rows can't be."""
+    plain = UNROTATED.get(codec, codec)
+    if latent or not dim:
+        return plain
+    try:
+        by_name(codec).check_dim(dim)
+    except ShapeMismatchError:
+        return plain
+    return codec
 
 
 def own_notes(metadata: Mapping[str, Any]) -> dict[str, Any]:
