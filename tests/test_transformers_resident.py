@@ -37,7 +37,13 @@ def same_rows(cache: kvmmap.QuantizedKvCache, own: DynamicCache) -> None:
     """What is stored must be what a codec makes of the model's keys and values."""
     for layer, tensors in zip(cache.layers, own.layers, strict=True):
         expected = kvmmap.QuantizedKvCache(
-            1, len(layer), layer.num_kv_heads, layer.head_dim, value_head_dim=layer.value_head_dim
+            1,
+            len(layer),
+            layer.num_kv_heads,
+            layer.head_dim,
+            value_head_dim=layer.value_head_dim,
+            key_codec=layer.geometry.key_codec.name,
+            value_codec=layer.geometry.value_codec.name,
         )
         rows = [tensor[:, :, : len(layer)].transpose(1, 2).contiguous() for tensor in (tensors.keys, tensors.values)]
         expected.extend(*rows)
