@@ -9,14 +9,28 @@ Pure: knows no models, hooks or caches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedModelError
+
+
+class RopePositions(NamedTuple):
+    """What `check_rope` has found."""
+
+    wrong: int | None
+    """The index of the first text token whose positions are not those that come next; None: all are."""
+
+    like_text: NDArray[np.bool_]
+    """Of each token, whether its positions are those of a text token."""
+
+    deltas: NDArray[np.int64]
+    """Behind each token, how far the position of the next text token is from where that is stored."""
+
 
 # Tensors that don't change which keys and values belong to which token ids, or that are looked at by themselves.
 _NEUTRAL = frozenset(
@@ -53,20 +67,27 @@ def known_ids(given: Mapping[str, Any], length: int, placeholders: frozenset[int
     if seen or marked < len(found):
         end = len(found)  # whatever comes in besides the ids: reuse ends at the placeholder, and so before its effects
     else:
-        end = 0 if any(_has_effect(*item, bool(placeholders)) for item in given.items()) else len(found)
+        end = 0 if any(_affects(*item, bool(placeholders)) for item in given.items()) else len(found)
     end = min(end, _first(found < 0))
     return found[:end]
 
 
-def _has_effect(name: str, value: Any, multimodal: bool) -> bool:
-    """Whether an argument may change keys and values besides token ids and positions."""
+def has_effect(name: str, value: Any) -> bool:
+    """Return whether an argument may change keys and values besides token ids and positions."""
     if name in _NEUTRAL or value is None:
         return False
+    if isinstance(value, Mapping):  # features that were computed before: "mm_encoder_outputs"
+        return any(inner is not None for inner in value.values())
+    if isinstance(value, list | tuple):
+        return any(isinstance(item, str | int | float | torch.Tensor | list | tuple) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _affects(name: str, value: Any, multimodal: bool) -> bool:
+    """As `has_effect`, for tokens without placeholders."""
     if name.endswith("token_type_ids") and multimodal and isinstance(value, torch.Tensor):
         return bool(value.any())  # zeros: text
-    if isinstance(value, list | tuple):
-        return any(isinstance(item, str | torch.Tensor) for item in value)
-    return isinstance(value, torch.Tensor)
+    return has_effect(name, value)
 
 
 def check_positions(position_ids: Any, length: int, offset: int = 0) -> int | None:
@@ -104,6 +125,34 @@ def check_positions(position_ids: Any, length: int, offset: int = 0) -> int | No
     return int(torch.argmin(right.int()))
 
 
+def check_rope(position_ids: torch.Tensor, start: int, delta: int, media: NDArray[np.bool_]) -> RopePositions:
+    """Look at positions [k, 1, n] of a model with several positions a token.
+
+    A text token's positions are all one behind the greatest one before it. Those of an image's tokens follow its grid.
+
+    Args:
+        position_ids: of new tokens; of four rows the first one counts tokens.
+        start: positions stored.
+        delta: how far the position of the next text token is from `start`.
+        media: True for the new tokens that stand for a part of an image, or the like.
+    """
+    rows = position_ids.reshape(-1, position_ids.shape[-1]).cpu().numpy()
+    wrong = np.zeros(rows.shape[1], bool)
+    if len(rows) == 4:
+        wrong = rows[0] != np.arange(start, start + rows.shape[1])
+        if wrong.all() and (rows == rows[0]).all():  # all rows are those of rotation
+            wrong[:] = False
+        rows = rows[1:]
+    greatest = np.maximum.accumulate(np.concatenate([[start + delta - 1], rows.max(0)]))
+    texts = (rows == greatest[:-1] + 1).all(0)
+    wrong |= ~texts & ~media
+    return RopePositions(
+        wrong=int(np.argmax(wrong)) if wrong.any() else None,
+        like_text=texts,
+        deltas=greatest[1:] + 1 - np.arange(start + 1, start + 1 + rows.shape[1]),
+    )
+
+
 def check_padding(attention_mask: Any, total: int) -> None:
     """Refuse padding and holes in a mask [1, m] of stored and new tokens.
 
@@ -132,7 +181,14 @@ def check_padding(attention_mask: Any, total: int) -> None:
         )
 
 
-def is_plain(mask: Any, length: int, count: int, window: int | None, chunk: int | None = None) -> bool:
+def is_plain(
+    mask: Any,
+    length: int,
+    count: int,
+    window: int | None,
+    chunk: int | None = None,
+    blocks: Sequence[tuple[int, int]] = (),
+) -> bool:
     """Whether a mask for attention is the causal one, within a window or chunks.
 
     Args:
@@ -143,6 +199,7 @@ def is_plain(mask: Any, length: int, count: int, window: int | None, chunk: int 
         count: new ones.
         window: positions that a query sees, its own among them; None: all.
         chunk: positions in a chunk, if a query sees only those of its own.
+        blocks: ranges of new positions that see one another in both directions.
     """
     if isinstance(mask, torch.Tensor) and mask.ndim == 3:
         mask = mask[:, None]  # that of an indexer
@@ -163,6 +220,8 @@ def is_plain(mask: Any, length: int, count: int, window: int | None, chunk: int 
         expected &= keys > positions - window
     if chunk is not None:
         expected &= keys // chunk == positions // chunk
+    for start, stop in blocks:
+        expected[start - length : stop - length, start - first : stop - first] = True
     return bool((seen == expected).all())
 
 

@@ -40,4 +40,5 @@ def copy_branch(source: KvmmapCache, target: KvmmapCache) -> KvmmapCache:
         mine.extend_from(theirs)
     record_known(target._own, source._own.token_ids)
     target._length, target._regimes = source._length, [list(regime) for regime in source._regimes]
+    target._media.become(source._media)
     return target

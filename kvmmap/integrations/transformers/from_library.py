@@ -22,7 +22,8 @@ from ...library import Library, Namespace
 from ...library.models import register
 from . import rope
 from .cache import KvmmapCache
-from .opening import NOTES, Storing, own_notes, placeholders, settings
+from .media import media_tokens
+from .opening import NOTES, Storing, own_notes, settings
 from .prefix import one_sequence
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
@@ -36,6 +37,9 @@ class LibraryCache(KvmmapCache):
 
     reused: int = 0
     """Tokens of the prompt that the library had: they are not computed again."""
+
+    def _note_media(self) -> None:
+        """Nothing to do: matches end before the first image."""
 
 
 def namespace_of(
@@ -123,7 +127,8 @@ def open_session(
     ids = one_sequence(input_ids)
     storing = Storing(preset=preset, recent_window=recent_window, sinks=sinks)
     kinds, shapes = settings(model, None, None, fingerprint, storing)
-    found = np.flatnonzero(np.isin(ids, list(placeholders(model.config))))
+    placeholders = frozenset().union(*media_tokens(model.config).values())
+    found = np.flatnonzero(np.isin(ids, list(placeholders)))
     most = min([len(ids) - 1, *found[:1].tolist(), *([] if limit is None else [limit])])
     stored: QuantizedKvCache = library.session(
         _namespace(model, shapes, salt),

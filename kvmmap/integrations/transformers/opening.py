@@ -185,13 +185,6 @@ def room_beside(stored: QuantizedKvCache) -> int:
     return min(left, MOST_ROOM) if left > 0 else DEFAULT_CAPACITY
 
 
-def placeholders(config: Any) -> frozenset[int]:
-    """Return the token ids that stand for something else than themselves, such as a part of an image."""
-    kinds = ("image", "video", "audio")
-    found = (getattr(config, f"{kind}_token_{end}", None) for kind in kinds for end in ("id", "index"))
-    return frozenset(number for number in found if isinstance(number, int))
-
-
 def record_known(cache: QuantizedKvCache, token_ids: NDArray[np.int32]) -> None:
     """Record token ids of the positions that have none, leaving out those that are -1, not known."""
     known = np.flatnonzero(token_ids >= 0)
@@ -205,3 +198,10 @@ def note_regimes(cache: QuantizedKvCache, regimes: list[list[int]]) -> None:
     """Record by which frequencies keys were rotated."""
     notes = cache.metadata
     cache.metadata = notes | {NOTES: (notes.get(NOTES) or {}) | {"rope": regimes}}
+
+
+def note_media(cache: QuantizedKvCache, media: Mapping[str, Any]) -> None:
+    """Record which images and the like rows were computed from."""
+    notes = cache.metadata
+    own = {name: value for name, value in (notes.get(NOTES) or {}).items() if name != "media"}
+    cache.metadata = notes | {NOTES: own | ({"media": dict(media)} if media else {})}

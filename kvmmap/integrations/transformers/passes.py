@@ -21,12 +21,17 @@ import transformers
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from .generation import announce_prompts, rope_holders
 from .graphs import outside_graph
+from .illustrated import IllustratedSequence
 from .sequence import WatchedCache
 from .versions import CACHE_ARGUMENT
 
 _watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _signatures: weakref.WeakKeyDictionary[torch.nn.Module, Mapping[str, inspect.Parameter]] = weakref.WeakKeyDictionary()
+
+_holders: weakref.WeakKeyDictionary[torch.nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+"""The parts of a watched model that remember how far positions of text are from where it is stored."""
 
 _NAMES = ("cache", "past_key_values", "cache_params")
 """What models call their cache: since transformers 5.24, before, and in state space models before."""
@@ -45,6 +50,9 @@ def watch(model: torch.nn.Module) -> None:
     for part in parts(model):
         if hasattr(part.config, "original_max_position_embeddings") and part.can_generate():
             _keep_cache(part)
+    for part in parts(model):
+        announce_prompts(part)
+        _holders[part] = rope_holders(part)
     for attention in _attentions(model):
         if attention not in _watched:
             _watched.add(attention)
@@ -105,6 +113,8 @@ def _before(
     parameters = _parameters(model)
     renamed = _renamed(model, parameters, kwargs)
     cache.begin_pass(model, dict(zip(parameters, args, strict=False)) | renamed)
+    if _holders.get(model) and renamed.get("position_ids") is None and isinstance(cache, IllustratedSequence):
+        cache.restore_deltas(_holders[model])
     return args, renamed
 
 

@@ -12,7 +12,7 @@ from ...errors import DtypeError, ShapeMismatchError, UnknownTokensError
 from .cache import KvmmapCache
 
 
-def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) -> int:
+def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None, **inputs: Any) -> int:
     """Cut a cache back to the longest prefix that it shares with a prompt; then `generate` prefills only the rest.
 
     Give all of the prompt's ids to `generate` too, with the same cache. With mode="r" the file stays as it is, and so
@@ -24,12 +24,14 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) ->
         input_ids: the whole prompt, [n] or [1, n].
         discard: what of a file that is open for appending may be lost: None, what is known to differ from the prompt;
             True, also positions whose token ids are not known; False, nothing.
+        inputs: what else a processor made of the prompt, for prompts with images, videos or audio: pixel values, grids,
+            token types, ... `reuse(cache, **processed)`, and then `generate(**processed, **cache.argument)`.
 
     Returns:
         How many tokens are reused: those that agree one by one from the start, but for the prompt's last one, which is
-        always fed again, because its logits are not stored. A placeholder, such as for an image, ends the prefix: two
-        images have the same ones. Of a model with states, up to the last checkpoint of these. It is `cache.seq_len`
-        afterwards.
+        always fed again, because its logits are not stored. An image (video, audio) is reused whole if its tensors are
+        the same, bit by bit; one that is not among `inputs` ends the prefix. Of a model with states, up to the last
+        checkpoint of these. It is `cache.seq_len` afterwards.
 
     Raises:
         ShapeMismatchError: no tokens, or more than one sequence.
@@ -39,8 +41,9 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None) ->
     """
     ids = one_sequence(input_ids)
     stored = cache.token_ids
-    count = common_prefix(stored, ids[:-1], cache.placeholders)
-    length = cache.restorable(min(count, cache.valid_prefix(len(ids))))
+    count = common_prefix(stored, ids[:-1])
+    count = cache.agreeing(min(count, cache.valid_prefix(len(ids))), ids, inputs)
+    length = cache.restorable(count)
     unknown = length == count and count < min(len(stored), len(ids) - 1) and stored[count] < 0
     lost = len(stored) - length if cache.writable and cache.path is not None else 0
     if not discard and ((unknown and (lost or not length)) or (lost and discard is False)):
@@ -78,9 +81,9 @@ def one_sequence(input_ids: Any) -> NDArray[Any]:
     return ids
 
 
-def common_prefix(stored: Any, ids: Any, placeholders: frozenset[int] = frozenset()) -> int:
-    """Return how many ids two sequences share from their start."""
+def common_prefix(stored: Any, ids: Any) -> int:
+    """Return how many ids two sequences share from their start; ids below 0 are not known."""
     count = min(len(stored), len(ids))
     ids = ids[:count]
-    same = (stored[:count] == ids) & (ids >= 0) & ~np.isin(ids, list(placeholders))
+    same = (stored[:count] == ids) & (ids >= 0)
     return count if same.all() else int(np.argmin(same))

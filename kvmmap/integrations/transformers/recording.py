@@ -13,21 +13,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .arguments import check_padding, check_positions, is_plain, known_ids
+from .arguments import check_padding, check_positions, check_rope, has_effect, is_plain, known_ids
 from .kinds import LayerKind
+from .media import Item, groups, odd_type
+from .media_record import MediaRecord
 
 
 class PassRecord:
     """The forward pass that a cache is in."""
 
-    def __init__(self, placeholders: frozenset[int], offset: int = 0) -> None:
-        self._placeholders = placeholders
+    def __init__(self, tokens: Mapping[str, frozenset[int]], media: MediaRecord, offset: int = 0) -> None:
+        self._tokens = tokens  # those that stand for images and the like, by kind
+        self._placeholders = frozenset().union(*tokens.values())
+        self._media = media
         self._offset = offset
         self._running: list[int] = []  # ids of the parts of the model that are in their forward pass, outermost first
         self._start = 0
         self._ids: NDArray[np.int32] | None = None  # None: no part that got token ids has been entered yet
         self._fed = 0
         self._known = 0  # ids from the start of the pass that can be recorded
+        self._items: list[Item] = []
+        self._deltas: NDArray[np.int64] | None = None
+        self._unverified: int | None = None
 
     @property
     def active(self) -> bool:
@@ -59,18 +66,60 @@ class PassRecord:
         outermost = not self._running
         if outermost:
             self._start, self._ids, self._known = length, None, 0
+            self._items, self._deltas, self._unverified = [], None, None
         self._running.append(id(model))
         if self._ids is None and given.get("input_ids") is not None:
             self._ids = known_ids(given, length, self._placeholders, seen)
             self._known, self._fed = len(self._ids), given["input_ids"].shape[-1]
+            self._find_items(given, self._ids, seen)
         ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         count = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim > 1 else 0
         check_padding(given.get("attention_mask"), length + count)
-        wrong = check_positions(given.get("position_ids"), length, self._offset)
+        wrong = self._check_positions(given.get("position_ids"), length)
         check_positions(given.get("cache_position"), length)
         if wrong is not None and not (seen or self._has_placeholder(wrong + 1)):
             self._known = min(self._known, wrong)
+        elif wrong is not None:
+            self._doubt(length + wrong)
         return outermost
+
+    def _find_items(self, given: Mapping[str, Any], ids: NDArray[np.int32], seen: bool) -> None:
+        """Find the images and the like that a pass feeds, and what it feeds besides without being seen."""
+        if not seen and not self._has_placeholder(len(ids)):
+            return
+        found = sorted(item for group in groups(given, ids, self._tokens, self._start) for item in group.items)
+        if not found:
+            announced = self._media.expected(self._start, ids)
+            effects = any(has_effect(*one) for one in given.items() if not one[0].endswith("token_type_ids"))
+            if announced is None and effects and not self._has_placeholder(len(ids)):
+                self._doubt(self._start)
+            found = announced or []
+        self._items = found
+        odd = odd_type(given, found, self._start, len(ids))
+        if odd is not None:
+            self._doubt(self._start + odd)
+
+    def _check_positions(self, position_ids: Any, length: int) -> int | None:
+        """Return the index of the first token whose positions are not those that come next."""
+        if not isinstance(position_ids, torch.Tensor) or position_ids.ndim < 3 or position_ids.shape[-2] != 1:
+            return check_positions(position_ids, length, self._offset)
+        count = position_ids.shape[-1]
+        media = np.zeros(count, bool)
+        if self._ids is not None:
+            media[: len(self._ids)] = np.isin(self._ids[:count], list(self._placeholders))
+        for item in self._items:
+            media[max(item.start - length, 0) : max(item.stop - length, 0)] = True
+        found = check_rope(position_ids, length + self._offset, self._media.delta(length), media)
+        self._deltas = found.deltas
+        for item in self._items:  # a model that was not told of an image's grid counts its tokens like text
+            part = found.like_text[max(item.start - length, 0) : max(item.stop - length, 0)]
+            if item.kind != "audio" and len(part) > 1 and part.all():
+                self._doubt(max(item.start, length))
+        return found.wrong
+
+    def _doubt(self, position: int) -> None:
+        """Note that from a position on it is not known what rows are computed from."""
+        self._unverified = position if self._unverified is None else min(self._unverified, position)
 
     def check_mask(self, module: torch.nn.Module, mask: Any, kind: LayerKind) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
@@ -82,9 +131,14 @@ class PassRecord:
         elif isinstance(mask, torch.Tensor) and mask.ndim == 2:
             plain = bool(mask.all())
         else:
+            stop = self._start + self._fed
+            blocks = [(item.start, item.stop) for item in self._items if self._start <= item.start < item.stop <= stop]
             plain = is_plain(mask, self._start, self._fed, kind.window, kind.chunk)
+            plain = plain or (bool(blocks) and is_plain(mask, self._start, self._fed, kind.window, kind.chunk, blocks))
         if not plain and not self._has_placeholder(self._known):
             self._known = 0
+        elif not plain:
+            self._doubt(self._start)
 
     def end(self, model: torch.nn.Module) -> bool:
         """Leave a part of a model; True if it is the outermost part."""
@@ -103,6 +157,19 @@ class PassRecord:
         if ids is None or stored - self._start != self._fed:  # it did not reach all layers, or fed something besides
             return self._start, np.empty(0, np.int32)
         return self._start, ids[: self._known]
+
+    def note_media(self, stored: int) -> bool:
+        """Record the images and the like of a pass that has ended; return whether there is anything new.
+
+        Args:
+            stored: positions stored now.
+        """
+        if not self._items and self._deltas is None and self._unverified is None:
+            return False
+        start = self._start
+        if stored - start != self._fed:
+            return self._media.extend(start, stored, [], None, start)
+        return self._media.extend(start, stored, self._items, self._deltas, self._unverified)
 
     def _has_placeholder(self, stop: int) -> bool:
         """Whether a placeholder is among the first `stop` tokens of the pass."""

@@ -21,11 +21,11 @@ from ...metadata import ModelInfo
 from ...ranges import check_range
 from . import rope
 from .checked_weights import checked_weights
-from .checkpointed import CheckpointedSequence
 from .graphs import check_graphs, outside_graph
+from .illustrated import IllustratedSequence
 from .kinds import LayerKind
 from .layers import made_layers
-from .opening import NOTES, check_stored, note_regimes, own_notes, placeholders
+from .opening import NOTES, check_stored, note_regimes, own_notes
 from .passes import watch
 from .recording import PassRecord
 from .resident import Resident, ResidentLayer
@@ -38,7 +38,7 @@ from .weights import Weights, weights_of
 from .write_behind import WriteBehind
 
 
-class StoredSequence(CheckpointedSequence):
+class StoredSequence(IllustratedSequence):
     """Keys and values of one sequence as transformers' models use them."""
 
     def _attach(
@@ -70,7 +70,7 @@ class StoredSequence(CheckpointedSequence):
         self._config_checked = model is not None
         self._dtype: tuple[Any, ...] = ()  # that keys have been checked to have, and autocast's beside
         self._masks_asked = False
-        self.placeholders = placeholders(getattr(model, "config", model))
+        self._make_media(getattr(model, "config", model), self._source.metadata, self._length)
         self._rope = rope.length_dependence(config) if (config := getattr(model, "config", model)) is not None else None
         notes = (self._source.metadata.get(NOTES) or {}) if self._rope is not None else {}
         self._regimes: list[list[int]] = notes.get("rope", [])
@@ -78,7 +78,7 @@ class StoredSequence(CheckpointedSequence):
             self._regimes = [[0, rope.MIXED]]
         self._told = np.empty(0, np.int32)  # ids given by record_token_ids
         self._model: Callable[[], Any] = weakref.ref(model) if isinstance(model, torch.nn.Module) else lambda: model
-        self._pass = PassRecord(self.placeholders)
+        self._pass = PassRecord(self._media_tokens, self._media)
         self._watched = isinstance(model, torch.nn.Module)
         self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
@@ -280,6 +280,8 @@ class StoredSequence(CheckpointedSequence):
             return
         if self._states is not None:
             self._states.end(self._length, self._kept)
+        if self._pass.note_media(self._length):
+            self._note_media()
         start, ids = self._pass.recordable(self._length)
         if start < self._length:
             self._record_regime(start)
@@ -287,10 +289,6 @@ class StoredSequence(CheckpointedSequence):
             self._behind.record(start, ids)
         elif len(ids):
             self._own.push_token_ids(ids, start - self._kept)
-
-    @property
-    def _has_placeholder(self) -> bool:
-        return bool(self.placeholders) and bool(np.isin(self.token_ids, [*self.placeholders]).any())
 
     def record_token_ids(self, token_ids: Any) -> None:
         """Record token ids of positions whose ids are not known: those that hooks on the model did not see.
@@ -365,6 +363,7 @@ class StoredSequence(CheckpointedSequence):
         self._length = length
         self._told = self._told[:length]
         self._regimes = rope.cut(self._regimes, length)
+        self._media.cut(length)
 
     def valid_prefix(self, length: int) -> int:
         """Return how many of the stored positions are valid in a prompt of `length` tokens.

@@ -1,0 +1,73 @@
+"""What `generate` of a model is called with, told to the cache that it is called with.
+
+`generate` encodes images before the first forward pass, so hooks on passes don't see what stands behind placeholders;
+and it computes positions from what the model remembers of the last prompt. So three of its steps go through functions
+here: they do nothing for other caches.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .illustrated import IllustratedSequence
+from .media import media_tokens
+
+_INPUTS = "_prepare_model_inputs"
+_POSITIONS = "_prepare_position_ids_for_generation"
+_ENCODERS = "_maybe_prepare_encoder_kwargs_for_generation"
+
+
+def announce_prompts(model: PreTrainedModel) -> None:
+    """Have a model's `generate` tell an `IllustratedSequence` what it is called with, if the model takes images."""
+    if not media_tokens(model.config) or not model.can_generate() or _INPUTS in vars(model):
+        return
+    holders = rope_holders(model)
+
+    def inputs(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        made = own(*args, **kwargs)
+        ids, name, others = made
+        cache = _cache_in(others)
+        if cache is not None and name == "input_ids" and isinstance(ids, torch.Tensor) and ids.shape[0] == 1:
+            cache.announce(ids[0].cpu().numpy(), others)
+        return made
+
+    def positions(own: Callable[..., Any], inputs_tensor: Any, model_kwargs: Any) -> Any:
+        cache = _cache_in(model_kwargs)
+        if cache is not None and holders:
+            cache.restore_deltas(holders)
+        return own(inputs_tensor, model_kwargs)
+
+    def encoders(own: Callable[..., Any], inputs_tensor: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = _cache_in(model_kwargs)
+        if cache is not None:
+            model_kwargs = cache.without_stored(model_kwargs)
+        return own(inputs_tensor, model_kwargs, *args, **kwargs)
+
+    for name, function in ((_INPUTS, inputs), (_POSITIONS, positions), (_ENCODERS, encoders)):
+        _wrap(model, name, function)
+
+
+def rope_holders(model: torch.nn.Module) -> list[Any]:
+    """The parts of a model that remember how far the positions of text are from where it is stored."""
+    return [part for part in model.modules() if hasattr(part, "rope_deltas")]
+
+
+def _wrap(model: Any, name: str, function: Callable[..., Any]) -> None:
+    own = getattr(type(model), name)
+
+    @functools.wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(functools.partial(own, self), *args, **kwargs)
+
+    # Of this name, a bound method can be copied and pickled with its model.
+    vars(model)[name] = types.MethodType(method, model)
+
+
+def _cache_in(given: Mapping[str, Any]) -> IllustratedSequence | None:
+    return next((value for value in given.values() if isinstance(value, IllustratedSequence)), None)

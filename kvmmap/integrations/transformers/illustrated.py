@@ -1,0 +1,106 @@
+"""A sequence whose prompt may have images, videos or audio: which of these are stored, and what a model is told.
+
+What rows are computed from is told by forward passes (`recording`) and by `generate` (`generation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...errors import UnsupportedModelError
+from .checkpointed import CheckpointedSequence
+from .media import digested, groups, media_tokens, without_first
+from .media_record import MediaRecord
+from .opening import NOTES, note_media
+
+
+class IllustratedSequence(CheckpointedSequence):
+    """What a cache of a model that takes images, videos or audio can do besides."""
+
+    placeholders: frozenset[int]
+    """Token ids that stand for a part of an image, a video or audio."""
+
+    _media: MediaRecord
+    _media_tokens: Mapping[str, frozenset[int]]
+
+    def _make_media(self, config: Any, metadata: Mapping[str, Any], length: int) -> None:
+        """Read what is recorded of the first `length` positions."""
+        self._media_tokens = media_tokens(config)
+        self.placeholders = frozenset().union(*self._media_tokens.values())
+        notes = (metadata.get(NOTES) or {}).get("media") if self.placeholders else None
+        self._media = MediaRecord.of(notes, length)
+
+    def _note_media(self) -> None:
+        """Keep what is known of images with the rows."""
+        note_media(self._own, self._media.notes())
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Token ids, int32 [seq_len]; -1 where they are not known."""
+        raise NotImplementedError
+
+    @property
+    def _has_placeholder(self) -> bool:
+        return bool(self.placeholders) and bool(np.isin(self.token_ids, [*self.placeholders]).any())
+
+    def agreeing(self, count: int, ids: NDArray[Any], inputs: Mapping[str, Any]) -> int:
+        """Return how many of the first `count` tokens of a prompt stand for the same images, videos and audio as here.
+
+        Args:
+            count: tokens whose ids are those that are stored.
+            ids: those of the prompt, [n].
+            inputs: what a processor made of the prompt, by name: pixel values, grids and the like. A placeholder whose
+                image is not among them, or not known here, does not agree.
+        """
+        if not self.placeholders:
+            return count
+        prompt = digested(inputs, ids, self._media_tokens)
+        return self._media.agreeing(count, ids, self.placeholders, prompt)
+
+    def announce(self, ids: NDArray[Any], inputs: Mapping[str, Any]) -> None:
+        """Take note of what `generate` was called with; hooks call it.
+
+        Args:
+            ids: of the whole prompt, [n].
+            inputs: the other arguments of the model by name.
+
+        Raises:
+            UnsupportedModelError: the prompt has other images, where rows are stored, than these were computed from.
+        """
+        if not self.placeholders:
+            return
+        found = groups(inputs, ids, self._media_tokens)
+        self._media.announce(ids, found)
+        for item in sorted(item for group in found for item in group.items):
+            if item.start < self._length and item not in self._media.items:
+                raise UnsupportedModelError(
+                    f"the {item.kind} at position {item.start} of the prompt is not the one that the cache holds "
+                    "there, or it is not known which one that is: give the prompt with all that the processor made of "
+                    "it to reuse(cache, **inputs), and then to generate",
+                    actual=item.digest,
+                )
+
+    def without_stored(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `generate` without what belongs to images that are stored: these are not encoded."""
+        return without_first(inputs, self._media.announced, self._length)
+
+    def restore_deltas(self, holders: list[Any]) -> None:
+        """Tell a model with several positions a token how far those of text are from where it is stored.
+
+        Args:
+            holders: the parts of the model that keep this in an attribute `rope_deltas`.
+        """
+        if not self._length:
+            return
+        new = any(item.stop > self._length for group in self._media.announced for item in group.items)
+        known = self._media.deltas or not self._has_placeholder
+        for part in holders:
+            device = next(part.parameters()).device
+            delta = torch.tensor([[self._media.delta(self._length)]], device=device)
+            # None: the model computes positions of the whole prompt anew, from the grids of all of its images.
+            part.rope_deltas = None if new or not known else delta
