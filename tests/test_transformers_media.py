@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import media_prompts
 from helpers.media_prompts import generate, net, prompt
 from helpers.tiny_models import RoundedCache, past
@@ -22,7 +23,10 @@ from kvmmap.integrations.transformers.media import digested, groups
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
-KINDS = ["llava", "qwen2_vl", "gemma3", "qwen3_vl"]
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+"""Releases that forget behind a prefix that tokens of an image see one another, and images in chunks of a prompt."""
+
+KINDS = ["llava", "qwen2_vl", *([] if OLD else ["gemma3"]), "qwen3_vl"]
 """One row of equal images; M-RoPE; images whose tokens see one another; M-RoPE and features in several layers."""
 
 A, B, C = [5, 6, 7], [8, 9, 10, 11], [3, 4]
@@ -70,7 +74,7 @@ def test_the_same_images_are_reused_and_others_are_not(tmp_path: Path, kind: str
             check(generate(model, inputs, cache, 2), expected(net(kind), inputs, count=2))
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", *([] if OLD else ["gemma3"])])
 def test_a_conversation_is_continued_turn_by_turn(tmp_path: Path, kind: str) -> None:
     path, parts = tmp_path / "a.kvm", [A, 1, B]
     model = net(kind)
@@ -128,12 +132,12 @@ def test_without_the_pixels_reuse_ends_before_the_first_placeholder(kind: str) -
 def test_chunks_of_a_prompt_may_end_within_an_image(tmp_path: Path, kind: str) -> None:
     model = net(kind)
     inputs = prompt(model, *FIRST)
-    try:
-        right = expected(model, inputs, prefill_chunk_size=5)
-    except ValueError as error:  # older releases
-        pytest.skip(str(error))
+    right = expected(model, inputs, prefill_chunk_size=5)
     with KvmmapCache.create(tmp_path / "a.kvm", model) as cache:
         check(generate(model, inputs, cache, prefill_chunk_size=5), right)
+        if OLD:  # it drops the images, without a word
+            assert reuse(cache, **inputs) <= len(A)
+            return
         assert len(items(cache)) == 2
     model, more = net(kind), prompt(net(kind), *FIRST, [12])
     with KvmmapCache.open(tmp_path / "a.kvm", model) as cache:

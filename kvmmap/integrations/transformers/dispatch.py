@@ -57,6 +57,19 @@ def masks_windows(config: Any) -> bool:
     return not source or "sliding_window_causal_mask" in source or "create_masks_for_generate" in source
 
 
+def images_see_both_ways(config: Any) -> bool:
+    """Return whether tokens of one image attend to one another in both directions.
+
+    Args:
+        config: of the whole model.
+    """
+    text = config.get_text_config(decoder=True)
+    if text.model_type.startswith("gemma4"):
+        return getattr(text, "use_bidirectional_attention", None) == "vision"
+    source = _source(config)
+    return "token_type_ids_mask_function" in source or "block_sequence_ids" in source
+
+
 def source_known(config: Any) -> bool:
     """Return whether the code of a config's model is loaded, and so known.
 

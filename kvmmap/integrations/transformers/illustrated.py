@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import UnsupportedModelError
 from .checkpointed import CheckpointedSequence
+from .dispatch import images_see_both_ways
 from .media import digested, groups, media_tokens, without_first
 from .media_record import MediaRecord
 from .opening import NOTES, note_media
@@ -32,6 +33,7 @@ class IllustratedSequence(CheckpointedSequence):
         """Read what is recorded of the first `length` positions."""
         self._media_tokens = media_tokens(config)
         self.placeholders = frozenset().union(*self._media_tokens.values())
+        self._both_ways = bool(self._media_tokens) and images_see_both_ways(config)
         notes = (metadata.get(NOTES) or {}).get("media") if self.placeholders else None
         self._media = MediaRecord.of(notes, length)
 

@@ -22,10 +22,13 @@ from .media_record import MediaRecord
 class PassRecord:
     """The forward pass that a cache is in."""
 
-    def __init__(self, tokens: Mapping[str, frozenset[int]], media: MediaRecord, offset: int = 0) -> None:
+    def __init__(
+        self, tokens: Mapping[str, frozenset[int]], media: MediaRecord, both_ways: bool = False, offset: int = 0
+    ) -> None:
         self._tokens = tokens  # those that stand for images and the like, by kind
         self._placeholders = frozenset().union(*tokens.values())
         self._media = media
+        self._both_ways = both_ways  # tokens of an image see one another
         self._offset = offset
         self._running: list[int] = []  # ids of the parts of the model that are in their forward pass, outermost first
         self._start = 0
@@ -93,7 +96,7 @@ class PassRecord:
             effects = any(has_effect(*one) for one in given.items() if not one[0].endswith("token_type_ids"))
             if announced is None and effects and not self._has_placeholder(len(ids)):
                 self._doubt(self._start)
-            found = announced or []
+            found = announced if announced is not None and effects else []
         self._items = found
         odd = odd_type(given, found, self._start, len(ids))
         if odd is not None:
@@ -134,6 +137,8 @@ class PassRecord:
             stop = self._start + self._fed
             blocks = [(item.start, item.stop) for item in self._items if self._start <= item.start < item.stop <= stop]
             plain = is_plain(mask, self._start, self._fed, kind.window, kind.chunk)
+            if self._both_ways and blocks:  # older releases forget it behind a prefix
+                plain = False
             plain = plain or (bool(blocks) and is_plain(mask, self._start, self._fed, kind.window, kind.chunk, blocks))
         if not plain and not self._has_placeholder(self._known):
             self._known = 0

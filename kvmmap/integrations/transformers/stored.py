@@ -78,7 +78,7 @@ class StoredSequence(IllustratedSequence):
             self._regimes = [[0, rope.MIXED]]
         self._told = np.empty(0, np.int32)  # ids given by record_token_ids
         self._model: Callable[[], Any] = weakref.ref(model) if isinstance(model, torch.nn.Module) else lambda: model
-        self._pass = PassRecord(self._media_tokens, self._media)
+        self._pass = PassRecord(self._media_tokens, self._media, self._both_ways)
         self._watched = isinstance(model, torch.nn.Module)
         self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
