@@ -129,6 +129,19 @@ def test_changes_that_keys_and_values_do_not_depend_on_are_none() -> None:
     assert reuse(cache, torch.cat([prompt(20), prompt(2)], 1)) == 21
 
 
+def test_a_model_that_was_resized_is_the_one_that_is_loaded_so(tmp_path: Path) -> None:
+    net = model("llama", "kvmmap")
+    net.resize_token_embeddings(104)
+    net.config.pad_token_id = 3
+    with KvmmapCache.create(tmp_path / "a.kvm", net) as cache:
+        net(prompt(20), **past(cache))
+    assert not changed_settings(body_of(net))
+    net.save_pretrained(tmp_path / "model")
+    loaded = type(net).from_pretrained(tmp_path / "model", attn_implementation="kvmmap").eval().requires_grad_(False)
+    with KvmmapCache.open(tmp_path / "a.kvm", loaded) as cache:
+        assert cache.seq_len == 20
+
+
 def test_a_setting_that_is_put_back_is_no_change() -> None:
     net = model("llama", "kvmmap")
     cache = KvmmapCache(net)

@@ -19,9 +19,28 @@ import torch
 _PLAIN = (int, float, bool, str, type(None))
 
 _IRRELEVANT = frozenset(
-    {"gradient_checkpointing", "output_attentions", "output_hidden_states", "p", "padding_idx", "training", "use_cache"}
+    {
+        "bos_token_id",
+        "eos_token_id",
+        "gradient_checkpointing",
+        "in_features",
+        "name_or_path",
+        "num_embeddings",
+        "num_labels",
+        "out_features",
+        "output_attentions",
+        "output_hidden_states",
+        "p",
+        "pad_token_id",
+        "padding_idx",
+        "problem_type",
+        "training",
+        "use_cache",
+        "vocab_size",
+    }
 )
-"""Attributes that keys and values don't depend on. Rates of dropout are looked at in training mode (`randomness`)."""
+"""Attributes that keys and values don't depend on, or that weights tell by their shapes: a model whose embeddings were
+resized and one that was loaded so are the same. Rates of dropout are looked at in training mode (`randomness`)."""
 
 _ROTARY = ("attention_scaling", "max_seq_len_cached")
 """Attributes of rotary modules: a factor that is looked at with their frequencies, and one that follows the length."""
