@@ -224,6 +224,30 @@ def test_one_key_far_above_all_others_and_16_bit_queries(kernel: str) -> None:
     check(layer, queries, tolerance=TOLERANCE_16_BITS)
 
 
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        ("int8", "int8"),
+        ("int8-rotated", "int4-rotated"),
+        ("int5-rotated", "int4-rotated"),
+        ("int4-rotated", "int6-rotated"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+def test_many_queries_over_each_pair_of_codes(kernel: str, codecs: tuple[str, str], dtype: Any) -> None:
+    # More rows of queries than are multiplied at a time, and lengths off every edge.
+    for length, dim, value_dim, heads, n, more in [
+        (700, 128, 64, 2, 5, {}),
+        (257, 64, 128, 3, 33, {"window": 70, "sinks": 4}),
+        (320, 256, 128, 1, 70, {"query_start": 100}),
+        (600, 128, 128, 2, 6, {"causal": False, "softcap": 5.0, "threads": 3}),
+    ]:
+        layer = QuantizedKvLayer(length, heads, dim, value_dim, key_codec=codecs[0], value_codec=codecs[1])
+        layer.extend(rows(length, heads, dim), rows(length, heads, value_dim, seed=1))
+        queries = rows(n, heads * 4, dim, seed=9).astype(dtype)
+        check(layer, queries, tolerance=TOLERANCE if dtype is np.float32 else TOLERANCE_16_BITS, **more)
+
+
 def test_precision_is_one_of_two() -> None:
     with pytest.raises(kvmmap.KvmmapError, match="precision"):
         filled(10).attend(rows(1, 2, 16), precision="fast")  # type: ignore[arg-type]

@@ -25,6 +25,10 @@ const AttendKernel& attend_kernel(Numbers numbers, bool short_queries) {
         case Isa::avx2: return choose(attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2);
         case Isa::avx512:
             return choose(short_queries ? attend_short_avx512 : attend_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512);
+#if defined(KVMMAP_AMX)
+        case Isa::amx:
+            return choose(short_queries ? attend_short_amx : attend_amx, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512);
+#endif
 #elif defined(__aarch64__)
         case Isa::neon: return choose(attend_neon, attend_floats_neon, attend_f16_neon, attend_bf16_neon);
 #endif

@@ -11,7 +11,8 @@ const CodecKernels& codec_kernels() {
     switch (current_isa()) {
 #if defined(__x86_64__)
         case Isa::avx2: return codec_avx2;
-        case Isa::avx512: return codec_avx512;
+        case Isa::avx512:
+        case Isa::amx: return codec_avx512;
 #elif defined(__aarch64__)
         case Isa::neon: return codec_neon;
 #endif

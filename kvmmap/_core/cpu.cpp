@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__) && defined(KVMMAP_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace kvmmap {
 
 const char* isa_name(Isa isa) {
@@ -12,9 +18,24 @@ const char* isa_name(Isa isa) {
         case Isa::neon: return "neon";
         case Isa::avx2: return "avx2";
         case Isa::avx512: return "avx512";
+        case Isa::amx: return "amx";
     }
     return "unknown";
 }
+
+#if defined(__x86_64__) && defined(__linux__) && defined(KVMMAP_AMX)
+// True if the processor multiplies tiles of bytes, and the system lets this process use them: it must be asked once, as
+// tiles make what it saves for each thread 8 KiB larger.
+static bool tiles_available() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
+    if ((d & (amx_tile | amx_int8)) != (amx_tile | amx_int8)) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool permitted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return permitted;
+}
+#endif
 
 bool isa_available(Isa isa) {
     if (isa == Isa::portable) return true;
@@ -27,6 +48,9 @@ bool isa_available(Isa isa) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vnni");
+#if defined(__linux__) && defined(KVMMAP_AMX)
+    if (isa == Isa::amx) return isa_available(Isa::avx512) && tiles_available();
+#endif
 #elif defined(__aarch64__)
     if (isa == Isa::neon) return true;  // Advanced SIMD is part of every AArch64
 #endif

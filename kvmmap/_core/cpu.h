@@ -4,8 +4,9 @@
 
 namespace kvmmap {
 
-enum class Isa : int { portable = 0, neon = 1, avx2 = 2, avx512 = 3 };
-constexpr int isa_count = 4;
+// amx has kernels of its own where tiles of bytes help, and those of avx512 elsewhere.
+enum class Isa : int { portable = 0, neon = 1, avx2 = 2, avx512 = 3, amx = 4 };
+constexpr int isa_count = 5;
 
 const char* isa_name(Isa isa);
 

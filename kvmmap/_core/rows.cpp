@@ -10,7 +10,8 @@ const RowKernels& row_kernels() {
     switch (current_isa()) {
 #if defined(__x86_64__)
         case Isa::avx2: return rows_avx2;
-        case Isa::avx512: return rows_avx512;
+        case Isa::avx512:
+        case Isa::amx: return rows_avx512;
 #elif defined(__aarch64__)
         case Isa::neon: return rows_neon;
 #endif

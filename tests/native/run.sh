@@ -27,11 +27,13 @@ compile() {
         for source in $sources; do
             unit=$(basename "$source" .cpp)
             case $name/$unit in
-                aarch64/*avx*|native*/*neon|sanitized/*neon) continue ;;
+                aarch64/*avx*|aarch64/*_amx|native*/*neon|sanitized/*neon) continue ;;
             esac
             case $unit in
                 *_avx2) isa="-mavx2 -mfma -mf16c" ;;
                 *_avx512) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c \
+                    -Wno-maybe-uninitialized -Wno-uninitialized" ;;
+                *_amx) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mamx-tile -mamx-int8 \
                     -Wno-maybe-uninitialized -Wno-uninitialized" ;;
                 *_check) isa=-fno-tree-vectorize ;;  # GCC 12 for AArch64 fails on it, and nothing here is measured
                 *) isa= ;;
@@ -39,7 +41,9 @@ compile() {
             objects="$objects $build/$name-$unit.o"
             case "$built " in *" $unit "*) continue ;; esac
             built="$built $unit"
-            if [ "$quick/$unit" = quick/attend_avx512 ] || [ "$quick/$unit" = quick/attend_short_avx512 ]; then
+            slow=
+            case $unit in attend*_avx512|attend_amx) slow=yes ;; esac
+            if [ "$quick/$slow" = quick/yes ]; then
                 # shellcheck disable=SC2086
                 $compiler -std=c++17 -Wall -Wextra -ffp-contract=off -O1 $isa -c "$source" -o "$build/$name-$unit.o"
                 continue
@@ -54,10 +58,10 @@ compile() {
 
 host=$(uname -m)
 if [ "$host" = x86_64 ]; then
-    compile sanitized "${CXX:-g++}" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+    compile sanitized "${CXX:-g++}" -DKVMMAP_AMX -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
     for family in $families; do "$build/sanitized-$family"; done
     [ -z "$quick" ] || exit 0
-    compile native "${CXX:-g++}" -O3
+    compile native "${CXX:-g++}" -DKVMMAP_AMX -O3
     for family in $families; do "$build/native-$family"; done
     if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
         compile aarch64 aarch64-linux-gnu-g++ -O3 -static

@@ -1,0 +1,52 @@
+// Attention with AMX where there are enough rows of queries, and as with AVX-512 elsewhere.
+#include "attend_tiles_amx.h"
+
+namespace kvmmap {
+namespace {
+
+// Walks over whole tiles of 64 positions; returns where they end.
+template <int digits>
+int64_t walk_tiles(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+                   int64_t coming, const char* prepared, AttendState state) {
+    Packing key_packing, value_packing;
+    if (!AmxWalk<digits>::suit(job) || !find_packing(keys.format.codec, job.dim, key_packing) ||
+        !find_packing(values.format.codec, job.value_dim, value_packing))
+        return range.start;
+    return AmxWalk<digits>(job, keys, key_packing, values, value_packing, prepared, state).run(range, coming);
+}
+
+template <int digits>
+const AttendKernel& avx512() {
+    return digits == 2 ? attend_short_avx512 : attend_avx512;
+}
+
+template <int digits>
+void walk_codes(const AttendJob& job, const AttendRange& range, int64_t coming, const char* prepared, AttendState state) {
+    const RowFormat int8{Codec::int8, false};
+    const CodedRows keys{int8, static_cast<const char*>(job.key_rows), reinterpret_cast<const char*>(job.key_scales)};
+    const CodedRows values{int8, static_cast<const char*>(job.value_rows), reinterpret_cast<const char*>(job.value_scales)};
+    AttendRange rest = range;
+    rest.start = walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
+    if (rest.start < rest.stop) avx512<digits>().walk(job, rest, coming, prepared, state);
+}
+
+template <int digits>
+int64_t walk_stored(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+                    int64_t coming, const char* prepared, AttendState state) {
+    if (!AmxWalk<digits>::suit(job)) return avx512<digits>().walk_stored(job, keys, values, range, coming, prepared, state);
+    return walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
+}
+
+template <int digits>
+constexpr AttendKernel amx_kernel() {
+    using Engine = Bytes<digits>;
+    return {amx_span, Engine::width, Engine::finish, Engine::query_bytes, store_query<digits>, walk_codes<digits>,
+            walk_stored<digits>};
+}
+
+}  // namespace
+
+const AttendKernel attend_amx = amx_kernel<3>();
+const AttendKernel attend_short_amx = amx_kernel<2>();
+
+}  // namespace kvmmap
