@@ -34,6 +34,7 @@ _IRRELEVANT = frozenset(
         "pad_token_id",
         "padding_idx",
         "problem_type",
+        "rope_deltas",  # of the last prompt; each cache keeps its own
         "training",
         "use_cache",
         "vocab_size",
