@@ -14,7 +14,7 @@ import binascii
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from ..errors import StoreError
@@ -54,11 +54,11 @@ class RemoteSegment:
     hashes: str
     """Of the block boundaries in (start, stop], and of the prefix that ends at `stop`; 16 bytes each, base64."""
     parts: list[str]
-    """Keys, in order."""
+    """Keys, in order; fetched side by side."""
     size: int
     """Bytes of the stream."""
-    digest: str
-    """Of the stream."""
+    digests: list[str]
+    """Of the parts."""
     disk_bytes: int
     """That its file takes."""
     checkpoints: dict[str, str] | None = None
@@ -85,18 +85,19 @@ class RemoteSegment:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _NAMES}  # `asdict` copies all that is inside
 
     @classmethod
     def of_json(cls, entry: Any) -> RemoteSegment | None:
         """Read what `to_json` returned; None for what a later version or another program wrote."""
         try:
-            found = cls(**{each.name: entry[each.name] for each in fields(cls) if each.name != "checkpoints"})
             points = entry.get("checkpoints")
             if points is not None:
-                found = replace(found, checkpoints={str(int(at)): str(hash) for at, hash in points.items()})
-            names = (found.name, found.namespace, found.folder, *found.parts, *([found.parent] if found.parent else ()))
-            if any(not isinstance(name, str) or ".." in name or not name for name in names):
+                points = {str(int(at)): str(hash) for at, hash in points.items()}
+            found = cls(**{name: entry[name] for name in _NAMES if name != "checkpoints"}, checkpoints=points)
+            names = [found.name, found.namespace, found.folder, *found.parts, *found.digests]
+            names += [found.parent] if found.parent else []
+            if "" in names or ".." in "\n".join(names):  # what is no text can't be joined
                 return None
             if "/" in found.name + found.folder + (found.parent or "") or len(bytes.fromhex(found.namespace)) != 16:
                 return None
@@ -105,6 +106,9 @@ class RemoteSegment:
         except (TypeError, KeyError, ValueError, AttributeError, binascii.Error):
             return None
         return found
+
+
+_NAMES = tuple([each.name for each in fields(RemoteSegment)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,27 +2,40 @@
 
     8 bytes "KVMPACK1", u32 n, n bytes of JSON {"size": file bytes, "extents": [[start, stop], ...]}, then the extents
 
-The stream is cut into parts, one object each. Its digest covers all of them.
+The stream is cut into parts, one object each, with a digest each: they are sent, fetched, hashed and written side by
+side.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
+from .. import _core
 from ..errors import CorruptCacheError
 from ..storage.posix import PosixFile
 
 MAGIC = b"KVMPACK1"
-PART_BYTES = 64 << 20
-"""Bytes of a part: several are sent at once."""
+PART_BYTES = 16 << 20
+"""Bytes of a part, the last one excepted."""
+
+AT_ONCE = 4
+"""Parts that are sent or fetched at once."""
 
 _LENGTH = struct.Struct("<I")
-_MOST_HEADER = 16 << 20
+_MOST_HEADER = 8 << 20
+
+Part = list[memoryview]
+Fetch = Callable[[], Iterable[memoryview]]
+"""Fetches a part, in pieces."""
 
 
 class Packed:
@@ -42,15 +55,10 @@ class Packed:
         self._views = [memoryview(head), *(view[low:high] for low, high in extents)]
         self.size = sum(len(view) for view in self._views)
         """Bytes of the stream."""
-        digest = xxhash.xxh3_128()
-        for one in self._views:
-            digest.update(one)
-        self.digest = digest.hexdigest()
-        """Of the stream, 32 hexadecimal digits."""
 
-    def parts(self) -> Iterator[list[memoryview]]:
+    def parts(self) -> Iterator[Part]:
         """Yield the parts, each as views of the mapped file."""
-        part: list[memoryview] = []
+        part: Part = []
         room = PART_BYTES
         for view in self._views:
             while len(view):
@@ -64,66 +72,120 @@ class Packed:
             yield part
 
 
-def unpack(pieces: Iterable[bytes | memoryview], fd: int, path: str, digest: str) -> None:
-    """Write a stream to an empty file.
+def digest(part: Iterable[memoryview]) -> str:
+    """Return the digest of a part, 32 hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    for view in part:
+        state.update(view)
+    return state.hexdigest()
+
+
+def unpack(parts: Sequence[Fetch], fd: int, path: str, digests: Sequence[str]) -> None:
+    """Write a stream to an empty file, fetching some of its parts at once.
 
     Args:
-        pieces: of the stream, in order.
+        parts: of the stream, in order.
         fd: the file.
         path: for messages.
-        digest: of the stream.
+        digests: of the parts.
 
     Raises:
         CorruptCacheError: the stream is not what it should be.
         OSError: the disk is full or failing.
+        Whatever fetching raises.
     """
-    state = xxhash.xxh3_128()
-    head = bytearray()
-    extents: list[list[int]] | None = None
-    for piece in pieces:
-        state.update(piece)
-        rest = memoryview(piece)
-        if extents is None:
-            head += rest
-            found = _header(head, path)
-            if found is None:
+    if not parts or len(parts) != len(digests):
+        raise _damaged(path)
+    target = _Target(fd, path)
+    with ThreadPoolExecutor(min(AT_ONCE, len(parts))) as pool:
+        sizes = list(pool.map(target.take, itertools.count(), parts, digests))
+    target.check(sum(sizes))
+
+
+def _damaged(path: str) -> CorruptCacheError:
+    return CorruptCacheError(f"{path}: what the object store has of it is damaged or cut off", path=path)
+
+
+class _Target:
+    """A file that parts of a stream are written to, whichever comes first."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+        self._known = threading.Event()
+        """Set when the header was read, or can't be."""
+        self._starts: list[int] | None = None
+        """Where in the stream each extent starts, and where the last one ends."""
+        self._extents: list[list[int]] = []
+
+    def take(self, number: int, fetch: Fetch, expected: str) -> int:
+        """Write a part where it belongs; return its bytes."""
+        try:
+            return self._take(number, fetch, expected)
+        finally:
+            if number == 0:
+                self._known.set()  # also after an error: the others wait for it
+
+    def _take(self, number: int, fetch: Fetch, expected: str) -> int:
+        state = xxhash.xxh3_128()
+        head = bytearray()
+        begin = at = number * PART_BYTES
+        for piece in fetch():
+            state.update(piece)
+            at += len(piece)
+            if number == 0 and self._starts is None:
+                head += piece
+                used = self._read_header(head)
+                if used:
+                    self._write(used, memoryview(bytes(head[used:])))
                 continue
-            size, extents, used = found
-            os.ftruncate(fd, size)
-            rest = memoryview(bytes(head[used:]))
-        _write(fd, extents, rest, path)
-    if extents is None or extents or state.hexdigest() != digest:
-        raise CorruptCacheError(f"{path}: what the object store has of it is damaged or cut off", path=path)
+            self._known.wait()
+            if self._starts is None:
+                raise _damaged(self._path)
+            self._write(at - len(piece), piece)
+        if state.hexdigest() != expected:
+            raise _damaged(self._path)
+        return at - begin
 
+    def check(self, size: int) -> None:
+        """Raise unless a stream of so many bytes is complete."""
+        if self._starts is None or self._starts[-1] != size:
+            raise _damaged(self._path)
 
-def _header(data: bytearray, path: str) -> tuple[int, list[list[int]], int] | None:
-    """Return file size, extents, and the bytes that these take; None if more is needed."""
-    start = len(MAGIC) + _LENGTH.size
-    if len(data) < start:
-        return None
-    (length,) = _LENGTH.unpack_from(data, len(MAGIC))
-    if not data.startswith(MAGIC) or length > _MOST_HEADER:
-        raise CorruptCacheError(f"{path}: what the object store has of it is no packed segment", path=path)
-    if len(data) < start + length:
-        return None
-    try:
-        header = json.loads(data[start : start + length])
-        size, extents = int(header["size"]), [[int(low), int(high)] for low, high in header["extents"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptCacheError(f"{path}: what the object store has of it is damaged: {error}", path=path) from error
-    ends = [0, *(end for extent in extents for end in extent), size]
-    if ends != sorted(ends):
-        raise CorruptCacheError(f"{path}: what the object store has of it is damaged: odd extents", path=path)
-    return size, extents, start + length
+    def _read_header(self, data: bytearray) -> int:
+        """Read the header; return its bytes, or 0 if more is needed."""
+        start = len(MAGIC) + _LENGTH.size
+        if len(data) < start:
+            return 0
+        (length,) = _LENGTH.unpack_from(data, len(MAGIC))
+        if not data.startswith(MAGIC) or length > _MOST_HEADER:
+            raise _damaged(self._path)
+        if len(data) < start + length:
+            return 0
+        try:
+            header = json.loads(data[start : start + length])
+            size, extents = int(header["size"]), [[int(low), int(high)] for low, high in header["extents"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(self._path) from error
+        ends = [0, *(end for extent in extents for end in extent), size]
+        if ends != sorted(ends):
+            raise _damaged(self._path)
+        os.ftruncate(self._fd, size)
+        self._extents = extents
+        self._starts = list(itertools.accumulate((high - low for low, high in extents), initial=start + length))
+        self._known.set()
+        return start + int(length)
 
-
-def _write(fd: int, extents: list[list[int]], data: memoryview, path: str) -> None:
-    while len(data):
-        if not extents:
-            raise CorruptCacheError(f"{path}: what the object store has of it is too long", path=path)
-        low, high = extents[0]
-        count = os.pwrite(fd, data[: high - low], low)
-        data = data[count:]
-        extents[0][0] += count
-        if extents[0][0] == high:
-            extents.pop(0)
+    def _write(self, at: int, data: memoryview) -> None:
+        """Write what the stream has from `at` on."""
+        starts = self._starts
+        assert starts is not None
+        while len(data):
+            number = bisect.bisect_right(starts, at) - 1
+            if not 0 <= number < len(self._extents):
+                raise _damaged(self._path)
+            low, high = self._extents[number]
+            low += at - starts[number]
+            count = os.pwrite(self._fd, data[: high - low], low)
+            _core.start_sync(self._fd, low, count)
+            data, at = data[count:], at + count

@@ -8,8 +8,8 @@ per byte on the disk. Nothing depends on the present time, so what a dry run say
 
 Of a segment with states, the old checkpoints go first, which are most of its bytes and rarely needed again.
 
-Only leaves go, since segments that continue another one need it. `benchmarks/bench_library.py` compares this with the
-longest unused first, and with what a clairvoyant would do.
+Only leaves go, since segments that continue another one need it. `benchmarks/bench_library_policy.py` compares this
+with the longest unused first, and with what a clairvoyant would do.
 """
 
 from __future__ import annotations

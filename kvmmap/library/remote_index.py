@@ -41,16 +41,7 @@ class RemoteIndex(Index):
                 connection.execute("DELETE FROM remotes")
                 connection.execute("DELETE FROM remote_hashes")
             for manifest in manifests:
-                for entry in manifest.added:
-                    connection.execute("DELETE FROM remotes WHERE name = ?", (entry.name,))
-                    connection.execute(
-                        "INSERT INTO remotes VALUES (?, ?, ?, ?, ?)",
-                        (entry.name, entry.parent, entry.start, entry.stop, json.dumps(entry.to_json())),
-                    )
-                    connection.executemany(
-                        "INSERT OR IGNORE INTO remote_hashes VALUES (?, ?)",
-                        [(hash, entry.name) for hash in entry.hash_list()],
-                    )
+                self._remember(connection, manifest.added)
                 for name in manifest.removed:
                     self._forget(connection, name)
             connection.execute("INSERT OR REPLACE INTO remote_log VALUES (1, ?, ?)", (url, position))
@@ -96,6 +87,16 @@ class RemoteIndex(Index):
         """Forget a segment that the object store no longer has."""
         with self.database.writing() as connection:
             self._forget(connection, name)
+
+    @staticmethod
+    def _remember(connection: Connection, entries: Sequence[RemoteSegment]) -> None:
+        connection.executemany(
+            "INSERT OR REPLACE INTO remotes VALUES (?, ?, ?, ?, ?)",
+            [(entry.name, entry.parent, entry.start, entry.stop, json.dumps(entry.to_json())) for entry in entries],
+        )
+        # In their order, in which many at once are quick: a snapshot has those of all segments.
+        hashes = sorted((hash, entry.name) for entry in entries for hash in entry.hash_list())
+        connection.executemany("INSERT OR IGNORE INTO remote_hashes VALUES (?, ?)", hashes)
 
     @staticmethod
     def _forget(connection: Connection, name: str) -> None:

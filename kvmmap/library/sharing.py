@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from .checking import Checker
 from .contents import held, read_own_tokens
 from .hashing import Prompt, block_hashes
 from .manifests import ListedObjects, Log, Manifest, RemoteSegment
-from .packing import Packed, unpack
+from .packing import AT_ONCE, Packed, Part, digest, unpack
 from .remote_index import RemoteIndex
 from .room import Room
 from .segment import Segment, segment_path
@@ -34,6 +35,9 @@ SEGMENTS = "segments"
 PIECE_BYTES = 1 << 20
 ORPHAN_SECONDS = 24 * 3600.0
 """Age, by the server's clock, at which parts that no manifest names are removed: no push takes that long."""
+
+COMPACT_EVERY = 128
+"""Who puts the 128th manifest, the 256th and so on, puts a snapshot of all: so who joins late reads few manifests."""
 
 LEAST_GAIN = 64
 """Positions that a fetch must gain over what is here."""
@@ -88,9 +92,12 @@ class Sharing:
         return len(manifests)
 
     def _append(self, manifest: Manifest) -> None:
-        while self._log.append(manifest, self._index.log_position(self.url)) is None:
+        while (number := self._log.append(manifest, self._index.log_position(self.url))) is None:
             self.follow()
         self.follow()
+        if number % COMPACT_EVERY == 0:
+            with contextlib.suppress(StoreError):  # the next one does it
+                self.compact_log()
 
     # Pushing
 
@@ -121,15 +128,18 @@ class Sharing:
             folder = f"{SEGMENTS}/{current.namespace}/{current.name}-{current.stop}-{os.urandom(4).hex()}"
             parts = list(packed.parts())
             keys = [f"{folder}/{number}" for number in range(len(parts))]
-            with ThreadPoolExecutor(min(4, len(parts))) as pool:
-                for _ in pool.map(self._objects.put, keys, parts):
-                    pass
-            entry = self._entry(current, packed, keys)
+            with ThreadPoolExecutor(min(AT_ONCE, len(parts))) as pool:
+                digests = list(pool.map(self._put_part, keys, parts))
+            entry = self._entry(current, packed, keys, digests)
         self._append(Manifest(added=[entry]))
         self._index.set_pushed(current.name, current.stop)
         return 1
 
-    def _entry(self, segment: Segment, packed: Packed, keys: list[str]) -> RemoteSegment:
+    def _put_part(self, key: str, part: Part) -> str:
+        self._objects.put(key, part)
+        return digest(part)
+
+    def _entry(self, segment: Segment, packed: Packed, keys: list[str], digests: list[str]) -> RemoteSegment:
         ids = np.empty(0, np.int32)
         for one in self._index.chain(segment):
             ids = np.concatenate([ids[: one.start], read_own_tokens(one, one.stop - one.start)])
@@ -153,7 +163,7 @@ class Sharing:
             hashes=base64.b64encode(b"".join(hashes)).decode(),
             parts=keys,
             size=packed.size,
-            digest=packed.digest,
+            digests=digests,
             disk_bytes=segment.bytes,
             checkpoints=points,
         )
@@ -247,7 +257,7 @@ class Sharing:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             try:
-                unpack(self._pieces(entry), fd, path, entry.digest)
+                unpack([functools.partial(self._pieces, key) for key in entry.parts], fd, path, entry.digests)
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
@@ -257,10 +267,9 @@ class Sharing:
                 os.unlink(temporary)
             raise
 
-    def _pieces(self, entry: RemoteSegment) -> Iterator[memoryview]:
-        for key in entry.parts:
-            for piece in self._objects.pieces(key, PIECE_BYTES):
-                yield memoryview(piece).cast("B")
+    def _pieces(self, key: str) -> Iterator[memoryview]:
+        for piece in self._objects.pieces(key, PIECE_BYTES):
+            yield memoryview(piece).cast("B")
 
     # Cleaning up
 
