@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 KILLS = int(os.environ.get("KVMMAP_KILLS", "40"))
-MUTATIONS = ("publish-first", "truncate-silently", "forget-lengths", "commit-nothing")
+MUTATIONS = ("publish-first", "truncate-silently", "forget-lengths", "commit-nothing", "misplace-recent")
 
 
 def soak(folder: Path, kills: int, *more: str) -> subprocess.CompletedProcess[str]:

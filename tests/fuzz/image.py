@@ -13,18 +13,20 @@ import tempfile
 from typing import Any
 
 import numpy as np
+import xxhash
 
 import kvmmap
 from kvmmap import _core
-from kvmmap.format import LIVE, LIVE_LENGTHS, Section, Superblock, checksum
+from kvmmap.format import LIVE, LIVE_LENGTHS, RECENT_SECTIONS, Section, Superblock, checksum
 from kvmmap.format.records import CHECKSUM, HEADER, LAYER_ENTRY, SECTION_ENTRY, SLOT, Record
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document, ModelInfo
 from kvmmap.storage.file.writer import MappedWriter
 
 Recipe = dict[str, Any]
-"""`geometry`, [capacity, block_tokens, [[heads, dim, value_dim], ...]]; `length`, positions stored; `open`, whether its
-writer has not closed it; `changes`, a list of lists: what, which, value."""
+"""`geometry`, [capacity, block_tokens, [[heads, dim, value_dim], ...]], and where rows are kept in 16 bits
+besides, recent window and sinks; `length`, positions stored; `open`, whether its writer has not closed it; `changes`, a
+list of lists: what, which, value."""
 
 LARGEST = 4 << 20
 """Bytes of a file that is written out; what lies beyond is a hole."""
@@ -114,8 +116,15 @@ def build(recipe: Recipe) -> tuple[bytes, int]:
 @functools.lru_cache(maxsize=64)
 def _sound(geometry: str, length: int, open_: bool) -> bytes:
     """A sound file, made by kvmmap itself."""
-    capacity, block_tokens, layers = json.loads(geometry)
-    shape = CacheGeometry(capacity, tuple(LayerGeometry(*numbers) for numbers in layers), block_tokens)
+    capacity, block_tokens, layers, *recent = json.loads(geometry)
+    window, sinks = recent or (0, 0)
+    shape = CacheGeometry(
+        capacity,
+        tuple(LayerGeometry(*numbers) for numbers in layers),
+        block_tokens,
+        recent_window=window,
+        sinks=sinks,
+    )
     note = Document(ModelInfo(name="some/model", rope={"theta": 1e4}), {"note": [1, "two", None]})
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
         path = os.path.join(folder, "sound.kvm")
@@ -261,6 +270,26 @@ def _bytes(image: Image, kind: int, layer: int, offset: int, data: str) -> None:
     image.raw.append((image.at(Section(kind), layer) + offset, bytes.fromhex(data)))
 
 
+def _record(image: Image, which: int, layer: int, slot: int, word: int, value: int) -> None:
+    """Change the tag, row digest or some numbers of a record of rows in 16 bits, and make its checksum right."""
+    kind, layer = RECENT_SECTIONS[which], layer % len(image.layers)
+    shape = image.layers[layer]
+    heads = shape["num_kv_heads"]
+    parts = [2 * heads * shape["head_dim"], 2 * heads * shape["value_head_dim"]]
+    head = 24
+    size = head + -(-sum(parts) // 8) * 8
+    offset = image.at(kind, layer) + slot % 64 * size
+    record = bytearray(image.data[offset : offset + size])
+    if (kind, layer) not in image.places or len(record) < size or size > 1 << 16:
+        return
+    words = [0, 8, *range(head, size, 8)]
+    struct.pack_into("<Q", record, words[word % len(words)], value % 2**64)
+    keys, values = record[head : head + parts[0]], record[head + parts[0] : head + sum(parts)]
+    digests = struct.pack("<2Q", xxhash.xxh64_intdigest(keys), xxhash.xxh64_intdigest(values))
+    struct.pack_into("<Q", record, 16, xxhash.xxh64_intdigest(bytes(record[:16]) + digests))
+    image.put(offset, bytes(record))
+
+
 def _raw(image: Image, offset: int, data: str) -> None:
     """Change bytes wherever they are, and leave the checksums wrong."""
     image.raw.append((offset, bytes.fromhex(data)))
@@ -285,6 +314,7 @@ _CHANGES = {
     "lengths": _lengths,
     "metadata": _metadata,
     "bytes": _bytes,
+    "record": _record,
     "raw": _raw,
     "size": _size,
 }

@@ -17,6 +17,9 @@ GEOMETRIES: tuple[tuple[list[Any], int], ...] = (
     ([64, 8, [[1, 3, 5], [2, 16, 2], [1, 1, 1]]], 64),
     ([0, 256, [[1, 8, 8]]], 0),
     ([7, 1, [[3, 64, 64]]], 6),
+    ([60, 16, [[1, 4, 4], [2, 6, 2]], 12, 3], 41),
+    ([20, 8, [[1, 8, 8]], 64, 0], 20),
+    ([20, 8, [[1, 2, 3]], 0, 5], 9),
 )
 _LIVE_NAMES = [field.name for field in LIVE.fields]
 DOCUMENTS = (
@@ -174,6 +177,19 @@ def _of_bytes(random: Random) -> list[Any]:
     return ["bytes", int(random.choice(kinds)), layer, random.randrange(600), data.hex()]
 
 
+def _of_record(random: Random) -> list[Any]:
+    tag = random.randrange(64) | random.choice((1, 2, 3, 0)) << 40 | random.choice((1, 2, 0, 255)) << 48
+    word = random.choice((0, 0, 1, random.randrange(40)))
+    return [
+        "record",
+        random.randrange(2),
+        random.randrange(2),
+        random.randrange(64),
+        word,
+        random.choice((tag, number(random, 9))),
+    ]
+
+
 def _of_raw(random: Random) -> list[Any]:
     return ["raw", random.choice((random.randrange(600), random.randrange(40 * PAGE))), random.randbytes(1).hex()]
 
@@ -185,6 +201,7 @@ def _of_size(random: Random) -> list[Any]:
 _MAKERS = (
     *(_of_header, _of_layer, _of_section, _of_section, _of_sections, _of_plan, _of_plan, _of_slot, _of_slot, _of_tail),
     *(_of_live, _of_live, _of_lengths, _of_metadata, _of_metadata, _of_bytes, _of_raw, _of_size),
+    *(_of_record, _of_record),
 )
 
 

@@ -2,7 +2,8 @@
 
 An epoch is a number that grows with every writer and every truncation, so that a row of a position that was truncated,
 or that a killed writer left incomplete, is told from the present one. Everything is exact in the codec:
-a scale is a power of two and the first code of a row is 127.
+a scale is a power of two and the first code of a row is 127. So it is in 16 bits: whether a position has its coded row
+or one of the recent window makes no difference, and a row of another position, or of an earlier epoch, does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 import kvmmap
 
 LAYERS, HEADS, DIM = 3, 2, 16
+WINDOW, SINKS = 48, 4
 _DIGIT = 200  # epochs lie in codes 1 to 3 of each row, in this base
 
 
@@ -82,6 +84,26 @@ def verify_rows(cache: kvmmap.QuantizedKvCache, start: int, stop: int) -> NDArra
     if len(ids) != len(epochs) or not np.all((ids == epochs) | (ids == -1)):
         raise WrongBytesError(f"positions [{start}, {stop}): token ids are of other rows: {ids[:8]} for {epochs[:8]}")
     return epochs
+
+
+def check_recent(cache: kvmmap.QuantizedKvCache, epochs: NDArray[np.int64]) -> int:
+    """Compare what is read of the last and the first positions, and return how many rows in 16 bits there are.
+
+    Raises:
+        WrongBytesError: one is not as it was stored.
+    """
+    length, held = len(epochs), 0
+    for start, stop in ((max(0, length - 2 * WINDOW), length), (0, min(length, 2 * SINKS))):
+        positions = np.arange(start, stop)
+        for number, layer in enumerate(cache.layers):
+            for value, read in ((False, layer.read_keys), (True, layer.read_values)):
+                if not np.array_equal(read(start, stop), rows_of(value, positions, epochs[start:stop])[number]):
+                    raise WrongBytesError(f"layer {number}: rows of [{start}, {stop}) are read that were not stored")
+    for layer in cache.layers:
+        rows = layer.recent_rows()
+        assert rows is not None
+        held += rows.num_held(length)
+    return held
 
 
 def check_attention(cache: kvmmap.QuantizedKvCache, layer: int, start: int, epochs: NDArray[np.int64]) -> None:

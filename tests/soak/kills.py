@@ -27,7 +27,7 @@ import numpy as np
 import kvmmap
 
 from .board import COUNTS, Board
-from .content import DIM, HEADS, LAYERS, verify_rows
+from .content import DIM, HEADS, LAYERS, SINKS, WINDOW, check_recent, verify_rows
 from .model import Epochs, Log, Model, Operation
 from .reader import Reader
 from .writer import CAPACITIES, MUTATIONS, Writer
@@ -54,6 +54,8 @@ class Soak:
             capacity=CAPACITIES[0],
             num_kv_heads=HEADS,
             head_dim=DIM,
+            recent_window=WINDOW,
+            sinks=SINKS,
             metadata={"note": 0},
         ).close()
         self.log.start()
@@ -140,6 +142,7 @@ class Soak:
         after = model if current is None else model.after(current)
         with kvmmap.open(self.path) as cache:
             epochs = self.find("what was published", cache, (model.epochs, after.epochs))
+            self.counts["rows in 16 bits after a death"] += check_recent(cache, epochs)
             capacity = cache.capacity
             if capacity not in (model.capacity, after.capacity):
                 raise SoakError(f"capacity is {capacity}")
@@ -148,6 +151,7 @@ class Soak:
                 raise SoakError(f"verify after {current}: {report.damages}")
         with mock.patch("kvmmap.storage.file.live_record.boot_id", return_value=1), kvmmap.open(self.path) as cache:
             committed = self.find("what was committed", cache, (model.committed, after.committed))
+            self.counts["rows in 16 bits after a power loss"] += check_recent(cache, committed)
             note = cache.metadata["note"]
             if note not in (model.committed_note, after.committed_note):
                 raise SoakError(f"the note is {note}, of {current}")

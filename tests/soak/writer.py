@@ -139,11 +139,17 @@ def commit_nothing(self: MappedWriter, *, closing: bool = False) -> None:
     """Say that it is durable."""
 
 
-WRITE = WriterLayer.write
+def misplace_recent(self: WriterLayer, start: int, keys: Any, key_dtype: int, values: Any, value_dtype: int) -> None:
+    """Keep rows of other heads in 16 bits."""
+    KEEP(self, start, keys[:, ::-1], key_dtype, values, value_dtype)
+
+
+WRITE, KEEP = WriterLayer.write, WriterLayer.keep
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "publish-first": lambda: mock.patch.object(WriterLayer, "write", publish_first),
     "truncate-silently": lambda: mock.patch.object(MappedWriter, "_roll_back", truncate_silently),
     "forget-lengths": lambda: mock.patch.object(WriterLayer, "publish", forget_lengths),
+    "misplace-recent": lambda: mock.patch.object(WriterLayer, "keep", misplace_recent),
     "commit-nothing": lambda: mock.patch.object(MappedWriter, "commit", commit_nothing),
 }
