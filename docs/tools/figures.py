@@ -12,6 +12,7 @@ fills the places in the pages that say `<!-- figures: NAME -->`. `check` tells w
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -191,6 +192,21 @@ def generation(topics: Topics) -> str:
     return chart("A token of SmolLM2-135M: how many times as fast", groups)
 
 
+def losses_by_size(topics: Topics) -> str:
+    """What each codec and preset loses, by bits a number: a factor of ten is as long everywhere."""
+    found = json.loads((FIGURES / "fidelity.json").read_text())["rows"]
+    others = ("llama.cpp", "transformers")
+    groups = []
+    for heading, least, most in (("16 bits a number", 16, 17), ("8 bits", 8, 9), ("4 to 7 bits", 0, 8)):
+        rows = [
+            Row(row["recipe"], math.log10(row["kl"] / 1e-7), f"{row['kl']:.2g}", not row["recipe"].startswith(others))
+            for row in found
+            if least <= row["bits"] < most
+        ]
+        groups.append(Group(heading, rows))
+    return chart("KL divergence from f32, nats, logarithmic", groups)
+
+
 CHARTS: dict[str, Callable[[Topics], str]] = {
     "attention": attention,
     "limit": limit,
@@ -198,6 +214,7 @@ CHARTS: dict[str, Callable[[Topics], str]] = {
     "storage": storage,
     "streaming": streaming,
     "generation": generation,
+    "fidelity": losses_by_size,
 }
 
 

@@ -158,10 +158,12 @@ namespace {
 struct Run {
     int64_t start, stop;
     const RecentRing* ring;
+    int64_t slot;    // of the first position
     uint64_t forms;  // the tag's bits above the position
     bool windowed;   // it stands for the coded rows only within the window
 
-    int64_t slot() const { return ring->slot(start); }
+    uint64_t tag(int64_t position) const { return static_cast<uint64_t>(position + 1) | forms; }
+    uint64_t stored(int64_t position) const { return load_tag(ring->tags + slot + position - start); }
 };
 
 // What was found when the tags were read: slots that were written since must not count.
@@ -169,47 +171,52 @@ class Runs {
   public:
     explicit Runs(const RecentView& view) : view_(view) {
         const int64_t length = view.length, sinks = std::min(view.first.slots, length);
-        for (int64_t p = 0; p < sinks; ++p) add(view.first, p, false);
+        runs_.reserve(4);
+        add(view.first, 0, sinks, false);
         // A position of both rings counts once.
-        for (int64_t p = std::max<int64_t>(0, length - view.ring.slots); p < length; ++p)
-            if (p >= sinks || !view.first.find(p)) add(view.ring, p, true);
-        std::sort(runs_.begin(), runs_.end(), [](const Run& a, const Run& b) { return a.start < b.start; });
+        add(view.ring, std::max<int64_t>(0, length - view.ring.slots), length, true);
+        const auto before = [](const Run& a, const Run& b) { return a.start < b.start; };
+        if (!std::is_sorted(runs_.begin(), runs_.end(), before)) std::sort(runs_.begin(), runs_.end(), before);
     }
 
     const std::vector<Run>& all() const { return runs_; }
 
     // Leaves out what has changed; true if anything has.
     bool drop_changed() {
+        const auto same = [](const Run& run) {
+            for (int64_t p = run.start; p < run.stop; ++p)
+                if (run.stored(p) != run.tag(p)) return false;
+            return true;
+        };
+        if (std::all_of(runs_.begin(), runs_.end(), same)) return false;
         std::vector<Run> kept;
         for (const Run& run : runs_)
             for (int64_t p = run.start; p < run.stop; ++p)
-                if (run.ring->find(p) == (static_cast<uint64_t>(p + 1) | run.forms)) append(kept, {p, p + 1, run.ring, run.forms, run.windowed});
-        const bool changed = count(kept) < count(runs_);
+                if (run.stored(p) == run.tag(p)) append(kept, {p, p + 1, run.ring, run.slot + p - run.start, run.forms, run.windowed});
         runs_ = std::move(kept);
-        return changed;
+        return true;
     }
 
   private:
-    void add(const RecentRing& ring, int64_t position, bool windowed) {
-        const uint64_t tag = ring.find(position);
-        if (tag) append(runs_, {position, position + 1, &ring, tag - static_cast<uint64_t>(position + 1), windowed});
+    // Slots are counted up: a division for each position would be a percent of attention over thousands.
+    void add(const RecentRing& ring, int64_t start, int64_t stop, bool windowed) {
+        if (start >= stop) return;
+        for (int64_t p = start, slot = ring.slot(start); p < stop; ++p, slot = slot + 1 < ring.slots ? slot + 1 : 0) {
+            const uint64_t tag = load_tag(ring.tags + slot);
+            if (!tag || position_of(tag) != p || (windowed && p < view_.first.slots && view_.first.find(p))) continue;
+            append(runs_, {p, p + 1, &ring, slot, tag - static_cast<uint64_t>(p + 1), windowed});
+        }
     }
 
     static void append(std::vector<Run>& runs, const Run& one) {
         if (!runs.empty()) {
             Run& last = runs.back();
-            if (last.stop == one.start && last.ring == one.ring && last.forms == one.forms && one.slot() != 0) {
+            if (last.stop == one.start && last.ring == one.ring && last.forms == one.forms && one.slot != 0) {
                 ++last.stop;
                 return;
             }
         }
         runs.push_back(one);
-    }
-
-    static int64_t count(const std::vector<Run>& runs) {
-        int64_t total = 0;
-        for (const Run& run : runs) total += run.stop - run.start;
-        return total;
     }
 
     const RecentView& view_;
@@ -299,8 +306,8 @@ void attend_parts(const AttendJob& job, const AttendExtent* extents, int64_t cou
             if (done[k] || run.forms != runs[i].forms || (!all_near && run.windowed != runs[i].windowed)) continue;
             done[k] = true;
             const RecentRing& ring = *run.ring;
-            kept.push_back({run.start - origin, half_rows(keys_of(run.forms), ring.keys + run.slot() * ring.key_numbers),
-                            half_rows(values_of(run.forms), ring.values + run.slot() * ring.value_numbers)});
+            kept.push_back({run.start - origin, half_rows(keys_of(run.forms), ring.keys + run.slot * ring.key_numbers),
+                            half_rows(values_of(run.forms), ring.values + run.slot * ring.value_numbers)});
             for (int64_t r = 0; r < job.num_ranges; ++r) {
                 const AttendRange& range = job.ranges[r];
                 const int64_t start = std::max(range.start + job.first_position, run.start);

@@ -19,11 +19,17 @@ PRESETS: dict[str, tuple[str, str]] = {
 }
 """Codec of keys and codec of values; "lossless" is so for a model that computes in bfloat16."""
 
-WITH_RECENT = frozenset({"fidelity", "compact", "small", "tiny"})
-"""Presets that keep the last and first positions in 16 bits besides."""
+SINKS = 4
+"""First positions that presets with a recent window keep in 16 bits besides."""
 
-RECENT_WINDOW, SINKS = 128, 4
-"""How many of each these keep."""
+RECENT: dict[str, tuple[int, int]] = {
+    "fidelity": (128, SINKS),
+    "compact": (256, SINKS),
+    "small": (256, SINKS),
+    "tiny": (256, SINKS),
+}
+"""How many of the last and of the first positions a preset keeps in 16 bits besides; others keep none. The coarser the
+codes, the further back the loss of a row counts: docs/fidelity.md has both windows for each."""
 
 
 def preset_codecs(preset: str) -> tuple[str, str]:
@@ -47,7 +53,7 @@ UNROTATED = {"int8-rotated": "int8"}
 
 def preset_recent(preset: str) -> tuple[int, int]:
     """Return how many of the last and of the first positions a preset keeps in 16 bits besides."""
-    return (RECENT_WINDOW, SINKS) if preset in WITH_RECENT else (0, 0)
+    return RECENT.get(preset, (0, 0))
 
 
 def chosen_codecs(preset: str, key_codec: Codecs | None, value_codec: Codecs | None) -> tuple[Codecs, Codecs]:
