@@ -41,6 +41,27 @@ def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
     return block_checksum(track, block, stop - start, parts)
 
 
+def row_digests(arrays: Track, track: int, blocks: NDArray[np.int64], size: int, stop: int) -> NDArray[np.uint64]:
+    """Return the checksums of blocks of a layer, as `digest` does, u64 [len(blocks)].
+
+    Args:
+        arrays: contiguous, [positions, ...].
+        track: the layer.
+        blocks: their numbers.
+        size: positions of a block.
+        stop: where the last block ends.
+    """
+    # A layer's first read hashes thousands of pieces of some KiB, so what surrounds each call counts.
+    pieces = [(array.reshape(-1).view(np.uint8).data, array.strides[0]) for array in arrays]
+    hash64, pack = xxhash.xxh3_64_intdigest, struct.Struct(f"{BLOCK_CHECKSUM.format}{len(pieces)}Q").pack
+    found = []
+    for block in blocks.tolist():
+        start, end = block * size, min((block + 1) * size, stop)
+        parts = [hash64(data[start * width : end * width]) for data, width in pieces]
+        found.append(hash64(pack(track, end - start, block, *parts)) if parts else 0)
+    return np.array(found, np.uint64)
+
+
 def digests(array: NDArray[Any], track: int, blocks: NDArray[np.int64], size: int, stop: int) -> NDArray[np.uint64]:
     """Return the checksums of blocks of a track of one array, as `digest` does, u64 [len(blocks)].
 

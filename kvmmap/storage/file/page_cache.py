@@ -6,6 +6,7 @@ is read, and where a system does not support one, nothing happens.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ SCAN_BYTES = 12 << 20
 
 _PAGE = mmap.PAGESIZE
 _DROP = getattr(mmap, "MADV_DONTNEED", None)
+_POPULATE_READ = 22  # MADV_POPULATE_READ, which Python has no name for
 
 
 def drop_pages(memory: mmap.mmap, ranges: Ranges) -> None:
@@ -36,6 +38,12 @@ def drop_pages(memory: mmap.mmap, ranges: Ranges) -> None:
         first, last = _up(start), _down(stop)
         if first < last:
             memory.madvise(_DROP, first, last - first)
+
+
+def map_pages(memory: mmap.mmap, start: int, stop: int) -> None:
+    """Map the pages of a byte range that is about to be read; those that the disk can't give stay as they are."""
+    with contextlib.suppress(OSError):  # systems before Linux 5.14 do not know it
+        memory.madvise(_POPULATE_READ, _down(start), stop - _down(start))
 
 
 def expect_few_pages(memory: mmap.mmap, size: int) -> None:
