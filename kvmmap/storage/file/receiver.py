@@ -9,14 +9,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 from ...errors import CacheNotFoundError, FormatError
+from ...format import block_checksum, checksum_of
 from ..posix import PosixFile
 from ..protocols import Progress, Rows, VerifyReport
 from ..receiving import CopyOptions, CopyRange, Incoming, Receiver
 from ..streaming import RowStream, open_stream
 from ..temporary import partial_path
+from .block_reader import BlockReader
 from .placement import METADATA_ROOM, place_file, place_of, remove_file
 from .reader import MappedReader
 from .reader_layer import MappedLayer
+from .verify import verify_file
 from .writer import MappedWriter
 from .writer_layer import WriterLayer
 
@@ -56,6 +59,13 @@ class FileReceiver(Receiver):
             self._file = None
         self.compares = self._file is not None
         self._copies: dict[CopyRange, Future[None]] = {}
+        self._sound: set[tuple[int, int]] = set()
+        """(layer, block) that were read back after copying, and are those of the source's checksums."""
+        self._sums = (
+            source.committed_checksums(0, -(-incoming.length // writer.geometry.block_tokens))
+            if self.compares
+            else None
+        )
         self._layers = [cast(WriterLayer, layer) for layer in writer.layers]  # those without rows are not copied
         self._pool = ThreadPoolExecutor(WRITERS)
         self._streams: dict[CopyRange, RowStream] = {}
@@ -89,6 +99,18 @@ class FileReceiver(Receiver):
         for (start, stop), (at, _) in extents:
             self._writer.file.copy_from(file, start, at, stop - start)
             self._writer.file.start_sync(at, stop - start)
+        self._compare(part)
+
+    def _compare(self, part: CopyRange) -> None:
+        """Read back the complete blocks of a range that was copied, while the system writes them to the disk."""
+        assert self._sums is not None
+        size = self._writer.geometry.block_tokens
+        blocks = BlockReader(self._writer.superblock, self._writer.file.read_into)
+        for block in range(-(-part.position // size), (part.position + part.stop - part.start) // size):
+            extents = blocks.row_extents(part.layer, block * size, (block + 1) * size)
+            found = [checksum_of(blocks.pieces(extent)) for extent in extents]
+            if block_checksum(part.layer, block, size, found) == int(self._sums[block, part.layer]):
+                self._sound.add((part.layer, block))
 
     def has(self, part: CopyRange) -> bool:
         if part in self._copies:
@@ -134,7 +156,7 @@ class FileReceiver(Receiver):
 
     def verify(self, progress: Progress | None) -> VerifyReport:
         with contextlib.closing(MappedReader.open(self._partial)) as reader:
-            report = reader.verify(progress)
+            report = verify_file(reader.mapped, reader.holder, reader.seq_len, progress, self._sound)
         if self._file is not None:
             # Rows that were damaged before are reported as the source's.
             for damage in report.damages:
