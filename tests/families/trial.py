@@ -91,7 +91,7 @@ def trial(kind: str, folder: Path) -> Outcome:
     if has_states(net):
         check_states_refusals(kind, net)
     with _own_errors(kind, "device-resident"):
-        if not has_states(net) and (wrong := check_resident(net, prompt(30), folder, BOUND)):
+        if wrong := check_resident(net, prompt(30), folder, BOUND):
             raise WrongError(f"{kind}: device-resident: {wrong}")
     net.set_attn_implementation(ATTENTION)
     if net.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
@@ -178,7 +178,6 @@ def check_states_refusals(kind: str, net: Any) -> None:
     net(input_ids=prompt(5), use_cache=True, **past(cache))
     refused: dict[str, Callable[[], Any]] = {
         "crop": lambda: cache.crop(-1),
-        "device": lambda: KvmmapCache(net, resident="device"),
         "config": lambda: KvmmapCache(net.config),
     }
     if takes_one(net):

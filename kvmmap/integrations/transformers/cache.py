@@ -47,6 +47,8 @@ class KvmmapCache(StoredSequence):
             positions in 16 bits besides. Rows that can't be rotated, and latents, are plain int8.
         key_codec, value_codec: names of codecs; one for all layers, or one a layer; the preset's unless given.
         recent_window, sinks: last and first positions to keep in 16 bits besides; the preset's unless given.
+        checkpoint_slots: checkpoints to keep of a model with states, 4 by default; see `checkpoint_bytes` for what each
+            takes. Other models have none.
         metadata: plain JSON of your own.
         fingerprint: a digest of the weights, if you have one; else it is computed of all of them.
         resident: "device" keeps keys and values as tensors on the device that the model runs on, in its dtype, as
@@ -69,13 +71,19 @@ class KvmmapCache(StoredSequence):
         value_codec: Codecs | None = None,
         recent_window: int | None = None,
         sinks: int | None = None,
+        checkpoint_slots: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         resident: Resident = "host",
     ) -> None:
         check_resident(resident)
         storing = Storing(
-            preset=preset, key_codec=key_codec, value_codec=value_codec, recent_window=recent_window, sinks=sinks
+            preset=preset,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            recent_window=recent_window,
+            sinks=sinks,
+            checkpoint_slots=checkpoint_slots,
         )
         kinds, shapes = settings(model, capacity, metadata, fingerprint, storing)
         check_resident(resident, kinds)
@@ -93,6 +101,7 @@ class KvmmapCache(StoredSequence):
         value_codec: Codecs | None = None,
         recent_window: int | None = None,
         sinks: int | None = None,
+        checkpoint_slots: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         resident: Resident = "host",
@@ -105,7 +114,8 @@ class KvmmapCache(StoredSequence):
 
         Args:
             path: where; what ends with ".zarr" is a group in a directory, a URL one in an object store.
-            model, capacity, preset, key_codec, value_codec, recent_window, sinks: as in the constructor.
+            model, capacity, preset, key_codec, value_codec, recent_window, sinks, checkpoint_slots: as in the
+                constructor.
             metadata, fingerprint, resident: likewise.
             durability, overwrite, timeout, storage_options: as in `kvmmap.create`.
 
@@ -115,7 +125,12 @@ class KvmmapCache(StoredSequence):
         """
         check_resident(resident)
         storing = Storing(
-            preset=preset, key_codec=key_codec, value_codec=value_codec, recent_window=recent_window, sinks=sinks
+            preset=preset,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            recent_window=recent_window,
+            sinks=sinks,
+            checkpoint_slots=checkpoint_slots,
         )
         kinds, shapes = settings(model, capacity, metadata, fingerprint, storing)
         check_resident(resident, kinds)

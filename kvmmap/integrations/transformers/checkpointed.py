@@ -6,6 +6,7 @@ What a forward pass does with rows is `stored`'s; what a checkpoint holds, `stat
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,9 +39,16 @@ class CheckpointedSequence(OneSequence):
         numbers = {number: self._kinds[number].states for number in layers}
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device
-        states = SequenceStates(layers, numbers, saved, own, device)
+        settle = weakref.WeakMethod(self._settle)  # no circle: a cache's file closes with its last reference
+        states = SequenceStates(
+            layers, numbers, saved, own, device, lambda: wait() if (wait := settle()) is not None else None
+        )
         states.restore(self._length, self._kept)
         return states
+
+    def _settle(self) -> None:
+        """Wait until everything that the layers hold is written."""
+        raise NotImplementedError
 
     @property
     def _dirty(self) -> bool:

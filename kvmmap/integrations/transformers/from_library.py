@@ -23,8 +23,10 @@ from ...library.models import register
 from . import rope
 from .cache import KvmmapCache
 from .media import media_tokens
+from .models import text_config
 from .opening import NOTES, Storing, own_notes, settings
 from .prefix import one_sequence
+from .states import SINGLE_TOKENS
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
 
@@ -32,7 +34,8 @@ from .versions import CACHE_ARGUMENT
 class LibraryCache(KvmmapCache):
     """A `KvmmapCache` over a session of a library; `open_session` makes one.
 
-    It becomes part of the library when it is flushed or closed. Positions below `reused` can't be truncated.
+    That of a model with states begins at the last checkpoint within the prompt that the library has. It becomes part of
+    the library when it is flushed or closed. Positions below `reused` can't be truncated.
     """
 
     reused: int = 0
@@ -59,8 +62,9 @@ def namespace_of(
         salt: a tenant's secret: equal prompts of other tenants don't match.
 
     Raises:
-        UnsupportedModelError: the model keeps something else than keys and values, or its RoPE depends on the length of
-            a prompt ("dynamic", "longrope"): then a prefix is not the same in all prompts.
+        UnsupportedModelError: the model keeps something that can't be stored; or its RoPE depends on the length of a
+            prompt ("dynamic", "longrope"), so that a prefix is not the same in all prompts; or it takes one token a
+            pass behind a prefix (Jamba, Zamba).
     """
     storing = Storing(preset=preset, recent_window=recent_window, sinks=sinks)
     return _namespace(model, settings(model, None, None, fingerprint, storing)[1], salt)
@@ -72,16 +76,18 @@ def _namespace(model: Any, shapes: Mapping[str, Any], salt: str | None) -> Names
             f"{type(model).__name__}: its RoPE depends on the length of the prompt, so prompts that begin alike don't "
             "have the same keys: keep a KvmmapCache for each"
         )
+    kind = text_config(model.config).model_type
+    if kind in SINGLE_TOKENS:
+        raise UnsupportedModelError(
+            f"{kind} drops its recurrent state in transformers when several tokens continue a sequence, so it can't "
+            "compute the rest of a prompt: keep a KvmmapCache for each, and feed one token at a time",
+            actual=kind,
+        )
     name = dtype_name(model.dtype)
     autocast = autocast_dtype(next(model.parameters()))
     if autocast is not None:
         name += f" under autocast to {dtype_name(autocast)}"
     info = replace(shapes["model"], source_dtype=name)
-    if shapes.get("states"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: keeps states beside keys and values, which sessions of a library don't continue "
-            "yet: keep a KvmmapCache for each prompt"
-        )
     rows = {key: value for key, value in shapes.items() if key not in ("capacity", "metadata", "model")}
     return Namespace.build(**rows, model=info, facts={NOTES: shapes["metadata"][NOTES]}, salt=salt)
 

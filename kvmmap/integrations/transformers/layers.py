@@ -8,14 +8,13 @@ from typing import TypeAlias
 from transformers.cache_utils import LinearAttentionLayer
 
 from ...cache import QuantizedKvCache
-from ...errors import UnsupportedModelError
 from .indexed import IndexedLayer, IndexOnlyLayer
 from .kinds import LayerKind, store_numbers
 from .layer import KvmmapLayer, Pattern
 from .resident import Resident, ResidentLayer
 from .rows import IndexRows, StoredRows
 from .shared import SharedLayer
-from .state_layers import KvmmapHybridLayer
+from .state_layers import KvmmapHybridLayer, ResidentHybridLayer
 
 ModelLayer: TypeAlias = KvmmapLayer | SharedLayer | LinearAttentionLayer
 
@@ -40,14 +39,7 @@ def made_layers(
 
     Returns:
         The layers; all stores of rows, in the order of the caches' own; and what layers of one kind have in common.
-
-    Raises:
-        UnsupportedModelError: states can't be resident on a device.
     """
-    if resident == "device" and own.states:
-        raise UnsupportedModelError(
-            'a cache with states can\'t be resident="device": leave resident= out', expected="host", actual="device"
-        )
     patterns = {(kind.reach, kind.latent): Pattern(kind.reach, kind.latent) for kind in kinds if kind.geometry}
     layers: list[ModelLayer] = []
     rows: list[StoredRows] = []
@@ -61,7 +53,7 @@ def made_layers(
         kept_rows = None if saved is None else saved.layers[number]
         cls = ResidentLayer if resident == "device" else KvmmapLayer if kind.index is None else IndexedLayer
         if kind.states:
-            cls = KvmmapHybridLayer
+            cls = ResidentHybridLayer if resident == "device" else KvmmapHybridLayer
         made = cls(kind, patterns[kind.reach, kind.latent], kept_rows, own.layers[number], kept)
         layers.append(made)
         rows.append(made)

@@ -45,6 +45,7 @@ class Storing:
     value_codec: Codecs | None = None
     recent_window: int | None = None
     sinks: int | None = None
+    checkpoint_slots: int | None = None
 
 
 def settings(
@@ -71,6 +72,8 @@ def settings(
     preset = storing.preset or DEFAULT_PRESET
     window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
     shapes = spread(store_geometries(kinds), capacity, window, first) | {"states": states}
+    if storing.checkpoint_slots is not None:
+        shapes["checkpoint_slots"] = storing.checkpoint_slots
     own = [kind for kind in kinds if states or kind.geometry is not None]
     asked = storing.key_codec, storing.value_codec
     for part, chosen, codec in zip(("key", "value"), asked, preset_codecs(preset), strict=True):

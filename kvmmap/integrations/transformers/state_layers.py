@@ -12,10 +12,11 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from .layer import KvmmapLayer
+from .resident import ResidentLayer
 
 
-class KvmmapHybridLayer(KvmmapLayer, LinearAttentionLayer):
-    """A layer with rows, as `KvmmapLayer`, and states, as transformers' `LinearAttentionLayer`."""
+class _WithStates:
+    """What layers with rows and states have in common."""
 
     is_compileable = False
     """No: it is no part of a compiled graph."""
@@ -28,7 +29,7 @@ class KvmmapHybridLayer(KvmmapLayer, LinearAttentionLayer):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Make the states; rows were reserved when the cache was made."""
         if kwargs:
-            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)  # type: ignore[arg-type]
 
     def offload(self) -> None:
         """Nothing to do: states stay with the model."""
@@ -36,12 +37,13 @@ class KvmmapHybridLayer(KvmmapLayer, LinearAttentionLayer):
     def prefetch(self) -> None:
         """Nothing to do."""
 
-    def get_max_length(self) -> int:
-        """Positions there is room for."""
-        return KvmmapLayer.get_max_length(self)
 
-    def __repr__(self) -> str:
-        return f"<KvmmapHybridLayer {len(self)} positions, {self.kept} of them read from a saved cache, and a state>"
+class KvmmapHybridLayer(_WithStates, KvmmapLayer, LinearAttentionLayer):
+    """A layer with rows, as `KvmmapLayer`, and states, as transformers' `LinearAttentionLayer`."""
+
+
+class ResidentHybridLayer(_WithStates, ResidentLayer, LinearAttentionLayer):
+    """A layer with rows, as `ResidentLayer`, and states, as transformers' `LinearAttentionLayer`."""
 
 
 def clear_states(layer: LinearAttentionLayer, number_of_states: int) -> None:

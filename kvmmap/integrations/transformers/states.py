@@ -7,7 +7,7 @@ are *dirty*, and only a checkpoint restores them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class SequenceStates:
         saved: a cache that is only read, if there is one.
         own: the cache that is appended to.
         device: of the model.
+        settle: is called before a checkpoint is written, and waits until all positions are in `own`.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class SequenceStates:
         saved: QuantizedKvCache | None,
         own: QuantizedKvCache,
         device: torch.device,
+        settle: Callable[[], None],
     ) -> None:
         self._layers = layers
         self._numbers = numbers
         self._saved = saved
         self._own = own
         self._device = device
+        self._settle = settle
         self.specs: Sequence[StateSpec] = own.states
         self.dirty = False
         """True from the start of a pass to its end."""
@@ -103,6 +106,7 @@ class SequenceStates:
         if not here:
             if length == kept:  # as in the file that is only read
                 return
+            self._settle()
             self._own.write_states(self.take())
         if not here or pin:
             self._own.checkpoint(pin=pin)

@@ -44,7 +44,7 @@ class WriteBehind:
 
     Args:
         cache: where to.
-        layers: where from, one a layer.
+        layers: where from, one a layer that has rows.
         first: the position of the sequence that is the cache's first.
     """
 
@@ -203,13 +203,13 @@ class WriteBehind:
             if len(ids):
                 self._cache.push_token_ids(ids, start - self._first)
 
-    def _on_host(self, start: int, stop: int) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-        """Keys and values of all layers, [n, num_kv_heads, dim] each."""
-        keys, values = [], []
-        for layer in self._layers:
-            key, value = to_host(*(tensor.transpose(0, 1) for tensor in layer.rows(start, stop)))
-            keys.append(key)
-            values.append(value)
+    def _on_host(self, start: int, stop: int) -> tuple[list[NDArray[Any] | None], list[NDArray[Any] | None]]:
+        """Keys and values of all layers, [n, num_kv_heads, dim] each; None for layers without rows."""
+        geometry = self._cache.geometry
+        keys: list[NDArray[Any] | None] = [None] * len(geometry.layers)
+        values = list(keys)
+        for number, layer in zip(geometry.row_layers, self._layers, strict=True):
+            keys[number], values[number] = to_host(*(tensor.transpose(0, 1) for tensor in layer.rows(start, stop)))
         return keys, values
 
 

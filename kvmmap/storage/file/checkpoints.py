@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ...errors import CacheChangedError, CorruptCacheError
 from ...format import NO_CHECKPOINT, CheckpointEntry, CheckpointHeader, Section, Slot, checksum
+from ...state_spec import StateSpec, aligned
 from ..checkpoints import Checkpoint, ReadOnlyCheckpoints
 from .mapped_file import MappedFile
 from .snapshot import SnapshotHolder
@@ -71,8 +72,10 @@ class _CheckpointReader(ReadOnlyCheckpoints):
         if header is None or header.position != checkpoint.position or entry.checksum not in (0, header.checksum):
             self._refuse_damaged(slot, entry, "its header does not match")
         found = []
-        for spec, offset, expected in zip(self.specs, self._layout.offsets, header.checksums, strict=True):
-            tensor = np.empty(spec.shape, spec.numpy_dtype)
+        tensors = _empty(self.specs)
+        for spec, tensor, offset, expected in zip(
+            self.specs, tensors, self._layout.offsets, header.checksums, strict=True
+        ):
             if self._fill(self._offset(slot) + offset, tensor) != expected:
                 self._refuse_damaged(slot, entry, f"{spec}: checksum does not match")
             found.append(tensor)
@@ -111,6 +114,16 @@ class _CheckpointReader(ReadOnlyCheckpoints):
             path=mapped.path,
             position=entry.position,
         )
+
+
+def _empty(specs: Sequence[StateSpec]) -> list[NDArray[Any]]:
+    """Allocate the arrays of a checkpoint as one piece: numpy asks for huge pages where an allocation is large."""
+    sizes = [aligned(spec.nbytes) for spec in specs]
+    whole, found, start = np.empty(sum(sizes), np.uint8), [], 0
+    for spec, size in zip(specs, sizes, strict=True):
+        found.append(whole[start : start + spec.nbytes].view(spec.numpy_dtype).reshape(spec.shape))
+        start += size
+    return found
 
 
 class FileCheckpoints(_CheckpointReader):
