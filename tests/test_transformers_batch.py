@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.failing import failing
 from helpers.tiny_models import CONFIGS, RoundedCache, model, past, prompt
 from transformers import DynamicCache
 
@@ -106,10 +107,8 @@ def test_a_pass_that_fails_is_rolled_back_in_every_sequence(resident: Any) -> No
         assert [cache.seq_len for cache in caches] == [0, 0, 0]
         shorter = [tokens[:, :length] for tokens, length in zip(prompts(), (8, 5, 7), strict=True)]
         ids, mask = padded(shorter)
-        hook = net.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with failing(net.model.layers[2], ZeroDivisionError()), pytest.raises(ZeroDivisionError):
             generate(net, ids, mask, batch)
-        hook.remove()
         assert [cache.seq_len for cache in caches] == [0, 0, 0]
         kind = RoundedCache if resident == "host" else DynamicCache
         check_each(net, generate(net, ids, mask, batch), ids.shape[1], shorter, kind)

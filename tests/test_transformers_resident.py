@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.failing import failing
 from helpers.tiny_models import CONFIGS, generate, model, past, prompt
 from transformers import DynamicCache
 
@@ -214,10 +215,8 @@ def test_a_pass_that_fails_is_rolled_back(path: Path, resident: Any) -> None:
     net, ids = model("llama"), prompt(30)
     with KvmmapCache.create(path, net, resident=resident) as cache:
         logits(net, ids[:, :20], cache)
-        hook = net.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with failing(net.model.layers[2], ZeroDivisionError()), pytest.raises(ZeroDivisionError):
             logits(net, ids[:, 20:], cache)
-        hook.remove()
         assert cache.seq_len == 20
         logits(net, ids[:, 20:], cache)
         assert cache.token_ids.tolist() == ids[0].tolist()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from helpers.failing import failing
 from helpers.tiny_models import config, generate, model, past, prompt
 
 import kvmmap
@@ -257,15 +258,11 @@ def test_a_failed_forward_pass_changes_nothing(path: Path, attention: str) -> No
     with KvmmapCache.open(path, net) as cache:
         expected, _ = generate(net, longer, cache, 5)
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("interrupted")
-
     for runs, watched in ((net, True), (model("llama", attention), False)):
         with KvmmapCache.open(path, runs if watched else runs.config, "a") as cache:
-            hook = runs.model.layers[1].mlp.register_forward_hook(fail)
-            with pytest.raises(RuntimeError, match="interrupted"):
+            error = RuntimeError("interrupted")
+            with failing(runs.model.layers[1].mlp, error), pytest.raises(RuntimeError, match="interrupted"):
                 runs(prompt(9, seed=2), **past(cache))
-            hook.remove()
             assert cache.seq_len == 20
             assert {len(layer) for layer in cache.layers} == ({20} if watched else {20, 29})
             tokens, _ = generate(runs, longer, cache, 5)

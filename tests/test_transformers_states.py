@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from families.configs import config, model  # noqa: E402
 from families.trial import generate, prompt  # noqa: E402
+from helpers.failing import failing  # noqa: E402
 from helpers.tiny_models import RoundedCache, past  # noqa: E402
 
 import kvmmap  # noqa: E402
@@ -140,10 +141,13 @@ def test_a_failed_pass_restores_a_checkpoint(net: Any) -> None:
     feed(net, cache, ids[:, :20])
     feed(net, cache, ids[:, 20:21])
     last = [part for part in net.modules() if hasattr(part, "layer_idx")][-1]
-    hook = last.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), pytest.warns(RuntimeWarning, match="checkpoint, at position 20"):
+    error = ZeroDivisionError()
+    with (
+        failing(last, error),
+        pytest.raises(ZeroDivisionError),
+        pytest.warns(RuntimeWarning, match="checkpoint, at position 20"),
+    ):
         feed(net, cache, ids[:, 21:22])
-    hook.remove()
     assert cache.seq_len == 20
     own = RoundedCache(config=net.config)
     feed(net, own, ids[:, :20])
