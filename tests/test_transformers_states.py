@@ -207,7 +207,6 @@ def test_what_needs_the_model_is_refused_without_it(tmp_path: Path, net: Any) ->
         lambda: KvmmapCache(net.config),
         lambda: KvmmapCache.open(tmp_path / "a.kvm"),
         lambda: KvmmapCache.open(tmp_path / "a.kvm", net.config),
-        lambda: KvmmapCache(net, resident="device"),
         lambda: KvmmapCache(net).crop(-1),
     ]
     for act in acts:
