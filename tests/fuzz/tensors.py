@@ -1,7 +1,7 @@
 """Hostile safetensors files: tensors, offsets, metadata and bytes of sound ones changed; and importing them.
 
 A recipe is {"tensors": [[name, dtype, shape, fill]], "text": metadata or null, "edits": [[where, hex]], "offsets":
-[[tensor, begin, end]], "cut": bytes or null, "header": a whole header as text or null}.
+[[tensor, begin, end]], "cut": bytes or null, "notes": metadata of a prompt cache of mlx-lm}. A fill may be a number.
 """
 
 from __future__ import annotations
@@ -59,6 +59,42 @@ SEEDS: tuple[tuple[tuple[str, str, list[int]], ...], ...] = (
     ),
     (("0.k", "F16", [0, 1, 4]), ("0.v", "F16", [0, 1, 4])),
 )
+PROMPTS: tuple[tuple[tuple[tuple[str, str, list[int], Any], ...], dict[str, str]], ...] = (
+    (
+        tuple((f"{n}.{part}", "F16", [1, 2, 8, 8], "small") for n in (0, 1) for part in (0, 1))
+        + tuple((f"{n}.2", "I32", [], 5) for n in (0, 1)),
+        {"1.0": "KVCache", "1.1": "KVCache", "2.0": "", "2.1.0": "0.2", "2.1.1": "scalar"},
+    ),
+    (
+        tuple((f"0.{part}", "BF16", [1, 2, 5, 8], "small") for part in (0, 1)),
+        {"0.0": "", "2.0": "KVCache", "1.kvmmap": '{"token_ids":[1,2,3,4,5]}'},
+    ),
+    (
+        (
+            *((f"0.{part}", "F32", [1, 2, 8, 8], "small") for part in (0, 1)),
+            *((f"0.{place}", "I32", [], value) for place, value in ((2, 8), (3, 2), (4, 8), (5, 4))),
+        ),
+        {"1.0": "RotatingKVCache", "2.0": ""},
+    ),
+    (
+        (
+            *(
+                (f"0.{part}.{index}", "F16" if index else "U32", [1, 2, 8, 1 if index else 8], "small")
+                for part in (0, 1)
+                for index in (0, 1, 2)
+            ),
+            *((f"0.{place}", "I32", [], value) for place, value in ((2, 7), (3, 64), (4, 4))),
+        ),
+        {"1.0": "QuantizedKVCache", "2.0": ""},
+    ),
+)
+"""Prompt caches of mlx-lm: tensors, and their metadata."""
+
+NOTES = (
+    *("", "KVCache", "RotatingKVCache", "QuantizedKVCache", "ArraysCache", "CacheList", "XCacheX", "Cache", "x" * 5000),
+    *("0", "5", "-1", "9" * 5000, "1e3", "٣", "null", '{"token_ids":[]}', '{"token_ids":[-1,1,2,3,4]}', "[" * 9000),
+    '{"token_ids":' + "9" * 5000 + "}",
+)
 
 
 def recipes() -> list[Recipe]:
@@ -71,6 +107,9 @@ def recipes() -> list[Recipe]:
         for ids, text in ((False, None), (True, FACTS[0])):
             more = [["token_ids", "I32", [seed[0][2][0 if len(seed[0][2]) == 3 else 2]], "ones"]] if ids else []
             found.append({"tensors": [*tensors, *more], "text": text, "edits": [], "offsets": [], "cut": None})
+    for prompt, notes in PROMPTS:
+        sound = {"tensors": [list(tensor) for tensor in prompt], "text": None, "edits": [], "offsets": [], "cut": None}
+        found.append(sound | {"notes": notes})
     return found
 
 
@@ -118,7 +157,7 @@ def _reshape(random: Random, recipe: Recipe) -> None:
 
 
 def _refill(random: Random, recipe: Recipe) -> None:
-    _tensor(random, recipe)[3] = random.choice(FILLS)
+    _tensor(random, recipe)[3] = random.choice((*FILLS, number(random, 8) % 2**63 - 2))
 
 
 def _drop(random: Random, recipe: Recipe) -> None:
@@ -141,6 +180,15 @@ def _text(random: Random, recipe: Recipe) -> None:
     )
 
 
+def _note(random: Random, recipe: Recipe) -> None:
+    notes: dict[str, str] = recipe.setdefault("notes", {})
+    name = random.choice([*notes, ".".join(random.choice(NUMBERS[:4]) for _ in range(random.randrange(1, 4)))])
+    if random.random() < 0.2:
+        notes.pop(name, None)
+    elif len(notes) < 40:
+        notes[name] = random.choice(NOTES)
+
+
 def _edit(random: Random, recipe: Recipe) -> None:
     recipe["edits"] = [*recipe["edits"][-3:], [number(random, 300) % 4000, random.randbytes(4).hex()]]
 
@@ -154,7 +202,7 @@ def _cut(random: Random, recipe: Recipe) -> None:
     recipe["cut"] = number(random, 400) % 100_000
 
 
-_MAKERS = (_rename, _renumber, _redtype, _reshape, _refill, _drop, _add, _text, _edit, _offset, _cut)
+_MAKERS = (_rename, _renumber, _redtype, _reshape, _refill, _drop, _add, _text, _note, _edit, _offset, _cut)
 
 
 def place(recipe: Recipe, folder: str) -> str:
@@ -162,6 +210,8 @@ def place(recipe: Recipe, folder: str) -> str:
     header: dict[str, Any] = {}
     if recipe["text"] is not None:
         header["__metadata__"] = {"kvmmap": recipe["text"].encode("utf-8", "replace").decode()}
+    if recipe.get("notes"):
+        header["__metadata__"] = header.get("__metadata__", {}) | recipe["notes"]
     parts, end = [], 0
     for name, dtype, shape, fill in recipe["tensors"]:
         data = _data(dtype, shape, fill)
@@ -177,28 +227,33 @@ def place(recipe: Recipe, folder: str) -> str:
     for where, data in recipe["edits"]:
         whole[where : where + 4] = bytes.fromhex(data)
     shutil.rmtree(f"{folder}/made.zarr", ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{folder}/made.kvm")
+    for name in ("made.kvm", "made.mlx.kvm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{folder}/{name}")
     path = os.path.join(folder, "hostile.safetensors")
     with open(path, "wb") as file:
         file.write(whole if recipe["cut"] is None else whole[: recipe["cut"]])
     return path
 
 
-def _data(dtype: str, shape: list[int], fill: str) -> bytes:
+def _data(dtype: str, shape: list[int], fill: str | int) -> bytes:
     """Return a tensor's bytes, as far as it has a size that a file can have."""
     count = 1
     for size in shape:
         count *= size
     if not 0 < count <= 1 << 16:
         return b""
-    numbers = {
-        "small": np.arange(count) % 100 / 50 - 1,
-        "ones": np.ones(count),
-        "nan": np.where(np.arange(count) == count - 1, np.nan, 0.5),
-        "big": np.full(count, 3e38),
-        "negative": -np.ones(count) * 2,
-    }[fill]
+    numbers = (
+        np.full(count, float(fill))
+        if isinstance(fill, int)
+        else {
+            "small": np.arange(count) % 100 / 50 - 1,
+            "ones": np.ones(count),
+            "nan": np.where(np.arange(count) == count - 1, np.nan, 0.5),
+            "big": np.full(count, 3e38),
+            "negative": -np.ones(count) * 2,
+        }[fill]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         kind = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I32": "<i4", "I64": "<i8"}.get(dtype)
@@ -208,20 +263,25 @@ def _data(dtype: str, shape: list[int], fill: str) -> bytes:
 
 
 def execute(path: str) -> str:
-    """Import the file into a `.kvm` file and a Zarr group, and read what comes of it; return the outcome in words.
+    """Import the file into a `.kvm` file and a Zarr group, and as a prompt cache; return the outcome in words.
 
     Raises:
         Exception: anything but a KvmmapError or an OSError; or something is left behind by an import that failed.
     """
     folder = os.path.dirname(path)
     return " | ".join(
-        _attempt(ending, lambda ending=ending: _import(path, f"{folder}/made.{ending}")) for ending in ("kvm", "zarr")
+        _attempt(ending, lambda how=how, ending=ending: _import(how, path, f"{folder}/made.{ending}"))
+        for how, ending in (
+            (kvmmap.import_tensors, "kvm"),
+            (kvmmap.import_tensors, "zarr"),
+            (kvmmap.import_mlx, "mlx.kvm"),
+        )
     )
 
 
-def _import(path: str, target: str) -> str:
+def _import(how: Any, path: str, target: str) -> str:
     try:
-        kvmmap.import_tensors(path, target)
+        how(path, target)
     except OSError as error:
         if not isinstance(error, kvmmap.KvmmapError) and error.errno not in (errno.EFBIG, errno.ENOSPC, errno.ENOMEM):
             raise
@@ -238,7 +298,6 @@ def _import(path: str, target: str) -> str:
 
 
 def _refuse_left_overs(target: str) -> None:
-    ending = target.rpartition(".")[2]
-    left = [name for name in os.listdir(os.path.dirname(target)) if f"made.{ending}" in name]
+    left = [name for name in os.listdir(os.path.dirname(target)) if os.path.basename(target) in name]
     if left:
         raise ForbiddenError(f"a failed import left {left}")
