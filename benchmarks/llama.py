@@ -52,6 +52,7 @@ class Model:
         api.llama_backend_init()
         options = api.llama_model_default_params()
         options.n_gpu_layers = 0
+        options.use_extra_bufts = False  # weights repacked for instructions that some virtual machines lack
         self.handle = api.llama_model_load_from_file(str(path).encode(), options)
         if not self.handle:
             raise SystemExit(f"llama.cpp can't load {path}")

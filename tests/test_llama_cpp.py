@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,11 +142,11 @@ def complete(model: Any, ids: list[int], count: int = 6) -> list[int]:
 
 def test_completions_go_on_from_what_another_process_left(model: Any, tmp_path: Path) -> None:
     ids = token_ids(PROMPT)
-    model.set_cache(LlamaKvmmapCache(tmp_path / "all"))
+    model.set_cache(LlamaKvmmapCache(tmp_path / "all", codec="native"))
     first = complete(model, ids)
     stored = model.n_tokens
     other = make(type_k=8, type_v=8, flash_attn=True)
-    cache = LlamaKvmmapCache(tmp_path / "all", max_bytes=1 << 30)
+    cache = LlamaKvmmapCache(tmp_path / "all", max_bytes=1 << 30, codec="native")
     other.set_cache(cache)
     assert ids in cache
     assert cache[ids].n_tokens == PROMPT
@@ -186,7 +186,7 @@ def test_other_types_and_parameters_never_match(model: Any, tmp_path: Path) -> N
     assert ids not in salted
 
 
-@pytest.mark.parametrize("codec", ["native", "fidelity", "compact"])
+@pytest.mark.parametrize("codec", ["native", "fidelity", "compact", "auto"])
 @pytest.mark.parametrize("flash", [True, False])
 def test_codecs(codec: str, flash: bool, tmp_path: Path) -> None:
     """With and without flash attention, and whole states where there is no spare sequence."""
@@ -201,7 +201,17 @@ def test_codecs(codec: str, flash: bool, tmp_path: Path) -> None:
     assert cache[ids].n_tokens == PROMPT
     again = complete(model, ids)
     assert codec != "native" or again == first
+    with kvmmap.open(next((tmp_path / "all").glob("caches/*/*.kvm"))) as stored:
+        kept = stored.geometry.layers[0].value_codec.name, stored.geometry.recent_window
+    assert kept == {"native": ("f16", 0), "fidelity": ("int8-rotated", 128)}.get(codec, ("int4-rotated", 128))
     model.close()
+
+
+def test_quantised_rows_are_kept_as_they_are(model: Any, tmp_path: Path) -> None:
+    model.set_cache(LlamaKvmmapCache(tmp_path / "all"))
+    complete(model, token_ids(PROMPT))
+    with kvmmap.open(next((tmp_path / "all").glob("caches/*/*.kvm"))) as stored:
+        assert stored.geometry.layers[0].value_codec.name.startswith("q8_0")
 
 
 def test_a_cache_must_be_set_with_set_cache(tmp_path: Path) -> None:
@@ -213,42 +223,79 @@ def test_a_cache_must_be_set_with_set_cache(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys
+import os, signal, sys
 from helpers.llama import make, token_ids
 from kvmmap.integrations.llama_cpp import LlamaKvmmapCache, spare_sequence
+from kvmmap.storage.posix import PosixFile
+
+path, moment, count, first = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 with spare_sequence():
     model = make(type_k=8, type_v=8, flash_attn=True)
-model.set_cache(LlamaKvmmapCache(sys.argv[1]))
+cache = LlamaKvmmapCache(path)
+model.set_cache(cache)
 ids = token_ids(200)
-for turn in range(1, 99):
+
+def die_at(kind, name):
+    original, left = getattr(kind, name), [count]
+    def method(*args, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+    setattr(kind, name, method)
+
+for turn in range(first, 9):
+    if turn == first + 2:
+        if moment == "hit":
+            cache[ids[: 20 * turn]]
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment in ("write", "sync"):
+            die_at(PosixFile, moment)
+        if moment == "between":
+            os.kill(os.getpid(), signal.SIGKILL)
     model.create_completion(ids[: 20 * turn], max_tokens=1, temperature=0.0)
     print(turn, flush=True)
 """
 
 
-@pytest.mark.parametrize("delay", [0.01])
-def test_a_kill_loses_the_turn_in_hand_alone(delay: float, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, tmp_path / "all"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == "3":
-            break
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(delay)
-    process.kill()
-    process.wait()
-    process.stdout.close()
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [
+        ("between", 0),
+        ("hit", 0),
+        *(("write", count) for count in (1, 2, 7, 30, 31, 33)),  # 30 layers, and what names them
+        *(("sync", count) for count in (1, 2, 3)),
+    ],
+)
+def test_a_kill_loses_the_turn_in_hand_alone(moment: str, count: int, tmp_path: Path) -> None:
+    """Killed between stores, at each kind of moment within one, and right after a hit; twice, one on the other."""
+    done = 0
+    for first in (1, 4):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, tmp_path / "all", moment, str(count), str(first)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        turns = [int(line) for line in killed.stdout.split()]
+        assert turns[:2] == [first, first + 1]
+        done = turns[-1]
+        if first == 1:
+            assert stored(tmp_path / "all", 20 * done) >= 20 * done
     model = make(type_k=8, type_v=8, flash_attn=True)
     cache = LlamaKvmmapCache(tmp_path / "all")
     model.set_cache(cache)
-    assert cache[token_ids(60)].n_tokens == 60
+    assert cache[token_ids(20 * done)].n_tokens == 20 * done
     for segment in cache.library.entries():
-        with kvmmap.open(segment.path) as stored:
-            assert stored.verify().sound
-    assert len(complete(model, token_ids(60), 2)) >= 1
+        with kvmmap.open(segment.path) as found:
+            assert found.verify().sound
+    assert len(complete(model, token_ids(20 * done), 2)) >= 1
     model.close()
+
+
+def stored(path: Path, count: int) -> int:
+    """How many of the first tokens a library has, in whatever namespace."""
+    with kvmmap.Library(path, create=False) as library:
+        return max(library.match(namespace.digest, token_ids(count)).length for namespace in library.namespaces())

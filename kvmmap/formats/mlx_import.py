@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codecs.presets import preset_codecs
+from ..codecs.presets import preset_codecs, preset_recent
 from ..errors import KvmmapError
 from ..inputs import check_token_ids
 from ..metadata import ModelInfo, document
@@ -76,6 +76,7 @@ def import_mlx(
         shapes = [layer.shape for layer in layers]
         native = [layer.codec for layer in layers]
         keys, values = (None, None) if preset == "native" else preset_codecs(preset)
+        recent_window, sinks = (0, 0) if preset == "native" else preset_recent(preset)
         shape = {
             "num_layers": len(layers),
             "capacity": count if capacity is None else capacity,
@@ -84,6 +85,8 @@ def import_mlx(
             "value_head_dim": [dim for _, _, dim in shapes],
             "key_codec": native if keys is None else [keys] * len(layers),
             "value_codec": native if values is None else [values] * len(layers),
+            "recent_window": recent_window,
+            "sinks": sinks,
         }
         own = {KEY: portable_notes("mlx-lm", portable_id, weights)}
         with making(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
-from ...codecs.presets import preset_codecs
+from ...codecs.presets import preset_codecs, preset_recent
 from ...errors import DtypeError, KvmmapError, UnsupportedModelError
 from ...inputs import check_token_ids
 from ...metadata import document
@@ -92,13 +93,17 @@ def import_llama_cpp(
         notes = StateForm.of(memory, found.stream, found.number, found.sequence, forms[0], rotated, behind)
         if any((keys.type, values.type) != (forms[0][0].type, forms[0][1].type) for keys, values in forms):
             raise UnsupportedModelError(f"{source.name}: its layers have rows of different types")
+        recent_window, sinks = window_of(preset)
         shape = {
             "num_layers": len(model.layers),
             "capacity": len(found.cells) if capacity is None else capacity,
             "num_kv_heads": [layer.num_kv_heads for layer in model.layers],
             "head_dim": [layer.head_dim for layer in model.layers],
             "value_head_dim": [layer.value_head_dim for layer in model.layers],
-        } | codecs_of(preset, model, forms)
+            **codecs_of(preset, model, forms),
+            "recent_window": recent_window,
+            "sinks": sinks,
+        }
         own = {
             NOTES: notes.to_json(),
             KEY: portable_notes("llama.cpp", portable_id or model.member.portable_id(), model.weights),
@@ -112,7 +117,7 @@ def import_llama_cpp(
                 cache.push_token_ids(ids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Found:
     """One sequence of a state."""
 
@@ -122,6 +127,11 @@ class Found:
     sequence: int
     cells: NDArray[np.int64]
     """Its cells, by position."""
+
+    @cached_property
+    def together(self) -> bool:
+        """Whether the cells lie one behind another."""
+        return bool((np.diff(self.cells) == 1).all())
 
 
 def choose_sequence(memory: Memory, sequence: int | None, source: Source, base: int = 0) -> Found:
@@ -206,6 +216,11 @@ def codecs_of(preset: str, model: GgufModel, forms: list[tuple[RowForm, RowForm]
     return {"key_codec": [keys] * len(forms), "value_codec": [values] * len(forms)}
 
 
+def window_of(preset: str) -> tuple[int, int]:
+    """Return how many of the last and of the first positions a preset keeps in 16 bits besides."""
+    return (0, 0) if preset == NATIVE or ":" in preset else preset_recent(preset)
+
+
 def fill(
     cache: QuantizedKvCache,
     source: Source,
@@ -266,7 +281,7 @@ class _Rows:
             size = part.type.block_bytes
             numbers = source.read(part.offset, self._row * total).reshape(count, total, size)
             self._whole = np.ascontiguousarray(numbers.transpose(1, 0, 2)).reshape(total, self._row)
-        elif not np.array_equal(self._cells, np.arange(self._cells[0], self._cells[0] + len(self._cells))):
+        elif not found.together:
             self._whole = source.read(part.offset, self._row * total).reshape(total, self._row)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:

@@ -79,15 +79,15 @@ class Reader:
 
     def u32(self) -> int:
         """Return the next number."""
-        return int(self.array("<u4", 1)[0])
+        return int.from_bytes(self.take(4).tobytes(), "little")
 
     def i32(self) -> int:
         """Return the next number."""
-        return int(self.array("<i4", 1)[0])
+        return int.from_bytes(self.take(4).tobytes(), "little", signed=True)
 
     def u64(self) -> int:
         """Return the next number."""
-        return int(self.array("<u8", 1)[0])
+        return int.from_bytes(self.take(8).tobytes(), "little")
 
 
 @contextlib.contextmanager

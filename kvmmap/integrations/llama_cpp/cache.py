@@ -13,6 +13,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from numpy.typing import NDArray
 
 from ...errors import CacheNotFoundError, KvmmapError
+from ...formats.llama_cpp.importing import window_of
 from ...library import Library, Match, Namespace
 from ...paths import PathLike
 from .context import Context
@@ -48,7 +49,8 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
     Args:
         path: of the directory; made if it is not there.
         max_bytes: bytes on the disk to keep at most; what is worth least goes first. None: no limit.
-        codec: "native" keeps keys and values as the context has them; else a preset of `kvmmap.create`.
+        codec: a preset of `kvmmap.create`; or "native", which keeps keys and values bit by bit as the context has them;
+            or "auto": "native" where the context has quantised ones, else "compact".
         ttl: seconds after their last use for which conversations are kept.
         salt: a tenant's secret: equal prompts of other tenants don't match.
 
@@ -61,7 +63,7 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
         path: PathLike,
         max_bytes: int | None = None,
         *,
-        codec: str = "native",
+        codec: str = "auto",
         ttl: float | None = None,
         salt: str | None = None,
     ) -> None:
@@ -81,9 +83,17 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
         """
         context = Context(llama)
         facts = context.facts
+        quantized = facts.key_type.quantized or facts.value_type.quantized
+        codec = ("native" if quantized else "compact") if self._codec == "auto" else self._codec
+        recent_window, sinks = window_of(codec)
         self._context = context
         self._namespace = Namespace(
-            layers=facts.layers(self._codec), model=facts.info, facts=facts.facts, salt=self._salt
+            layers=facts.layers(codec),
+            model=facts.info,
+            facts=facts.facts,
+            salt=self._salt,
+            recent_window=recent_window,
+            sinks=sinks,
         )
         _wrap(llama)
         llama.cache = self

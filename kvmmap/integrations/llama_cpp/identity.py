@@ -14,7 +14,7 @@ from ...codecs import by_name
 from ...errors import KvmmapError
 from ...formats.llama_cpp.architectures import Order
 from ...formats.llama_cpp.ggml import KV_TYPES, GgmlType, RowForm
-from ...formats.llama_cpp.importing import codecs_of
+from ...formats.llama_cpp.importing import codecs_of, window_of
 from ...formats.llama_cpp.model import GgufModel, read_model
 from ...geometry import LayerGeometry
 from ...metadata import ModelInfo
@@ -56,12 +56,15 @@ class ContextFacts:
 
     def shape(self, preset: str) -> dict[str, Any]:
         """Return the arguments of `create` that give a cache these layers."""
+        recent_window, sinks = window_of(preset)
         return {
             "num_layers": len(self.model.layers),
             "num_kv_heads": [layer.num_kv_heads for layer in self.model.layers],
             "head_dim": [layer.head_dim for layer in self.model.layers],
             "value_head_dim": [layer.value_head_dim for layer in self.model.layers],
             **codecs_of(preset, self.model, self.forms),
+            "recent_window": recent_window,
+            "sinks": sinks,
         }
 
 
