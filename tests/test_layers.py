@@ -56,6 +56,7 @@ FRAMEWORKS = {
     "torch": "integrations",
     "transformers": "integrations",
     "llama_cpp": "integrations",
+    "vllm": "integrations",
     "safetensors": "formats",
     "gguf": "formats",
     "mmap": "storage",

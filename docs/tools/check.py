@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "audio": "src", "video": "src"}
 """Elements that load what an attribute names. `link` is another matter: some of its kinds do."""
 
-PUBLIC = ("kvmmap", "kvmmap.report", "kvmmap.integrations.transformers", "kvmmap.integrations.llama_cpp")
+PUBLIC = (
+    *("kvmmap", "kvmmap.report"),
+    *("kvmmap.integrations.transformers", "kvmmap.integrations.llama_cpp", "kvmmap.integrations.vllm"),
+)
 
 
 class Page(HTMLParser):
