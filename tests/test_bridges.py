@@ -1,15 +1,16 @@
 """One prompt's cache saved by each program and continued by each other one: SmolLM2-135M, `make test-bridges`.
 
-Programs that are not installed are left out. All have the same weights: the GGUF file's, which the others use as f32.
+Programs that are not installed are left out; vLLM runs with the Python that KVMMAP_VLLM_PYTHON names. All have the same
+weights: the GGUF file's, which the others use as f32.
 What follows the prompt is scored, token by token, and compared with the scores of the program that computed the prompt
 itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ PROMPT, MORE = 48, 16
 
 LIBRARIES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "mlx-lm": "mlx_lm"}
 PROGRAMS = [name for name, module in LIBRARIES.items() if importlib.util.find_spec(module) is not None]
+if "KVMMAP_VLLM_PYTHON" in os.environ:
+    PROGRAMS.append("vLLM")
 
 pytestmark = [
     pytest.mark.torch,
@@ -91,8 +94,9 @@ class Transformers:
         with torch.inference_mode():
             if path is None:
                 return normalised(self.net(torch.tensor([ids])).logits[0, PROMPT:].float().numpy())
-            notes = json.loads(json.dumps(kvmmap.open(path).metadata))["portable"]
-            adopt(path, self.net, accept_weights=notes["weights"])
+            with kvmmap.open(path) as cache:
+                weights = cache.metadata["portable"]["weights"]
+            adopt(path, self.net, accept_weights=weights)
             with KvmmapCache.open(path, self.net, mode="r") as cache:
                 assert cache.token_ids.tolist() == ids[:PROMPT]
                 logits = self.net(torch.tensor([ids[PROMPT:]]), **cache.argument).logits
@@ -132,24 +136,14 @@ class LlamaCpp:
 
 
 class MlxLm:
-    def __init__(self, folder: Path, other: Transformers) -> None:
-        self.folder, self._other = folder, other
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        self.folder, self._checkpoint = folder, checkpoint
 
     @cached_property
     def model(self) -> Any:
         from mlx_lm.utils import load_model
-        from safetensors.torch import save_file
 
-        checkpoint = self.folder / "checkpoint"
-        checkpoint.mkdir()
-        net = self._other.net
-        tied = net.config.tie_word_embeddings
-        weights = {name: value for name, value in net.state_dict().items() if not (tied and name == "lm_head.weight")}
-        save_file({name: value.contiguous() for name, value in weights.items()}, checkpoint / "model.safetensors")
-        config = {name: value for name, value in net.config.to_dict().items() if name != "quantization_config"}
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-        (checkpoint / "config.json").write_text(json.dumps(config, default=str))
-        return load_model(checkpoint)[0]
+        return load_model(self._checkpoint)[0]
 
     def save(self, ids: list[int], path: Path, preset: str) -> None:
         import mlx.core as mx
@@ -182,6 +176,30 @@ class MlxLm:
         return normalised(np.array(self.model(mx.array([ids[PROMPT:]]), cache=cache)[0].astype(mx.float32)))
 
 
+class Vllm:
+    """An engine in a process of its own; each cache that it is given has a salt of its own."""
+
+    def __init__(self, folder: Path, client: Any) -> None:
+        self.folder, self._client, self._count = folder, client, 0
+
+    def save(self, ids: list[int], path: Path, preset: str) -> None:
+        made = self.folder / "vllm.kvm"
+        assert self._client.ask("save", ids=ids, path=str(made), salt="saved")["positions"] == len(ids)
+        kvmmap.copy(made, path, preset=None if preset == "native" else preset)
+
+    def score(self, ids: list[int], path: Path | None) -> Scores:
+        self._count += 1
+        salt, target = f"scored {self._count}", self.folder / "scores.npy"
+        if path is not None:
+            with kvmmap.open(path) as cache:
+                weights = cache.metadata["portable"]["weights"]
+            assert self._client.ask("take", path=str(path), accept=weights, salt=salt)["positions"] == PROMPT
+        found = self._client.ask("score", ids=ids, prompt=PROMPT, target=str(target), salt=salt)
+        # The first token is computed on what the cache has, or on nothing; the others on what vLLM has added as well.
+        assert found["cached"] == [*([PROMPT] if path else [0]), *range(PROMPT + 1, len(ids))]
+        return normalised(np.load(target))
+
+
 @dataclass
 class World:
     """The programs, and what each computes alone."""
@@ -202,15 +220,22 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    from helpers.checkpoint import write_checkpoint
     from helpers.llama import token_ids
+    from helpers.vllm_client import engine
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = tmp_path_factory.mktemp("bridges")
     transformers = Transformers()
     programs: dict[str, Any] = {"transformers": transformers, "llama.cpp": LlamaCpp()}
-    if "mlx-lm" in PROGRAMS:
-        programs["mlx-lm"] = MlxLm(folder, transformers)
-    return World(programs, token_ids(PROMPT + MORE), folder)
+    with contextlib.ExitStack() as stack:
+        if len(PROGRAMS) > 2:
+            checkpoint = write_checkpoint(transformers.net, folder / "checkpoint")
+        if "mlx-lm" in PROGRAMS:
+            programs["mlx-lm"] = MlxLm(folder, checkpoint)
+        if "vLLM" in PROGRAMS:
+            programs["vLLM"] = Vllm(folder, stack.enter_context(engine(folder, checkpoint, folder / "library")))
+        yield World(programs, token_ids(PROMPT + MORE), folder)
 
 
 @pytest.mark.parametrize("preset", ["native", "int8"])
