@@ -45,6 +45,7 @@ soak:  ## 200,000 simulated power losses, 1,000 writers and users of a library k
 	KVMMAP_OPENS=10000 $(VENV)/bin/pytest tests/test_handles.py -k nothing_behind
 	KVMMAP_EVERY_BIT=1 $(VENV)/bin/pytest tests/test_damage.py -k every_byte
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.kills --kills $(or $(KILLS),1000)
+	PYTHONPATH=tests $(VENV)/bin/python -m soak.kills --inherited 300 --kills $(or $(KILLS),1000)
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.library --kills $(or $(KILLS),1000)
 	KVMMAP_LIBRARY_EXAMPLES=200 $(VENV)/bin/pytest tests/test_library_stateful.py
 
@@ -54,6 +55,7 @@ fuzz:  ## a million hostile files, and hostile Zarr groups: only typed errors ma
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --groups --executions $$(($(or $(EXECUTIONS),1000000) / 50))
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --tensors --executions $$(($(or $(EXECUTIONS),1000000) / 20))
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --states --executions $$(($(or $(EXECUTIONS),1000000) / 20))
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.run --children --executions $$(($(or $(EXECUTIONS),1000000) / 20))
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.urls --keys $(or $(EXECUTIONS),1000000)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz.commands --count $$(($(or $(EXECUTIONS),1000000) / 50))
 

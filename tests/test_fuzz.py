@@ -45,6 +45,16 @@ def test_hostile_states_are_refused_or_imported() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_hostile_children_are_refused_or_read() -> None:
+    done = fuzz("--children", "--executions", EXECUTIONS // 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_fuzzer_detects_parents_elsewhere() -> None:
+    done = fuzz("--children", "--executions", 5_000, "--seed", 1, "--mutation", "parent-names-unchecked")
+    assert done.returncode == 1, f"{done.stdout}\nand nothing happened"
+
+
 def test_the_fuzzer_detects_states_that_are_read_beyond_their_end() -> None:
     done = fuzz("--states", "--executions", 5_000, "--seed", 1, "--mutation", "states-unbounded")
     assert done.returncode == 1, f"{done.stdout}\nand nothing happened"

@@ -32,6 +32,12 @@ def test_readers_get_every_published_row_unchanged(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_readers_of_a_cache_that_continues_another_do_too(tmp_path: Path) -> None:
+    done = soak(tmp_path, KILLS // 4, "--inherited", "300")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_soak_detects_missing_safeguards(tmp_path: Path, mutation: str) -> None:
     done = soak(tmp_path, 300, "--mutation", mutation)

@@ -107,10 +107,15 @@ def build(recipe: Recipe) -> tuple[bytes, int]:
     """Return a recipe's file: its bytes, and its size, which may be more (a hole) or less."""
     geometry = recipe["geometry"]
     image = Image(_sound(json.dumps(geometry), recipe["length"], recipe["open"]))
-    for change in recipe["changes"]:
-        _CHANGES[change[0]](image, *change[1:])
+    apply(image, recipe["changes"])
     data = image.encode()
     return data, image.size
+
+
+def apply(image: Image, changes: list[list[Any]]) -> None:
+    """Change an image."""
+    for change in changes:
+        _CHANGES[change[0]](image, *change[1:])
 
 
 @functools.lru_cache(maxsize=64)

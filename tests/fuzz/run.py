@@ -33,7 +33,7 @@ import numpy as np
 
 from kvmmap.storage.file.snapshot import SnapshotHolder
 
-from . import files, groups, states, tensors
+from . import children, files, groups, states, tensors
 from .execute import Watch, execute
 from .image import Recipe
 from .mutate import key
@@ -60,6 +60,7 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "kvmmap.formats.safetensors_file._errors_of", return_value=nullcontext()
     ),
     "states-unbounded": lambda: mock.patch("kvmmap.formats.llama_cpp.source.Source.read", _read_what_there_is),
+    "parent-names-unchecked": lambda: mock.patch("kvmmap.format.parent.name_fault", return_value=None),
     "depth-unchecked": lambda: mock.patch("kvmmap.metadata._is_deep", return_value=False),
 }
 """What fuzzing must notice: checks that are left out."""
@@ -140,6 +141,8 @@ class Worker:
 def _kind(recipe: Recipe) -> ModuleType:
     if "state" in recipe:
         return states
+    if "chain" in recipe:
+        return children
     return groups if "group" in recipe else tensors if "tensors" in recipe else files
 
 
@@ -149,6 +152,7 @@ def main() -> int:
     parser.add_argument("--groups", action="store_true", help="Zarr groups instead of files")
     parser.add_argument("--tensors", action="store_true", help="safetensors files instead, which are imported")
     parser.add_argument("--states", action="store_true", help="states of llama.cpp instead, which are imported")
+    parser.add_argument("--children", action="store_true", help="files that continue others instead")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
     parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
@@ -180,7 +184,7 @@ def work(worker: Worker, arguments: argparse.Namespace) -> int:
                 print(next(iter(worker.seen)))
             else:
                 kind = groups if arguments.groups else tensors if arguments.tensors else files
-                kind = states if arguments.states else kind
+                kind = states if arguments.states else children if arguments.children else kind
                 worker.run(kind.recipes(), arguments.executions)
         print(f"{worker.done:,} files, {len(worker.seen):,} different outcomes", flush=True)
     except BaseException:

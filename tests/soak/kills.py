@@ -27,7 +27,7 @@ import numpy as np
 import kvmmap
 
 from .board import COUNTS, Board
-from .content import DIM, HEADS, LAYERS, SINKS, WINDOW, check_recent, verify_rows
+from .content import DIM, HEADS, LAYERS, SINKS, WINDOW, check_recent, rows_of, verify_rows
 from .model import Epochs, Log, Model, Operation
 from .reader import Reader
 from .writer import CAPACITIES, MUTATIONS, Writer
@@ -40,24 +40,23 @@ class SoakError(AssertionError):
 class Soak:
     """A cache, its readers, and one writer at a time."""
 
-    def __init__(self, folder: Path, *, readers: int, seed: int, mutation: str) -> None:
+    def __init__(self, folder: Path, *, readers: int, seed: int, mutation: str, inherited: int = 0) -> None:
         self.folder, self.path = folder, folder / "cache.kvm"
         self.log, self.board = Log(folder / "log"), Board(readers)
         self.random, self.mutation = Random(seed), mutation
         self.epoch = 1
         self.counts: Counter[str] = Counter()
-        nothing = np.zeros(0, np.int64)
-        self.model = Model(nothing, nothing, 0, 0, CAPACITIES[0])
-        kvmmap.create(
-            self.path,
-            num_layers=LAYERS,
-            capacity=CAPACITIES[0],
-            num_kv_heads=HEADS,
-            head_dim=DIM,
-            recent_window=WINDOW,
-            sinks=SINKS,
-            metadata={"note": 0},
-        ).close()
+        self.inherited = np.ones(inherited, np.int64)
+        self.model = Model(self.inherited, self.inherited, 0, 0, CAPACITIES[0])
+        shape = {"num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": DIM}
+        shape |= {"recent_window": WINDOW, "sinks": SINKS}
+        if inherited:
+            positions = np.arange(inherited)
+            with kvmmap.create(folder / "parent.kvm", capacity=inherited, **shape) as parent:
+                rows = (rows_of(value, positions, self.inherited) for value in (False, True))
+                parent.extend(*rows, self.inherited)
+            shape = {"parent": folder / "parent.kvm", "parent_length": inherited}
+        kvmmap.create(self.path, capacity=CAPACITIES[0], metadata={"note": 0}, **shape).close()
         self.log.start()
         self.readers = [
             self.fork(f"reader {number}", Reader(self.path, self.board, number, self.random.getrandbits(32)).run)
@@ -80,6 +79,7 @@ class Soak:
         """One writer's life and death."""
         self.log.start()
         writer = Writer(self.path, self.log, self.board, self.model, self.epoch, self.random.getrandbits(32))
+        writer.least = len(self.inherited)
 
         def live() -> None:
             with MUTATIONS[self.mutation]():
@@ -213,12 +213,15 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=None, help="of the operations; moments stay random")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary one by default")
+    parser.add_argument("--inherited", type=int, default=0, help="positions of another file that the cache continues")
     parser.add_argument("--mutation", choices=MUTATIONS, default="none", help="break something, to see it noticed")
     arguments = parser.parse_args()
     seed = int.from_bytes(os.urandom(4), "little") if arguments.seed is None else arguments.seed
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="kvmmap-soak-"))
     print(f"seed {seed}, {arguments.readers} readers, in {folder.parent}", flush=True)
-    soak = Soak(folder, readers=arguments.readers, seed=seed, mutation=arguments.mutation)
+    soak = Soak(
+        folder, readers=arguments.readers, seed=seed, mutation=arguments.mutation, inherited=arguments.inherited
+    )
     try:
         while soak.counts["kills"] < arguments.kills:
             soak.kill_one()

@@ -70,7 +70,8 @@ class Reader:
         self.use(start, epochs)
 
     def check_monotonic(self, length: int) -> None:
-        word = self.cache.storage.snapshot.generation_word  # type: ignore[attr-defined]
+        storage = self.cache.storage
+        word = getattr(storage, "own", storage).snapshot.generation_word  # of a chain, its last file's
         if word == self.seen[0]:
             assert length >= self.seen[1], f"{self.seen[1]} positions, then {length} in the same generation"
         self.seen = word, length

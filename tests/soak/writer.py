@@ -28,6 +28,8 @@ class Writer:
         self.path, self.log, self.board, self.model, self.epoch = path, log, board, model, epoch
         self.random = Random(seed)
         self.commits = False
+        self.least = 0
+        """Positions that are another file's, and stay."""
 
     def run(self) -> None:
         """Do things until the process is killed."""
@@ -104,7 +106,7 @@ class Writer:
         self.board.put("acknowledged", start + count)
 
     def truncate(self, length: int) -> None:
-        length = min(length, len(self.model.epochs))
+        length = max(self.least, min(length, len(self.model.epochs)))
         self.board.put("truncations", self.board.get("truncations") + 1)
         self.board.put("acknowledged", length)
         self.do(Operation("truncate", length), lambda: self.cache.truncate(length))
