@@ -56,6 +56,14 @@ def test_a_server(session: Session) -> None:
     session.run(DOCS / "howto/server.md")
 
 
+@pytest.mark.torch
+@pytest.mark.long
+def test_serving_chats(session: Session) -> None:
+    save_llama(session.folder / "model")
+    session.environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "examples")}
+    session.run(DOCS / "howto/chat-server.md")
+
+
 def test_sharing_through_s3(session: Session, s3: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
     with Server(tmp_path_factory.mktemp("s3-of-its-own")) as server:  # the page shows all caches that there are
         session.environment |= s3.environment() | server.environment()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.browser import Browser
+from helpers.browser import CONTRAST, Browser
 from helpers.cli_support import click_run, expect_line, flip, offset_of
 
 import kvmmap
@@ -124,54 +124,6 @@ def test_where_a_page_can_not_go(path: Path, tmp_path: Path) -> None:
 
 
 # In a browser
-
-CONTRAST = """
-(() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = (text) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = text;
-    canvas.fillRect(0, 0, 1, 1);
-    return canvas.getImageData(0, 0, 1, 1).data;
-  };
-  const light = (c) => {
-    const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    const [r, g, b] = [c[0], c[1], c[2]].map((v) => linear(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ratio = (a, b) => {
-    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
-    return (x + 0.05) / (y + 0.05);
-  };
-  const behind = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const c = rgba(getComputedStyle(e).backgroundColor);
-      if (c[3] == 255) return c;
-    }
-    return rgba("white");
-  };
-  const poor = [];
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  let seen = 0;
-  while (walk.nextNode()) {
-    const element = walk.currentNode.parentElement;
-    if (!walk.currentNode.data.trim() || ["title", "STYLE", "SCRIPT", "METER"].includes(element.tagName)) continue;
-    const style = getComputedStyle(element);
-    const ink = rgba(element instanceof SVGElement ? style.fill : style.color);
-    const least = parseFloat(style.fontSize) >= 24 ? 3 : 4.5;
-    const found = ratio(ink, behind(element));
-    seen += 1;
-    if (found < least) poor.push([walk.currentNode.data.trim(), found]);
-  }
-  for (const mark of document.querySelectorAll("polyline, path, .legend rect:not(.hole)")) {
-    const style = getComputedStyle(mark);
-    const found = ratio(rgba(style.fill == "none" ? style.stroke : style.fill), behind(mark));
-    seen += 1;
-    if (found < 3) poor.push([mark.outerHTML.slice(0, 80), found]);
-  }
-  return {poor, seen};
-})()
-"""
 
 SOUNDNESS = """
 (() => ({

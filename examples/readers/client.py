@@ -1,6 +1,6 @@
 """Ask the server of server.py, from several threads at once, and check every answer.
 
-python examples/serving/client.py http://127.0.0.1:8000 --until 3000
+python examples/readers/client.py http://127.0.0.1:8000 --until 3000
 """
 
 import argparse

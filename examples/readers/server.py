@@ -1,6 +1,6 @@
 """Serve attention over a cache that another process writes, by many reading processes behind one HTTP port.
 
-    python examples/serving/server.py chat.kvm --workers 4
+    python examples/readers/server.py chat.kvm --workers 4
 
 POST / with {"layer": 0, "queries": [num_q_heads lists of head_dim numbers]} answers with the output of each head, the
 positions that were attended over, and the process that did it.

@@ -1,6 +1,6 @@
 """Write a cache token by token, as a model that generates would, beside any number of readers.
 
-    python examples/serving/writer.py chat.kvm --tokens 3000
+    python examples/readers/writer.py chat.kvm --tokens 3000
 
 Keys are random, and every value is 1, so that attention over them must give 1.
 """
