@@ -30,6 +30,9 @@ BARS = {1: (0.75, 10.0), 4: (0.44, 35.0), 8: (0.23, None)}
 BARS_16_BITS = {1: (0.75, None), 4: (0.65, 60.0), 8: (0.4, None)}
 """The same of bf16 queries, and of torch in bf16."""
 
+CHUNKS = {64: 2.0, 512: 1.5, 2048: 1.5}
+"""By queries in a chunk of a prompt: of torch's attention over the same dtype."""
+
 ERRORS = (2.0, 400.0)
 """Millionths of the output's largest number that are lost, of f32 queries and of bf16 ones."""
 
@@ -47,6 +50,7 @@ def main() -> None:
     report.note("shape", f"{args.length:,} positions, {HEADS} KV heads, head_dim {DIM}; one thread unless said")
     layer = filled(args.length, HEADS, DIM)
     decode(report, layer, args.rounds)
+    processors(report)
     prompt(report, layer, args.rounds)
     quantized_caches(report, layer, args.rounds)
     by_length(report, args.longest)
@@ -141,24 +145,54 @@ def error(layer: kvmmap.QuantizedKvLayer, queries: np.ndarray, out: np.ndarray) 
 
 
 def prompt(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
-    """256 queries at once: a chunk of a prompt, causal, over a quarter of the length."""
-    length, n, group = len(layer) // 4, 256, 4
-    queries = gaussian(n, HEADS * group, DIM, seed=3)
-    out = np.empty_like(queries)
+    """Chunks of a prompt, causal, over a quarter of the length."""
+    length, group = len(layer) // 4, 4
     keys, values = (
-        x[:length].swapaxes(0, 1).copy() for x in (layer.read_keys(0, length), layer.read_values(0, length))
+        torch.from_numpy(x[:length].swapaxes(0, 1).copy())[None]
+        for x in (layer.read_keys(0, length), layer.read_values(0, length))
     )
-    theirs = [torch.from_numpy(x)[None] for x in (queries.swapaxes(0, 1).copy(), keys, values)]
-    mask = torch.arange(length)[None] <= torch.arange(length - n, length)[:, None]
-    options = {"positions": (0, length), "query_start": length - n, "out": out, "threads": 1}
+    for n, required in CHUNKS.items():
+        queries = gaussian(n, HEADS * group, DIM, seed=3)
+        halved, out = queries.astype(bfloat16), np.empty_like(queries)
+        theirs = [torch.from_numpy(queries.swapaxes(0, 1).copy())[None], keys, values]
+        half = [x.bfloat16() for x in theirs]
+        mask = torch.arange(length)[None] <= torch.arange(length - n, length)[:, None]
+        options = {"positions": (0, length), "query_start": length - n, "out": out, "threads": 1}
+        tasks = [
+            Task(name="attend", run=lambda q=queries, o=options: layer.attend(q, **o)),
+            Task(name="attend, bf16", run=lambda q=halved, o=options: layer.attend(q, **o)),
+            Task(name="torch f32", run=lambda t=theirs, m=mask: masked(t, m)),
+            Task(name="torch bf16", run=lambda t=half, m=mask: masked(t, m)),
+        ]
+        title = f"a chunk of {n:,} queries over {length:,} positions"
+        found = measure(tasks, min(rounds, 3))
+        report.show(title, found, ["torch f32", "torch bf16"])
+        for name, rival in (("attend", "torch f32"), ("attend, bf16", "torch bf16")):
+            report.bars.append(Bar(f"{title}: of {rival}", required, found.ratio(name, rival).median, "x"))
+
+
+def masked(inputs: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
+
+
+def processors(report: Report) -> None:
+    """What a second thread adds where neither waits for memory: little, if both run on one core."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return
+    layers = [filled(1024, HEADS, 64) for _ in range(2)]
+    queries = gaussian(1, HEADS * 4, 64)
+    two = ThreadPoolExecutor(2)
+
+    def attend(layer: kvmmap.QuantizedKvLayer) -> None:
+        for _ in range(50):
+            layer.attend(queries, threads=1)
+
     tasks = [
-        Task(name="attend", run=lambda: layer.attend(queries, **options)),
-        Task(
-            name="torch f32",
-            run=lambda: scaled_dot_product_attention(*theirs, attn_mask=mask, enable_gqa=True),
-        ),
+        Task(name="one", run=lambda: attend(layers[0])),
+        Task(name="two", run=lambda: list(two.map(attend, layers))),
     ]
-    report.show(f"a chunk of {n} queries over {length:,} positions", measure(tasks, min(rounds, 5)), ["torch f32"])
+    gain = 2 * measure(tasks, 9).ratio("two", "one").median
+    report.note("two processors, of one, over rows in cache", f"{gain:.2f}x (one core's two threads give 1.3 to 1.5)")
 
 
 def quantized_caches(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
