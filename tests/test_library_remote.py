@@ -78,6 +78,24 @@ def test_a_fetch_that_is_not_worth_it(machine: Open) -> None:
     assert two.metrics()["segments_fetched"] == 0
 
 
+def test_prompts_shorter_than_a_block(machine: Open) -> None:
+    one, two = machine("one"), machine("two")
+    ids = text(300, 0)
+    say(one, ids[:100])
+    say(one, text(70, 1))
+    one.push()
+    two.pull()
+    assert say(two, prompt(ids[:100], [1, 2])) == 100
+    assert say(two, prompt(text(70, 1), text(400, 2))) == 70
+    assert two.metrics()["segments_fetched"] == 2
+    # A child of a short one, which ends before the first block does, too.
+    say(one, prompt(ids[:80], text(90, 3)))
+    one.push()
+    two.pull()
+    assert say(two, prompt(ids[:80], text(90, 3), [5])) == 170
+    assert say(two, prompt(ids[:99], [7])) == 99
+
+
 def test_segments_that_grow_are_pushed_again(machine: Open) -> None:
     one, two = machine("one"), machine("two")
     ids = text(300, 0)

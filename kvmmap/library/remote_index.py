@@ -83,6 +83,13 @@ class RemoteIndex(Index):
         return [int(row[0]) for row in rows]
 
     @recovering
+    def remote_ends(self, most: int) -> list[int]:
+        """Return where segments of the object store end, at `most` at most."""
+        with self.database.reading() as connection:
+            rows = connection.execute("SELECT DISTINCT stop FROM remotes WHERE stop <= ?", (most,)).fetchall()
+        return [int(row[0]) for row in rows]
+
+    @recovering
     def forget_remote(self, name: str) -> None:
         """Forget a segment that the object store no longer has."""
         with self.database.writing() as connection:

@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 6
+VERSION = 7
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -92,6 +92,7 @@ CREATE TABLE remotes (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX remote_families ON remotes (parent, stop) WHERE parent IS NOT NULL;
+CREATE INDEX remote_ends ON remotes (stop);
 
 CREATE TABLE remote_hashes (hash BLOB NOT NULL, name TEXT NOT NULL, PRIMARY KEY (hash, name)) STRICT, WITHOUT ROWID;
 

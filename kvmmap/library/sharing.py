@@ -180,7 +180,7 @@ class Sharing:
             else:
                 high = middle - 1
         boundary = low * BLOCK_TOKENS
-        reached = self._index.remote_with_prefix(prompt.hash(low)) if low else []
+        reached = self._index.remote_with_prefix(prompt.hash(low)) if low else self._short(prompt)
         best: tuple[int, RemoteSegment | None] = (0, None)
         seen: set[str] = set()
         while reached := [one for one in reached if one.namespace == namespace and one.name not in seen]:
@@ -195,6 +195,12 @@ class Sharing:
             ends = [one for stop in stops for one in self._index.remote_with_prefix(prompt.hash_at(stop))]
             reached = [one for one in ends if one.parent in names and _ends_in(one, prompt)]
         return best
+
+    def _short(self, prompt: Prompt) -> list[RemoteSegment]:
+        """Return segments that end in the first block and that a prompt begins with: only the hash of their end finds
+        them."""
+        stops = self._index.remote_ends(min(len(prompt), BLOCK_TOKENS - 1))
+        return [one for stop in stops for one in self._index.remote_with_prefix(prompt.hash_at(stop))]
 
     def fetch(self, entry: RemoteSegment) -> int:
         """Bring a segment here, with those that it continues; return the bytes that were fetched.
