@@ -46,6 +46,7 @@ soak:  ## 200,000 simulated power losses, 1,000 writers and users of a library k
 	KVMMAP_EVERY_BIT=1 $(VENV)/bin/pytest tests/test_damage.py -k every_byte
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.kills --kills $(or $(KILLS),1000)
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.kills --inherited 300 --kills $(or $(KILLS),1000)
+	PYTHONPATH=tests $(VENV)/bin/python -m soak.states --kills $(or $(KILLS),1000)
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.library --kills $(or $(KILLS),1000)
 	KVMMAP_LIBRARY_EXAMPLES=200 $(VENV)/bin/pytest tests/test_library_stateful.py
 

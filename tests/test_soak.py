@@ -13,9 +13,9 @@ KILLS = int(os.environ.get("KVMMAP_KILLS", "40"))
 MUTATIONS = ("publish-first", "truncate-silently", "forget-lengths", "commit-nothing", "misplace-recent")
 
 
-def soak(folder: Path, kills: int, *more: str) -> subprocess.CompletedProcess[str]:
+def soak(folder: Path, kills: int, *more: str, module: str = "soak.kills") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "soak.kills", "--folder", folder, "--kills", str(kills), *more],
+        [sys.executable, "-W", "error", "-m", module, "--folder", folder, "--kills", str(kills), *more],
         capture_output=True,
         text=True,
         timeout=60 + 10 * kills,
@@ -43,3 +43,15 @@ def test_the_soak_detects_missing_safeguards(tmp_path: Path, mutation: str) -> N
     done = soak(tmp_path, 300, "--mutation", mutation)
     assert done.returncode == 1, f"{done.stdout}\nwith {mutation}, and nobody noticed"
     assert "Error" in done.stderr
+
+
+def test_checkpoints_of_states_are_those_of_their_rows(tmp_path: Path) -> None:
+    done = soak(tmp_path, KILLS, module="soak.states")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("nothing lost, nothing wrong\n")
+
+
+def test_states_before_their_rows_are_detected(tmp_path: Path) -> None:
+    done = soak(tmp_path, 300, "--early", module="soak.states")
+    assert done.returncode == 1
+    assert "is not that of its rows" in done.stderr
