@@ -1,6 +1,6 @@
 """A library of 100,000 segments of up to 128k tokens beside one of 100: lookups, sessions, puts and evictions.
 
-    python benchmarks/bench_library.py [--segments 100000] [--rounds 15] [--json FILE]
+    python benchmarks/bench_library.py [--segments 100000] [--rounds 15] [--processor] [--json FILE]
 
 Most segments are in the index alone (`library_filling.py`). A task takes turns in both libraries, so that their ratio
 is of the same moment.
@@ -29,6 +29,7 @@ FLAT = 2.0
 def main() -> None:
     parser = arguments("Benchmark the library.", rounds=15)
     parser.add_argument("--segments", type=int, default=100_000)
+    parser.add_argument("--processor", action="store_true", help="measure processor time: on a busy machine")
     args = parser.parse_args()
     report = Report("library")
     with workspace(args.dir) as folder:
@@ -46,7 +47,7 @@ def main() -> None:
             for pair in zip(operations(*few), operations(*many), strict=True)
             for name, (what, prepare, run, calls) in zip((small, big), pair, strict=True)
         ]
-        measured = measure(tasks, args.rounds)
+        measured = measure(tasks, args.rounds, time.process_time if args.processor else time.perf_counter)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
         report.note("memory of all these operations", f"{max(grown, 0) / 1024:,.0f} MB")
         report.show("a library of 2 layers, 1 x 16", measured, [])

@@ -25,7 +25,7 @@ from harness import Bar, Report, Task, arguments, measure, nothing, workspace
 import kvmmap
 from kvmmap.library.manifests import Log, Manifest, RemoteSegment, key_of
 from kvmmap.library.packing import AT_ONCE
-from kvmmap.library.sharing import COMPACT_EVERY
+from kvmmap.library.sharing import compact_every
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from helpers import seaweed
@@ -121,7 +121,7 @@ def following(report: Report, server: seaweed.Server, folder: Path, count: int, 
         assert library._sharing is not None
         objects = library._sharing._objects
     entries = [synthetic(number) for number in range(count)]
-    covered = count - COMPACT_EVERY + 1  # the worst case
+    covered = count - compact_every(count) + 1  # the worst case
     if covered > 0:
         objects.put_if(key_of(covered), Manifest(added=entries[covered - 1 : covered]).encode(), None)
         Log(objects).compact(covered, entries[:covered])

@@ -17,6 +17,7 @@ from helpers.support import TESTS
 
 import kvmmap
 from kvmmap.library.manifests import Log, Manifest, RemoteSegment
+from kvmmap.library.sharing import compact_every
 from kvmmap.storage.objects.memory import MemoryObjects
 
 Open = Callable[..., kvmmap.Library]
@@ -200,6 +201,21 @@ def test_compacting_the_log(machine: Open) -> None:
     two.push()
     behind.pull()
     assert say(behind, prompt(text(300, 9), [1])) == 300
+
+
+def test_the_log_is_compacted_as_it_grows(machine: Open) -> None:
+    one, two = machine("one"), machine("two")
+    say(one, text(300, 0))
+    log = Log(objects_of(one))
+    for number in range(126):
+        assert log.append(Manifest(), number) == number + 1
+    assert one.push() == 1
+    say(one, text(300, 1))
+    assert one.push() == 1  # the 128th
+    assert len([key for key in objects_of(one).list() if key.startswith("log/")]) == 1
+    two.pull()
+    assert say(two, prompt(text(300, 0), [1])) == say(two, prompt(text(300, 1), [1])) == 300
+    assert [compact_every(count) for count in (0, 8192, 8193, 1 << 20)] == [128, 128, 256, 16384]
 
 
 def test_a_writer_that_missed_a_compaction(machine: Open) -> None:

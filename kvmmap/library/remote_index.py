@@ -54,6 +54,12 @@ class RemoteIndex(Index):
         return None if row is None else RemoteSegment.of_json(json.loads(row[0]))
 
     @recovering
+    def remote_count(self) -> int:
+        """Return how many segments the object store has."""
+        with self.database.reading() as connection:
+            return int(connection.execute("SELECT count(*) FROM remotes").fetchone()[0])
+
+    @recovering
     def remotes(self) -> list[RemoteSegment]:
         """Return all segments of the object store."""
         with self.database.reading() as connection:

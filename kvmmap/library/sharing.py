@@ -37,7 +37,11 @@ ORPHAN_SECONDS = 24 * 3600.0
 """Age, by the server's clock, at which parts that no manifest names are removed: no push takes that long."""
 
 COMPACT_EVERY = 128
-"""Who puts the 128th manifest, the 256th and so on, puts a snapshot of all: so who joins late reads few manifests."""
+"""Manifests after which whoever puts one puts a snapshot of all, at least: so who joins late reads few manifests."""
+
+ENTRIES_A_MANIFEST = 64
+"""Segments of a snapshot, at most, for each manifest since the one before: snapshots of very many are made less often,
+so that they cost little beside what is pushed."""
 
 LEAST_GAIN = 64
 """Positions that a fetch must gain over what is here."""
@@ -95,7 +99,7 @@ class Sharing:
         while (number := self._log.append(manifest, self._index.log_position(self.url))) is None:
             self.follow()
         self.follow()
-        if number % COMPACT_EVERY == 0:
+        if number % COMPACT_EVERY == 0 and number % compact_every(self._index.remote_count()) == 0:
             with contextlib.suppress(StoreError):  # the next one does it
                 self.compact_log()
 
@@ -327,6 +331,14 @@ class Sharing:
             orphans=len(orphans),
             manifests=self.compact_log(),
         )
+
+
+def compact_every(segments: int) -> int:
+    """Return after how many manifests a snapshot of so many segments is made: 128, 256, 512 and so on."""
+    every = COMPACT_EVERY
+    while every * ENTRIES_A_MANIFEST < segments:
+        every *= 2
+    return every
 
 
 def _ends_in(entry: RemoteSegment, prompt: Prompt) -> bool:
