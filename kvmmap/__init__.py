@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from .formats.mlx_import import import_mlx
     from .formats.safetensors import export_tensors
     from .formats.safetensors_import import import_tensors
+    from .fp8 import Fp8KvCache, Fp8KvLayer
     from .library import Library, Namespace
     from .sizing import Size, bytes_per_token, sizes
     from .storage.file.repair import RepairReport
@@ -77,6 +78,8 @@ __version__ = "0.1.0"
 
 # What few programs use, and takes long to load (hashlib and the like), is loaded when it is first used.
 _LATER = {
+    "Fp8KvCache": "fp8",
+    "Fp8KvLayer": "fp8",
     "CodecLoss": "transfer.transcoding",
     "CopyReport": "transfer.copying",
     "Library": "library",
@@ -125,6 +128,8 @@ __all__ = [
     "DtypeError",
     "EmptyCacheError",
     "FormatError",
+    "Fp8KvCache",
+    "Fp8KvLayer",
     "HeadOutOfRangeError",
     "KvmmapError",
     "LayerGeometry",

@@ -30,6 +30,7 @@ TABLE = (
     ("states",),
     ("checks", "layer_reader", "layer"),
     ("layers", "cache_reader", "cache"),
+    ("fp8",),
     ("opening", "finding", "files"),
     ("transfer",),
     ("formats",),
