@@ -87,7 +87,7 @@ class KvmmapCache(StoredSequence):
         )
         kinds, shapes = settings(model, capacity, metadata, fingerprint, storing)
         check_resident(resident, kinds)
-        self._attach(None, QuantizedKvCache(**shapes), kinds, model, resident)
+        self._attach(None, QuantizedKvCache(**shapes), kinds, model, resident, digested=fingerprint is None)
 
     @classmethod
     def create(
@@ -142,7 +142,7 @@ class KvmmapCache(StoredSequence):
             timeout=timeout,
             storage_options=storage_options,
         )
-        return cls._of(None, stored, kinds, model, resident)
+        return cls._of(None, stored, kinds, model, resident, digested=fingerprint is None)
 
     @classmethod
     def open(
@@ -181,11 +181,12 @@ class KvmmapCache(StoredSequence):
         try:
             kinds = check_stored(stored, model, fingerprint)
             check_resident(resident, kinds)
+            digested = fingerprint is None
             if mode == "a":
-                return cls._of(None, stored, kinds, model, resident)
+                return cls._of(None, stored, kinds, model, resident, digested=digested)
             room = room_beside(stored) if room is None else room
             own = QuantizedKvCache(**spread_like(stored, room, stored.seq_len), model=stored.model)
-            return cls._of(stored, own, kinds, model, resident)
+            return cls._of(stored, own, kinds, model, resident, digested=digested)
         except BaseException:
             stored.close()
             raise
@@ -198,9 +199,11 @@ class KvmmapCache(StoredSequence):
         kinds: Sequence[LayerKind],
         model: Any,
         resident: Resident = "host",
+        *,
+        digested: bool = False,
     ) -> Self:
         cache = cls.__new__(cls)
-        cache._attach(saved, own, kinds, model, resident)
+        cache._attach(saved, own, kinds, model, resident, digested=digested)
         return cache
 
     # Life

@@ -24,7 +24,7 @@ SHARE = 1024
 """The part of larger models' bytes that is compared at every look is one in so many."""
 
 THOROUGH = 2**22
-"""Bytes compared at a thorough look: half a millisecond's worth."""
+"""Bytes compared at a thorough look, for something less than a millisecond."""
 
 _CHUNK = 2**18
 

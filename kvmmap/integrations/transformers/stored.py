@@ -34,7 +34,7 @@ from .sequence import MaskLength
 from .shared import SharedLayer
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
-from .weights import Weights, weights_of
+from .weights import Weights, compared_weights, weights_of
 from .write_behind import WriteBehind
 
 
@@ -48,7 +48,19 @@ class StoredSequence(IllustratedSequence):
         kinds: Sequence[LayerKind],
         model: Any,
         resident: Resident,
+        *,
+        digested: bool = False,
     ) -> None:
+        """Take a cache in: its layers, and whose it is.
+
+        Args:
+            saved: what is only read, if there is anything.
+            own: what is appended to.
+            kinds: what each layer of the model keeps.
+            model: the model, its config, or None.
+            resident: where keys and values are while the model uses them.
+            digested: the model's digest was computed, and compared or recorded, right before.
+        """
         kept = saved.seq_len if saved is not None else 0
         self._kinds = list(kinds)
         complete = weakref.WeakMethod(self._note_complete)  # no circle: a cache's file closes with its last reference
@@ -83,7 +95,7 @@ class StoredSequence(IllustratedSequence):
         self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
             check_graphs(model)
-            self._weights = weights_of(model)
+            self._weights = compared_weights(model) if digested else weights_of(model)
             watch(model)
 
     # What it holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,16 +30,30 @@ class MappedLayer(ReadOnlyLayer):
         super().__init__(storage, index)
         self._mapped = mapped
         self._holder = holder
-        self._offsets = [mapped.superblock.sections[kind, index].offset for kind in slab_sections(self.geometry)]
         self._block_tokens = mapped.geometry.block_tokens
-        self._kept_sketches = KeptSketches(mapped.superblock, index) if mapped.superblock.has_sketches else None
-        self._sketches = ComputedSketches(self.geometry, self._block_tokens)
         self._slabs: Rows | None = None
         self._records = LayerRecords(mapped.superblock, index) if mapped.geometry.keeps_recent else None
         self._loaded: tuple[int, int] | None = None
         """The length and generation of the rows in 16 bits that are in memory."""
         self._torn: list[BadRecord] = []
         """Records that were torn or damaged when they were read."""
+
+    # Made on first use: a model's layers are all made when a cache is opened.
+
+    @functools.cached_property
+    def _offsets(self) -> list[int]:
+        """Where the layer's slabs are in the file."""
+        sections = self._mapped.superblock.sections
+        return [sections[kind, self.index].offset for kind in slab_sections(self.geometry)]
+
+    @functools.cached_property
+    def _kept_sketches(self) -> KeptSketches | None:
+        superblock = self._mapped.superblock
+        return KeptSketches(superblock, self.index) if superblock.has_sketches else None
+
+    @functools.cached_property
+    def _sketches(self) -> ComputedSketches:
+        return ComputedSketches(self.geometry, self._block_tokens)
 
     def recent_rows(self) -> RecentRows | None:
         if self._records is None:
