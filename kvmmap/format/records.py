@@ -6,6 +6,7 @@ This is the only description of the bytes: structs are built from it, and so are
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
@@ -225,8 +226,14 @@ SLAB_SECTIONS = tuple(range(Section.KEY_CODES, Section.VALUE_SCALES + 1))
 
 def slab_sections(geometry: LayerGeometry) -> tuple[Section, ...]:
     """Return the sections of a layer's arrays, in the order of `LayerGeometry.slabs`."""
-    keys = (Section.KEY_CODES, Section.KEY_SCALES)[: len(geometry.key_slabs)]
-    return keys + (Section.VALUE_CODES, Section.VALUE_SCALES)[: len(geometry.value_slabs)]
+    keys = len(geometry.key_slabs)
+    return _sections_of(keys, len(geometry.slabs) - keys)
+
+
+@functools.cache
+def _sections_of(keys: int, values: int) -> tuple[Section, ...]:
+    of_values = (Section.VALUE_CODES, Section.VALUE_SCALES)[:values]
+    return (Section.KEY_CODES, Section.KEY_SCALES)[:keys] + of_values
 
 
 CHECKSUM = struct.Struct("<Q")

@@ -7,6 +7,7 @@ column at a time, and an entry becomes an object when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,13 +54,29 @@ class SectionTable(Mapping[tuple[int, int], Extent]):
         if len(keys) and (offsets | sizes).max() >= _LARGEST:
             raise CorruptCacheError(f"{path}: superblock damaged: a section ends at 2**63 or later", path=path)
         self._offsets, self._sizes = offsets.astype(np.int64), sizes.astype(np.int64)
+        self._made: dict[tuple[int, int], Extent] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> Extent:
-        row = self._rows[key[0] << 32 | key[1]]
-        return Extent(int(self._offsets[row]), int(self._sizes[row]))
+        extent = self._made.get(key)
+        if extent is None:
+            row = self._rows[key[0] << 32 | key[1]]
+            extent = self._made[key] = Extent(int(self._offsets[row]), int(self._sizes[row]))
+        return extent
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, tuple) and key[0] << 32 | key[1] in self._rows
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, SectionTable) and all(
+            map(np.array_equal, self._columns(), other._columns())  # in the same order, as two readings of a file are
+        ):
+            return True
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of every mapping that compares its items
+
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return self.kinds, self._layers, self._offsets, self._sizes
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         yield from zip(self.kinds.tolist(), self._layers.tolist(), strict=True)

@@ -80,7 +80,9 @@ class Superblock:
     @property
     def unknown_sections(self) -> tuple[int, ...]:
         """Kinds of section that this package does not know and so can't keep right: the file is for reading only."""
-        return tuple(sorted({kind for kind, _ in self.sections} - KNOWN_SECTIONS))
+        sections = self.sections
+        kinds = sections.kinds.tolist() if isinstance(sections, SectionTable) else [kind for kind, _ in sections]
+        return tuple(sorted(set(kinds) - KNOWN_SECTIONS))
 
     @property
     def live_record(self) -> Extent:

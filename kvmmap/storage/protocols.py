@@ -111,7 +111,7 @@ class LayerStore(ABC):
     def stage(self, start: int, count: int) -> Rows:
         """Return a buffer for at most `count` positions from `start` on, at least one, to quantise into."""
         most = max(1, STAGE_BYTES // self.geometry.position_bytes)
-        return Rows.allocate(self.geometry, min(count, most))
+        return Rows.empty(self.geometry, min(count, most))
 
     def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
         """Keep rows that were written from position `start` on in 16 bits besides: see `RecentRows.keep`. Called before

@@ -19,6 +19,9 @@ LONGEST_IN_TEMPORARY = 230
 LONGEST_IN_PARTIAL = 180
 """Bytes of NAME in a `.partial` name."""
 
+ENDINGS = (".tmp", ".partial")
+"""How all such names end."""
+
 _RANDOM = "[0-9a-f]{12}"
 _STAMP = "[0-9a-f]{24}"
 _ENDINGS = r"\.(?:kvm|safetensors)"

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 
 from ...errors import CorruptCacheError
-from ...format import WHOLE_CACHE, Section, Slot, slab_sections
+from ...format import WHOLE_CACHE, Section, Slot, Superblock, slab_sections
 from ...ranges import check_range, check_room
 from ..checkpoints import copy_checkpoints
 from ..posix import PosixFile, closing_on_error
@@ -65,9 +65,10 @@ def fork_file(
             target, geometry, old.document, metadata_room=old.superblock.section(Section.METADATA).size // 2
         )
         try:
-            _share(old, file, length, progress)
+            superblock = read_superblock(file)
+            _share(old, file, superblock, length, progress)
             old.check()  # after a truncation meanwhile, other rows may have been copied
-            return _finish(old, file, target, length, durability)
+            return _finish(old, file, superblock, target, length, durability)
         except BaseException:
             file.discard() if file.path != target else file.close()
             raise
@@ -101,9 +102,8 @@ def _fork_chain(
         )
 
 
-def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress | None) -> None:
+def _share(old: MappedReader, file: PosixFile, new: Superblock, length: int, progress: Progress | None) -> None:
     """Copy the rows and token ids of the first `length` positions."""
-    new = read_superblock(file)
     extents: list[tuple[tuple[int, int], int]] = [((Section.TOKEN_IDS, WHOLE_CACHE), 4 * min(old.token_len, length))]
     for number, layer in enumerate(old.geometry.layers):
         sizes = zip(slab_sections(layer), layer.slab_bytes(length), strict=True)
@@ -122,14 +122,15 @@ def _share(old: MappedReader, file: PosixFile, length: int, progress: Progress |
                 progress(done, total)
 
 
-def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durability: Durability) -> MappedWriter:
+def _finish(
+    old: MappedReader, file: PosixFile, superblock: Superblock, target: str, length: int, durability: Durability
+) -> MappedWriter:
     """Commit what was copied, and put the file in its place."""
     slot, size = old.snapshot.slot, old.geometry.block_tokens
     # The checksums, and sketches, of these blocks are copied; those of the rest are computed from their rows.
     rows = min(slot.seq_len, length) // size * size
     tokens = min(slot.token_len, length) // size * size
     _check_cut(old, rows, min(slot.seq_len, length), tokens, min(slot.token_len, length))
-    superblock = read_superblock(file)
     for kind, count in (
         (Section.CHECKSUMS, rows // size * old.geometry.num_layers),
         (Section.TOKEN_CHECKSUMS, tokens // size),
@@ -139,7 +140,7 @@ def _finish(old: MappedReader, file: PosixFile, target: str, length: int, durabi
             continue
         data = old.file.read(old.superblock.section(kind).offset, 8 * count)
         file.write((superblock.section(kind).offset,), (data,))
-    _record_length(file, rows, tokens)
+    _record_length(file, superblock, rows, tokens)
     file.try_lock()
     with closing_on_error(file):
         new = MappedWriter(file, superblock, durability=durability)
@@ -175,9 +176,8 @@ def _check_cut(old: MappedReader, rows: int, length: int, tokens: int, token_len
         )
 
 
-def _record_length(file: PosixFile, rows: int, tokens: int) -> None:
+def _record_length(file: PosixFile, superblock: Superblock, rows: int, tokens: int) -> None:
     """Make the new file's commit cover `rows` positions and `tokens` token ids, both whole blocks."""
-    superblock = read_superblock(file)
     for section in (Section.SLOT_A, Section.SLOT_B):
         extent = superblock.section(section)
         slot = Slot.decode(file.read(extent.offset, extent.size), superblock)

@@ -19,6 +19,8 @@ from ..sketches import sketch_checksum, sketch_keys, sketch_stored
 from .mapped_file import MappedFile
 
 _NONE = np.zeros(0, np.uint64)
+_SKETCH = np.dtype("<u2")
+_CHECKSUM = np.dtype("<u8")
 
 
 class KeptSketches:
@@ -28,21 +30,21 @@ class KeptSketches:
     """
 
     def __init__(self, superblock: Superblock, layer: int) -> None:
-        self._superblock = superblock
+        geometry = superblock.geometry.layers[layer]
         self._layer = layer
+        self._shape = (geometry.num_kv_heads, 2, geometry.head_dim)
+        self._at = superblock.section(Section.KEY_SKETCHES, layer).offset
+        self._layers = superblock.geometry.num_layers
+        self._checksums_at = superblock.section(Section.SKETCH_CHECKSUMS).offset
         self._verified = 0, 0  # under which version, and how many from 0
 
     def first(self, blocks: int, memory: mmap.mmap, version: int, *, verify: bool) -> NDArray[np.uint16]:
         """Return the sketches of the first `blocks` blocks, all committed; fewer if one is damaged."""
-        geometry, layers = self._superblock.geometry.layers[self._layer], self._superblock.geometry.num_layers
-        at = self._superblock.section(Section.KEY_SKETCHES, self._layer).offset
-        shape = (blocks, geometry.num_kv_heads, 2, geometry.head_dim)
-        found = np.ndarray(shape, np.dtype("<u2"), memory, at)
-        if not verify:
-            return found
-        at = self._superblock.section(Section.SKETCH_CHECKSUMS).offset
-        sums = np.ndarray((blocks, layers), np.dtype("<u8"), memory, at)
+        found = np.ndarray((blocks, *self._shape), _SKETCH, memory, self._at)
         verified = self._verified[1] if self._verified[0] == version else 0
+        if not verify or verified >= blocks:
+            return found
+        sums = np.ndarray((blocks, self._layers), _CHECKSUM, memory, self._checksums_at)
         while (
             verified < blocks and sketch_checksum(self._layer, verified, found[verified]) == sums[verified, self._layer]
         ):

@@ -16,7 +16,7 @@ from ...format import PAGE, Parent, Section, Slot, Superblock, checksum, num_slo
 from ...geometry import CacheGeometry
 from ...metadata import Document
 from ..posix import PosixFile, closing_on_error
-from ..temporary import left_over_names
+from ..temporary import ENDINGS, left_over_names
 from .live_record import map_live
 from .mapped_file import open_file, read_superblock
 
@@ -78,9 +78,12 @@ def refuse_locked(file: PosixFile, superblock: Superblock) -> NoReturn:
 
 def remove_left_overs(path: str) -> None:
     """Remove the temporary files that dead creators of the cache at `path` left."""
-    pattern = left_over_names(path)
     with contextlib.suppress(OSError), os.scandir(os.path.dirname(path) or ".") as entries:
-        for entry in entries:
+        some = [entry for entry in entries if entry.name.endswith(ENDINGS)]
+        if not some:  # mostly: compiling a pattern takes as long as planning a file
+            return
+        pattern = left_over_names(path)
+        for entry in some:
             if pattern.fullmatch(entry.name):
                 with contextlib.suppress(OSError):  # another process was faster, or may remove it and this one not
                     remove_dead(entry.path)

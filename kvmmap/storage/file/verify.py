@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator
 from ...errors import CacheChangedError, CorruptCacheError, FormatError
 from ...format import CheckpointHeader, Extent, Section, Slot, Superblock, block_checksum, checksum_of
 from ..protocols import Damage, Progress, VerifyReport
+from .block_reader import BlockReader
 from .file_sketches import check_sketches
 from .mapped_file import MappedFile
 from .recent_records import check_records
@@ -66,17 +67,17 @@ def verify_file(
 def check_blocks(mapped: MappedFile, first: int, stop: int, slot: Slot, skip: Container[int] = ()) -> Iterator[Damage]:
     """Yield what is wrong in blocks [first, stop) of every layer but some, as far as a commit covers them."""
     geometry = mapped.geometry
-    size, layers = geometry.block_tokens, geometry.num_layers
+    size, layers, reader = geometry.block_tokens, geometry.num_layers, mapped.blocks
     for block in range(first, stop):
         start, end = block * size, min((block + 1) * size, slot.seq_len)
         expected = list(slot.tail_checksums[:-1])
         if end - start == size:
-            expected = mapped.blocks.checksums(Section.CHECKSUMS, block * layers, layers)
+            expected = reader.checksums(Section.CHECKSUMS, block * layers, layers)
         for layer in range(layers):
             if layer in skip:
                 continue
-            extents = mapped.blocks.row_extents(layer, start, end)
-            problem = _compare(mapped, extents, layer, block, end - start, expected[layer])
+            extents = reader.row_extents(layer, start, end)
+            problem = _compare(reader, extents, layer, block, end - start, expected[layer])
             if problem:
                 yield Damage(f"layer {layer}, positions [{start}, {end}): {problem}", layer, start, end)
 
@@ -108,22 +109,22 @@ def check_checkpoints(mapped: MappedFile, slot: Slot) -> Iterator[Damage]:
 
 def check_tokens(mapped: MappedFile, slot: Slot, first: int = 0, stop: int | None = None) -> Iterator[Damage]:
     """Yield what is wrong in blocks [first, stop) of a commit's token ids; in all of them by default."""
-    size, layers = mapped.geometry.block_tokens, mapped.geometry.num_layers
+    size, layers, reader = mapped.geometry.block_tokens, mapped.geometry.num_layers, mapped.blocks
     complete = slot.token_len // size
-    expected = [*mapped.blocks.checksums(Section.TOKEN_CHECKSUMS, 0, complete), slot.tail_checksums[-1]]
+    expected = [*reader.checksums(Section.TOKEN_CHECKSUMS, 0, complete), slot.tail_checksums[-1]]
     blocks = -(-slot.token_len // size)
     for block in range(first, blocks if stop is None else min(stop, blocks)):
         start, end = block * size, min((block + 1) * size, slot.token_len)
-        problem = _compare(
-            mapped, [mapped.blocks.token_extent(start, end)], layers, block, end - start, expected[block]
-        )
+        problem = _compare(reader, [reader.token_extent(start, end)], layers, block, end - start, expected[block])
         if problem:
             yield Damage(f"token ids, positions [{start}, {end}): {problem}", None, start, end)
 
 
-def _compare(mapped: MappedFile, extents: list[Extent], track: int, block: int, rows: int, expected: int) -> str | None:
+def _compare(
+    reader: BlockReader, extents: list[Extent], track: int, block: int, rows: int, expected: int
+) -> str | None:
     try:
-        digests = [checksum_of(mapped.blocks.pieces(extent)) for extent in extents]
+        digests = [checksum_of(reader.pieces(extent)) for extent in extents]
     except EOFError:
         return "the file ends before"
     except OSError as error:

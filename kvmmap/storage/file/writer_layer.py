@@ -43,7 +43,7 @@ class ScratchRows:
         if geometry not in self._found:
             fitting = 1 << (max(SCRATCH_BYTES // geometry.position_bytes, 1).bit_length() - 1)
             count = min(fitting, self._capacity)  # none at capacity 0, of a position that may be gigabytes
-            rows = Rows.allocate(geometry, count)
+            rows = Rows.empty(geometry, count)
             self._found[geometry] = rows, rows.part(0, 1)
         return self._found[geometry]
 

@@ -69,7 +69,7 @@ class ZarrLayer(ReadOnlyLayer):
         size = self._handle.layout.shard_tokens
         if start < stop <= start - start % size + size:
             return next(self.iter_rows(start, stop))
-        whole = Rows.allocate(self.geometry, stop - start)
+        whole = Rows.empty(self.geometry, stop - start)
         for position, rows in self._placed(start, stop):
             whole.part(position - start, position - start + len(rows[0])).fill(rows)
         for array in whole:
