@@ -115,18 +115,25 @@ class QuantizedKvLayer(LayerReader):
             OSError: the disk is full or failing; nothing was appended.
         """
         if not self._key_shape[0]:
-            require_rows(self._store.geometry, self._number())
+            require_rows(self._store.geometry, self._label)
         key_rows, key_dtype = as_rows(keys)
         value_rows, value_dtype = as_rows(values)
         if key_rows.shape != self._key_shape:
-            key_rows = check_position_rows(key_rows, "keys", self._key_shape, self._number())
+            key_rows = check_position_rows(key_rows, "keys", self._key_shape, self._label)
         if value_rows.shape != self._value_shape:
-            value_rows = check_position_rows(value_rows, "values", self._value_shape, self._number())
+            value_rows = check_position_rows(value_rows, "values", self._value_shape, self._label)
         store = self._store
         with self._storage.lock:
             position = store.begin(1)
             rows = store.stage(position, 1)
-            self._encode(rows, position, key_rows[None], key_dtype, value_rows[None], value_dtype)
+            if self._paired:  # as `_encode`, without a call: see there
+                codes, scales, value_codes, value_scales = rows
+                bad_key = self._encode_keys(key_rows[None], key_dtype, codes, scales, 1)
+                bad_value = self._encode_values(value_rows[None], value_dtype, value_codes, value_scales, 1)
+                if bad_key >= 0 or bad_value >= 0:
+                    self._refuse(bad_key, bad_value, position)
+            else:
+                self._encode(rows, position, key_rows[None], key_dtype, value_rows[None], value_dtype)
             store.write(position, rows)
             if store.recent is not None:
                 store.keep(position, key_rows[None], key_dtype, value_rows[None], value_dtype)
@@ -167,8 +174,8 @@ class QuantizedKvLayer(LayerReader):
             NonFiniteError: arrays that the codec never makes.
             CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
         """
-        require_rows(self._store.geometry, self._number())
-        source = check_quantized(arrays, self._store.geometry, self._number())
+        require_rows(self._store.geometry, self._label)
+        source = check_quantized(arrays, self._store.geometry, self._label)
         count = len(source[0])
         with self._storage.lock:
             start = self._store.begin(count)
@@ -215,13 +222,13 @@ class QuantizedKvLayer(LayerReader):
     def check_input(self, keys: Any, values: Any) -> RowPair:
         """Return `extend`'s arguments as rows, their shapes checked."""
         if not self._key_shape[0]:
-            require_rows(self._store.geometry, self._number())
+            require_rows(self._store.geometry, self._label)
         key_rows, key_dtype = as_rows(keys)
         value_rows, value_dtype = as_rows(values)
         fits = key_rows.shape[1:] == self._key_shape and value_rows.shape[1:] == self._value_shape
         pair = RowPair(key_rows, key_dtype, value_rows, value_dtype)
         if not fits or len(key_rows) != len(value_rows):
-            refuse_shapes(pair, self._store.geometry, self._number())
+            refuse_shapes(pair, self._store.geometry, self._label)
         return pair
 
     def write_rows(self, start: int, pair: RowPair) -> None:
@@ -247,10 +254,13 @@ class QuantizedKvLayer(LayerReader):
         else:
             bad_key = self._encode_keys(keys, key_dtype, *out.keys, 1)
             bad_value = self._encode_values(values, value_dtype, *out.values, 1)
-        if bad_key >= 0:
-            raise non_finite(self._store, "keys", start, bad_key, self._number())
-        if bad_value >= 0:
-            raise non_finite(self._store, "values", start, bad_value, self._number())
+        if bad_key >= 0 or bad_value >= 0:
+            self._refuse(bad_key, bad_value, start)
+
+    def _refuse(self, bad_key: int, bad_value: int, start: int) -> NoReturn:
+        """Raise for the first row that an encoder has refused, of positions from `start` on."""
+        name, row = ("keys", bad_key) if bad_key >= 0 else ("values", bad_value)
+        raise non_finite(self._store, name, start, row, self._label)
 
     def keep_rows(self, start: int, pair: RowPair) -> None:
         """Keep rows that were written at `start` in 16 bits besides, if the cache does; the storage's lock is held."""
@@ -337,9 +347,10 @@ class QuantizedKvLayer(LayerReader):
             CacheChangedError: the writer truncated since the last `refresh`.
             CorruptCacheError: a block that is attended to does not match its checksum (`verify` of `kvmmap.open`).
         """
-        require_rows(self._store.geometry, self._number())
-        if not len(self):
-            raise EmptyCacheError(f"nothing is stored{where(self._number())}: push or extend before attending")
+        if not self._key_shape[0]:
+            require_rows(self._store.geometry, self._label)
+        if not self._store.length:
+            raise EmptyCacheError(f"nothing is stored{where(self._label)}: push or extend before attending")
         result = attend_store(
             self._store,
             queries,
@@ -388,7 +399,8 @@ class QuantizedKvLayer(LayerReader):
             NonFiniteError: a NaN or an infinity in the query; names the query head (`head`).
             CacheChangedError: the writer truncated since the last `refresh`.
         """
-        require_rows(self._store.geometry, self._number())
+        if not self._key_shape[0]:
+            require_rows(self._store.geometry, self._label)
         sketches = functools.partial(layer_sketches, self._store)
         block_tokens = self._storage.geometry.block_tokens
         return select_blocks(self._store, sketches, block_tokens, query, k, scale=scale, per_head=per_head)

@@ -34,11 +34,13 @@ class _Part(NamedTuple):
 class LayerReader:
     """The reading half of `QuantizedKvLayer`."""
 
-    __slots__ = ("_keys", "_storage", "_store", "_values")
+    __slots__ = ("_keys", "_label", "_storage", "_store", "_values")
 
     def __init__(self, storage: Storage, store: LayerStore) -> None:
         self._storage = storage
         self._store = store
+        # In messages: the layer's index, if there are others to tell it from.
+        self._label = store.index if storage.geometry.num_layers > 1 else None
         geometry = store.geometry
         first_value = len(geometry.key_slabs)
         self._keys = _Part("keys", geometry.key_codec, geometry.head_dim, slice(0, first_value))
@@ -168,11 +170,13 @@ class LayerReader:
         Raises:
             PositionOutOfRangeError, HeadOutOfRangeError: there is none (negative numbers don't wrap).
         """
-        return self._one_row(self._keys, position, head)
+        row: NDArray[np.float32] = self._one_position(self._keys, position, head)[0]
+        return row
 
     def get_value(self, position: int, head: int) -> NDArray[np.float32]:
         """Return one decoded value row, f32 [value_head_dim]; raises as `get_key`."""
-        return self._one_row(self._values, position, head)
+        row: NDArray[np.float32] = self._one_position(self._values, position, head)[0]
+        return row
 
     def get_keys_at(self, position: int) -> NDArray[np.float32]:
         """Return a position's decoded keys, f32 [num_kv_heads, head_dim].
@@ -237,18 +241,15 @@ class LayerReader:
         """
         return self._read(self._values, start, stop, dtype, out, threads, length)
 
-    def _one_row(self, part: _Part, position: int, head: int) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self._one_position(part, position, head)[0]
-        return row
-
     def _one_position(self, part: _Part, position: int, head: int | None = None) -> NDArray[np.float32]:
-        require_rows(self.geometry, self._number())
         store = self._store
+        if not store.geometry.num_kv_heads:
+            require_rows(store.geometry, self._label)
         version = store.version()  # before the length: see `LayerStore`
-        position = check_position(store, position, self._number())
+        position = check_position(store, position, self._label)
         heads = slice(None)
         if head is not None:
-            head = check_head(store, head, self._number())
+            head = check_head(store, head, self._label)
             heads = slice(head, head + 1)
         rows = store.rows(position, position + 1)
         arrays = [array[0, heads] for array in rows[part.arrays]]
@@ -271,7 +272,7 @@ class LayerReader:
         threads: int | None,
         length: int | None,
     ) -> NDArray[Any]:
-        require_rows(self.geometry, self._number())
+        require_rows(self.geometry, self._label)
         version = self._store.version()
         start, stop = check_stored_range(self._store, start, stop)
         result = output_array((stop - start, self.num_kv_heads, part.dim), dtype, out)
@@ -313,7 +314,3 @@ class LayerReader:
         """
         self._store.check()
         self._store.release(*check_stored_range(self._store, start, stop))
-
-    def _number(self) -> int | None:
-        """The layer's index, if there are others to tell it from."""
-        return self._store.index if self._storage.geometry.num_layers > 1 else None

@@ -9,6 +9,8 @@ from .errors import CapacityExceededError, PositionOutOfRangeError, ShapeMismatc
 
 def index(value: object, name: str) -> int:
     """Return `value` as an int; anything that is not a whole number is a ShapeMismatchError naming `name`."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool):
         raise ShapeMismatchError(f"{name} must be a whole number, not {value!r}", expected="int", actual=value)
     try:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from .codecs import RowCodec
 from .geometry import LayerGeometry
 
+_new = tuple.__new__
+
 
 class Rows(tuple[NDArray[Any], ...]):
     """Arrays of as many positions, [n, num_kv_heads, ...] each: keys', then values'.
@@ -94,8 +96,8 @@ class Rows(tuple[NDArray[Any], ...]):
         positions = slice(start, stop)
         if len(self) == 4:  # as with int8, where a position is appended in microseconds
             a, b, c, d = self
-            return tuple.__new__(type(self), (a[positions], b[positions], c[positions], d[positions]))
-        return tuple.__new__(type(self), [array[positions] for array in self])
+            return _new(type(self), (a[positions], b[positions], c[positions], d[positions]))
+        return _new(type(self), [array[positions] for array in self])
 
     def named(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield each array with its name."""

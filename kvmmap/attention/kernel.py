@@ -32,7 +32,7 @@ Kernel = Callable[..., int]
 def _kernel(keys: RowCodec, values: RowCodec) -> Kernel:
     """Return the compiled kernel of a pair; that of int8 as it is, whose calls count where rows are few."""
     if keys is INT8 and values is INT8:
-        return _core.attend
+        return _core.attend  # whose default they are
     return functools.partial(_core.attend, codecs=(keys.id, keys.transform, values.id, values.transform))
 
 
@@ -88,7 +88,8 @@ def attend_rows(
         bad = _call(
             kernel, queries, dtype, rows, ranges, mask, geometry, out, lse, first_position, threads, recent, exact
         )
-    _refuse_bad(bad, q_heads, layer)
+    if bad >= 0:
+        raise _non_finite(bad, q_heads, layer)
     return lse
 
 
@@ -117,7 +118,8 @@ def attend_extents(
     kernel = KERNELS.get((geometry.key_codec, geometry.value_codec))
     if kernel is not None:
         bad = _call(kernel, queries, dtype, tuple(extents), ranges, mask, geometry, out, lse, 0, threads, recent, exact)
-        _refuse_bad(bad, q_heads, layer)
+        if bad >= 0:
+            raise _non_finite(bad, q_heads, layer)
         return lse
     merging, part = Merging(out.shape), np.empty_like(out)
     edges = [*(start for start, _ in extents[1:]), int(ranges[:, 3].max(initial=0))]
@@ -126,7 +128,8 @@ def attend_extents(
         mine[:, 2:] = np.clip(mine[:, 2:], start, max(start, stop)) - start
         mine = mine[mine[:, 2] < mine[:, 3]]
         bad = attend_decoded(queries, rows, mine, mask, geometry, part, lse, first_position=start, recent=recent)
-        _refuse_bad(bad, q_heads, layer)
+        if bad >= 0:
+            raise _non_finite(bad, q_heads, layer)
         merging.add(part, lse)
     return merging.end(out)
 
@@ -146,7 +149,8 @@ def _call(
     recent: RecentView | None,
     exact: bool,
 ) -> int:
-    return kernel(
+    scale, causal, query_start, window, sinks, softcap = mask
+    arguments = (
         queries,
         dtype,
         rows,
@@ -154,26 +158,26 @@ def _call(
         geometry.value_head_dim,
         first_position,
         ranges,
-        queries.shape[2] ** -0.5 if mask.scale is None else mask.scale,
-        mask.softcap or 0.0,
-        mask.query_start,
-        mask.causal,
-        mask.window or 0,
-        mask.sinks,
+        geometry.head_dim**-0.5 if scale is None else scale,
+        softcap or 0.0,
+        query_start,
+        causal,
+        window or 0,
+        sinks,
         out,
         lse,
         threads,
-        exact=exact,
-        **({} if recent is None else {"recent": recent.rows.arguments(recent.length)}),
     )
+    if recent is None:
+        return kernel(*arguments, exact=exact)
+    return kernel(*arguments, exact=exact, recent=recent.rows.arguments(recent.length))
 
 
-def _refuse_bad(bad: int, q_heads: int, layer: int | None) -> None:
-    if bad >= 0:
-        query, head = divmod(bad, q_heads)
-        raise NonFiniteError(
-            f"queries hold a NaN or an infinity at query {query}, head {head}",
-            position=query,
-            head=head,
-            layer=layer,
-        )
+def _non_finite(bad: int, q_heads: int, layer: int | None) -> NonFiniteError:
+    query, head = divmod(bad, q_heads)
+    return NonFiniteError(
+        f"queries hold a NaN or an infinity at query {query}, head {head}",
+        position=query,
+        head=head,
+        layer=layer,
+    )

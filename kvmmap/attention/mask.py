@@ -68,9 +68,10 @@ def check_mask(
         )
     if window is not None and (window := index(window, "window")) < 1:
         raise PositionOutOfRangeError(f"window must be at least 1 position, or None, not {window}", position=window)
-    for name, number, low in (("scale", scale, -math.inf), ("softcap", softcap, 0.0)):
-        if number is not None and not (math.isfinite(number) and number > low):
-            raise ValueError(f"{name} must be a finite number{' above 0' if low == 0 else ''}, not {number!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, not {scale!r}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a finite number above 0, not {softcap!r}")
     return Mask(scale, bool(causal), query_start, window, sinks, softcap)
 
 

@@ -18,7 +18,11 @@ def check_queries(queries: Any, geometry: LayerGeometry) -> tuple[NDArray[Any], 
     Raises:
         DtypeError, ShapeMismatchError: they are not such numbers.
     """
-    return _check(queries, geometry, "queries", ("n",))
+    rows, dtype = as_rows(queries)
+    shape = rows.shape
+    if len(shape) != 3 or shape[2] != geometry.head_dim or not shape[1] or shape[1] % geometry.num_kv_heads:
+        raise _wrong_shape("queries", ("n",), rows, geometry)
+    return rows, dtype
 
 
 def check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.float32]:
@@ -27,7 +31,10 @@ def check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.f
     Raises:
         DtypeError, ShapeMismatchError, NonFiniteError: they are not such numbers.
     """
-    rows, _ = _check(query, geometry, "query", ())
+    rows, _ = as_rows(query)
+    shape = rows.shape
+    if len(shape) != 2 or shape[1] != geometry.head_dim or not shape[0] or shape[0] % geometry.num_kv_heads:
+        raise _wrong_shape("query", (), rows, geometry)
     wide = widened(rows)
     finite = np.isfinite(wide).all(axis=1)
     if not finite.all():
@@ -36,14 +43,11 @@ def check_query(query: Any, geometry: LayerGeometry, layer: int) -> NDArray[np.f
     return wide
 
 
-def _check(queries: Any, geometry: LayerGeometry, name: str, lead: tuple[str, ...]) -> tuple[NDArray[Any], int]:
-    rows, dtype = as_rows(queries)
-    heads, dim, axes = geometry.num_kv_heads, geometry.head_dim, len(lead)
-    if rows.ndim != axes + 2 or rows.shape[-1] != dim or rows.shape[axes] == 0 or rows.shape[axes] % heads:
-        wanted = ", ".join([*lead, "num_q_heads", str(dim)])
-        raise ShapeMismatchError(
-            f"{name} must be [{wanted}] with num_q_heads a multiple of the {heads} KV heads, not {list(rows.shape)}",
-            expected=(*lead, f"k * {heads}", dim),
-            actual=rows.shape,
-        )
-    return rows, dtype
+def _wrong_shape(name: str, lead: tuple[str, ...], rows: NDArray[Any], geometry: LayerGeometry) -> ShapeMismatchError:
+    heads, dim = geometry.num_kv_heads, geometry.head_dim
+    wanted = ", ".join([*lead, "num_q_heads", str(dim)])
+    return ShapeMismatchError(
+        f"{name} must be [{wanted}] with num_q_heads a multiple of the {heads} KV heads, not {list(rows.shape)}",
+        expected=(*lead, f"k * {heads}", dim),
+        actual=rows.shape,
+    )

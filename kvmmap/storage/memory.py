@@ -43,9 +43,10 @@ class MemoryLayer(LayerStore):
         return self._slabs.part(start, start + count)
 
     def write(self, start: int, rows: Rows) -> None:
-        assert self._slabs is not None
-        if rows[-1].base is not self._slabs[-1]:  # else they were staged in place
-            self._slabs.part(start, start + len(rows[0])).fill(rows)
+        slabs = self._slabs
+        assert slabs is not None
+        if rows[-1].base is not slabs[-1]:  # else they were staged in place
+            slabs.part(start, start + len(rows[0])).fill(rows)
 
     def slabs(self) -> Rows:
         views = self._views
