@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache_reader import CacheReader
-from .codecs.presets import Codecs, chosen_codecs, chosen_recent
+from .codecs.presets import Codecs
 from .errors import PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
 from .geometry import CacheGeometry
@@ -72,18 +72,17 @@ class QuantizedKvCache(CacheReader, StateWriter):
         metadata: Mapping[str, Any] | None = None,
         model: ModelInfo | None = None,
     ) -> None:
-        keys, values = chosen_codecs(preset, key_codec, value_codec)
-        window, first = chosen_recent(preset, recent_window, sinks)
-        geometry = CacheGeometry.build(
+        geometry = CacheGeometry.of_preset(
+            preset,
             num_layers=num_layers,
             capacity=capacity,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_head_dim=value_head_dim,
-            key_codec=keys,
-            value_codec=values,
-            recent_window=window,
-            sinks=first,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            recent_window=recent_window,
+            sinks=sinks,
             states=states,
             checkpoint_slots=checkpoint_slots,
         )

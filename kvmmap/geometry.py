@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .codecs import INT8, RowCodec, by_name
+from .codecs.presets import Codecs, chosen_codecs, chosen_recent
 from .codecs.registry import MAX_ARRAYS
 from .errors import ShapeMismatchError
 from .ranges import index
@@ -292,6 +293,22 @@ class CacheGeometry:
             states=tuple(states),
             checkpoint_slots=checkpoint_slots,
         )
+
+    @classmethod
+    def of_preset(
+        cls,
+        preset: str,
+        *,
+        key_codec: Codecs | None = None,
+        value_codec: Codecs | None = None,
+        recent_window: int | None = None,
+        sinks: int | None = None,
+        **shape: Any,
+    ) -> CacheGeometry:
+        """Build a geometry as `build` does, with a preset's codecs, window and sinks where none are given."""
+        keys, values = chosen_codecs(preset, key_codec, value_codec)
+        window, first = chosen_recent(preset, recent_window, sinks)
+        return cls.build(key_codec=keys, value_codec=values, recent_window=window, sinks=first, **shape)
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from .attention.run import AttendOptions, Precision, attend_store
 from .attention.topk import select_blocks
 from .checks import non_finite
-from .codecs.presets import chosen_codecs, chosen_recent
 from .errors import EmptyCacheError, KvmmapError
 from .geometry import CacheGeometry
 from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows, where
@@ -65,18 +64,17 @@ class QuantizedKvLayer(LayerReader):
         recent_window: int | None = None,
         sinks: int | None = None,
     ) -> None:
-        keys, values = chosen_codecs(preset, key_codec, value_codec)
-        window, first = chosen_recent(preset, recent_window, sinks)
-        geometry = CacheGeometry.build(
+        geometry = CacheGeometry.of_preset(
+            preset,
             num_layers=1,
             capacity=capacity,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_head_dim=value_head_dim,
-            key_codec=keys,
-            value_codec=values,
-            recent_window=window,
-            sinks=first,
+            key_codec=key_codec,
+            value_codec=value_codec,
+            recent_window=recent_window,
+            sinks=sinks,
         )
         storage = MemoryStorage(geometry)
         self._attach(storage, storage.layers[0])

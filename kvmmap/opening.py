@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from .cache import QuantizedKvCache
-from .codecs.presets import chosen_codecs, chosen_recent
 from .errors import FormatError, KvmmapError, NotACacheError, ShapeMismatchError
 from .geometry import CacheGeometry
 from .metadata import Document, ModelInfo, document
@@ -134,19 +133,17 @@ def create(
         raise ShapeMismatchError("parent_length is given without a parent", actual=parent_length)
     if num_layers is None or capacity is None or num_kv_heads is None or head_dim is None:
         raise ShapeMismatchError("num_layers, capacity, num_kv_heads and head_dim are needed where there is no parent")
-    preset = "int8" if preset is None else preset
-    keys, values = chosen_codecs(preset, key_codec, value_codec)
-    window, first = chosen_recent(preset, recent_window, sinks)
-    geometry = CacheGeometry.build(
+    geometry = CacheGeometry.of_preset(
+        "int8" if preset is None else preset,
         num_layers=num_layers,
         capacity=capacity,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_head_dim=value_head_dim,
-        key_codec=keys,
-        value_codec=values,
-        recent_window=window,
-        sinks=first,
+        key_codec=key_codec,
+        value_codec=value_codec,
+        recent_window=recent_window,
+        sinks=sinks,
         states=states,
         checkpoint_slots=checkpoint_slots,
     )
