@@ -7,7 +7,7 @@ percentile), how often the most probable token is the same, and what perplexity 
 and then stored; the last tokens of the text are read through it. Needs what the demo needs (demo/requirements*.txt);
 quanto and HQQ are left out unless they are installed.
 
-Each result is a file of its own, and what is there is not computed again: interrupted, it goes on. `--report` prints
+Each result is a file of its own, and what is there is not computed again: interrupted, it continues. `--report` prints
 tables of what there is, and writes the JSON that docs/fidelity.md is made of.
 """
 

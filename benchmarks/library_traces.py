@@ -1,7 +1,7 @@
 """Traces of chat services, and a library simulated over them: which share of prompts' tokens a policy saves.
 
 Nothing is stored: a prompt is a list of chunks, each a name and a number of tokens, and segments are simulated as the
-library makes them. A prompt that goes on where a segment ends makes it longer; one that departs from the middle makes a
+library makes them. One that continues at a segment's end makes it longer; one that departs from the middle makes a
 child; a segment with children stays. Times are in seconds of the trace. The choice of what goes is `kvmmap`'s own code.
 """
 

@@ -30,7 +30,7 @@ def main() -> int:
     OUT.mkdir(exist_ok=True)
     console.print("[bold]1.[/] a process loads SmolLM2-135M, prefills, and saves the KV cache (about a minute) ...")
     run("save.py", names)
-    console.print("[bold]2.[/] a new process loads the model, opens the file, and goes on (about a minute) ...")
+    console.print("[bold]2.[/] a new process loads the model, opens the file, and continues (about a minute) ...")
     run("resume.py", names)
     for name in names:
         saved, resumed = (read(f"{Path(name).stem}-{step}.json") for step in ("saved", "resumed"))

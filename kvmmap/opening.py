@@ -201,7 +201,7 @@ def open_cache(
 ) -> QuantizedKvCache:
     """Open a cache, in constant time.
 
-    A cache with states opens at its last checkpoint. Positions beyond it, of a writer that died or that goes on, are
+    A cache with states opens at its last checkpoint. Positions beyond it, of a writer that died or still appends, are
     not shown (`rows_beyond_checkpoint`); mode "a" drops them, with a RuntimeWarning.
 
     Args:
@@ -213,7 +213,7 @@ def open_cache(
         recover: believe only the last sound commit, where published lengths are damaged. A Zarr group has no others.
         verify: when committed rows and token ids are compared with their checksums. "read": each block (256 positions
             of a layer) when it is first read, attended over or viewed through this handle, which then remembers it.
-            "open": all of them, here and now, if the machine went down while a writer had the file open. "none":
+            "open": all of them, here and now, if the machine crashed while a writer had the file open. "none":
             only when `verify()` is called. Rows that no commit covers yet have no checksum. A Zarr group compares all
             that it fetches, whatever is asked for.
         storage_options, break_lock: as in `create`.

@@ -62,7 +62,7 @@ class RecentRing:
 class RecentRows:
     """The rows in 16 bits of one layer.
 
-    One thread writes them, and others read meanwhile: a slot is empty while it is written, and whoever reads compares
+    One thread writes them, and others read meanwhile: a slot is empty while it is written, and readers compare
     its tag before and after.
 
     Args:

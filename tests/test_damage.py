@@ -1,7 +1,7 @@
 """Flipped bits and truncated files: each is reported or harmless; no wrong value is ever returned.
 
 Three files are looked at: one that was closed; one whose writer has died, with positions that were published and not
-committed; and the same after the machine went down. Every byte of superblock, commit records, live record and
+committed; and the same after the machine crashed. Every byte of superblock, commit records, live record and
 checksums is changed, 2,000 single bits over each whole file, and its end is cut off at every section's edge. After
 each, everything that can be read is, and compared. The permitted outcomes are listed below, by section; `python
 tests/test_damage.py` prints how often each did.
@@ -66,7 +66,7 @@ EXPECTED = {
     },
     "boot id": {
         "closed": {HARMLESS},  # only 0 and the present one mean something
-        "died": {SHORTER},  # looks as if the machine had gone down
+        "died": {SHORTER},  # looks as if the machine had crashed
         "down": {HARMLESS},
     },
     "generation": {"closed": {HARMLESS}, "died": {VERIFY}, "down": {HARMLESS}},  # compared as it lies there

@@ -1,4 +1,4 @@
-"""What a machine that went down, or a process that died, leaves in a library's folder."""
+"""What a machine that crashed, or a process that died, leaves in a library's folder."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_its_own_files_come_back_byte_by_byte_and_load(keys: str, values: str, f
         with kvmmap.open(tmp_path / "made.kvm") as cache:
             assert cache.token_ids.tolist() == ids
     expected = last_logits(model)
-    # What is exported after a detour over int8 rows loads, too, and goes on nearly the same.
+    # What is exported after a detour over int8 rows loads, too, and continues nearly the same.
     kvmmap.import_llama_cpp(slot, tmp_path / "int8.kvm", gguf=GGUF, preset="fidelity")
     kvmmap.export_llama_cpp(tmp_path / "int8.kvm", tmp_path / "int8.bin", gguf=GGUF)
     found, out = (llama_cpp.llama_token * 512)(), (ctypes.c_size_t * 1)()

@@ -125,7 +125,7 @@ def test_quantised_caches_are_decoded(group: int, layout: str, bits: int, tmp_pa
 
 
 def test_rings_are_put_in_order(tmp_path: Path) -> None:
-    """Two kept for good, and eight of which the newest two lie before the oldest."""
+    """Two always kept, and eight of which the newest two lie before the oldest."""
     order = np.r_[0:2, 8:10, 2:8]
     for layout, numbers in (("scalars", [10, 2, 10, 4]), ("meta_state", [2, 10, 10, 4])):
         caches = [("RotatingKVCache", [rows(n, part)[:, :, order] for part in (0, 1)], numbers) for n in range(LAYERS)]

@@ -34,7 +34,7 @@ CUTS = {
 
 
 def make_chain(folder: Path, cuts: tuple[int, ...], length: int, **shape: Any) -> Path:
-    """Files 0.kvm, 1.kvm, ...: each continues the one before at a cut, and goes on; the last to `length`."""
+    """Files 0.kvm, 1.kvm, ...: each continues the one before at a cut, and has more; the last to `length`."""
     path = folder / "0.kvm"
     for number, cut in enumerate([*cuts, None]):
         stop = length if cut is None else min(length, cut + 40)

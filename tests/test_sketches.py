@@ -180,7 +180,7 @@ def test_resized_compacted_and_forked_files_keep_them(path: Path, tmp_path: Path
 
 
 def test_files_without_them(tmp_path: Path) -> None:
-    """A file of before: selecting works, appending goes on without, a fork and a resized file have them."""
+    """A file of before: selecting works, appending continues without them, a fork and a resized file have them."""
     path = tmp_path / "old.kvm"
     shutil.copy(GOLDEN / "v1.kvm", path)
     with kvmmap.open(path, "a") as cache:

@@ -109,7 +109,7 @@ def test_gc_removes_what_a_killed_report_left(tmp_path: Path) -> None:
     (left,) = (entry for entry in tmp_path.iterdir() if entry != cache)
     assert is_temporary(left.name)
     assert click_run("gc", tmp_path, "--max-bytes", "1G", "--yes").exit_code == 0
-    assert left.exists()  # whoever wrote it may be alive
+    assert left.exists()  # its writer may be alive
     os.utime(left, (time.time() - 2 * 86400,) * 2)
     assert click_run("gc", tmp_path, "--max-bytes", "1G", "--yes").exit_code == 0
     assert list(tmp_path.iterdir()) == [cache]

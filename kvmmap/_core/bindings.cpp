@@ -510,7 +510,7 @@ void publish_at(nb::handle map_object, int64_t offset, uint64_t value, uint64_t 
     store_word(word_address(map, offset), seal(value, index, salt));
 }
 
-// `count` sealed words from `offset` on, the first of which has `index`; -1 for one whose seal is broken.
+// `count` checked words from `offset` on, the first of which has `index`; -1 for one whose seal is broken.
 std::vector<int64_t> sealed_at(nb::handle map_object, int64_t offset, int64_t count, uint64_t index, uint64_t salt) {
     Buffer map(map_object, contiguous);
     std::vector<int64_t> values;

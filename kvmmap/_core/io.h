@@ -22,13 +22,13 @@ void start_sync(int fd, int64_t offset, int64_t size);
 // Returns the disk space of a range, which then reads as zeros, to the file system. False where that can't be done.
 bool punch_hole(int fd, int64_t offset, int64_t size);
 
-// A sealed word holds a value below 2^40 and, above it, 24 bits that depend on the value, the word's index and the
+// A checked word holds a value below 2^40 and, above it, 24 bits that depend on the value, the word's index and the
 // file's salt: any other 64 bits are taken for a value once in 2^24. One aligned store publishes both.
 constexpr int seal_bits = 40;
 uint64_t seal(uint64_t value, uint64_t index, uint64_t salt);
 bool unseal(uint64_t word, uint64_t index, uint64_t salt, uint64_t* value);
 
-// Everything written before is visible to whoever sees the word, and nothing written after is seen before it.
+// Everything written before is visible to readers that see the word, and nothing written after is seen before it.
 void store_word(void* address, uint64_t word);
 
 // Nothing read before is read after the word, and nothing read after is read before it.

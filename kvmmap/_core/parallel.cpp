@@ -61,7 +61,7 @@ int current_processor() {
 #endif
 }
 
-// Waits for a moment, leaving the processor to whoever else wants it. Returns whether `done`.
+// Waits for a moment, leaving the processor to others. Returns whether `done`.
 template <class Done>
 bool look_out(Done&& done) {
     for (const auto start = Clock::now(); !done();) {

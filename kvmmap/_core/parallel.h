@@ -1,6 +1,6 @@
 // Splitting one call's work over threads.
 //
-// Work is cut into more pieces than there are threads, and whoever is free takes the next one: a helper that starts late,
+// Work is cut into more pieces than there are threads, and the next free thread takes the next one: a helper that starts late,
 // or whose processor has something else to do, costs a call nothing but its help.
 #pragma once
 

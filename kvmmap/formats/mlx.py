@@ -61,7 +61,7 @@ class MlxLayer:
     kind: str
     positions: int
     turned: int
-    """Where the oldest position after those kept for good lies, in a ring; 0 where they lie in order."""
+    """Where the oldest position after those always kept lies, in a ring; 0 where they lie in order."""
     keep: int
     group: int
     bits: int

@@ -55,7 +55,7 @@ class Background:
                     self._sharing.follow()
                 self.error, pause = None, self._interval
             except (KvmmapError, OSError) as error:
-                # The store is away, or the disk is full: sessions go on without it, and it is tried again.
+                # The store is away, or the disk is full: sessions continue without it, and it is tried again.
                 self.error, pause = error, min(max(pause, 0.5) * 2, LONGEST_PAUSE)
                 time.sleep(min(pause, 0.5))
             self._wake.wait(pause)

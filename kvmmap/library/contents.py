@@ -162,7 +162,7 @@ def commit_published(path: str) -> None:
 
 
 def was_committed(path: str) -> bool:
-    """False for a file of which nothing was ever durable, because the machine went down before its first commit.
+    """False for a file of which nothing was ever durable, because the machine crashed before its first commit.
 
     The file system then has its name, and zeros where its superblock or its commits should be.
     """

@@ -183,7 +183,7 @@ class Database:
             return False
 
     def _set_aside(self) -> None:
-        """Move a damaged index away, for whoever wants to know; the last one that was moved goes."""
+        """Move a damaged index away, to be looked at later; the one that was moved before is removed."""
         os.replace(self.path, f"{self.path}.damaged")
 
     def _make(self) -> None:

@@ -209,5 +209,5 @@ def digest_of(document: Mapping[str, Any]) -> str:
 def _digest(data: bytes) -> str:
     import hashlib  # it takes long to load
 
-    # A cryptographic one: whoever chooses facts or salts must not be able to reach another namespace.
+    # A cryptographic one: a caller who chooses facts or salts must not be able to reach another namespace.
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
 """A library's budget, kept: room is made before an append, by evicting what is worth least.
 
 Bytes are those on the disk, and those that sessions have reserved. A segment that a session writes is held by its
-writer lock, and never goes. Whoever has an evicted file open keeps reading it.
+writer lock, and never goes. Processes that have an evicted file open keep reading it.
 """
 
 from __future__ import annotations

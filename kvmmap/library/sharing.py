@@ -378,4 +378,4 @@ def _going(
 
 
 FETCH_ERRORS = (MissingObjectError, CorruptCacheError, LibraryFullError, StoreError)
-"""After these a session goes on with what is here."""
+"""After these a session continues with what is here."""

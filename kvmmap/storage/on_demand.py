@@ -16,7 +16,7 @@ class OnDemand(Sequence[T_co], Generic[T_co]):
     Args:
         count: how many there are.
         make: makes the item of a number; called once for each, under the lock.
-        lock: held while an item is made. Whoever holds it sees the same items made until it releases it.
+        lock: held while an item is made. A thread that holds it sees the same items made until it releases it.
     """
 
     def __init__(self, count: int, make: Callable[[int], T_co], lock: Lock) -> None:

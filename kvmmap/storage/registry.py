@@ -1,7 +1,7 @@
 """The kinds of storage: each registers itself, and says which paths and URLs are its own.
 
 A kind is a module that calls `register`. It finds the `Place` that a path means, and a place creates, opens, removes
-and replaces the cache there. Whoever opens or copies caches asks here, and does not know which kinds there are.
+and replaces the cache there. Code that opens or copies caches asks here, and does not know which kinds there are.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def copy(
     that cost. Keys or values whose codec stays the same are copied bit by bit.
 
     Committed blocks of the source are compared with their checksums on the way. Interrupted, the source is untouched,
-    and the target not there (a file) or as of its last commit (a group); the same call again goes on from there.
+    and the target not there (a file) or as of its last commit (a group); the same call again continues from there.
 
     Args:
         source: path or URL of a cache, or an open one.
@@ -144,7 +144,7 @@ def fetch(
     """Bring a remote cache to this machine once, and open it here: download it into a `.kvm` file, mapped for reading.
 
     A file at `target` that holds the very same already is opened as it is, after one request; otherwise the file
-    appears when it is whole. Interrupted, the same call goes on.
+    appears when it is whole. Interrupted, the same call continues.
 
     Args:
         source: path or URL of a cache.

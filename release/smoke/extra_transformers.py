@@ -1,4 +1,4 @@
-"""kvmmap[transformers]: a small random model generates, and goes on from what was saved."""
+"""kvmmap[transformers]: a small random model generates, and continues from what was saved."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

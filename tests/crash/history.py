@@ -314,7 +314,7 @@ class History:
         return more
 
     def _after_interruption(self, before: State) -> None:
-        """Ctrl-C in the middle of a step: the handle, if there is one, goes on; what it holds is as after a death."""
+        """Ctrl-C in the middle of a step: the handle, if there is one, continues; what it holds is as after a death."""
         if self.writer is None or self.writer.closed:
             self._after_death(before)
             return
@@ -338,7 +338,7 @@ class History:
         self.committed(found)
 
     def lose_power(self) -> None:
-        """Power is lost; the machine restarts on one of the images, and the history goes on from there."""
+        """Power is lost; the machine restarts on one of the images, and the history continues from there."""
         image = self.machine.disk.power_loss(self.random)
         self._abandon()
         self._close_reader()
@@ -426,7 +426,7 @@ class History:
         return reader.token_len
 
     def adopted(self, reader: MappedReader, state: State) -> State:
-        """The state to go on with, where a handle shows this one."""
+        """The state to continue with, where a handle shows this one."""
         return state
 
     def _same(self, reader: MappedReader, state: State) -> bool:

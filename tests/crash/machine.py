@@ -64,7 +64,7 @@ class Machine:
         return self.mutation is not None and self.mutation(kind, caller)
 
     def new_process(self) -> None:
-        """Whoever writes next lives, and is not interrupted."""
+        """The next writer lives, and is not interrupted."""
         self.dead = False
         self.countdown = None
 

@@ -1,7 +1,7 @@
 """Run under the shim: every system call of every scenario fails once, and in turn all from there on; then look.
 
 After each failure: the error was an OSError or a KvmmapError, the file opens to a state that was promised, verify is
-clean, and the next writer goes on. A failed sync leaves the handle poisoned.
+clean, and the next writer continues. A failed sync leaves the handle poisoned.
 """
 
 from __future__ import annotations

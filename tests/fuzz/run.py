@@ -67,7 +67,7 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 class Shared:
-    """What the worker is at, for whoever finds it dead: numbers and the recipe."""
+    """What the worker is doing, for the process that finds it dead: numbers and the recipe."""
 
     SIZE = 1 << 22
 

@@ -1,4 +1,4 @@
-// Threads that share out pieces, under ThreadSanitizer: every piece once, whoever takes it; many callers at a time; calls
+// Threads that share out pieces, under ThreadSanitizer: every piece once, by any thread; many callers at a time; calls
 // within calls; exceptions; and helpers that end while somebody is about to ask them.
 #include <atomic>
 #include <chrono>

@@ -1,6 +1,6 @@
 """The expected content of the cache: a plain model, its operations, and a log of them that outlives a writer.
 
-A writer logs each operation before it begins it and after it has returned. Whoever looks after its death knows what
+A writer logs each operation before it begins it and after it has returned. After its death, the check knows what
 was acknowledged, and which one operation may or may not have happened.
 """
 

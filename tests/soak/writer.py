@@ -33,7 +33,7 @@ class Writer:
 
     def run(self) -> None:
         """Do things until the process is killed."""
-        self.open(timeout=0)  # whoever held the lock is dead
+        self.open(timeout=0)  # the process that held the lock is dead
         verify_rows(self.cache, 0, self.cache.seq_len)
         while True:
             self.step()

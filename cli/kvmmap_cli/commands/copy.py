@@ -23,7 +23,7 @@ def command(source: str, target: str, no_progress: bool, **options: Any) -> None
     """Copy the cache SRC to DST, both of them paths or URLs.
 
     DST is a .kvm file unless it ends with .zarr or is a URL. Interrupted, DST is not there (a file) or as of its last
-    commit (a group), and the same command again goes on from there.
+    commit (a group), and the same command again continues from there.
 
     With other codecs than SRC's, rows are decoded and encoded again; a table on stdout shows what each layer lost by
     it: |new - old| / |old| of a row, on average and of the row that lost most.

@@ -34,7 +34,9 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"
 )
 @click.option("--kv-type", metavar="K[:V]", help='With --gguf: types of keys and values, such as "f16" or "q8_0:f16".')
 @click.option("--transposed", is_flag=True, default=None, help="With --gguf: for a context without flash attention.")
-@click.option("--accept-weights", metavar="TYPE", help="With --gguf: go on with the model's weights of another type.")
+@click.option(
+    "--accept-weights", metavar="TYPE", help="With --gguf: continue with the model's weights of another type."
+)
 @click.option("--mlx", is_flag=True, help="Make DST a prompt cache that mlx-lm loads, in --dtype f32, f16 or bf16.")
 @no_progress_option
 def command(
@@ -55,7 +57,7 @@ def command(
 
     SRC and DST are paths or URLs, and what they end with says what they are. Codes, scales, token ids and metadata
     come along bit by bit, and everything is compared with its checksums. Interrupted, SRC is untouched; the same
-    command again goes on where it broke off.
+    command again continues where it broke off.
 
     With --gguf, DST is a file that llama.cpp loads with that model. A cache that was imported from such a file gives
     the same bytes again.

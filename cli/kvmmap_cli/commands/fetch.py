@@ -20,7 +20,7 @@ def command(source: str, target: str, overwrite: bool, verify: bool, yes: bool, 
     """Download the cache at URL into the .kvm file FILE.
 
     FILE is there when it is whole. If it holds the same already, nothing is downloaded; interrupted, the same command
-    again goes on. Where the object store is and who asks is said as for any S3 program: AWS_ENDPOINT_URL,
+    again continues. Where the object store is and who asks is said as for any S3 program: AWS_ENDPOINT_URL,
     AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_PROFILE.
 
     \b

@@ -18,7 +18,7 @@ Part = str | Markup
 
 
 def text(part: Part) -> Markup:
-    """Return a part as HTML: text is escaped, and so is what could act on whoever reads it."""
+    """Return a part as HTML: text is escaped, and so is what could act on its reader."""
     return part if isinstance(part, Markup) else Markup(html.escape(plain(part)))
 
 

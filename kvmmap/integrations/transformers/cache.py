@@ -32,7 +32,7 @@ class KvmmapCache(StoredSequence):
     transformers before 5.24 calls the argument `past_key_values`. `model.generate(input_ids, **cache.argument)` works
     with every release.
 
-    `create` makes a new file, `open` goes on from one; the constructor makes a cache in memory. Everything that is
+    `create` makes a new file, `open` continues one; the constructor makes a cache in memory. Everything that is
     attended over is what is stored, also within the prompt that is being prefilled, so that closing and reopening
     between two forward passes changes nothing.
 

@@ -129,10 +129,10 @@ class CheckpointedSequence(OneSequence):
         raise NotImplementedError
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (assisted generation does): minus how many, as transformers counts.
+        """Remove the last tokens (assisted generation does): minus how many, as transformers counts.
 
         Raises:
-            UnsupportedModelError: the model keeps states, which can't take back single tokens.
+            UnsupportedModelError: the model keeps states, which can't drop single tokens.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
@@ -146,5 +146,5 @@ class CheckpointedSequence(OneSequence):
             self.truncate(max(self._length + tokens_to_remove, 0))
 
     def reset(self) -> None:
-        """Take back everything: `truncate(0)`."""
+        """Remove everything: `truncate(0)`."""
         self.truncate(0)

@@ -1,7 +1,7 @@
 """What a cache knows of the images and the like in its sequence, and of positions that they shift.
 
 Kept with the cache's notes, so that another process can tell whether a prompt has the same images. Models with several
-positions a token (M-RoPE) count an image's tokens by its grid, and text behind it goes on from there: how far that is
+positions a token (M-RoPE) count an image's tokens by its grid, and text behind it continues from there: how far that is
 from where rows are stored is a *delta*.
 """
 

@@ -315,7 +315,7 @@ class Committer(MappedReader):
         self.holder.current = self.snapshot._replace(generation_word=self.live.generation_word(), verified=verified)
 
     def _sync_name(self) -> None:
-        """Whoever made this file, or put it in another's place, may have died before its name was durable."""
+        """Make the file's name durable: its creator, or a process that replaced it, may have died before."""
         if not self._name_synced:
             name = self._name_id()
             if self.live.get("named") != name:

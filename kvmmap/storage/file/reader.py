@@ -166,7 +166,7 @@ class MappedReader(ReadOnlyStorage):
         self.holder.current = snapshot
 
     def _continuable(self, snapshot: Snapshot) -> int:
-        """Return the positions up to the last checkpoint: those beyond it have rows, and no states to go on with."""
+        """Return the positions up to the last checkpoint: those beyond it have rows, and no states to continue with."""
         length = min(snapshot.lengths)
         last = max([entry.position for entry in snapshot.checkpoints if entry.position <= length] + [0])
         self.rows_beyond = length - last
