@@ -17,9 +17,6 @@ from numpy.typing import NDArray
 
 from ..format import BLOCK_CHECKSUM, block_checksum
 
-_ONE_ARRAY = struct.Struct(f"{BLOCK_CHECKSUM.format}Q")
-"""What `block_checksum` hashes of a block that has one array."""
-
 Track = Sequence[NDArray[Any]]
 """Arrays that grow along their first axis together."""
 
@@ -42,11 +39,11 @@ def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
 
 
 def row_digests(arrays: Track, track: int, blocks: NDArray[np.int64], size: int, stop: int) -> NDArray[np.uint64]:
-    """Return the checksums of blocks of a layer, as `digest` does, u64 [len(blocks)].
+    """Return the checksums of blocks of a track, as `digest` does, u64 [len(blocks)].
 
     Args:
         arrays: contiguous, [positions, ...].
-        track: the layer.
+        track: the layer, or num_layers for token ids.
         blocks: their numbers.
         size: positions of a block.
         stop: where the last block ends.
@@ -60,28 +57,6 @@ def row_digests(arrays: Track, track: int, blocks: NDArray[np.int64], size: int,
         parts = [hash64(data[start * width : end * width]) for data, width in pieces]
         found.append(hash64(pack(track, end - start, block, *parts)) if parts else 0)
     return np.array(found, np.uint64)
-
-
-def digests(array: NDArray[Any], track: int, blocks: NDArray[np.int64], size: int, stop: int) -> NDArray[np.uint64]:
-    """Return the checksums of blocks of a track of one array, as `digest` does, u64 [len(blocks)].
-
-    Args:
-        array: contiguous, [positions].
-        track: which.
-        blocks: their numbers.
-        size: positions of a block.
-        stop: where the last block ends.
-    """
-    # A long prompt has hundreds of blocks of token ids, so calls are what costs.
-    found = np.empty(len(blocks), np.uint64)
-    if not len(blocks):
-        return found
-    data, hash64, pack = np.ascontiguousarray(array).data.cast("B"), xxhash.xxh3_64_intdigest, _ONE_ARRAY.pack
-    width = array.itemsize
-    for number, block in enumerate(blocks.tolist()):
-        start, end = block * size, min((block + 1) * size, stop)
-        found[number] = hash64(pack(track, end - start, block, hash64(data[start * width : end * width])))
-    return found
 
 
 class BlockHasher:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CorruptCacheError
-from ..checksums import Track, digest, digests, row_digests
+from ..checksums import Track, digest, row_digests
 from .mapped_file import MappedFile
 from .page_cache import map_pages
 from .snapshot import Snapshot, SnapshotHolder
@@ -75,7 +75,7 @@ def verify_tokens(mapped: MappedFile, holder: SnapshotHolder, stop: int) -> None
     ids, sums = mapped.token_ids(), mapped.token_checksums(slot)
     blocks = verified.missing(track, np.array([[0, stop]], np.int64), covered)
     size = mapped.geometry.block_tokens
-    found = digests(ids, track, blocks, size, slot.token_len)
+    found = row_digests([ids], track, blocks, size, slot.token_len)
     if not np.array_equal(found, sums[blocks]):
         for block in blocks.tolist():
             _compare(mapped, holder, snapshot, [ids], track, block, slot.token_len, int(sums[block]))
