@@ -22,7 +22,7 @@ import kvmmap
 from .settings import Settings
 
 SMALL = "SmolLM2-135M-Instruct"
-STARTING = 20
+STARTING = 60
 """Seconds in which a process must show that it lives; the first time, it has to start Python in them."""
 
 
