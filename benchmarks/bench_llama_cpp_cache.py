@@ -36,7 +36,7 @@ from weights import weights
 
 TURNS, TOKENS = 10, 200
 STORED = 1488
-CODECS = ("native", "fidelity", "compact")
+CODECS = ("native", "int8-rotated:int6-rotated", "fidelity", "compact")
 TYPES = {"f16": 1, "q8_0": 8}
 
 

@@ -15,6 +15,7 @@ import pytest
 from helpers.llama import GGUF, greedy, llama_cpp, make, token_ids
 
 import kvmmap
+from kvmmap.formats.llama_cpp.importing import window_of
 from kvmmap.integrations.llama_cpp import LlamaKvmmapCache, append, load, save, spare_sequence
 from kvmmap.integrations.llama_cpp.cache import Stored
 
@@ -203,7 +204,8 @@ def test_codecs(codec: str, flash: bool, tmp_path: Path) -> None:
     assert codec != "native" or again == first
     with kvmmap.open(next((tmp_path / "all").glob("caches/*/*.kvm"))) as stored:
         kept = stored.geometry.layers[0].value_codec.name, stored.geometry.recent_window
-    assert kept == {"native": ("f16", 0), "fidelity": ("int8-rotated", 128)}.get(codec, ("int4-rotated", 128))
+    values = {"native": "f16", "fidelity": "int8-rotated", "compact": "int4-rotated", "auto": "int6-rotated"}
+    assert kept == (values[codec], window_of(codec)[0] if codec != "auto" else 0)
     model.close()
 
 

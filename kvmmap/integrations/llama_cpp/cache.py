@@ -20,6 +20,9 @@ from .context import Context
 
 log = logging.getLogger("kvmmap.llama_cpp")
 
+AUTO = "int8-rotated:int6-rotated"
+"""Codecs of keys and of values that a context has in 16 or 32 bits. A recent window would be written each turn."""
+
 
 class Stored:
     """What the cache has of a prompt: takes the place of a `LlamaState`, and is loaded when it is asked for."""
@@ -50,7 +53,8 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
         path: of the directory; made if it is not there.
         max_bytes: bytes on the disk to keep at most; what is worth least goes first. None: no limit.
         codec: a preset of `kvmmap.create`; or "native", which keeps keys and values bit by bit as the context has them;
-            or "auto": "native" where the context has quantised ones, else "compact".
+            or codecs of keys and of values, as "int8-rotated:int6-rotated"; or "auto": "native" where the context has
+            quantised ones, else these.
         ttl: seconds after their last use for which conversations are kept.
         salt: a tenant's secret: equal prompts of other tenants don't match.
 
@@ -84,7 +88,7 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
         context = Context(llama)
         facts = context.facts
         quantized = facts.key_type.quantized or facts.value_type.quantized
-        codec = ("native" if quantized else "compact") if self._codec == "auto" else self._codec
+        codec = ("native" if quantized else AUTO) if self._codec == "auto" else self._codec
         recent_window, sinks = window_of(codec)
         self._context = context
         self._namespace = Namespace(
