@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("wheel")]  # one worker builds it
-VECTOR = re.compile(r"_(avx2|avx512)\.cpp\.o$")
+VECTOR = re.compile(r"_(avx2|avx512|amx)\.cpp\.o$")
 TYPING = Path(__file__).parent / "typing"
 
 
@@ -55,7 +55,9 @@ def test_the_wheel_holds_two_packages(built: Path) -> None:
 def test_instructions_of_some_processors_stay_where_they_are_asked_for(built: Path) -> None:
     objects = list((built / "build").rglob("*.o"))
     vector = [path for path in objects if VECTOR.search(path.name)]
-    assert {path.stem for path in vector} == {path.name for path in (ROOT / "kvmmap" / "_core").glob("*_avx*.cpp")}
+    assert {path.stem for path in vector} == {
+        path.name for pattern in ("*_avx*.cpp", "*_amx.cpp") for path in (ROOT / "kvmmap" / "_core").glob(pattern)
+    }
     for path in vector:
         # An inline function that such an object shares with others would be anybody's, once linked.
         shared = re.findall(r" [WVu] (?!DW\.ref)(.*)", run("nm", "-C", path))

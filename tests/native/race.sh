@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the race checks with ThreadSanitizer, and runs them. Usage: race.sh [build directory [quick]]
-# "quick" compiles AVX-512's attention, which takes a minute, without: the checks run every kernel one after the other.
+# "quick" compiles attention with AVX-512 and AMX, which takes a minute, without: the checks run every kernel one after the other.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 core=$here/../../kvmmap/_core
@@ -14,14 +14,16 @@ for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.
     "$here/race_check.cpp"; do
     unit=$(basename "$source" .cpp)
     case $(uname -m)/$unit in
-        x86_64/*neon | aarch64/*avx*) continue ;;
+        x86_64/*neon | aarch64/*avx* | aarch64/*_amx) continue ;;
         */*_avx2) isa="-mavx2 -mfma -mf16c" ;;
         */*_avx512) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c \
+            -Wno-maybe-uninitialized -Wno-uninitialized" ;;
+        */*_amx) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mamx-tile -mamx-int8 \
             -Wno-maybe-uninitialized -Wno-uninitialized" ;;
         *) isa= ;;
     esac
     sanitizer=-fsanitize=thread
-    [ "$quick/$unit" != quick/attend_avx512 ] || sanitizer=
+    case $quick/$unit in quick/attend_avx512 | quick/attend_amx) sanitizer= ;; esac
     # shellcheck disable=SC2086
     "${CXX:-g++}" -std=c++17 -Wall -Wextra -Wno-tsan -ffp-contract=off -O1 -g $sanitizer $isa \
         -c "$source" -o "$build/race-$unit.o" &
