@@ -18,7 +18,7 @@ from families.patches import WITHOUT
 from families.resident import check_resident
 from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
-from kvmmap.integrations.transformers.behavior import added_hooks, changed_settings
+from kvmmap.integrations.transformers.behavior import changed_settings
 from kvmmap.integrations.transformers.dispatch import attends
 from kvmmap.integrations.transformers.states import SINGLE_TOKENS
 from kvmmap.integrations.transformers.weights import body_of
@@ -86,7 +86,7 @@ def trial(kind: str, folder: Path) -> Outcome:
     _check_alive(kind, net, references["generation"])
     outcome.supported = True
     _check_stages(kind, net, references, folder / "native")
-    if changed := (changed_settings(body_of(net)) or added_hooks(body_of(net))):
+    if changed := changed_settings(body_of(net)):
         raise WrongError(f"{kind}: passes changed the model: {changed}")
     if has_states(net):
         check_states_refusals(kind, net)

@@ -1,10 +1,10 @@
-"""What of a model's modules changes what they compute, besides weights: numbers they hold, hooks, replaced methods.
+"""What of a model's modules changes what they compute, besides weights: numbers they hold, and parts without weights.
 
 A norm's epsilon, an attention's scale or a factor of the embeddings are plain Python numbers, computed from the config
 when a module is made, and can be set to anything later. They are compared with those of a model of the same class and
 config, made on the meta device: what differs is part of a model's identity, whichever release of transformers names it.
-Of hooks and replaced `forward` methods only the names can be compared between processes. Knows modules; nothing of
-caches.
+Hooks and replaced methods are not looked at: most of them observe, and nothing tells them from those that change
+numbers. Knows modules; nothing of caches.
 """
 
 from __future__ import annotations
@@ -46,31 +46,16 @@ resized and one that was loaded so are the same. Rates of dropout are looked at 
 _ROTARY = ("attention_scaling", "max_seq_len_cached")
 """Attributes of rotary modules: a factor that is looked at with their frequencies, and one that follows the length."""
 
-_HARMLESS = ("kvmmap", "torch", "transformers", "accelerate", "peft")
-"""Packages whose hooks and methods observe, move or compile, and compute the same."""
-
 
 class Behavior:
     """What the modules of a model were set to at one moment."""
 
     def __init__(self, body: torch.nn.Module) -> None:
-        modules = list(body.modules())
-        self._numbers = [
-            (held, name, value) for module in modules for held in [vars(module)] for name, value in _numbers(held)
-        ]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._attributes = [vars(module) for module in modules]
-        self._added = self._look()
+        self._numbers = [(held, name, value) for held in map(vars, body.modules()) for name, value in _numbers(held)]
 
     def unchanged(self) -> bool:
         """Whether all of it is still what it was."""
-        return all(held.get(name, ...) is value for held, name, value in self._numbers) and self._look() == self._added
-
-    def _look(self) -> list[int]:
-        """The ids of all hooks and replaced methods that may change something."""
-        hooks = [id(hook) for hooks in self._hooks if hooks for hook in hooks.values() if not _harmless(hook)]
-        replaced = [held["forward"] for held in self._attributes if "forward" in held]
-        return hooks + [id(method) for method in replaced if not _harmless(method)]
+        return all(held.get(name, ...) is value for held, name, value in self._numbers)
 
 
 def changed_settings(body: torch.nn.Module) -> dict[str, Any]:
@@ -95,17 +80,6 @@ def changed_settings(body: torch.nn.Module) -> dict[str, Any]:
         for name, value in _numbers(vars(module)):
             if name in right and not _same(value, right[name]):
                 found[f"{path}.{name}".lstrip(".")] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
-def added_hooks(body: torch.nn.Module) -> list[str]:
-    """Return the names of hooks and methods that somebody has put into a model: "layers.0: package.function"."""
-    found = []
-    for path, module in body.named_modules():
-        added = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "forward" in vars(module):
-            added.append(vars(module)["forward"])
-        found += [f"{path or type(module).__name__}: {_name(one)}" for one in added if not _harmless(one)]
     return found
 
 
@@ -149,25 +123,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-9) or (math.isnan(one) and math.isnan(other))
     return bool(one == other)
-
-
-def _function(hook: Any) -> Any:
-    """The function behind a method, a partial one, or an object that is called."""
-    while True:
-        inner = getattr(hook, "__func__", None) or getattr(hook, "func", None)
-        if inner is None:
-            break
-        hook = inner
-    return hook if hasattr(hook, "__globals__") else type(hook).__call__
-
-
-def _harmless(hook: Any) -> bool:
-    # Where it was defined: `functools.wraps` copies `__module__`.
-    module = str(getattr(_function(hook), "__globals__", {}).get("__name__") or type(hook).__module__)
-    return module.partition(".")[0] in _HARMLESS
-
-
-def _name(hook: Any) -> str:
-    function = _function(hook)
-    module = getattr(function, "__globals__", {}).get("__name__") or type(hook).__module__
-    return f"{module}.{getattr(function, '__qualname__', type(hook).__qualname__)}"

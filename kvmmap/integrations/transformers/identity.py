@@ -62,8 +62,8 @@ _IRRELEVANT = frozenset(
 )
 
 
-_SETTINGS, _HOOKS = "module_settings", "module_hooks"
-"""Facts of a model that are no part of its config; empty where all modules are as the config makes them. They are not
+_SETTINGS = "module_settings"
+"""A fact of a model that is no part of its config; empty where all modules are as the config makes them. It is not
 known, and not compared, of a config alone, and of a model whose weights the caller has identified."""
 
 
@@ -80,7 +80,7 @@ def describe(model: Any, fingerprint: str | None) -> tuple[ModelInfo, dict[str, 
     if fingerprint is None and isinstance(model, torch.nn.Module):
         weights = digested_weights(model)
         fingerprint = weights.digest
-        facts |= {_SETTINGS: _plain(weights.settings), _HOOKS: weights.hooks}
+        facts[_SETTINGS] = _plain(weights.settings)
     if isinstance(model, torch.nn.Module):
         facts["weights_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     info = ModelInfo(
@@ -117,7 +117,7 @@ def check_same(
         ModelMismatchError: says what differs; `expected` is what the cache has, `actual` what the model has.
     """
     if stored_facts and _SETTINGS in facts:  # older files do not say so where there are none
-        stored_facts = {_SETTINGS: {}, _HOOKS: []} | dict(stored_facts)
+        stored_facts = {_SETTINGS: {}} | dict(stored_facts)
     differing = {
         name: (stored_facts[name], facts[name])
         for name in stored_facts
@@ -131,13 +131,10 @@ def check_same(
     else:
         differing |= _differing_names(stored, info)
     if differing:
-        hint = ""
-        if _HOOKS in differing:
-            hint = " (or, if those hooks only observe, open it with fingerprint=weights_fingerprint(model))"
         shown = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differing.items())
         raise ModelMismatchError(
             f"{path or 'the cache'} was made by another model: {shown}. Keys and values mean nothing to any but the "
-            f"model that made them: open it with that one, or prefill a new cache{hint}",
+            "model that made them: open it with that one, or prefill a new cache",
             expected={name: old for name, (old, _) in differing.items()},
             actual={name: new for name, (_, new) in differing.items()},
             path=path,

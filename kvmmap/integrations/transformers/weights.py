@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from ...errors import KvmmapError
-from .behavior import Behavior, added_hooks, changed_settings, state
+from .behavior import Behavior, changed_settings, state
 from .frequencies import deviating, scalings, watched_buffers
 from .memory import TensorBytes
 from .randomness import RandomParts
@@ -42,8 +42,6 @@ class Weights:
         bit, and two releases of transformers may name numbers differently."""
         self.settings: dict[str, Any] = {}
         """Numbers and parts that its config does not give, by name; known once the digest is."""
-        self.hooks: list[str] = []
-        """Hooks and replaced methods, by name; known once the digest is."""
         self.random = RandomParts(body)
         self._modules = [(module._modules, dict(module._modules)) for module in body.modules() if module._modules]
         self._tensors: list[tuple[dict[str, Any], str]] = [
@@ -78,7 +76,7 @@ class Weights:
     def compute_digests(self, body: torch.nn.Module) -> None:
         """Compute the digests of everything."""
         self.tables = _digest_of_tables(body)
-        self.settings, self.hooks = changed_settings(body), added_hooks(body)
+        self.settings = changed_settings(body)
         self._bytes.read_all()
         self.digest = _digest(body)
 
