@@ -22,6 +22,7 @@ from kvmmap.integrations.transformers.identity import weights_fingerprint
 from kvmmap.integrations.transformers.weights import weights_of
 
 STEPS = 10
+OPENINGS = 100
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.kvm"
         KvmmapCache.create(path, model).close()
-        opening = median(lambda: KvmmapCache.open(path, model, room=1).close(), STEPS)
+        opening = median(lambda: KvmmapCache.open(path, model, room=1).close(), OPENINGS)
         print(f"opening with a known fingerprint   {opening * 1e3:8.2f} ms")
     print(f"the fingerprint of all weights     {first * 1e3:8.1f} ms, once a process")
 
