@@ -233,7 +233,10 @@ def look_at_child(family: Family, length: int, base: int) -> bool:
     try:
         with contextlib.closing(open_chain(MappedReader.open(os.path.join(folder, "1.kvm")))) as chain:
             assert chain.seq_len in ((length,) if length else (base, base + 20))
-            assert chain.verify().sound
+            damages = chain.verify().damages
+            if chain.seq_len == base:  # nothing of it was committed: its metadata need not be durable yet
+                damages = [damage for damage in damages if damage.layer is not None]
+            assert not damages
             np.testing.assert_array_equal(chain.read_tokens(chain.seq_len)[base:], np.arange(chain.seq_len - base))
     except kvmmap.FormatError:
         assert not length  # nothing of it had to be durable yet
