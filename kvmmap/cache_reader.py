@@ -5,7 +5,6 @@ Which kind of storage it has is not known here: `opening` decides that.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from .geometry import CacheGeometry
 from .inputs import check_quantized
 from .layer import QuantizedKvLayer
 from .layers import Layers
-from .metadata import ModelInfo, document
+from .metadata import ModelInfo, copied, document
 from .ranges import compression_ratio, index
 from .states import StateReader
 from .storage.protocols import Progress, Storage, VerifyReport
@@ -132,7 +131,8 @@ class CacheReader(StateReader):
             MetadataError: not plain JSON, or more than there is room for; the old notes stay.
         """
         self._storage.check()
-        return copy.deepcopy(self._storage.document.metadata)
+        notes: dict[str, Any] = copied(self._storage.document.metadata)
+        return notes
 
     @metadata.setter
     def metadata(self, metadata: Mapping[str, Any]) -> None:

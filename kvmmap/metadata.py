@@ -100,6 +100,17 @@ def document(metadata: Mapping[str, Any] | None, model: ModelInfo | None) -> Doc
     return Document(model, {} if metadata is None else metadata)  # type: ignore[arg-type]
 
 
+def copied(value: Any) -> Any:
+    """Return a copy of plain JSON that shares no containers with it."""
+    if isinstance(value, dict | Mapping):
+        return {key: copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [copied(inner) for inner in value]
+    if isinstance(value, tuple):
+        return tuple(map(copied, value))
+    return value
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 

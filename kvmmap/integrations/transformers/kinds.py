@@ -61,10 +61,12 @@ def has_states(kinds: Iterable[LayerKind]) -> bool:
 
 def store_numbers(kinds: Sequence[LayerKind]) -> list[int | None]:
     """Return the number of the store of each layer's keys and values; None for a layer that has none."""
+    every = has_states(kinds)  # then layers without rows have a store, too
     found: list[int | None] = []
-    for number, kind in enumerate(kinds):
-        before = number if has_states(kinds) else sum(one is not None for one in found)
-        found.append(None if kind.geometry is None else before)
+    count = 0
+    for kind in kinds:
+        found.append(None if kind.geometry is None else count)
+        count += every or kind.geometry is not None
     return found
 
 
