@@ -69,7 +69,6 @@ def attend_store(
         raise KvmmapError(f'resident must be "keep" or "stream", not {resident!r}')
     if precision not in ("queries", "exact"):
         raise KvmmapError(f'precision must be "queries" or "exact", not {precision!r}')
-    exact = precision == "exact"
     version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)
@@ -83,61 +82,26 @@ def attend_store(
     )
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
     result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
-    most = thread_count(threads, length * geometry.position_bytes)
     kept = store.recent_rows() if chunk is None else chunk
-    recent = None if kept is None else RecentView(kept, length)
+    options: dict[str, Any] = {
+        "threads": thread_count(threads, length * geometry.position_bytes),
+        "layer": store.index,
+        "recent": None if kept is None else RecentView(kept, length),
+        "exact": precision == "exact",
+    }
     if resident == "keep" and (store.in_memory or store.in_extents):
         if not store.is_verified(length):
             seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
             store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2))
         if store.in_memory:
-            slabs = store.slabs()
-            lse = attend_rows(
-                rows,
-                dtype,
-                slabs,
-                ranges,
-                mask,
-                geometry,
-                result,
-                threads=most,
-                layer=store.index,
-                recent=recent,
-                exact=exact,
-            )
+            lse = attend_rows(rows, dtype, store.slabs(), ranges, mask, geometry, result, **options)
         else:
-            extents = store.extents()
-            lse = attend_extents(
-                rows,
-                dtype,
-                extents,
-                ranges,
-                mask,
-                geometry,
-                result,
-                threads=most,
-                layer=store.index,
-                recent=recent,
-                exact=exact,
-            )
+            lse = attend_extents(rows, dtype, store.extents(), ranges, mask, geometry, result, **options)
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
         for start, piece in _pieces(store, ranges, mask, len(rows), resident):
             mine = _within(ranges, start, start + len(piece[0]))
-            lse = attend_rows(
-                rows,
-                dtype,
-                piece,
-                mine,
-                mask,
-                geometry,
-                part,
-                first_position=start,
-                threads=most,
-                layer=store.index,
-                recent=recent,
-                exact=exact,
-            )
+            lse = attend_rows(rows, dtype, piece, mine, mask, geometry, part, first_position=start, **options)
             merging.add(part, lse)
         lse = merging.end(result)
     store.validate(version)  # the rows were still the cache's when they had been read
