@@ -158,6 +158,8 @@ class CacheReader(StateReader):
         recorded = min(storage.token_len, length)
         found = storage.read_tokens(recorded)
         storage.validate(version)
+        if recorded == length:
+            return found
         ids = np.full(length, NO_TOKEN, np.int32)
         ids[:recorded] = found
         return ids

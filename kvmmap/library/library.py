@@ -207,10 +207,12 @@ class Library(LibrarySharing):
                     self.check()
                 continue
             self._use(match, len(ids) - match.length)
-            return self._begin(namespace, match, tail, ids)
+            return self._begin(namespace, match, tail, ids, may_repeat=0 < match.common == len(sought))
         raise KvmmapError(f"{self.path}: segments vanish as fast as they are found: is something else deleting them?")
 
-    def _begin(self, namespace: Namespace, match: Match, tail: Tail, ids: NDArray[np.int32]) -> Session:
+    def _begin(
+        self, namespace: Namespace, match: Match, tail: Tail, ids: NDArray[np.int32], *, may_repeat: bool
+    ) -> Session:
         session = Session.of_storage(tail.cache.storage)
         assert isinstance(session, Session)
         session.begin(
@@ -222,6 +224,7 @@ class Library(LibrarySharing):
             start=tail.start,
             continues=tail.continues,
             prompt=ids,
+            may_repeat=may_repeat,
         )
         return session
 
@@ -306,11 +309,9 @@ class Library(LibrarySharing):
         with self.session(namespace, ids, capacity=max(len(ids), source.capacity), metadata=notes) as session:
             _copy_rest(source, session, ids)
             name = session.name if len(ids) > session.reused or session.continues else None
-        found = (
-            self._open_index.segment(name)
-            if name
-            else self._match(namespace.digest, Prompt(namespace.seed, ids)).segment
-        )
+        found = self._open_index.segment(name) if name else None
+        if found is None:  # it was there already
+            found = self._match(namespace.digest, Prompt(namespace.seed, ids)).segment
         if found is None:
             raise CacheNotFoundError(
                 f"{self.path}: what was put in is evicted already: raise max_bytes", path=self.path

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from .contents import disk_bytes
+import numpy as np
+
+from .contents import NO_TOKEN_ID, disk_bytes, read_own_tokens
+from .hashing import Prompt
 from .index import Contents, Index
+from .matching import Search
 from .metrics import Metrics
 from .room import Room
 from .session import Session
@@ -41,6 +45,21 @@ class SessionOwner:
     def evict_for(self, session: Session, size: int) -> bool:
         """Evict so many bytes, the disk being full; False if nothing could go."""
         return bool(self._room.evict(max(size, 1), keep=session.name))
+
+    def has(self, session: Session) -> bool:
+        """Look for all positions of a session of which nothing is in the index, and its checkpoints, in segments."""
+        number = self._index.namespace_id(session.namespace.digest)
+        ids = session.token_ids
+        if number is None or np.any(ids == NO_TOKEN_ID):
+            return False
+        stops = {len(ids)}
+        if session.states:
+            stops |= {found.position for found in session.checkpoints if found.position > session.reused}
+        seed = session.namespace.seed
+        return all(
+            Search(self._index, number, Prompt(seed, ids[:stop]), read_own_tokens).run().length == stop
+            for stop in stops
+        )
 
     def record(self, session: Session, contents: Contents) -> None:
         """Name what was committed in the index."""

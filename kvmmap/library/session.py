@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -31,6 +32,9 @@ class Owner(Protocol):
 
     def evict_for(self, session: Session, size: int) -> bool:
         """Evict so many bytes, the disk being full; False if nothing could go."""
+
+    def has(self, session: Session) -> bool:
+        """True if other segments have all positions of a session, and its checkpoints."""
 
     def record(self, session: Session, contents: Contents) -> None:
         """Name what was committed in the index."""
@@ -81,14 +85,21 @@ class Session(QuantizedKvCache):
         start: int,
         continues: bool,
         prompt: NDArray[np.int32],
+        may_repeat: bool,
     ) -> None:
-        """Be a session, of a storage that is open for appending. For `Library`."""
+        """Be a session, of a storage that is open for appending. For `Library`.
+
+        `may_repeat` says that the library has more of the prompt than what was asked for, so that it may have all of
+        what is about to be appended.
+        """
         storage = self.storage
         assert isinstance(storage, MappedWriter | ChainStorage)
         self._owner: Owner | None = owner
+        self._pid = os.getpid()
         self.name, self.namespace, self.parent = name, namespace, parent
         self.reused, self.start, self.continues = reused, start, continues
         self._prompt = prompt
+        self._may_repeat = may_repeat
         self._began = time.monotonic()
         self._prefilled: float | None = None
         self._granted = reused
@@ -172,22 +183,22 @@ class Session(QuantizedKvCache):
     def close(self) -> None:
         """Commit what is complete, make it part of the library, and release everything. Closing twice is allowed.
 
+        Of a prompt that was asked again nothing is kept, where the library has all of it already.
+
         Raises:
             OSError: the commit failed; the session is closed all the same, and the library has what was committed.
         """
         owner, self._owner = self._owner, None
-        if owner is None or self.closed:
+        if owner is None or self.closed or os.getpid() != self._pid:  # a forked process: the session is its parent's
             super().close()
             return
         path = self._file_path
-        if self.seq_len == self.reused:
+        if self.seq_len == self.reused or self._repeats(owner):
             try:
-                super().close()
+                if not self.continues:
+                    super().truncate(self.start)  # a commit of it would be for nothing
             finally:
-                if self.continues:
-                    owner.finish(self, disk_bytes(path))
-                else:
-                    owner.discard(self)
+                self._close_unchanged(owner)
             return
         ended = self._prefilled or time.monotonic()
         try:
@@ -200,6 +211,20 @@ class Session(QuantizedKvCache):
         owner.finish(self, disk_bytes(path))
         if computed >= MEASURED_POSITIONS:
             owner.measured(self, computed, ended - self._began)
+
+    def _close_unchanged(self, owner: Owner) -> None:
+        try:
+            super().close()
+        finally:
+            if self.continues:
+                owner.finish(self, disk_bytes(self._file_path))
+            else:
+                owner.discard(self)
+
+    def _repeats(self, owner: Owner) -> bool:
+        """True if nothing of it is committed, and the library has it all: a prompt that was asked again."""
+        new = self._may_repeat and not self.continues and self.storage.committed_len <= self.reused < self.seq_len
+        return new and self.token_len == self.seq_len and owner.has(self)
 
     def discard(self) -> None:
         """Close, and keep nothing of what was appended since the last `flush`.

@@ -144,7 +144,7 @@ def open_session(
         metadata=own_notes(metadata or {}) | {NOTES: shapes["metadata"][NOTES]},
     )
     try:
-        cache = LibraryCache._of(None, stored, kinds, model)
+        cache = LibraryCache._of(None, stored, kinds, model, digested=fingerprint is None)
         cache.reused = stored.seq_len
     except BaseException:
         stored.close()

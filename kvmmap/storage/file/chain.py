@@ -286,7 +286,7 @@ def _admit_own(admit: Callable[[int], int], base: int, length: int) -> int:
 
 
 def _ancestor_tokens(ancestor: Ancestor, stop: int) -> NDArray[np.int32]:
-    """Return a file's first token ids, verified."""
+    """Return a view of a file's first token ids, verified."""
     reader, size = ancestor.reader, ancestor.reader.geometry.block_tokens
     if reader.snapshot.verified is not None:
         whole = ancestor.tokens - ancestor.tokens % size
@@ -294,4 +294,4 @@ def _ancestor_tokens(ancestor: Ancestor, stop: int) -> NDArray[np.int32]:
             verify_tokens(reader.mapped, reader.holder, min(stop, whole))
         if stop > whole:
             ancestor.verify_tail(reader.geometry.num_layers)
-    return reader.mapped.token_ids()[:stop].copy()
+    return reader.mapped.token_ids()[:stop]
