@@ -3,6 +3,8 @@
     log/0000000000000001.json      what one push added, or one clean-up removed
     snapshot.json                  all that the first so many manifests add up to
 
+What the segments of one namespace have in common, such as its document, is in a manifest once.
+
 A conditional put orders writers; no clock does. Followers list what comes after the last number that they know. Numbers
 that a snapshot covers may be deleted: a follower that finds a gap reads the snapshot.
 """
@@ -23,7 +25,8 @@ from .hashing import Prompt
 
 LOG = "log"
 SNAPSHOT = "snapshot.json"
-VERSION = 1
+VERSION = 2
+"""Version 1 had all fields in every entry; it is still read."""
 AT_ONCE = 16
 """Manifests that are fetched at once."""
 
@@ -84,7 +87,7 @@ class RemoteSegment:
         return next(same, 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON."""
+        """Return it as plain JSON, whole."""
         return {name: getattr(self, name) for name in _NAMES}  # `asdict` copies all that is inside
 
     @classmethod
@@ -97,9 +100,14 @@ class RemoteSegment:
             found = cls(**{name: entry[name] for name in _NAMES if name != "checkpoints"}, checkpoints=points)
             names = [found.name, found.namespace, found.folder, *found.parts, *found.digests]
             names += [found.parent] if found.parent else []
-            if "" in names or ".." in "\n".join(names):  # what is no text can't be joined
+            joined = "\n".join(names)  # what is no text can't be joined
+            if "" in names or ".." in joined or joined.count("\n") >= len(names):
                 return None
             if "/" in found.name + found.folder + (found.parent or "") or len(bytes.fromhex(found.namespace)) != 16:
+                return None
+            if not isinstance(found.document, dict) or not isinstance(found.model + found.hashes, str):
+                return None
+            if min(found.size, found.disk_bytes, found.position_bytes) < 0:
                 return None
             if not 0 <= found.start < found.stop or len(base64.b64decode(found.hashes, validate=True)) % 16:
                 return None
@@ -108,7 +116,11 @@ class RemoteSegment:
         return found
 
 
+COMMON = ("namespace", "document", "folder", "model", "position_bytes")
+"""Fields that segments of one namespace have in common."""
+
 _NAMES = tuple([each.name for each in fields(RemoteSegment)])
+_OWN = tuple([name for name in _NAMES if name not in COMMON])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,21 +130,44 @@ class Manifest:
     added: Sequence[RemoteSegment] = ()
     removed: Sequence[str] = ()
 
-    def encode(self) -> bytes:
-        """Return it as JSON."""
-        entries = [entry.to_json() for entry in self.added]
-        return json.dumps({"version": VERSION, "added": entries, "removed": list(self.removed)}).encode()
+    def encode(self, **more: Any) -> bytes:
+        """Return it as JSON, with other keys besides."""
+        groups: dict[str, int] = {}
+        added = []
+        for entry in self.added:
+            common = json.dumps({name: getattr(entry, name) for name in COMMON}, sort_keys=True)
+            added.append(
+                {name: getattr(entry, name) for name in _OWN} | {"group": groups.setdefault(common, len(groups))}
+            )
+        found = {"version": VERSION, "groups": [json.loads(common) for common in groups], "added": added}
+        return json.dumps(found | {"removed": list(self.removed)} | more, separators=(",", ":")).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
         """Read it; what can't be understood is left out."""
         try:
-            raw = json.loads(data)
-            added = [RemoteSegment.of_json(entry) for entry in raw["added"]]
-            removed = [name for name in raw["removed"] if isinstance(name, str)]
-        except (ValueError, TypeError, KeyError):
+            return cls.of_json(json.loads(data))
+        except ValueError:
             return cls()
-        return cls(added=[entry for entry in added if entry is not None], removed=removed)
+
+    @classmethod
+    def of_json(cls, raw: Any) -> Manifest:
+        """Read its JSON, as `decode` does."""
+        try:
+            groups = raw.get("groups", [])
+            found = [RemoteSegment.of_json(_whole(entry, groups)) for entry in raw["added"]]
+            removed = [name for name in raw["removed"] if isinstance(name, str)]
+        except (TypeError, KeyError, AttributeError):
+            return cls()
+        return cls(added=[entry for entry in found if entry is not None], removed=removed)
+
+
+def _whole(entry: Any, groups: Any) -> Any:
+    """Return an entry with what its group has in common; None if there is no such group."""
+    try:
+        return entry if "group" not in entry else entry | groups[entry["group"]]
+    except (TypeError, KeyError, IndexError):
+        return None
 
 
 class Log:
@@ -236,9 +271,8 @@ class Log:
                 return 0
         except MissingObjectError:
             pass
-        body = json.loads(Manifest(added=entries).encode()) | {"position": position}
         try:
-            self._objects.put_if(SNAPSHOT, json.dumps(body).encode(), tag)
+            self._objects.put_if(SNAPSHOT, Manifest(added=entries).encode(position=position), tag)
         except ObjectChangedError:
             return 0
         covered = [key for key, _, _ in self._objects.list_after(LOG, "") if key <= key_of(position)]
@@ -250,7 +284,8 @@ class Log:
 
 def _decode_snapshot(data: bytes) -> tuple[int, Manifest] | None:
     try:
-        return int(json.loads(data)["position"]), Manifest.decode(data)
+        raw = json.loads(data)
+        return int(raw["position"]), Manifest.of_json(raw)
     except (ValueError, TypeError, KeyError):
         return None
 

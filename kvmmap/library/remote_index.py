@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from sqlite3 import Connection
+from typing import Any
 
 from .index import Index
 from .index_reader import recovering
-from .manifests import Manifest, RemoteSegment
+from .manifests import COMMON, Manifest, RemoteSegment
+
+_FROM = "remotes JOIN remote_groups ON remote_groups.id = remotes.common"
+_COLUMNS = "remote_groups.common, name, parent, start, stop, hashes, parts, digests, size, disk_bytes, checkpoints"
 
 
 class RemoteIndex(Index):
@@ -38,20 +43,23 @@ class RemoteIndex(Index):
             if known != before:
                 return
             if anew or row is None or row[0] != url:
-                connection.execute("DELETE FROM remotes")
-                connection.execute("DELETE FROM remote_hashes")
+                for table in ("remotes", "remote_hashes", "remote_groups"):
+                    connection.execute(f"DELETE FROM {table}")
+            added: dict[str, RemoteSegment] = {}
             for manifest in manifests:
-                self._remember(connection, manifest.added)
+                added |= {entry.name: entry for entry in manifest.added}
+                if manifest.removed:
+                    self._remember(connection, list(added.values()))
+                    added = {}
                 for name in manifest.removed:
                     self._forget(connection, name)
+            self._remember(connection, list(added.values()))
             connection.execute("INSERT OR REPLACE INTO remote_log VALUES (1, ?, ?)", (url, position))
 
     @recovering
     def remote(self, name: str) -> RemoteSegment | None:
         """Return a segment of the object store by its name."""
-        with self.database.reading() as connection:
-            row = connection.execute("SELECT entry FROM remotes WHERE name = ?", (name,)).fetchone()
-        return None if row is None else RemoteSegment.of_json(json.loads(row[0]))
+        return next(iter(self._remotes(_FROM, "WHERE name = ?", (name,))), None)
 
     @recovering
     def remote_count(self) -> int:
@@ -62,20 +70,19 @@ class RemoteIndex(Index):
     @recovering
     def remotes(self) -> list[RemoteSegment]:
         """Return all segments of the object store."""
-        with self.database.reading() as connection:
-            rows = connection.execute("SELECT entry FROM remotes ORDER BY name").fetchall()
-        found = (RemoteSegment.of_json(json.loads(row[0])) for row in rows)
-        return [entry for entry in found if entry is not None]
+        return self._remotes(_FROM, "ORDER BY name", ())
 
     @recovering
     def remote_with_prefix(self, hash: bytes) -> list[RemoteSegment]:
         """Return segments of the object store that contain a prefix, by its hash."""
+        source = "remote_hashes JOIN remotes ON remotes.id = remote_hashes.remote "
+        source += "JOIN remote_groups ON remote_groups.id = remotes.common"
+        return self._remotes(source, "WHERE hash = ? LIMIT 16", (hash,))
+
+    def _remotes(self, source: str, rest: str, arguments: Sequence[Any]) -> list[RemoteSegment]:
         with self.database.reading() as connection:
-            rows = connection.execute(
-                "SELECT entry FROM remote_hashes JOIN remotes USING (name) WHERE hash = ? LIMIT 16", (hash,)
-            ).fetchall()
-        found = (RemoteSegment.of_json(json.loads(row[0])) for row in rows)
-        return [entry for entry in found if entry is not None]
+            rows = connection.execute(f"SELECT {_COLUMNS} FROM {source} {rest}", arguments).fetchall()
+        return list(_segments(rows))
 
     @recovering
     def remote_stops(self, parents: Sequence[str], above: int, most: int) -> list[int]:
@@ -103,20 +110,70 @@ class RemoteIndex(Index):
 
     @staticmethod
     def _remember(connection: Connection, entries: Sequence[RemoteSegment]) -> None:
-        connection.executemany(
-            "INSERT OR REPLACE INTO remotes VALUES (?, ?, ?, ?, ?)",
-            [(entry.name, entry.parent, entry.start, entry.stop, json.dumps(entry.to_json())) for entry in entries],
-        )
+        """Take in segments of different names; one that is there already is replaced."""
+        groups = _Groups(connection)
+        following = connection.execute("SELECT coalesce(max(id), 0) FROM remotes").fetchone()[0] + 1
+        if following > 1:
+            for entry in entries:
+                RemoteIndex._forget(connection, entry.name)
+        remotes, hashes = [], []
+        for number, entry in enumerate(entries, following):
+            each = entry.hash_list()
+            hashes += [(hash, number) for hash in each]
+            points = None if entry.checkpoints is None else json.dumps(entry.checkpoints)
+            own = (entry.parent, entry.start, entry.stop, b"".join(each), "\n".join(entry.parts))
+            own += ("\n".join(entry.digests), entry.size, entry.disk_bytes, points)
+            remotes.append((number, entry.name, groups.number(entry), *own))
+        connection.executemany("INSERT INTO remotes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", remotes)
         # In their order, in which many at once are quick: a snapshot has those of all segments.
-        hashes = sorted((hash, entry.name) for entry in entries for hash in entry.hash_list())
-        connection.executemany("INSERT OR IGNORE INTO remote_hashes VALUES (?, ?)", hashes)
+        connection.executemany("INSERT OR IGNORE INTO remote_hashes VALUES (?, ?)", sorted(hashes))
 
     @staticmethod
     def _forget(connection: Connection, name: str) -> None:
-        row = connection.execute("SELECT entry FROM remotes WHERE name = ?", (name,)).fetchone()
-        entry = None if row is None else RemoteSegment.of_json(json.loads(row[0]))
-        if entry is not None:
+        row = connection.execute("SELECT id, hashes FROM remotes WHERE name = ?", (name,)).fetchone()
+        if row is not None:
+            id, data = row
             connection.executemany(
-                "DELETE FROM remote_hashes WHERE hash = ? AND name = ?", [(hash, name) for hash in entry.hash_list()]
+                "DELETE FROM remote_hashes WHERE hash = ? AND remote = ?",
+                [(data[at : at + 16], id) for at in range(0, len(data), 16)],
             )
-        connection.execute("DELETE FROM remotes WHERE name = ?", (name,))
+            connection.execute("DELETE FROM remotes WHERE id = ?", (id,))
+
+
+class _Groups:
+    """Numbers of what segments of one namespace have in common."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._last: tuple[Any, int] = None, 0
+        """The last document that was asked for, and its number."""
+
+    def number(self, entry: RemoteSegment) -> int:
+        """Return the number of a segment's group; add it if it is new."""
+        if self._last[0] is entry.document:  # those of one manifest share it
+            return self._last[1]
+        common = json.dumps({name: getattr(entry, name) for name in COMMON}, sort_keys=True)
+        self._connection.execute("INSERT OR IGNORE INTO remote_groups (common) VALUES (?)", (common,))
+        row = self._connection.execute("SELECT id FROM remote_groups WHERE common = ?", (common,)).fetchone()
+        self._last = entry.document, int(row[0])
+        return self._last[1]
+
+
+def _segments(rows: Sequence[Sequence[Any]]) -> Iterator[RemoteSegment]:
+    common: dict[str, dict[str, Any]] = {}
+    for text, name, parent, start, stop, hashes, parts, digests, size, disk_bytes, checkpoints in rows:
+        if text not in common:
+            common[text] = json.loads(text)
+        yield RemoteSegment(
+            **common[text],
+            name=name,
+            parent=parent,
+            start=start,
+            stop=stop,
+            hashes=base64.b64encode(hashes).decode(),
+            parts=parts.split("\n"),
+            digests=digests.split("\n"),
+            size=size,
+            disk_bytes=disk_bytes,
+            checkpoints=None if checkpoints is None else json.loads(checkpoints),
+        )

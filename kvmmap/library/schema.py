@@ -6,7 +6,7 @@ is never migrated: another version of the schema is another index, which is rebu
 
 from __future__ import annotations
 
-VERSION = 7
+VERSION = 8
 """Number of this schema, in the database's `user_version`."""
 
 PRAGMAS = (
@@ -83,18 +83,28 @@ CREATE INDEX pointed ON points (hash);
 
 CREATE TABLE spans (segment INTEGER PRIMARY KEY, hashes BLOB NOT NULL) STRICT;
 
+CREATE TABLE remote_groups (id INTEGER PRIMARY KEY, common TEXT NOT NULL UNIQUE) STRICT;
+
 CREATE TABLE remotes (
-    name TEXT PRIMARY KEY,
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    common INTEGER NOT NULL,
     parent TEXT,
     start INTEGER NOT NULL,
     stop INTEGER NOT NULL,
-    entry TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
+    hashes BLOB NOT NULL,
+    parts TEXT NOT NULL,
+    digests TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    disk_bytes INTEGER NOT NULL,
+    checkpoints TEXT
+) STRICT;
 
 CREATE INDEX remote_families ON remotes (parent, stop) WHERE parent IS NOT NULL;
 CREATE INDEX remote_ends ON remotes (stop);
 
-CREATE TABLE remote_hashes (hash BLOB NOT NULL, name TEXT NOT NULL, PRIMARY KEY (hash, name)) STRICT, WITHOUT ROWID;
+CREATE TABLE remote_hashes (hash BLOB NOT NULL, remote INTEGER NOT NULL, PRIMARY KEY (hash, remote))
+    STRICT, WITHOUT ROWID;
 
 CREATE TABLE remote_log (id INTEGER PRIMARY KEY CHECK (id = 1), url TEXT NOT NULL, position INTEGER NOT NULL) STRICT;
 
