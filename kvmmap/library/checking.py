@@ -17,7 +17,7 @@ from ..storage.file.placement import remove_dead
 from ..storage.process import is_running
 from ..storage.temporary import is_temporary
 from .contents import Description, describe, disk_bytes, is_written, was_committed
-from .index import GOING, Index
+from .index import GOING, Index, is_made_name
 from .room import Room, pin_path
 from .segment import CACHES, Segment
 
@@ -127,8 +127,9 @@ class Checker:
             for folder in sorted(os.listdir(caches)):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     for file in sorted(os.listdir(os.path.join(caches, folder))):
-                        if file.endswith(".kvm") and not file.startswith("."):
-                            yield file.removesuffix(".kvm"), os.path.join(caches, folder, file)
+                        path = os.path.join(caches, folder, file)
+                        if file.endswith(".kvm") and not file.startswith(".") and os.path.isfile(path):
+                            yield file.removesuffix(".kvm"), path
 
     def _remove_left_overs(self) -> None:
         """Remove the temporary files of processes that died while they made a segment."""
@@ -207,7 +208,7 @@ class Checker:
             self._index.mark_broken(name, what)
 
     def _remove_empty(self, path: str) -> bool:
-        if is_written(path):
+        if not is_made_name(os.path.basename(path).removesuffix(".kvm")) or is_written(path):
             return False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ..errors import CacheNotFoundError
 from ..storage.posix import FILE_MODE
 from .schema import PRAGMAS, TABLES, VERSION
 
@@ -163,7 +164,13 @@ class Database:
     @contextlib.contextmanager
     def _making(self) -> Iterator[None]:
         """Hold the lock under which an index is made or replaced."""
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        try:
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        except FileNotFoundError:
+            folder = os.path.dirname(self.path)
+            raise CacheNotFoundError(
+                f"{folder}: the library was moved or deleted while it was open: open it again", path=folder
+            ) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield

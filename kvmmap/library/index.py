@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,7 @@ class Index(IndexReader):
     @recovering
     def add_namespace(self, digest: str, folder: str, document: Mapping[str, Any], model: str, size: int) -> int:
         """Return a namespace's number; add it if it is new."""
+        model = model.encode(errors="backslashreplace").decode()  # a config may name it by what is no text
         with self.database.writing() as connection:
             connection.execute(
                 "INSERT INTO namespaces (digest, folder, document, model, position_bytes) VALUES (?, ?, ?, ?, ?) "
@@ -344,6 +346,11 @@ def _forget_blocks(connection: sqlite3.Connection, number: int, hashes: bytes) -
 def new_name(library: str) -> str:
     """Return a new segment's name: the time, so that names sort by age, the library's number, and 48 random bits."""
     return f"{time.time_ns() // 1_000_000:012x}-{library}-{os.urandom(6).hex()}"
+
+
+def is_made_name(name: str) -> bool:
+    """True if a file's name is one that `new_name` makes. Other files are their owners' and are never evicted."""
+    return re.fullmatch("[0-9a-f]{12}-[^-]+-[0-9a-f]{12}", name) is not None
 
 
 def is_of(name: str, library: str) -> bool:

@@ -30,7 +30,7 @@ from .hashing import Prompt
 from .making import Tail, Vanished
 from .matching import Match, Search
 from .models import open_for_model
-from .namespace import NOTES, Namespace
+from .namespace import NOTES, Namespace, check_digest
 from .segment import Segment
 from .session import Session
 from .shared import LibrarySharing
@@ -86,10 +86,10 @@ class Library(LibrarySharing):
 
         Raises:
             ShapeMismatchError, DtypeError: not such numbers.
-            MetadataError: the namespace's facts are no plain JSON.
+            MetadataError: the namespace's facts are no plain JSON; or it is neither a namespace nor a digest of one.
             ClosedError: the library is closed.
         """
-        digest = namespace if isinstance(namespace, str) else namespace.digest
+        digest = namespace.digest if isinstance(namespace, Namespace) else check_digest(namespace)
         return self._match(digest, self._prompt(digest, token_ids, limit))
 
     def _prompt(self, digest: str, token_ids: Any, limit: int | None) -> Prompt:
@@ -290,6 +290,8 @@ class Library(LibrarySharing):
                 actual=len(ids),
                 path=source.path,
             )
+        if not isinstance(namespace, Namespace):
+            raise MetadataError(f"give a Namespace, not a {type(namespace).__name__}")
         if (source.geometry.layers, source.states) != (namespace.layers, namespace.states):
             raise ShapeMismatchError(
                 f"{source.path or 'the cache'}: its layers, codecs or states are not those of the namespace",
@@ -347,8 +349,10 @@ def _own(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the metadata of a caller.
 
     Raises:
-        MetadataError: it has the key that is the library's.
+        MetadataError: it has the key that is the library's, or is no mapping.
     """
+    if not isinstance(metadata, Mapping | None):
+        raise MetadataError(f"metadata must be a mapping, not a {type(metadata).__name__}", actual=metadata)
     found = dict(metadata or {})
     if NOTES in found:
         raise MetadataError(f"the key {NOTES!r} of the metadata is the library's own")

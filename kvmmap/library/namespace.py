@@ -120,9 +120,11 @@ class Namespace:
         """What is digested, as plain JSON. It does not contain the salt.
 
         Raises:
-            MetadataError: the facts are no plain JSON.
+            MetadataError: the facts are no plain JSON, or the salt is no text.
         """
         model = self.model
+        if not isinstance(self.facts, Mapping):
+            raise MetadataError(f"the facts of a namespace are a mapping, not a {type(self.facts).__name__}")
         weights = {"fingerprint": model.fingerprint}
         if model.fingerprint is None:
             weights = {"name": model.name, "revision": model.revision}
@@ -135,7 +137,7 @@ class Namespace:
                 [layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.key_codec.name, layer.value_codec.name]
                 for layer in self.layers
             ],
-            "salt": None if self.salt is None else _digest(f"kvmmap salt\0{self.salt}".encode()),
+            "salt": None if self.salt is None else _digest_of_salt(self.salt),
         }
         if self.recent_window or self.sinks:
             document["recent"] = [self.recent_window, self.sinks]
@@ -193,6 +195,17 @@ class Namespace:
         }
 
 
+def check_digest(digest: Any) -> str:
+    """Return the digest of a namespace as it was given.
+
+    Raises:
+        MetadataError: it is none.
+    """
+    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{32}", digest):
+        return digest
+    raise MetadataError(f"give a Namespace, or the digest of one, 32 hexadecimal digits, not {digest!r}", actual=digest)
+
+
 def digest_of(document: Mapping[str, Any]) -> str:
     """Return the digest of a namespace's document.
 
@@ -204,6 +217,15 @@ def digest_of(document: Mapping[str, Any]) -> str:
     except (TypeError, ValueError) as error:
         raise MetadataError(f"the facts of a namespace must be plain JSON: {error}") from error
     return _digest(text.encode())
+
+
+def _digest_of_salt(salt: Any) -> str:
+    try:
+        if not isinstance(salt, str):
+            raise TypeError(f"not a {type(salt).__name__}")
+        return _digest(f"kvmmap salt\0{salt}".encode())
+    except (TypeError, UnicodeEncodeError) as error:
+        raise MetadataError(f"a salt is text that can be encoded as UTF-8: {error}") from None
 
 
 def _digest(data: bytes) -> str:

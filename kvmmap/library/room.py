@@ -17,7 +17,7 @@ from ..storage.file.thinning import drop_old_checkpoints
 from ..storage.process import is_running
 from . import policy
 from .contents import disk_bytes, held, is_written
-from .index import GOING, Index
+from .index import GOING, Index, is_made_name
 from .policy import Choice
 from .segment import Segment
 
@@ -158,7 +158,7 @@ class Room:
             leaves,
             need,
             time.time(),
-            lambda segment: not is_written(segment.path),
+            lambda segment: is_made_name(segment.name) and not is_written(segment.path),
             lambda segment: segments.get(segment.parent_id),
         )
 
@@ -177,10 +177,12 @@ class Room:
         return gone
 
     def remove(self, segment: Segment, *, evicting: bool = False) -> bool:
-        """Remove a segment that nobody writes or needs; False if it stays.
+        """Remove a segment that nobody writes or needs; False if it stays. Files that no library made are not evicted.
 
         The index has its row until the file is gone, so that a process which dies in between leaves no lost space.
         """
+        if evicting and not is_made_name(segment.name):
+            return False
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(held(segment.path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -86,7 +87,9 @@ def _decode(data: bytes, path: str) -> Settings:
         version = raw["version"]
         if not isinstance(version, int):
             raise TypeError("its version is no number")
-    except (ValueError, TypeError, KeyError) as error:
+        if version <= VERSION:
+            _check(raw)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CorruptCacheError(
             f"{path}: the library's settings are damaged ({error}): remove this file, and give max_bytes again",
             path=path,
@@ -99,6 +102,19 @@ def _decode(data: bytes, path: str) -> Settings:
             actual=version,
         )
     return Settings(**{each.name: raw[each.name] for each in fields(Settings) if each.name in raw})
+
+
+def _check(raw: dict[str, Any]) -> None:
+    """Raise if a setting is not what `load` stores."""
+    number, max_bytes, ttl, remote = [raw.get(name) for name in ("number", "max_bytes", "ttl", "remote")]
+    if not isinstance(number, str) or not re.fullmatch("[0-9a-f]{8}", number):
+        raise ValueError(f"its number is {number!r:.40}")
+    if not (max_bytes is None or (type(max_bytes) is int and max_bytes > 0)):
+        raise ValueError(f"max_bytes is {max_bytes!r:.40}")
+    if not (ttl is None or (type(ttl) in (int, float) and 0 <= ttl < float("inf"))):
+        raise ValueError(f"ttl is {ttl!r:.40}")
+    if not isinstance(remote, str | None):
+        raise TypeError(f"remote is {remote!r:.40}")
 
 
 def _store(path: str, settings: Settings) -> None:

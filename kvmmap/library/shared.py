@@ -31,14 +31,18 @@ class LibrarySharing(LibraryUpkeep):
         write_through: bool = True,
         follow_every: float | None = 5.0,
     ) -> None:
+        if remote is not None:
+            _objects_at(remote, storage_options)  # a library remembers its store: refuse what is none before that
         super().__init__(path, max_bytes, ttl=ttl, create=create, remote=remote)
         self._sharing: Sharing | None = None
         self._background: Background | None = None
         url = self._settings.remote
         if url is not None:
-            objects = cast(ListedObjects, objects_at(url, storage_options))
-            if not hasattr(objects, "list_after"):
-                raise KvmmapError(f"{url}: can't be listed in order, so no library can be shared through it", path=url)
+            try:
+                objects = _objects_at(url, storage_options)
+            except BaseException:
+                self._database.release()
+                raise
             self._sharing = Sharing(self.path, self._index, self._room, self._checker, objects)
             if write_through or follow_every is not None:
                 self._background = Background(self._sharing, follow_every or LONGEST_PAUSE, push=write_through)
@@ -158,3 +162,21 @@ class LibrarySharing(LibraryUpkeep):
         if self._background is not None:
             self._background.stop()
         super().close()
+
+
+def _objects_at(url: Any, storage_options: Mapping[str, Any] | None) -> ListedObjects:
+    """Return an object store that a library can be shared through.
+
+    Raises:
+        As `kvmmap.storage.objects.remote.objects_at`, and
+        KvmmapError: it can't be one.
+    """
+    if not isinstance(url, str) or url.lower().startswith("file:"):
+        raise KvmmapError(
+            f"{url!r}: no library can be shared through it: give the URL of a place in an object store, such as "
+            '"s3://bucket/prefix"'
+        )
+    objects = objects_at(url, storage_options)
+    if not hasattr(objects, "list_after"):
+        raise KvmmapError(f"{url}: can't be listed in order, so no library can be shared through it", path=url)
+    return cast(ListedObjects, objects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +37,8 @@ class LibraryUpkeep:
         create: bool = True,
         remote: str | None = None,
     ) -> None:
-        if max_bytes is not None and whole(max_bytes, "max_bytes") < 1:
+        max_bytes = None if max_bytes is None else whole(max_bytes, "max_bytes")
+        if max_bytes is not None and max_bytes < 1:
             raise ShapeMismatchError(f"max_bytes must be at least 1, not {max_bytes}", expected=1, actual=max_bytes)
         self.path = os.path.abspath(file_path(path))
         """Absolute path of the directory."""
@@ -79,10 +81,11 @@ class LibraryUpkeep:
         Raises:
             CacheNotFoundError: there is none, or several.
         """
-        found = self._open_index.segment(name)
+        found = self._open_index.segment(name) if isinstance(name, str) else None
         if found is not None:
             return found
-        some = [one for one in self.entries() if name and (one.name.startswith(name) or one.name.endswith(name))]
+        known = self.entries() if name and isinstance(name, str) else []
+        some = [one for one in known if one.name.startswith(name) or one.name.endswith(name)]
         if len(some) == 1:
             return some[0]
         what = "no segment" if not some else f"{len(some)} segments"
@@ -225,6 +228,18 @@ class LibraryUpkeep:
     def __repr__(self) -> str:
         return f"<Library {self.path!r}{', closed' if self._closed else ''}>"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            KvmmapError: always.
+        """
+        raise KvmmapError(
+            f"{self.path}: a library can't be pickled or copied, since its connections belong to this process: open it "
+            "by its path where it is needed",
+            path=self.path,
+        )
+
     # Life
 
     def close(self) -> None:
@@ -264,7 +279,10 @@ class LibraryUpkeep:
         self._checker.check()
 
 
-def _seconds(seconds: float | None) -> float | None:
-    if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < float("inf")):
-        raise ShapeMismatchError(f"a time to live is a number of seconds from 0 on, not {seconds!r}", actual=seconds)
-    return seconds
+def _seconds(seconds: Any) -> float | None:
+    if seconds is None:
+        return None
+    with contextlib.suppress(OverflowError):
+        if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= float(seconds) < float("inf"):
+            return float(seconds)
+    raise ShapeMismatchError(f"a time to live is a number of seconds from 0 on, not {seconds!r:.40}", actual=seconds)
