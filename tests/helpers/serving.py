@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,12 @@ class ChatServer:
         library: the library's directory.
         log: a file for what it prints.
         options: of its command line.
+        environment: variables besides.
     """
 
-    def __init__(self, library: Path, log: Path, *options: object) -> None:
+    def __init__(
+        self, library: Path, log: Path, *options: object, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.library = library
         self.log = log
         with log.open("wb") as output:
@@ -48,7 +51,7 @@ class ChatServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=EXAMPLES,
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(environment or {}),
                 start_new_session=True,
             )
         try:
