@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.library_support import NAMESPACE, check_consistent, check_rows, compute, prompt, say, text
+from helpers.library_support import NAMESPACE, SHAPE, check_consistent, check_rows, compute, prompt, say, text
 from helpers.support import TESTS
 
 import kvmmap
@@ -439,3 +440,44 @@ def test_machines_and_a_server(server: Any, tmp_path: Path) -> None:
         with four.session(NAMESPACE, text(600, 1)) as session:
             compute(session, text(600, 1))
             check_rows(session, text(600, 1))
+
+
+def test_segments_of_several_namespaces_in_one_manifest(machine: Open) -> None:
+    """What they have in common is there once; entries that have all fields, as of before, are read as well."""
+    one, two = machine("one"), machine("two")
+    other = kvmmap.Namespace.build(**SHAPE, model=kvmmap.ModelInfo(name="org/other", fingerprint="def"))
+    for seed in range(3):
+        say(one, text(300, seed))
+        say(one, text(300, seed), other)
+    one.push()
+    entries = one._index.remotes()
+    data = Manifest(added=entries, removed=["x"]).encode(position=6)
+    raw = json.loads(data)
+    assert (len(raw["groups"]), len(raw["added"]), raw["position"]) == (2, 6, 6)
+    assert "document" not in raw["added"][0]
+    found = Manifest.decode(data)
+    assert (list(found.added), found.removed) == (entries, ["x"])
+    whole = {"version": 1, "added": [entry.to_json() for entry in entries], "removed": []}
+    assert Manifest.decode(json.dumps(whole).encode()).added == entries
+    for group in (2, -7, "0", None, [0], {}):
+        raw["added"][0]["group"] = group
+        assert Manifest.decode(json.dumps(raw).encode()).added == entries[1:]
+    one.compact_log()
+    two.pull()
+    assert two._index.remotes() == entries
+    assert say(two, prompt(text(300, 1), [1]), other) == 300
+
+
+def test_a_segment_that_is_pushed_again_and_removed_leaves_no_hashes(machine: Open) -> None:
+    one, two = machine("one"), machine("two")
+    for length in (300, 700):
+        say(one, text(700, 0)[:length])
+        one.push()
+        two.pull()
+    (entry,) = two._index.remotes()
+    assert entry.stop == 700
+    two._index.check()
+    one.clean_up(max_bytes=1)
+    two.pull()
+    assert two._index.remotes() == []
+    two._index.check()

@@ -301,3 +301,5 @@ class IndexReader:
             assert not orphans, orphans
             assert one("SELECT count(*) FROM points WHERE segment NOT IN (SELECT id FROM segments)").fetchone() == (0,)
             assert one("SELECT count(*) FROM blocks WHERE segment NOT IN (SELECT id FROM segments)").fetchone() == (0,)
+            lost = "SELECT count(*) FROM remote_hashes WHERE remote NOT IN (SELECT id FROM remotes)"
+            assert one(lost).fetchone() == (0,)

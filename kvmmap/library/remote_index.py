@@ -120,10 +120,13 @@ class RemoteIndex(Index):
         for number, entry in enumerate(entries, following):
             each = entry.hash_list()
             hashes += [(hash, number) for hash in each]
-            points = None if entry.checkpoints is None else json.dumps(entry.checkpoints)
-            own = (entry.parent, entry.start, entry.stop, b"".join(each), "\n".join(entry.parts))
-            own += ("\n".join(entry.digests), entry.size, entry.disk_bytes, points)
-            remotes.append((number, entry.name, groups.number(entry), *own))
+            remotes.append(
+                (
+                    *(number, entry.name, groups.number(entry), entry.parent, entry.start, entry.stop, b"".join(each)),
+                    *("\n".join(entry.parts), "\n".join(entry.digests), entry.size, entry.disk_bytes),
+                    None if entry.checkpoints is None else json.dumps(entry.checkpoints),
+                )
+            )
         connection.executemany("INSERT INTO remotes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", remotes)
         # In their order, in which many at once are quick: a snapshot has those of all segments.
         connection.executemany("INSERT OR IGNORE INTO remote_hashes VALUES (?, ?)", sorted(hashes))
