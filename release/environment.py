@@ -65,7 +65,7 @@ ENVIRONMENTS = {
     ),
     "vllm": Environment(
         folder=".venv-vllm",
-        kvmmap=".[safetensors]",
+        kvmmap=".[s3,safetensors]",  # s3: the tests' helpers import it
         requirements=("release/requirements-vllm.txt",),
         weights=True,
         without=("torchvision", "torchaudio", "torchcodec"),  # they don't always fit the torch that vLLM is built for
