@@ -61,6 +61,8 @@ def as_rows(x: Any) -> tuple[NDArray[Any], int]:
         dtype = x.dtype
         if dtype is _F32:
             return x, 0
+        if dtype is _F16:
+            return x, 1
         if dtype.kind == "V" and dtype is bfloat16():
             return x.view(_UINT16), 2
     array, number = as_array(x)

@@ -34,6 +34,18 @@ def test_every_pair_of_types_comes_back_byte_by_byte(key_type: str, value_type: 
     assert there_and_back(state, tmp_path) == state.build()
 
 
+@pytest.mark.parametrize("count", [1, 256, 257, 700])
+@pytest.mark.parametrize("kv_heads", [2, [2, 4, 2]])
+@pytest.mark.parametrize(("key_type", "value_type"), [("f16", "f16"), ("q8_0", "q8_0"), ("bf16", "q4_1")])
+def test_few_and_many_cells_come_back(
+    count: int, kv_heads: int | list[int], key_type: str, value_type: str, tmp_path: Path
+) -> None:
+    """Few are appended to all layers at once, many layer by layer; layers are alike, or not."""
+    model = TinyModel(layers=3, kv_heads=kv_heads)
+    state = TinyState(model=model, count=count, key_type=key_type, value_type=value_type)
+    assert there_and_back(state, tmp_path) == state.build()
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("rotated", [True, False])

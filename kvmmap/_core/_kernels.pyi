@@ -10,6 +10,7 @@ def encode_ggml(type: int, group: int, interleaved: bool, x: Any, dtype: int, ou
 def decode_ggml(
     type: int, group: int, interleaved: bool, rows: Any, dim: int, out: Any, dtype: int, threads: int
 ) -> None: ...
+def special_ggml_scales(type: int, rows: Any) -> int: ...
 def attend(
     queries: Any,
     dtype: int,

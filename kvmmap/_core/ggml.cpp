@@ -225,4 +225,17 @@ int64_t encode_ggml(GgmlFormat format, const RowGrid& x, char* out, int threads)
     return first_bad == rows ? -1 : first_bad.load();
 }
 
+int64_t special_scales(Ggml type, const char* in, int64_t size) {
+    if (!has_blocks(type)) return 0;
+    const int64_t step = block_bytes(type);
+    const bool minimum = type == Ggml::q4_1 || type == Ggml::q5_1;
+    int64_t found = 0;
+    for (int64_t at = 0; at + step <= size; at += step) {
+        uint16_t bits[2] = {0, 0};
+        std::memcpy(bits, in + at, minimum ? 4 : 2);
+        found += ((bits[0] & 0x7c00) == 0x7c00) + ((bits[1] & 0x7c00) == 0x7c00);
+    }
+    return found;
+}
+
 }  // namespace kvmmap

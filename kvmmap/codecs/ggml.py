@@ -60,9 +60,9 @@ class Blocks(RowCodec):
     """Blocks of 32 numbers of one of ggml's types, with one transform."""
 
     offered = False
-    refu = "numbers that need a scale beyond f16, a NaN or an infinity"
+    refused = "numbers that need a scale beyond f16, a NaN or an infinity"
 
-    def __init__(self, id: int, type_name: str, ggml_type: int, block_bytes: int, halves: int, transform: int) -> None:
+    def __init__(self, id: int, type_name: str, ggml_type: int, block_bytes: int, transform: int) -> None:
         kind = transform & ~(TRANSFORMED | INTERLEAVED)
         pairs = "-pairs" if transform & INTERLEAVED else ""
         done = f"{_SUFFIXES[kind]}{pairs}"
@@ -70,7 +70,7 @@ class Blocks(RowCodec):
         put(id=id, transform=transform, name=f"{type_name}{done}", id_name=type_name)
         put(transform_name=f"ggml{done}" if transform else "none")
         self.ggml_type = ggml_type
-        self._block_bytes, self._halves = block_bytes, halves
+        self._block_bytes = block_bytes
         self._kind, self._interleaved = kind, bool(transform & INTERLEAVED)
 
     def arrays(self, dim: int) -> tuple[RowArray, ...]:
@@ -98,16 +98,14 @@ class Blocks(RowCodec):
             _core.decode_ggml(self.ggml_type, self.group(dim), self._interleaved, arrays[0], dim, out, dtype, threads)
 
     def check(self, arrays: Arrays, dim: int) -> None:
-        blocks = np.ascontiguousarray(arrays[0]).reshape(-1, self._block_bytes)
-        scales = np.ascontiguousarray(blocks[:, : 2 * self._halves]).view("<u2")
-        special = int(((scales & 0x7C00) == 0x7C00).sum())
+        special = _core.special_ggml_scales(self.ggml_type, np.ascontiguousarray(arrays[0]))
         if special:
             raise NonFiniteError(
                 f"codes have {special} scales that are a NaN or an infinity, which {self.name} never has"
             )
 
 
-TYPES = (("q8_0", 8, 34, 1), ("q4_0", 2, 18, 1), ("q4_1", 3, 20, 2), ("q5_0", 6, 22, 1), ("q5_1", 7, 24, 2))
+TYPES = (("q8_0", 8, 34), ("q4_0", 2, 18), ("q4_1", 3, 20), ("q5_0", 6, 22), ("q5_1", 7, 24))
 """Names, ggml's numbers, bytes of a block, and how many f16 numbers it begins with; their codec bytes are 33 and so
 on."""
 
@@ -115,8 +113,8 @@ TRANSFORMS = (0, *(TRANSFORMED | kind | pairs for kind in _SUFFIXES for pairs in
 """Bytes of all transforms."""
 
 BLOCKS: tuple[RowCodec, ...] = tuple(
-    Blocks(id, name, number, size, halves, transform)
-    for id, (name, number, size, halves) in enumerate(TYPES, 33)
+    Blocks(id, name, number, size, transform)
+    for id, (name, number, size) in enumerate(TYPES, 33)
     for transform in TRANSFORMS
 )
 PLAIN_F32 = F32()

@@ -47,7 +47,7 @@ KV_TYPES = {
         GgmlType("f32", 0, 1, 4),
         GgmlType("f16", 1, 1, 2),
         GgmlType("bf16", 30, 1, 2),
-        *(GgmlType(name, number, BLOCK, size) for name, number, size, _ in TYPES),
+        *(GgmlType(name, number, BLOCK, size) for name, number, size in TYPES),
     )
 }
 """Types that are read and written, by name."""

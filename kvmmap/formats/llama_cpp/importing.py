@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
 from ...codecs.presets import preset_codecs, preset_recent
-from ...errors import DtypeError, KvmmapError, UnsupportedModelError
-from ...inputs import check_token_ids
+from ...errors import DtypeError, KvmmapError, ShapeMismatchError, UnsupportedModelError
+from ...geometry import LayerGeometry
+from ...inputs import check_quantized, check_token_ids
 from ...metadata import document
 from ...opening import making
 from ...paths import PathLike
@@ -30,6 +31,9 @@ from .source import Source, open_source
 
 NATIVE = "native"
 """The preset that keeps rows as they are in the state."""
+
+TOGETHER = 256
+"""Positions that are appended to all layers at once, at most."""
 
 
 def import_llama_cpp(
@@ -229,36 +233,89 @@ def fill(
     progress: Progress | None,
     start: int = 0,
 ) -> None:
-    """Append the rows of a sequence from position `start` on."""
-    done, whole = 0, sum(layer.position_bytes for layer in cache.geometry.layers) * (len(found.cells) - start)
-    for number, (layer, (key_form, value_form)) in enumerate(zip(cache.layers, forms, strict=True)):
-        shape = layer.geometry
-        keys = _Rows(source, found, found.stream.keys[number], shape.num_kv_heads * shape.head_dim)
-        values = _Rows(
-            source,
-            found,
-            found.stream.values[number],
-            shape.num_kv_heads * shape.value_head_dim,
-            transposed=found.stream.transposed,
-        )
-        forms_codecs = key_form.codec(shape.head_dim), value_form.codec(shape.value_head_dim)
-        quantized = key_form.type.quantized or value_form.type.quantized
-        kept = quantized and (shape.key_codec, shape.value_codec) == forms_codecs  # else encoding keeps all bits, too
-        for first, last in steps(start, len(found.cells)):
-            pair = keys.read(first, last), values.read(first, last)
-            if kept:
-                layer.extend_quantized(
-                    _codes(key_form, pair[0], shape.num_kv_heads, shape.head_dim),
-                    _codes(value_form, pair[1], shape.num_kv_heads, shape.value_head_dim),
-                )
+    """Append the rows of a sequence from position `start` on.
+
+    Few of them, as a turn of a conversation has, are appended to all layers at once.
+    """
+    shapes, count = cache.geometry.layers, len(found.cells)
+    if count - start <= TOGETHER:
+        layers = [_LayerRows(source, found, number, shape, forms[number]) for number, shape in enumerate(shapes)]
+        if all(layer.kept for layer in layers):
+            return _append_codes(cache, [layer.codes(start, count) for layer in layers])
+        if not any(layer.kept for layer in layers):
+            pairs = [layer.numbers(start, count) for layer in layers]
+            return cache.extend([keys for keys, _ in pairs], [values for _, values in pairs])
+    done, whole = 0, sum(shape.position_bytes for shape in shapes) * (count - start)
+    for number, target in enumerate(cache.layers):
+        layer = _LayerRows(source, found, number, shapes[number], forms[number])
+        for first, last in steps(start, count):
+            if layer.kept:
+                target.extend_quantized(*layer.codes(first, last))
             else:
-                layer.extend(
-                    key_form.decode(pair[0], shape.num_kv_heads, shape.head_dim),
-                    value_form.decode(pair[1], shape.num_kv_heads, shape.value_head_dim),
-                )
-            done += (last - first) * shape.position_bytes
+                target.extend(*layer.numbers(first, last))
+            done += (last - first) * target.geometry.position_bytes
             if progress:
                 progress(done, whole)
+    return None
+
+
+def _append_codes(cache: QuantizedKvCache, codes: list[tuple[NDArray[Any], ...]]) -> None:
+    """Append rows as the codecs store them to all layers, all or none. The next commit comes before `codes` change."""
+    storage, count = cache.storage, len(codes[0][0])
+    rows = [
+        check_quantized(arrays, shape, number)
+        for number, (arrays, shape) in enumerate(zip(codes, cache.geometry.layers, strict=True))
+    ]
+    with storage.lock:
+        starts = {store.begin(count) for store in storage.row_layers}
+        if len(starts) > 1:
+            raise ShapeMismatchError(
+                f"layers are not level: they hold {min(starts)} to {max(starts)} positions; truncate({min(starts)})",
+                expected=max(starts),
+                actual=min(starts),
+            )
+        start = starts.pop()
+        for store, part in zip(storage.row_layers, rows, strict=True):
+            store.write(start, part)
+        storage.publish_step(start + count)
+        storage.appended()
+
+
+class _LayerRows:
+    """The rows of a layer."""
+
+    def __init__(
+        self, source: Source, found: Found, number: int, shape: LayerGeometry, forms: tuple[RowForm, RowForm]
+    ) -> None:
+        stream = found.stream
+        self._shape, (self._key_form, self._value_form) = shape, forms
+        self._keys = _Rows(source, found, stream.keys[number], shape.num_kv_heads * shape.head_dim)
+        self._values = _Rows(
+            source,
+            found,
+            stream.values[number],
+            shape.num_kv_heads * shape.value_head_dim,
+            transposed=stream.transposed,
+        )
+        codecs = self._key_form.codec(shape.head_dim), self._value_form.codec(shape.value_head_dim)
+        quantized = self._key_form.type.quantized or self._value_form.type.quantized
+        self.kept = quantized and (shape.key_codec, shape.value_codec) == codecs
+        """Whether the cache stores what `codes` returns; of other types, encoding what `numbers` returns keeps all
+        bits, too."""
+
+    def codes(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return positions [start, stop) as the forms' codecs store them."""
+        shape = self._shape
+        keys = _codes(self._key_form, self._keys.read(start, stop), shape.num_kv_heads, shape.head_dim)
+        values = _codes(self._value_form, self._values.read(start, stop), shape.num_kv_heads, shape.value_head_dim)
+        return keys, values
+
+    def numbers(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return positions [start, stop) as numbers, [n, num_kv_heads, dim]."""
+        shape = self._shape
+        keys = self._key_form.decode(self._keys.read(start, stop), shape.num_kv_heads, shape.head_dim)
+        values = self._value_form.decode(self._values.read(start, stop), shape.num_kv_heads, shape.value_head_dim)
+        return keys, values
 
 
 def _codes(form: RowForm, rows: NDArray[np.uint8], heads: int, dim: int) -> NDArray[Any]:

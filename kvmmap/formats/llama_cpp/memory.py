@@ -162,15 +162,13 @@ def _stream(reader: Reader, layout: Layout, model: GgufModel) -> Stream | None:
             actual=layers,
             path=reader.source.name,
         )
-    keys = [
-        _part(reader, cells, shape.num_kv_heads * shape.head_dim, f"keys of layer {number}")
-        for number, shape in enumerate(model.layers)
-    ]
-    part = _transposed_part if transposed else _part
-    values = [
-        part(reader, cells, shape.num_kv_heads * shape.value_head_dim, f"values of layer {number}")
-        for number, shape in enumerate(model.layers)
-    ]
+    keys = _parts(reader, cells, [shape.num_kv_heads * shape.head_dim for shape in model.layers], "keys")
+    counts = [shape.num_kv_heads * shape.value_head_dim for shape in model.layers]
+    values = (
+        [_transposed_part(reader, cells, count, f"values of layer {n}") for n, count in enumerate(counts)]
+        if transposed
+        else _parts(reader, cells, counts, "values")
+    )
     return Stream(
         positions=positions,
         owners=owners,
@@ -209,6 +207,23 @@ def cell_dtype(extension: int) -> np.dtype[Any]:
     """Return the numbers of a cell that belongs to one sequence."""
     more = [("extension", "<i4", (extension,))] if extension else []
     return np.dtype([("position", "<i4"), ("count", "<u4"), *more, ("sequence", "<i4")])
+
+
+_HEAD = np.dtype([("type", "<i4"), ("row", "<u8")])
+"""What stands before the rows of a layer."""
+
+
+def _parts(reader: Reader, cells: int, counts: list[int], what: str) -> list[Part]:
+    """Return where the rows of all layers lie, each of so many numbers."""
+    first = _part(reader, cells, counts[0], f"{what} of layer 0")
+    row, more = first.type.row_bytes(counts[0]), len(counts) - 1
+    step = _HEAD.itemsize + cells * row
+    if len(set(counts)) == 1 and step * more <= reader.left:
+        heads = reader.source.records(reader.offset, _HEAD, more, step)
+        if (heads["type"] == first.type.number).all() and (heads["row"] == row).all():  # as usual
+            reader.skip(step * more)
+            return [Part(first.type, first.offset + step * n) for n in range(len(counts))]
+    return [first, *(_part(reader, cells, count, f"{what} of layer {n}") for n, count in enumerate(counts[1:], 1))]
 
 
 def _part(reader: Reader, cells: int, count: int, what: str) -> Part:

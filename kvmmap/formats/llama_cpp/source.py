@@ -41,6 +41,18 @@ class Source:
             done += count
         return out
 
+    def records(self, offset: int, dtype: np.dtype[Any], count: int, step: int) -> NDArray[Any]:
+        """Return `count` records, each `step` bytes behind the one before.
+
+        Raises:
+            NotACacheError: the state ends before.
+        """
+        if self._data is None or not count:
+            parts = [self.read(offset + step * n, dtype.itemsize) for n in range(count)]
+            return np.frombuffer(b"".join([part.tobytes() for part in parts]), dtype)
+        self.read(offset + step * (count - 1), dtype.itemsize)
+        return np.ndarray(count, dtype, self._data.data, offset, (step,))
+
     def refused(self, reason: str) -> NotACacheError:
         """Return the error that says why this is no state."""
         return NotACacheError(f"{self.name}: not a state of llama.cpp that can be read: {reason}", path=self.name)
