@@ -195,10 +195,10 @@ void decode_ggml_rows(int type, int64_t group, bool interleaved, nb::handle in_o
     decode_ggml(format, from, rows, dim, kind, out.data(), threads);
 }
 
-int64_t special_ggml_scales(int type, nb::handle in_object) {
+int64_t special_ggml(int type, nb::handle in_object) {
     Buffer in(in_object, contiguous);
     if (!ggml_known(type)) throw nb::value_error("unknown ggml type");
-    return special_scales(static_cast<Ggml>(type), in.data(), in.bytes());
+    return special_numbers(static_cast<Ggml>(type), in.data(), in.bytes());
 }
 
 // Queries of any dtype and strides -> f32 side by side, or the first row that is not finite.
@@ -578,7 +578,7 @@ NB_MODULE(_kernels, m) {
     m.def("encode_ggml", &encode_ggml_rows, "type"_a, "group"_a, "interleaved"_a, "x"_a, "dtype"_a, "out"_a, "threads"_a);
     m.def("decode_ggml", &decode_ggml_rows, "type"_a, "group"_a, "interleaved"_a, "rows"_a, "dim"_a, "out"_a, "dtype"_a,
           "threads"_a);
-    m.def("special_ggml_scales", &special_ggml_scales, "type"_a, "rows"_a);
+    m.def("special_ggml", &special_ggml, "type"_a, "rows"_a);
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
           "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none(), "exact"_a = false);

@@ -135,6 +135,17 @@ void interleave(const T* in, int64_t dim, T* out) {
     }
 }
 
+template <class T>
+int64_t special_floats(const char* in, int64_t size, T exponent) {
+    int64_t found = 0;
+    for (int64_t at = 0; at + static_cast<int64_t>(sizeof(T)) <= size; at += sizeof(T)) {
+        T bits;
+        std::memcpy(&bits, in + at, sizeof(T));
+        found += (bits & exponent) == exponent;
+    }
+    return found;
+}
+
 std::vector<float> factors_of(int64_t group) {
     return std::vector<float>(group, group ? 1.0f / std::sqrt(static_cast<float>(group)) : 0.0f);
 }
@@ -225,8 +236,9 @@ int64_t encode_ggml(GgmlFormat format, const RowGrid& x, char* out, int threads)
     return first_bad == rows ? -1 : first_bad.load();
 }
 
-int64_t special_scales(Ggml type, const char* in, int64_t size) {
-    if (!has_blocks(type)) return 0;
+int64_t special_numbers(Ggml type, const char* in, int64_t size) {
+    if (type == Ggml::f32) return special_floats<uint32_t>(in, size, 0x7f800000);
+    if (!has_blocks(type)) return special_floats<uint16_t>(in, size, type == Ggml::f16 ? 0x7c00 : 0x7f80);
     const int64_t step = block_bytes(type);
     const bool minimum = type == Ggml::q4_1 || type == Ggml::q5_1;
     int64_t found = 0;

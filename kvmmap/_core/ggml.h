@@ -31,7 +31,7 @@ int64_t ggml_row_bytes(Ggml type, int64_t dim);
 void decode_ggml(GgmlFormat format, const char* in, int64_t rows, int64_t dim, Dtype dtype, char* out, int threads);
 int64_t encode_ggml(GgmlFormat format, const RowGrid& x, char* out, int threads);
 
-// Scales and minimums of blocks side by side that are a NaN or an infinity; 0 for types without blocks.
-int64_t special_scales(Ggml type, const char* in, int64_t size);
+// How many numbers, or of blocks how many scales and minimums, are a NaN or an infinity.
+int64_t special_numbers(Ggml type, const char* in, int64_t size);
 
 }  // namespace kvmmap

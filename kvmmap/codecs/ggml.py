@@ -51,7 +51,7 @@ class F32(RowCodec):
             _core.decode_ggml(self.ggml_type, 0, False, arrays[0], dim, out, dtype, threads)
 
     def check(self, arrays: Arrays, dim: int) -> None:
-        special = int((~np.isfinite(arrays[0])).sum())
+        special = _core.special_ggml(self.ggml_type, np.ascontiguousarray(arrays[0]))
         if special:
             raise NonFiniteError(f"codes hold {special} NaNs or infinities, and f32 stores finite numbers")
 
@@ -98,7 +98,7 @@ class Blocks(RowCodec):
             _core.decode_ggml(self.ggml_type, self.group(dim), self._interleaved, arrays[0], dim, out, dtype, threads)
 
     def check(self, arrays: Arrays, dim: int) -> None:
-        special = _core.special_ggml_scales(self.ggml_type, np.ascontiguousarray(arrays[0]))
+        special = _core.special_ggml(self.ggml_type, np.ascontiguousarray(arrays[0]))
         if special:
             raise NonFiniteError(
                 f"codes have {special} scales that are a NaN or an infinity, which {self.name} never has"

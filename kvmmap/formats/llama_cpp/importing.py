@@ -298,10 +298,8 @@ class _LayerRows:
             transposed=stream.transposed,
         )
         codecs = self._key_form.codec(shape.head_dim), self._value_form.codec(shape.value_head_dim)
-        quantized = self._key_form.type.quantized or self._value_form.type.quantized
-        self.kept = quantized and (shape.key_codec, shape.value_codec) == codecs
-        """Whether the cache stores what `codes` returns; of other types, encoding what `numbers` returns keeps all
-        bits, too."""
+        self.kept = (shape.key_codec, shape.value_codec) == codecs
+        """Whether the cache stores what `codes` returns."""
 
     def codes(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return positions [start, stop) as the forms' codecs store them."""
@@ -322,8 +320,9 @@ def _codes(form: RowForm, rows: NDArray[np.uint8], heads: int, dim: int) -> NDAr
     """Return rows as the form's codec stores them."""
     if form.type.quantized:
         return rows.reshape(len(rows), heads, -1)
-    numbers = form.decode(rows, heads, dim)
-    return numbers.view("<u2") if form.type.name == "bf16" else numbers
+    dtype = form.codec(dim).arrays(dim)[0].dtype
+    numbers = form.decode(rows, heads, dim) if form.pairs else rows
+    return numbers.view(dtype).reshape(len(rows), heads, dim)
 
 
 class _Rows:
