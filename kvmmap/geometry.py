@@ -209,10 +209,14 @@ class CacheGeometry:
         object.__setattr__(self, "sinks", _bounded(self.sinks, "sinks", 0, MAX_RECENT))
         object.__setattr__(self, "block_tokens", _bounded(self.block_tokens, "block_tokens", 1, 2**20))
         _bounded(len(self.layers), "num_layers", 1, MAX_LAYERS)
-        object.__setattr__(self, "row_layers", tuple([n for n, layer in enumerate(self.layers) if layer.has_rows]))
-        self._check_states()
         # Layers of one shape share one object mostly, and comparing shapes takes longer than all else here.
-        for layer in {id(layer): layer for layer in self.layers}.values():
+        shapes = {id(layer): layer for layer in self.layers}
+        rows: Iterable[int] = range(len(self.layers))
+        if not all(layer.num_kv_heads for layer in shapes.values()):
+            rows = [number for number in rows if self.layers[number].has_rows]
+        object.__setattr__(self, "row_layers", tuple(rows))
+        self._check_states()
+        for layer in shapes.values():
             largest = max(layer.slab_bytes(self.capacity), default=0)
             if largest > MAX_SLAB_BYTES:
                 number = self.layers.index(layer)

@@ -63,6 +63,21 @@ def test_a_section_table_of_layers_of_many_shapes() -> None:
             Superblock.decode(wrong, "f", superblock.file_bytes)
 
 
+def test_files_of_the_same_shapes_share_a_layout_that_was_checked_once() -> None:
+    one, other = plan(), replace(plan(), file_id=bytes(16), created_ns=9)
+    first, second = (Superblock.decode(each.encode(), "f", each.file_bytes) for each in (one, other))
+    assert (first, second) == (one, other)
+    assert first.sections is second.sections
+    assert first.geometry is second.geometry
+    table_at = one.size - 8 - 24 * len(one.sections)
+    for entry in range(table_at, one.size - 8, 24):  # one that differs in a single bit is checked, too
+        for field in (0, 4, 8, 16):  # kind, layer, offset and size
+            data = bytearray(one.encode())
+            data[entry + field] ^= 1
+            with pytest.raises((CorruptCacheError, VersionMismatchError)):
+                Superblock.decode(resigned(data), "f", one.file_bytes)
+
+
 def test_a_capacity_beyond_four_gigabytes() -> None:
     superblock = plan(CacheGeometry.build(num_layers=2, capacity=2**30, num_kv_heads=8, head_dim=128))
     assert superblock.section(Section.VALUE_CODES, 1).offset > 2**40

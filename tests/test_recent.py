@@ -541,7 +541,7 @@ def test_repair_keeps_what_holds(tmp_path: Path, path: Path) -> None:
 
 def test_a_program_that_knows_no_such_sections_reads_the_file_and_does_not_write() -> None:
     """By the rule of flag bit 0, which released versions follow for every kind that they do not know."""
-    from kvmmap.format.superblock import OPTIONAL_SECTIONS
+    from kvmmap.format.records import OPTIONAL_SECTIONS
 
     assert {Section.RECENT_ROWS, Section.SINK_ROWS} <= OPTIONAL_SECTIONS
 

@@ -54,7 +54,7 @@ def _read_what_there_is(source: Any, offset: int, size: int) -> Any:
 
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
-    "sections-unchecked": lambda: mock.patch("kvmmap.format.superblock._check_sections"),
+    "sections-unchecked": lambda: mock.patch("kvmmap.format.layout._check_sections"),
     "lengths-unchecked": lambda: mock.patch.object(SnapshotHolder, "_contradiction", return_value=None),
     "tensor-errors-let-through": lambda: mock.patch(
         "kvmmap.formats.safetensors_file._errors_of", return_value=nullcontext()

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CacheChangedError, CacheNotFoundError, ClosedError, CorruptCacheError, NotACacheError
-from ...format import HEADER, PAGE, Parent, Section, Slot, Superblock, checksum, slab_sections
+from ...format import HEADER, Parent, Section, Slot, Superblock, checksum, slab_sections
 from ...metadata import Document
 from ..posix import PosixFile
 from ..protocols import Rows
@@ -27,6 +27,10 @@ from .block_reader import BlockReader
 from .commit_slots import Slots
 from .live_record import LiveRecord, map_live
 from .page_cache import expect_few_pages
+
+_OPENING_BYTES = 32 << 10
+"""Bytes that are read first. In most files that is the superblock, both commit slots and the live record: with a cold
+file one request to the disk in place of four."""
 
 _LARGEST_HEAD = 256 << 20
 """Bytes before the rows that are mapped by themselves where there is no address space for the file."""
@@ -251,7 +255,7 @@ def read_superblock(file: PosixFile, *, cut_off: bool = False) -> Superblock:
     Raises:
         FormatError: it is no cache, damaged, or of a later version.
     """
-    start = file.read(0, PAGE)
+    start = file.read(0, _OPENING_BYTES)
     size = Superblock.peek(start[: HEADER.size], file.path)
     if size > len(start):
         start += file.read(len(start), size - len(start))
