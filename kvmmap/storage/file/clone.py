@@ -108,9 +108,6 @@ def _share(old: MappedReader, file: PosixFile, new: Superblock, length: int, pro
     for number, layer in enumerate(old.geometry.layers):
         sizes = zip(slab_sections(layer), layer.slab_bytes(length), strict=True)
         extents += [((kind, number), size) for kind, size in sizes]
-        if old.superblock.has_sketches and layer.has_rows:
-            blocks = min(old.snapshot.slot.seq_len, length) // old.geometry.block_tokens
-            extents.append(((Section.KEY_SKETCHES, number), layer.sketch_bytes(blocks)))
     total, done = sum(size for _, size in extents), 0
     for key, size in extents:
         source, target = old.superblock.sections[key], new.sections[key]
@@ -127,14 +124,13 @@ def _finish(
 ) -> MappedWriter:
     """Commit what was copied, and put the file in its place."""
     slot, size = old.snapshot.slot, old.geometry.block_tokens
-    # The checksums, and sketches, of these blocks are copied; those of the rest are computed from their rows.
+    # The checksums of these blocks are copied; those of the rest are computed from their rows.
     rows = min(slot.seq_len, length) // size * size
     tokens = min(slot.token_len, length) // size * size
     _check_cut(old, rows, min(slot.seq_len, length), tokens, min(slot.token_len, length))
     for kind, count in (
         (Section.CHECKSUMS, rows // size * old.geometry.num_layers),
         (Section.TOKEN_CHECKSUMS, tokens // size),
-        (Section.SKETCH_CHECKSUMS, rows // size * old.geometry.num_layers if old.superblock.has_sketches else 0),
     ):
         if not count:
             continue
@@ -144,8 +140,7 @@ def _finish(
     file.try_lock()
     with closing_on_error(file):
         new = MappedWriter(file, superblock, durability=durability)
-    if not old.superblock.has_sketches:
-        new.write_sketches(0, rows // size)
+    new.write_sketches(0, rows // size, {n: old.mapped_layer(n).kept_sketches for n in old.geometry.row_layers})
     for layer in new.layers:
         layer.publish(length)
     copy_recent(old.layers, new.layers, length)

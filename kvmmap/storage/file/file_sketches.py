@@ -7,7 +7,7 @@ rows, is in `storage.sketches`.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from ..posix import PosixFile
 from ..protocols import Damage, Rows
 from ..sketches import sketch_checksum, sketch_keys, sketch_stored
 from .mapped_file import MappedFile
+
+Kept = Callable[[int], NDArray[np.uint16] | None]
+"""Returns sketches of so many blocks from the first one on, fewer if it has no more; or None."""
 
 _NONE = np.zeros(0, np.uint64)
 _SKETCH = np.dtype("<u2")
@@ -80,22 +83,27 @@ class SketchWriter:
         self.write(self._first_block, length // self._block_tokens)
         self.rewind(length)
 
-    def write(self, first: int, stop: int) -> None:
-        """Write the sketches, and their checksums, of blocks [first, stop) of every layer, whose rows are written."""
+    def write(self, first: int, stop: int, kept: Mapping[int, Kept] | None = None) -> None:
+        """Write the sketches, and their checksums, of blocks [first, stop) of every layer, whose rows are written.
+
+        Args:
+            first, stop: which blocks.
+            kept: by layer, the sketches that there are of the same rows; the others are computed.
+        """
         if not self._superblock.has_sketches or first >= stop:
             return
         layers = self._superblock.geometry.num_layers
-        sums = np.stack([self._layer(layer, first, stop) for layer in range(layers)], axis=1)
+        sums = np.stack([self._layer(layer, first, stop, (kept or {}).get(layer)) for layer in range(layers)], axis=1)
         offset = self._superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * first * layers
         self._file.write((offset,), (sums.astype("<u8", copy=False),))
 
-    def write_ahead(self, layer: int, stop: int) -> None:
+    def write_ahead(self, layer: int, stop: int, kept: Kept | None = None) -> None:
         """Write the sketches of a layer's blocks below `stop` before the commit that covers them; their rows are
-        written, and stay as they are."""
+        written, and stay as they are. `kept` are the sketches that there are of the same rows."""
         if self._superblock.has_sketches and stop > self._first_block:
-            self._ahead[layer] = self._layer(layer, self._first_block, stop)
+            self._ahead[layer] = self._layer(layer, self._first_block, stop, kept)
 
-    def _layer(self, layer: int, first: int, stop: int) -> NDArray[np.uint64]:
+    def _layer(self, layer: int, first: int, stop: int, kept: Kept | None) -> NDArray[np.uint64]:
         geometry = self._superblock.geometry.layers[layer]
         if not geometry.has_rows:
             return np.zeros(stop - first, np.uint64)
@@ -103,12 +111,21 @@ class SketchWriter:
         first += len(known)
         sums, block = np.zeros(stop - first, np.uint64), first
         at = self._superblock.section(Section.KEY_SKETCHES, layer).offset
-        for part in sketch_stored(self._slabs[layer].part, geometry, first, stop, self._block_tokens):
+        for part in self._parts(layer, first, stop, kept):
             self._file.write((at + geometry.sketch_bytes(block),), (part.astype("<u2", copy=False),))
             for sketch in part:
                 sums[block - first] = sketch_checksum(layer, block, sketch)
                 block += 1
         return np.concatenate([known, sums])
+
+    def _parts(self, layer: int, first: int, stop: int, kept: Kept | None) -> Iterator[NDArray[np.uint16]]:
+        """Yield the sketches of blocks [first, stop): kept ones first, then computed ones."""
+        found = kept(stop) if kept is not None else None
+        if found is not None and first < len(found):
+            yield found[first:]
+            first = len(found)
+        geometry = self._superblock.geometry.layers[layer]
+        yield from sketch_stored(self._slabs[layer].part, geometry, first, stop, self._block_tokens)
 
 
 def check_sketches(mapped: MappedFile, block: int, slot: Slot, skip: Container[int | None]) -> Iterator[Damage]:

@@ -129,13 +129,21 @@ class MappedLayer(ReadOnlyLayer):
         self._holder.validate(version)
 
     def sketches(self, blocks: int, version: int) -> list[NDArray[np.uint16]]:
-        kept, pieces = 0, []
-        if self._kept_sketches is not None:
-            snapshot = self._holder.current
-            committed = min(blocks, snapshot.slot.seq_len // self._block_tokens)
-            verify = snapshot.verified is not None
-            pieces.append(self._kept_sketches.first(committed, self._mapped.rows_memory, version, verify=verify))
-            kept = len(pieces[0])
-        if kept < blocks:
-            pieces.append(self._sketches.between(kept, blocks, self, version))
+        verify = self._holder.current.verified is not None
+        kept = self._kept(blocks, version, verify=verify)
+        pieces = [] if kept is None else [kept]
+        done = 0 if kept is None else len(kept)
+        if done < blocks:
+            pieces.append(self._sketches.between(done, blocks, self, version))
         return pieces
+
+    def kept_sketches(self, blocks: int) -> NDArray[np.uint16] | None:
+        """Return the sketches of the first `blocks` blocks that the file keeps, up to one that is damaged; None if it
+        keeps none."""
+        return self._kept(blocks, self.version(), verify=True)
+
+    def _kept(self, blocks: int, version: int, *, verify: bool) -> NDArray[np.uint16] | None:
+        if self._kept_sketches is None:
+            return None
+        committed = min(blocks, self._holder.current.slot.seq_len // self._block_tokens)
+        return self._kept_sketches.first(committed, self._mapped.rows_memory, version, verify=verify)

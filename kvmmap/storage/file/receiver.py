@@ -9,13 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 from ...errors import CacheNotFoundError, FormatError
-from ...format import block_checksum, checksum_of
+from ...format import block_checksum
 from ..posix import PosixFile
 from ..protocols import Progress, Rows, VerifyReport
 from ..receiving import CopyOptions, CopyRange, Incoming, Receiver
 from ..streaming import RowStream, open_stream
 from ..temporary import partial_path
-from .block_reader import BlockReader
+from .hashed_copy import copy_hashed
 from .placement import METADATA_ROOM, place_file, place_of, remove_file
 from .reader import MappedReader
 from .reader_layer import MappedLayer
@@ -36,8 +36,8 @@ class FileReceiver(Receiver):
     Rows that the source can stream are written by the threads that receive them: each piece is hashed and written
     while it is in the processor's cache, and the whole is never in memory.
 
-    Rows of another file are copied within the kernel, and shared on the disk where the file system can. They are not
-    compared with their checksums on the way if all of them are read back and compared afterwards.
+    Rows of another file are copied within the kernel, and shared on the disk where the file system can. Complete blocks
+    are read back and compared with the source's checksums while they are in the processor's cache.
 
     Args:
         writer: of the partial file.
@@ -90,27 +90,27 @@ class FileReceiver(Receiver):
             self._streams[part] = stream
 
     def _copy(self, file: PosixFile, source: MappedLayer, part: CopyRange) -> None:
-        target = self._layers[part.layer]
-        extents = zip(
-            source.byte_ranges(part.start, part.stop),
-            target.byte_ranges(part.position, part.position + part.stop - part.start),
-            strict=True,
-        )
-        for (start, stop), (at, _) in extents:
-            self._writer.file.copy_from(file, start, at, stop - start)
-            self._writer.file.start_sync(at, stop - start)
-        self._compare(part)
-
-    def _compare(self, part: CopyRange) -> None:
-        """Read back the complete blocks of a range that was copied, while the system writes them to the disk."""
+        """Copy a range, and note which of its complete blocks have the source's checksums when they are read back."""
         assert self._sums is not None
-        size = self._writer.geometry.block_tokens
-        blocks = BlockReader(self._writer.superblock, self._writer.file.read_into)
-        for block in range(-(-part.position // size), (part.position + part.stop - part.start) // size):
-            extents = blocks.row_extents(part.layer, block * size, (block + 1) * size)
-            found = [checksum_of(blocks.pieces(extent)) for extent in extents]
+        target, size, count = self._layers[part.layer], self._writer.geometry.block_tokens, part.stop - part.start
+        lead = min(-part.position % size, count)  # of a block that an interrupted copy has begun
+        digests = []
+        for (start, stop), (at, _), row in zip(
+            source.byte_ranges(part.start, part.stop),
+            target.byte_ranges(part.position, part.position + count),
+            source.geometry.slab_bytes(1),
+            strict=True,
+        ):
+            begin = lead * row
+            self._writer.file.copy_from(file, start, at, begin)
+            digests.append(
+                copy_hashed(file, self._writer.file, start + begin, at + begin, stop - start - begin, size * row)
+            )
+            self._writer.file.start_sync(at, stop - start)
+        for block, found in enumerate(zip(*digests, strict=True), (part.position + lead) // size):
             if block_checksum(part.layer, block, size, found) == int(self._sums[block, part.layer]):
                 self._sound.add((part.layer, block))
+        self._writer.write_sketches_ahead(part.layer, (part.position + count) // size, source.kept_sketches)
 
     def has(self, part: CopyRange) -> bool:
         if part in self._copies:

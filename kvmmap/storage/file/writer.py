@@ -7,6 +7,7 @@ lengths, then bumps the generation, and only then may rows be overwritten.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from ...metadata import Document
 from ..posix import closing_on_error
 from ..protocols import Durability, Verify
 from .committer import Committer
+from .file_sketches import Kept
 from .placement import METADATA_ROOM, already_exists, build_file, lock_file, place_of, replace_file
 from .verify import check_blocks, check_tokens
 from .writer_layer import ScratchRows, WriterLayer
@@ -146,13 +148,14 @@ class MappedWriter(Committer):
         """
         self._checksums.use_precomputed(length, sums)
 
-    def write_sketches(self, first: int, stop: int) -> None:
-        """Write the sketches of blocks [first, stop), whose rows came from elsewhere with their checksums."""
-        self._sketches.write(first, stop)
+    def write_sketches(self, first: int, stop: int, kept: Mapping[int, Kept]) -> None:
+        """Write the sketches of blocks [first, stop), whose rows came from elsewhere with their checksums: see
+        `SketchWriter.write`."""
+        self._sketches.write(first, stop, kept)
 
-    def write_sketches_ahead(self, layer: int, stop: int) -> None:
+    def write_sketches_ahead(self, layer: int, stop: int, kept: Kept | None = None) -> None:
         """Write the sketches of a layer's blocks below `stop` before they are committed: see `SketchWriter`."""
-        self._sketches.write_ahead(layer, stop)
+        self._sketches.write_ahead(layer, stop, kept)
 
     # Truncating
 
