@@ -23,6 +23,7 @@ class MemoryLayer(LayerStore):
     def __init__(self, storage: Storage, index: int) -> None:
         super().__init__(storage, index)
         self._truncations = 0
+        self._staged: Rows | None = None
         self._slabs: Rows | None = Rows.allocate(self.geometry, self.capacity)
         self._views: Rows | None = self._slabs.part(0, self.capacity)
         for view in self._views:
@@ -40,13 +41,13 @@ class MemoryLayer(LayerStore):
 
     def stage(self, start: int, count: int) -> Rows:
         assert self._slabs is not None
-        return self._slabs.part(start, start + count)
+        self._staged = rows = self._slabs.part(start, start + count)
+        return rows
 
     def write(self, start: int, rows: Rows) -> None:
-        slabs = self._slabs
-        assert slabs is not None
-        if rows[-1].base is not slabs[-1]:  # else they were staged in place
-            slabs.part(start, start + len(rows[0])).fill(rows)
+        if rows is not self._staged:  # which are where they belong
+            assert self._slabs is not None
+            self._slabs.part(start, start + len(rows[0])).fill(rows)
 
     def slabs(self) -> Rows:
         views = self._views
@@ -74,7 +75,7 @@ class MemoryLayer(LayerStore):
 
     def close(self) -> None:
         """Drop the arrays; they live as long as views of them."""
-        self._slabs = self._views = None
+        self._slabs = self._views = self._staged = None
 
 
 class MemoryStorage(Storage):

@@ -15,7 +15,6 @@ together fails validation.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -29,10 +28,10 @@ from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
 from ..ranges import check_room
-from ..recent import RecentRows
 from ..rows import Rows as Rows
 from .checkpoints import Checkpoints, MemoryCheckpoints
 from .locks import Lock
+from .recent_store import RecentStore
 from .refusals import closed_error, refuse_truncated
 from .verify_report import Damage as Damage
 from .verify_report import VerifyReport as VerifyReport
@@ -53,7 +52,7 @@ STAGE_BYTES = 2 * 1024 * 1024
 """Rows that `LayerStore.stage` allocates at most, by default."""
 
 
-class LayerStore(ABC):
+class LayerStore(RecentStore, ABC):
     """The rows of one layer in a storage.
 
     Args:
@@ -67,7 +66,6 @@ class LayerStore(ABC):
     in_extents: ClassVar[bool] = False
     """True if all rows can be returned as views, but not in one: `extents` returns them."""
 
-    index: int
     geometry: LayerGeometry
     capacity: int
     length: int
@@ -76,10 +74,14 @@ class LayerStore(ABC):
     _storage: Storage
 
     def __init__(self, storage: Storage, index: int) -> None:
-        self.index = index
-        self.geometry = storage.geometry.layers[index]
-        self.capacity = storage.geometry.capacity
+        self._bind(storage, index, storage.geometry)
         self.length = 0
+
+    def _bind(self, storage: Storage, index: int, geometry: CacheGeometry) -> None:
+        """Initialise all but the length, for layers that keep that elsewhere."""
+        RecentStore.__init__(self, geometry, index)
+        self.geometry = geometry.layers[index]
+        self.capacity = geometry.capacity
         # No reference cycle: a writer that is dropped without `close` releases its lock at once.
         self._storage = weakref.proxy(storage)
 
@@ -113,48 +115,9 @@ class LayerStore(ABC):
         most = max(1, STAGE_BYTES // self.geometry.position_bytes)
         return Rows.empty(self.geometry, min(count, most))
 
-    def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
-        """Keep rows that were written from position `start` on in 16 bits besides: see `RecentRows.keep`. Called before
-        `publish`, and only where `recent` is not None."""
-        assert self.recent is not None
-        self.recent.keep(start, keys, key_dtype, values, value_dtype)
-
     def publish(self, length: int) -> None:
         """Make everything below `length` part of the layer."""
         self.length = length
-
-    # Rows in 16 bits
-
-    @functools.cached_property
-    def recent(self) -> RecentRows | None:
-        """What this handle has of the last and first rows in 16 bits; None if the cache keeps none."""
-        return RecentRows.of(self._storage.geometry, self.index)
-
-    def recent_rows(self) -> RecentRows | None:
-        """Return `recent`, with all that is stored for the positions below `length`."""
-        return self.recent
-
-    def take_recent(self, source: RecentRows, start: int, stop: int, at: int = 0) -> None:
-        """Take over what another layer's `recent_rows` holds of positions [start, stop), whose coded rows were written
-        here from position `at` on."""
-        if self.recent is not None:
-            self.recent.copy_from(source, start, stop, at)
-
-    @property
-    def has_unsaved_recent(self) -> bool:
-        """True if rows in 16 bits are to be written, or those of truncated positions to be removed."""
-        return False
-
-    def save_recent(self) -> None:
-        """Write the rows in 16 bits that are in memory alone, where the storage has another place for them."""
-
-    def settle_recent(self) -> None:
-        """As `save_recent`, and repair what a crash has torn: before the storage counts as closed."""
-
-    def forget_recent(self, length: int) -> None:
-        """Forget the rows in 16 bits of positions from `length` on."""
-        if self.recent is not None:
-            self.recent.cut(length)
 
     # Reading
 
@@ -239,6 +202,7 @@ class Storage(ABC):
     """Positions with rows that were left out on opening, because no checkpoint has their states."""
     token_len: int
     """Positions, from 0, whose token ids are recorded."""
+    _row_layers: Sequence[LayerStore] | None = None  # a cached property would make every attribute slower to reach
 
     def __init__(self, geometry: CacheGeometry, document: Document | None = None, path: str | None = None) -> None:
         self.geometry = geometry
@@ -251,10 +215,13 @@ class Storage(ABC):
         self._truncations = 0
         self._closed = False
 
-    @functools.cached_property
+    @property
     def row_layers(self) -> Sequence[LayerStore]:
         """The layers that have rows; at least one. Those without are as long as these."""
-        return [self.layers[number] for number in self.geometry.row_layers]
+        found = self._row_layers
+        if found is None:
+            found = self._row_layers = [self.layers[number] for number in self.geometry.row_layers]
+        return found
 
     # A storage implements this, and sets `layers`
 

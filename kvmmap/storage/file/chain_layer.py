@@ -5,7 +5,6 @@ Positions are counted over the whole chain here, and from the first own one in e
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -43,11 +42,7 @@ class ChainLayer(LayerStore):
     in_extents = True
 
     def __init__(self, storage: Storage, own: MappedLayer, ancestors: Sequence[Ancestor]) -> None:
-        # Without the base's constructor: it sets the length, which is the own layer's.
-        self.index = own.index
-        self.geometry = own.geometry
-        self.capacity = storage.geometry.capacity
-        self._storage = weakref.proxy(storage)
+        self._bind(storage, own.index, storage.geometry)
         self._own = own
         self._base = ancestors[-1].record.length
         self._ancestors = ancestors

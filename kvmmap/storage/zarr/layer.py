@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,13 +29,9 @@ class ZarrLayer(ReadOnlyLayer):
     in_memory = False
 
     def __init__(self, storage: ReadOnlyStorage, index: int, handle: GroupHandle, shards: ShardCache) -> None:
-        self.index = index
-        self.geometry = handle.geometry.layers[index]
-        self.capacity = handle.geometry.capacity
+        self._bind(storage, index, handle.geometry)
         self._handle = handle
         self._shards = shards
-        # No reference cycle, as in `LayerStore`.
-        self._storage = weakref.proxy(storage)
         self._loaded: tuple[int, int] | None = None
         """The length and version of the rows in 16 bits that are in memory."""
 
