@@ -1,4 +1,4 @@
-"""One layer's keys and values: push, extend, attend. Encodes on the way in; reading is `LayerReader`'s.
+"""One layer's keys and values, and attention over them. Appending is `LayerWriter`'s, and reading `LayerReader`'s.
 
 A layer stands alone in memory, or belongs to a cache; where its slabs lie is its store's business.
 """
@@ -13,22 +13,18 @@ from numpy.typing import NDArray
 
 from .attention.run import AttendOptions, Precision, attend_store
 from .attention.topk import select_blocks
-from .checks import non_finite
-from .errors import EmptyCacheError, KvmmapError
+from .errors import EmptyCacheError
 from .geometry import CacheGeometry
-from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows, where
-from .layer_reader import LayerReader
-from .ranges import check_range
+from .inputs import require_rows, where
+from .layer_writer import LayerWriter
 from .recent import RecentRows
-from .row_arrays import as_rows
-from .rows import Rows
 from .storage.memory import MemoryStorage
 from .storage.protocols import LayerStore, Storage
 from .storage.refusals import not_pickled
 from .storage.sketches import layer_sketches
 
 
-class QuantizedKvLayer(LayerReader):
+class QuantizedKvLayer(LayerWriter):
     """Keys and values of one transformer layer, each position and head a row, stored by a codec.
 
     Args:
@@ -49,7 +45,7 @@ class QuantizedKvLayer(LayerReader):
         DtypeError: there is no such codec, or no such preset.
     """
 
-    __slots__ = ("_encode_keys", "_encode_values", "_key_shape", "_paired", "_value_shape")
+    __slots__ = ()
 
     def __init__(
         self,
@@ -88,194 +84,6 @@ class QuantizedKvLayer(LayerReader):
         layer = cls.__new__(cls)
         layer._attach(storage, store)
         return layer
-
-    def _attach(self, storage: Storage, store: LayerStore) -> None:
-        super().__init__(storage, store)
-        geometry = store.geometry
-        self._key_shape = (geometry.num_kv_heads, geometry.head_dim)
-        self._value_shape = (geometry.num_kv_heads, geometry.value_head_dim)
-        self._encode_keys = geometry.key_codec.encoder()
-        self._encode_values = geometry.value_codec.encoder()
-        self._paired = len(geometry.key_slabs) == len(geometry.value_slabs) == 2
-
-    # Appending
-
-    def push(self, keys: Any, values: Any) -> None:
-        """Append one position.
-
-        Args:
-            keys: [num_kv_heads, head_dim] or flat; f32, f16 or bf16; numpy, torch or any DLPack exporter on the CPU.
-            values: [num_kv_heads, value_head_dim] or flat, likewise.
-
-        Raises:
-            ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, ReadOnlyError, ClosedError: and
-                nothing was appended.
-            OSError: the disk is full or failing; nothing was appended.
-        """
-        if not self._key_shape[0]:
-            require_rows(self._store.geometry, self._label)
-        key_rows, key_dtype = as_rows(keys)
-        value_rows, value_dtype = as_rows(values)
-        if key_rows.shape != self._key_shape:
-            key_rows = check_position_rows(key_rows, "keys", self._key_shape, self._label)
-        if value_rows.shape != self._value_shape:
-            value_rows = check_position_rows(value_rows, "values", self._value_shape, self._label)
-        store = self._store
-        with self._storage.lock:
-            position = store.begin(1)
-            rows = store.stage(position, 1)
-            if self._paired:  # as `_encode`, without a call: see there
-                codes, scales, value_codes, value_scales = rows
-                bad_key = self._encode_keys(key_rows[None], key_dtype, codes, scales, 1)
-                bad_value = self._encode_values(value_rows[None], value_dtype, value_codes, value_scales, 1)
-                if bad_key >= 0 or bad_value >= 0:
-                    self._refuse(bad_key, bad_value, position)
-            else:
-                self._encode(rows, position, key_rows[None], key_dtype, value_rows[None], value_dtype)
-            store.write(position, rows)
-            if store.recent is not None:
-                store.keep(position, key_rows[None], key_dtype, value_rows[None], value_dtype)
-            store.publish(position + 1)
-            self._storage.appended()
-
-    def extend(self, keys: Any, values: Any) -> None:
-        """Append many positions, all or none.
-
-        Args:
-            keys: [n, num_kv_heads, head_dim]; f32, f16 or bf16, any strides; numpy, torch or DLPack on the CPU.
-            values: [n, num_kv_heads, value_head_dim], likewise.
-
-        Raises:
-            ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, ReadOnlyError, ClosedError: and
-                nothing was appended.
-            OSError: the disk is full or failing; nothing was appended.
-        """
-        pair = self.check_input(keys, values)
-        with self._storage.lock:
-            count = len(pair.keys)
-            position = self._store.begin(count)
-            self.write_rows(position, pair)
-            self.keep_rows(position, pair)
-            self._store.publish(position + count)
-            self._storage.appended()
-
-    def extend_quantized(self, *arrays: Any) -> None:
-        """Append positions that are encoded already, bit by bit: a lossless copy between caches.
-
-        Args:
-            arrays: keys' and then values', as `read_quantized` returns them. Of int8 rows they are key codes, int8
-                [n, num_kv_heads, head_dim], none of them -128, key scales, f32 [n, num_kv_heads], finite and at least
-                2**-23, value codes and value scales.
-
-        Raises:
-            ShapeMismatchError, DtypeError: not such arrays.
-            NonFiniteError: arrays that the codec never makes.
-            CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
-        """
-        require_rows(self._store.geometry, self._label)
-        source = check_quantized(arrays, self._store.geometry, self._label)
-        count = len(source[0])
-        with self._storage.lock:
-            start = self._store.begin(count)
-            done = 0
-            while done < count:
-                rows = self._store.stage(start + done, count - done)
-                stop = done + len(rows[0])
-                rows.fill(source.part(done, stop))
-                self._store.write(start + done, rows)
-                done = stop
-            self._store.publish(start + count)
-            self._storage.appended()
-
-    def extend_from(self, source: LayerReader, start: int = 0, stop: int | None = None) -> None:
-        """Append positions [start, stop) of another layer of the same shape and codecs, bit by bit, with what it keeps
-        of them in 16 bits.
-
-        Raises:
-            PositionOutOfRangeError, CacheChangedError, CorruptCacheError: as in `read_quantized` of the source.
-            ShapeMismatchError, DtypeError: it has other shapes or codecs.
-            CapacityExceededError, ReadOnlyError, ClosedError, OSError: as in `extend`.
-        """
-        rows = source.read_quantized(start, stop)
-        with self._storage.lock:
-            at = len(self)
-            self.extend_quantized(*rows)
-            kept = source.recent_rows()
-            if kept is not None:
-                self._store.take_recent(kept, start, start + rows.num_positions, at)
-
-    def chunk_rows(self, keys: Any, values: Any) -> RecentRows | None:
-        """Return what `attend` takes as `chunk`, for the queries of positions that are about to be appended.
-
-        It holds as much of them in 16 bits, in memory. Call it before `extend`, whose arguments these are.
-
-        Returns:
-            None if the cache has no recent window.
-        """
-        kept = self._store.recent_rows()
-        if kept is None or not kept.window:
-            return None
-        return kept.with_chunk(self._store.geometry, len(self), *self.check_input(keys, values))
-
-    def check_input(self, keys: Any, values: Any) -> RowPair:
-        """Return `extend`'s arguments as rows, their shapes checked."""
-        if not self._key_shape[0]:
-            require_rows(self._store.geometry, self._label)
-        key_rows, key_dtype = as_rows(keys)
-        value_rows, value_dtype = as_rows(values)
-        fits = key_rows.shape[1:] == self._key_shape and value_rows.shape[1:] == self._value_shape
-        pair = RowPair(key_rows, key_dtype, value_rows, value_dtype)
-        if not fits or len(key_rows) != len(value_rows):
-            refuse_shapes(pair, self._store.geometry, self._label)
-        return pair
-
-    def write_rows(self, start: int, pair: RowPair) -> None:
-        """Encode and write rows at `start`, unpublished; the storage's lock is held."""
-        keys, key_dtype, values, value_dtype = pair
-        store, done, count = self._store, 0, len(keys)
-        while done < count:
-            rows = store.stage(start + done, count - done)
-            stop = done + len(rows[0])
-            some, others = (keys, values) if stop - done == count else (keys[done:stop], values[done:stop])
-            self._encode(rows, start + done, some, key_dtype, others, value_dtype)
-            store.write(start + done, rows)
-            done = stop
-
-    def _encode(
-        self, out: Rows, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
-    ) -> None:
-        """Encode the rows of as many positions as `out` has, from `start` on."""
-        if self._paired:  # as with int8: a position takes microseconds, and cutting tuples would be a tenth of them
-            codes, scales, value_codes, value_scales = out
-            bad_key = self._encode_keys(keys, key_dtype, codes, scales, 1)
-            bad_value = self._encode_values(values, value_dtype, value_codes, value_scales, 1)
-        else:
-            bad_key = self._encode_keys(keys, key_dtype, *out.keys, 1)
-            bad_value = self._encode_values(values, value_dtype, *out.values, 1)
-        if bad_key >= 0 or bad_value >= 0:
-            self._refuse(bad_key, bad_value, start)
-
-    def _refuse(self, bad_key: int, bad_value: int, start: int) -> NoReturn:
-        """Raise for the first row that an encoder has refused, of positions from `start` on."""
-        name, row = ("keys", bad_key) if bad_key >= 0 else ("values", bad_value)
-        raise non_finite(self._store, name, start, row, self._label)
-
-    def keep_rows(self, start: int, pair: RowPair) -> None:
-        """Keep rows that were written at `start` in 16 bits besides, if the cache does; the storage's lock is held."""
-        if self._store.recent is not None:
-            self._store.keep(start, *pair)
-
-    def truncate(self, length: int) -> None:
-        """Keep the first `length` positions. For a layer that stands alone; a cache truncates all of its layers.
-
-        Raises:
-            PositionOutOfRangeError: fewer are stored.
-            KvmmapError: the layer belongs to a cache of several.
-        """
-        if len(self._storage.layers) > 1:
-            raise KvmmapError("a layer of a cache is truncated with its cache: call cache.truncate()")
-        _, length = check_range(0, length, len(self))
-        self._storage.truncate(length if not self._storage.geometry.states else self._storage.checkpoints.last(length))
 
     # Attending
 
@@ -345,7 +153,7 @@ class QuantizedKvLayer(LayerReader):
             CacheChangedError: the writer truncated since the last `refresh`.
             CorruptCacheError: a block that is attended to does not match its checksum (`verify` of `kvmmap.open`).
         """
-        if not self._key_shape[0]:
+        if not self._has_rows:
             require_rows(self._store.geometry, self._label)
         if not self._store.length:
             raise EmptyCacheError(f"nothing is stored{where(self._label)}: push or extend before attending")
@@ -397,7 +205,7 @@ class QuantizedKvLayer(LayerReader):
             NonFiniteError: a NaN or an infinity in the query; names the query head (`head`).
             CacheChangedError: the writer truncated since the last `refresh`.
         """
-        if not self._key_shape[0]:
+        if not self._has_rows:
             require_rows(self._store.geometry, self._label)
         sketches = functools.partial(layer_sketches, self._store)
         block_tokens = self._storage.geometry.block_tokens

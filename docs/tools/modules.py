@@ -27,6 +27,7 @@ TOGETHER = {
     "arrays": "row_arrays",
     "checks": "layer",
     "layer_reader": "layer",
+    "layer_writer": "layer",
     "cache_reader": "cache",
     "layers": "cache",
 }
