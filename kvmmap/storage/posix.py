@@ -12,15 +12,13 @@ import fcntl
 import functools
 import mmap
 import os
-import struct
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from .. import _core
-from . import inode
+from . import copy_range, inode
 from .temporary import temporary_path
 
 FILE_MODE = 0o600  # a KV cache gives its prompt away
@@ -28,10 +26,8 @@ FILE_MODE = 0o600  # a KV cache gives its prompt away
 _PAGE = 4096
 _COPY_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 128 << 10
-_FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _NO_ACCESS_TIME = getattr(os, "O_NOATIME", 0)
 _BY_NUMBER = "/proc/self/fd/"
-_CLONE_RANGE = struct.Struct("=qQQQ")  # source descriptor, source offset, length, offset here
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -181,28 +177,16 @@ class PosixFile:
         Whole pages are shared with it on the disk where the file system can; elsewhere the kernel copies them.
         """
         whole = size - size % _PAGE
-        if whole and self._clone(source, start, at, whole):
+        if whole and copy_range.share_pages(source._fd, self._fd, start, at, whole):
             start, at, size = start + whole, at + whole, size - whole
         while size:
             count = self._copy_some(source, start, at, size)
             start, at, size = start + count, at + count, size - count
 
-    def _clone(self, source: PosixFile, start: int, at: int, size: int) -> bool:
-        """Share pages; False if that can't be done here."""
-        if sys.platform != "linux":
-            return False
-        try:
-            fcntl.ioctl(self._fd, _FICLONERANGE, _CLONE_RANGE.pack(source._fd, start, size, at))
-        except OSError:  # not this file system, not across two, or its blocks are larger
-            return False
-        return True
-
     def _copy_some(self, source: PosixFile, start: int, at: int, size: int) -> int:
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # not across these two: the way below says what is wrong
-                count = os.copy_file_range(source._fd, self._fd, size, start, at)
-                if count:
-                    return count
+        count = copy_range.copy_some(source._fd, self._fd, start, at, size)
+        if count:
+            return count
         data = source.read(start, min(size, _COPY_BYTES))
         if not data:
             raise OSError(errno.EIO, "the file ends before its rows do", source.path)

@@ -6,9 +6,9 @@ import xxhash
 
 from ..posix import PosixFile
 
-PIECE_BYTES = 512 << 10
-"""Bytes that are copied and read back at a time. Together with the page cache's they fit into a second-level cache:
-reading back and hashing then takes a quarter of the copy's processor time, and two thirds after larger pieces."""
+PIECE_BYTES = 256 << 10
+"""Bytes that are copied and read back at a time. With two threads at work they are in the processor's cache still when
+they are read back: pieces of 512 KiB take a third more processor time."""
 
 
 def copy_hashed(source: PosixFile, target: PosixFile, start: int, at: int, size: int, unit: int) -> list[int]:
