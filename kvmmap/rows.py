@@ -99,6 +99,12 @@ class Rows(tuple[NDArray[Any], ...]):
             return _new(type(self), (a[positions], b[positions], c[positions], d[positions]))
         return _new(type(self), [array[positions] for array in self])
 
+    def read_only(self) -> Self:
+        """Make these arrays read-only, and return them."""
+        for array in self:
+            array.flags.writeable = False
+        return self
+
     def named(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield each array with its name."""
         yield from zip(self._fields, self, strict=True)

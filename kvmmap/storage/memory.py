@@ -25,9 +25,7 @@ class MemoryLayer(LayerStore):
         self._truncations = 0
         self._staged: Rows | None = None
         self._slabs: Rows | None = Rows.allocate(self.geometry, self.capacity)
-        self._views: Rows | None = self._slabs.part(0, self.capacity)
-        for view in self._views:
-            view.flags.writeable = False
+        self._views: Rows | None = self._slabs.part(0, self.capacity).read_only()
 
     # Without a look at the storage: appending a position takes microseconds.
 
@@ -107,9 +105,11 @@ class MemoryStorage(Storage):
             self.checkpoints.name_staged()
 
     def truncate(self, length: int) -> None:
-        super().truncate(length)
-        for layer in self._memory.values():
-            layer.note_truncation()
+        with self.lock:
+            self.check_writable()
+            self._lower(length)
+            for layer in self._memory.values():
+                layer.note_truncation()
 
     def committed_checksums(self, first: int, stop: int) -> NDArray[np.uint64]:
         assert first == stop

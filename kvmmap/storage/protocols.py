@@ -1,7 +1,7 @@
 """The storage contract: what layers and caches are written against, and what a storage implements.
 
-A storage implements `LayerStore.rows` and `LayerStore.write`, and `Storage.commit`. One that outlives the process also
-implements `Storage.truncate`, `write_tokens`, `read_tokens`, `set_document` and `close`, and opens what it has stored.
+A storage implements `LayerStore.rows` and `LayerStore.write`, names that class as its `layer_type`, and implements
+`Storage.commit`, which stores rows, token ids and metadata where they outlive the process, if it has such a place.
 Everything else has a default, to be overridden where a storage can do better.
 
 An append calls `begin` (check permission and room), then `stage` and `write` any number of times, then `publish`.
@@ -189,6 +189,9 @@ class Storage(ABC):
     kind: ClassVar[str] = "storage"
     """Name of the kind of storage, for `inspect`."""
 
+    layer_type: ClassVar[type[LayerStore] | None] = None
+    """Class of the layers, which are made with the storage; None for a storage that sets `layers` itself."""
+
     writable: bool = True
 
     geometry: CacheGeometry
@@ -214,6 +217,8 @@ class Storage(ABC):
         self._token_ids = np.full(geometry.capacity, NO_TOKEN, np.int32)
         self._truncations = 0
         self._closed = False
+        if self.layer_type is not None:
+            self.layers = [self.layer_type(self, index) for index in range(geometry.num_layers)]
 
     @property
     def row_layers(self) -> Sequence[LayerStore]:
@@ -223,7 +228,7 @@ class Storage(ABC):
             found = self._row_layers = [self.layers[number] for number in self.geometry.row_layers]
         return found
 
-    # A storage implements this, and sets `layers`
+    # A storage implements this
 
     @abstractmethod
     def commit(self) -> None:
@@ -325,17 +330,28 @@ class Storage(ABC):
         """Keep the first `length` positions, durably as far as they were committed."""
         with self.lock:
             self.check_writable()
-            for layer in self.layers:
-                layer.length = min(layer.length, length)
-                layer.forget_recent(layer.length)
-            self.token_len = min(self.token_len, length)
-            self.checkpoints.cut(length)
-            self._truncations += 1
+            self._lower(length)
+            self.commit()
+
+    def _lower(self, length: int) -> None:
+        """Lower what this handle counts to `length` positions, and change the version."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+            layer.forget_recent(layer.length)
+        self.token_len = min(self.token_len, length)
+        self.checkpoints.cut(length)
+        self._truncations += 1
 
     def close(self) -> None:
-        """Release everything. Views that were returned stay valid. Closing twice is allowed."""
+        """Commit, if this handle writes, and release everything. Views that were returned stay valid. Closing twice is
+        allowed."""
         with self.lock:
-            self._closed = True
+            if not self.closed:
+                try:
+                    if self.writable:
+                        self.commit()
+                finally:
+                    self._closed = True
 
     # Checksums
 

@@ -1,9 +1,12 @@
-"""A storage in thirty lines, its reader, and its registration: the least that another kind of storage needs."""
+"""A storage in twenty lines, its reader, and its registration: the least that another kind of storage needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvmmap.errors import CacheExistsError, CacheNotFoundError, ReadOnlyError
 from kvmmap.geometry import CacheGeometry
@@ -12,7 +15,18 @@ from kvmmap.rows import Rows
 from kvmmap.storage.protocols import LayerStore, Storage
 from kvmmap.storage.registry import CreateOptions, OpenOptions, Place
 
-SAVED: dict[str, dict[str, Any]] = {}
+
+class Saved(NamedTuple):
+    """What a commit has stored."""
+
+    geometry: CacheGeometry
+    document: Document
+    length: int
+    rows: list[list[NDArray[Any]]]
+    ids: NDArray[np.int32]
+
+
+SAVED: dict[str, Saved] = {}
 """What was committed, by URL: this process's disk."""
 
 
@@ -22,10 +36,7 @@ class ToyLayer(LayerStore):
         self._rows = Rows.allocate(self.geometry, self.capacity)
 
     def rows(self, start: int, stop: int) -> Rows:
-        part = self._rows.part(start, stop)
-        for array in part:
-            array.flags.writeable = False
-        return part
+        return self._rows.part(start, stop).read_only()
 
     def write(self, start: int, rows: Rows) -> None:
         self._rows.part(start, start + len(rows[0])).fill(rows)
@@ -33,39 +44,26 @@ class ToyLayer(LayerStore):
 
 class ToyStorage(Storage):
     kind = "toy"
-
-    def __init__(self, geometry: CacheGeometry, document: Document, path: str) -> None:
-        super().__init__(geometry, document, path)
-        self.layers = [ToyLayer(self, index) for index in range(geometry.num_layers)]
+    layer_type = ToyLayer
 
     def commit(self) -> None:
         self.check_writable()
-        length = self.seq_len
-        rows = [[array.copy() for array in layer.rows(0, length)] for layer in self.layers]
-        SAVED[str(self.path)] = {"rows": rows, "ids": self.read_tokens(self.token_len), "document": self.document}
-        SAVED[str(self.path)] |= {"geometry": self.geometry, "length": length}
+        rows = [[array.copy() for array in layer.rows(0, self.seq_len)] for layer in self.layers]
+        ids = self.read_tokens(self.token_len)
+        SAVED[str(self.path)] = Saved(self.geometry, self.document, self.seq_len, rows, ids)
 
-    def truncate(self, length: int) -> None:
-        super().truncate(length)
-        self.commit()
 
-    def close(self) -> None:
-        if not self.closed and self.writable:
-            self.commit()
-        super().close()
-
-    # To be opened again
-
+class ReopenedToy(ToyStorage):
     def load(self) -> None:
         saved = SAVED[str(self.path)]
-        for layer, rows in zip(self.layers, saved["rows"], strict=True):
-            layer.write(0, layer.rows(0, 0)._make(rows))
-            layer.length = saved["length"]
-        self._token_ids[: len(saved["ids"])] = saved["ids"]
-        self.token_len, self._notes = len(saved["ids"]), saved["document"]
+        for layer, rows in zip(self.layers, saved.rows, strict=True):
+            layer.write(0, Rows.of(layer.geometry, rows))
+            layer.length = saved.length
+        self.write_tokens(0, saved.ids)
+        self.token_len, self._notes = len(saved.ids), saved.document
 
 
-class ToyReader(ToyStorage):
+class ToyReader(ReopenedToy):
     writable = False
 
     def check_writable(self) -> None:
@@ -91,9 +89,8 @@ class ToyPlace(Place):
     def open(self, options: OpenOptions) -> ToyStorage:
         if self.url not in SAVED:
             raise CacheNotFoundError(f"{self.url}: there is none", path=self.url)
-        saved = SAVED[self.url]
-        kind = ToyReader if options.mode == "r" else ToyStorage
-        storage = kind(saved["geometry"], saved["document"], self.url)
+        kind = ToyReader if options.mode == "r" else ReopenedToy
+        storage = kind(SAVED[self.url].geometry, None, self.url)
         storage.load()
         return storage
 
