@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from ..cache import QuantizedKvCache
-from ..errors import CacheExistsError, CacheNotFoundError, EmptyCacheError, KvmmapError
+from ..errors import EmptyCacheError, KvmmapError
 from ..format import NO_TOKEN
 from ..paths import PathLike, place_text
 from ..row_arrays import output_array
-from ..storage.posix import PosixFile
 from ..storage.protocols import Progress
 from ..transfer.copying import opened
 from .mlx import PLAIN, Layout
+from .new_file import new_file, resolved
 from .safetensors import NAMES
 
 
@@ -56,21 +55,14 @@ def export_mlx(
     if layout not in ("scalars", "meta_state"):
         raise KvmmapError(f'layout must be "scalars" or "meta_state", not {layout!r}')
     kind = output_array((0,), dtype).dtype
-    path = os.path.abspath(place_text(path))
-    if os.path.isdir(path) or (os.path.lexists(path) and not overwrite):
-        raise CacheExistsError(f"{path}: exists already; overwrite=True replaces a file", path=path)
-    path = os.path.realpath(path)  # what a link names is replaced, and not the link
+    path = resolved(place_text(path), overwrite=overwrite)
     with opened(source, storage_options) as cache:
         count = cache.seq_len
         if not count:
             raise EmptyCacheError(f"{cache.path or 'the cache'} holds no positions, so there is nothing to export")
         cache.storage.verify_rows(0, count)
         head, total = _header(cache, count, kind, layout)
-        try:
-            file = PosixFile.create_beside(path)
-        except FileNotFoundError:
-            raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
-        try:
+        with new_file(path, overwrite=overwrite) as file:
             file.write((0,), (head,))
             offset = len(head)
             for layer in cache.layers:
@@ -86,14 +78,6 @@ def export_mlx(
                     offset += 4
                 if progress:
                     progress(offset, len(head) + total)
-            file.sync()
-            file.replace(path) if overwrite else file.link_to(path)
-        except BaseException as error:
-            file.discard()
-            if isinstance(error, FileExistsError):
-                raise CacheExistsError(f"{path}: exists already; overwrite=True replaces it", path=path) from None
-            raise
-        file.close()
 
 
 def _header(cache: QuantizedKvCache, count: int, kind: np.dtype[Any], layout: Layout) -> tuple[bytes, int]:

@@ -6,6 +6,7 @@ read. The format: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,13 +20,14 @@ from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..codecs import INT8
-from ..errors import CacheExistsError, CacheNotFoundError, DtypeError, FormatError
+from ..errors import DtypeError, FormatError
 from ..paths import PathLike, place_text
 from ..ranges import check_range
 from ..row_arrays import output_array
 from ..storage.posix import PosixFile
 from ..storage.protocols import Progress
 from ..transfer.copying import opened
+from .new_file import new_file, resolved
 
 TensorDtype = Literal["float32", "float16", "bfloat16", "int8"]
 """What an export holds: rows as numbers, or codes and scales as they are stored."""
@@ -102,11 +104,8 @@ def export_tensors(
         CorruptCacheError: a block does not match its checksum; nothing was written.
         CacheNotFoundError, FormatError, OSError: as in `open`.
     """
-    path = os.path.abspath(place_text(path))
-    stream = is_stream(path)
-    if os.path.isdir(path) or (os.path.lexists(path) and not (overwrite or stream)):
-        raise CacheExistsError(f"{path}: exists already; overwrite=True replaces a file", path=path)
-    path = os.path.realpath(path)  # what a link names is replaced, and not the link
+    stream = is_stream(place_text(path))
+    path = resolved(place_text(path), overwrite=overwrite or stream)
     with opened(source, storage_options) as cache:
         _refuse_states(cache)
         start, stop = check_range(start, cache.seq_len if stop is None else stop, cache.seq_len)
@@ -118,24 +117,23 @@ def export_tensors(
             "document": json.loads(cache.storage.document.encode()),
         }
         cache.storage.verify_rows(start, stop)
-        try:
-            file = PosixFile.create_beside(os.path.join(tempfile.gettempdir(), "tensors") if stream else path)
-        except FileNotFoundError:
-            raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
-        try:
-            _write(file, cache, chosen, (start, stop), tensors, facts, progress)
-            if stream:
+        if stream:
+            with _scratch_file() as file:
+                _write(file, cache, chosen, (start, stop), tensors, facts, progress)
                 _send(file, path)
-                file.discard()
-                return
-            file.sync()
-            file.replace(path) if overwrite else file.link_to(path)
-        except BaseException as error:
-            file.discard()
-            if isinstance(error, FileExistsError):
-                raise CacheExistsError(f"{path}: exists already; overwrite=True replaces it", path=path) from None
-            raise
-        file.close()
+            return
+        with new_file(path, overwrite=overwrite) as file:
+            _write(file, cache, chosen, (start, stop), tensors, facts, progress)
+
+
+@contextlib.contextmanager
+def _scratch_file() -> Iterator[PosixFile]:
+    """Yield a file that is gone when the block ends."""
+    file = PosixFile.create_beside(os.path.join(tempfile.gettempdir(), "tensors"))
+    try:
+        yield file
+    finally:
+        file.discard()
 
 
 def is_stream(path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,14 @@ ATTEMPTS = 16
 
 COPY_POSITIONS = 1024
 """Positions that `put` copies at a time."""
+
+
+class SessionOptions(TypedDict, total=False):
+    """Arguments of `Library.session` besides the prompt."""
+
+    limit: int | None
+    capacity: int | None
+    metadata: Mapping[str, Any] | None
 
 
 class Library(LibrarySharing):
@@ -122,25 +130,9 @@ class Library(LibrarySharing):
     # Sessions
 
     @overload
-    def session(
-        self,
-        namespace: Namespace,
-        token_ids: Any,
-        *,
-        limit: int | None = None,
-        capacity: int | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Session: ...
+    def session(self, namespace: Namespace, token_ids: Any, **options: Unpack[SessionOptions]) -> Session: ...
     @overload
-    def session(
-        self,
-        namespace: Any,
-        token_ids: Any,
-        *,
-        limit: int | None = None,
-        capacity: int | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Any: ...
+    def session(self, namespace: Any, token_ids: Any, **options: Unpack[SessionOptions]) -> Any: ...
     def session(
         self,
         namespace: Any,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
-from ...errors import CacheExistsError, CacheNotFoundError, KvmmapError, ModelMismatchError, ShapeMismatchError
+from ...errors import KvmmapError, ModelMismatchError, ShapeMismatchError
 from ...format import NO_TOKEN
 from ...layer import QuantizedKvLayer
 from ...paths import PathLike, place_text
 from ...storage.posix import PosixFile
 from ...storage.protocols import Progress
 from ...transfer.copying import opened
+from ..new_file import new_file, resolved
 from ..portable import KEY
 from ..safetensors import steps
 from .architectures import Order
@@ -78,10 +78,7 @@ def export_llama_cpp(
         NonFiniteError: a number that the type can't hold.
         UnsupportedModelError, CacheExistsError, CacheNotFoundError, FormatError, OSError: as in `import_llama_cpp`.
     """
-    path = os.path.abspath(place_text(path))
-    if os.path.isdir(path) or (os.path.lexists(path) and not overwrite):
-        raise CacheExistsError(f"{path}: exists already; overwrite=True replaces a file", path=path)
-    path = os.path.realpath(path)  # what a link names is replaced, and not the link
+    path = resolved(place_text(path), overwrite=overwrite)
     model = read_model(gguf, order=order)
     with opened(source, storage_options) as cache:
         check_model(cache, model, accept_weights)
@@ -96,20 +93,8 @@ def export_llama_cpp(
             rotated=rotated,
         )
         cache.storage.verify_rows(0, cache.seq_len)
-        try:
-            file = PosixFile.create_beside(path)
-        except FileNotFoundError:
-            raise CacheNotFoundError(f"{os.path.dirname(path)}: there is no such directory", path=path) from None
-        try:
+        with new_file(path, overwrite=overwrite) as file:
             write_state(_FileSink(file), cache, model, form, progress=progress)
-            file.sync()
-            file.replace(path) if overwrite else file.link_to(path)
-        except BaseException as error:
-            file.discard()
-            if isinstance(error, FileExistsError):
-                raise CacheExistsError(f"{path}: exists already; overwrite=True replaces it", path=path) from None
-            raise
-        file.close()
 
 
 def state_bytes(cache: QuantizedKvCache, model: GgufModel, form: StateForm, stop: int | None = None) -> bytearray:
