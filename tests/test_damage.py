@@ -356,7 +356,7 @@ def believed(body: memoryview) -> int:
     return int.from_bytes(bytes(memoryview(body.obj)[len(body) : len(body) + 8]), "little")
 
 
-def unsealed(memory: Any, offset: int, count: int, index: int, salt: int) -> list[int]:
+def unchecked(memory: Any, offset: int, count: int, index: int, salt: int) -> list[int]:
     return [_core.load_word(memory, offset + 8 * number) & (2**40 - 1) for number in range(count)]
 
 
@@ -371,10 +371,10 @@ MUTATIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
         "closed",
         "token ids",
     ),
-    "seals not checked": (
+    "checks of words left out": (
         lambda: mock.patch(
             "kvmmap.storage.file.live_record._core",
-            SimpleNamespace(load_word=_core.load_word, load_sealed=unsealed),
+            SimpleNamespace(load_word=_core.load_word, load_checked=unchecked),
         ),
         "died",
         "published lengths",

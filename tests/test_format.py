@@ -190,17 +190,17 @@ def test_checked_words_are_as_specified() -> None:
     exec(code[1], scope)
     for value, index, salt in ((0, 0, 0), (1, 8, 2**63 + 5), (2**40 - 1, 1000, 12345), (256, 9, 2**64 - 1)):
         scope |= {"v": Wrapping(value), "i": index, "salt": Wrapping(salt)}
-        assert int(eval(code[2], scope)) == _core.seal(value, index, salt)  # type: ignore[call-overload]
+        assert int(eval(code[2], scope)) == _core.checked_word(value, index, salt)  # type: ignore[call-overload]
 
 
 def test_every_flipped_bit_of_a_checked_word_is_detected() -> None:
     for value in (0, 1, 255, 256, 65535, 131072, 2**39):
-        word = _core.seal(value, 12, 987654321)
+        word = _core.checked_word(value, 12, 987654321)
         for bit in range(64):
             flipped = (word ^ 1 << bit).to_bytes(8, "little")
-            assert _core.load_sealed(flipped, 0, 1, 12, 987654321) == [-1]
-        assert _core.load_sealed(word.to_bytes(8, "little"), 0, 1, 12, 987654321) == [value]
-        assert _core.load_sealed(word.to_bytes(8, "little"), 0, 1, 13, 987654321) == [-1]
+            assert _core.load_checked(flipped, 0, 1, 12, 987654321) == [-1]
+        assert _core.load_checked(word.to_bytes(8, "little"), 0, 1, 12, 987654321) == [value]
+        assert _core.load_checked(word.to_bytes(8, "little"), 0, 1, 13, 987654321) == [-1]
 
 
 def test_the_specification_has_the_tables_of_the_code() -> None:

@@ -513,11 +513,11 @@ uint64_t load_at(nb::handle map_object, int64_t offset) {
 
 void publish_at(nb::handle map_object, int64_t offset, uint64_t value, uint64_t index, uint64_t salt) {
     Buffer map(map_object, writing);
-    store_word(word_address(map, offset), seal(value, index, salt));
+    store_word(word_address(map, offset), checked_word(value, index, salt));
 }
 
-// `count` checked words from `offset` on, the first of which has `index`; -1 for one whose seal is broken.
-std::vector<int64_t> sealed_at(nb::handle map_object, int64_t offset, int64_t count, uint64_t index, uint64_t salt) {
+// `count` checked words from `offset` on, the first of which has `index`; -1 for one whose check fails.
+std::vector<int64_t> checked_at(nb::handle map_object, int64_t offset, int64_t count, uint64_t index, uint64_t salt) {
     Buffer map(map_object, contiguous);
     std::vector<int64_t> values;
     if (count < 1) return values;
@@ -526,7 +526,7 @@ std::vector<int64_t> sealed_at(nb::handle map_object, int64_t offset, int64_t co
     values.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
         uint64_t value;
-        const bool whole = unseal(load_word(address + 8 * i), index + i, salt, &value);
+        const bool whole = take_checked(load_word(address + 8 * i), index + i, salt, &value);
         values.push_back(whole ? static_cast<int64_t>(value) : -1);
     }
     return values;
@@ -598,8 +598,8 @@ NB_MODULE(_kernels, m) {
     m.def("store_word", &store_at, "map"_a, "offset"_a, "word"_a);
     m.def("load_word", &load_at, "map"_a, "offset"_a);
     m.def("publish", &publish_at, "map"_a, "offset"_a, "value"_a, "index"_a, "salt"_a);
-    m.def("load_sealed", &sealed_at, "map"_a, "offset"_a, "count"_a, "index"_a, "salt"_a);
-    m.def("seal", &seal, "value"_a, "index"_a, "salt"_a);
+    m.def("load_checked", &checked_at, "map"_a, "offset"_a, "count"_a, "index"_a, "salt"_a);
+    m.def("checked_word", &checked_word, "value"_a, "index"_a, "salt"_a);
     m.def("available_kernels", &available_kernels);
     m.def("current_kernel", [] { return std::string(isa_name(current_isa())); });
     m.def("use_kernel", &use_kernel, "name"_a);

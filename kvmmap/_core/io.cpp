@@ -50,14 +50,14 @@ static uint64_t mix(uint64_t h) {  // the finaliser of splitmix64
     return h ^ (h >> 31);
 }
 
-uint64_t seal(uint64_t value, uint64_t index, uint64_t salt) {
-    const uint64_t check = mix(mix(salt + index) + value) >> seal_bits;
-    return value | check << seal_bits;
+uint64_t checked_word(uint64_t value, uint64_t index, uint64_t salt) {
+    const uint64_t check = mix(mix(salt + index) + value) >> value_bits;
+    return value | check << value_bits;
 }
 
-bool unseal(uint64_t word, uint64_t index, uint64_t salt, uint64_t* value) {
-    *value = word & ((uint64_t{1} << seal_bits) - 1);
-    return seal(*value, index, salt) == word;
+bool take_checked(uint64_t word, uint64_t index, uint64_t salt, uint64_t* value) {
+    *value = word & ((uint64_t{1} << value_bits) - 1);
+    return checked_word(*value, index, salt) == word;
 }
 
 void store_word(void* address, uint64_t word) {

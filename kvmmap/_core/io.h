@@ -24,9 +24,9 @@ bool punch_hole(int fd, int64_t offset, int64_t size);
 
 // A checked word holds a value below 2^40 and, above it, 24 bits that depend on the value, the word's index and the
 // file's salt: any other 64 bits are taken for a value once in 2^24. One aligned store publishes both.
-constexpr int seal_bits = 40;
-uint64_t seal(uint64_t value, uint64_t index, uint64_t salt);
-bool unseal(uint64_t word, uint64_t index, uint64_t salt, uint64_t* value);
+constexpr int value_bits = 40;
+uint64_t checked_word(uint64_t value, uint64_t index, uint64_t salt);
+bool take_checked(uint64_t word, uint64_t index, uint64_t salt, uint64_t* value);
 
 // Everything written before is visible to readers that see the word, and nothing written after is seen before it.
 void store_word(void* address, uint64_t word);

@@ -80,7 +80,10 @@ class Machine:
         """Put the recording files in place."""
         file = recording_file(self)
         core = SimpleNamespace(
-            load_word=_core.load_word, load_sealed=_core.load_sealed, store_word=self._store_word, publish=self._publish
+            load_word=_core.load_word,
+            load_checked=_core.load_checked,
+            store_word=self._store_word,
+            publish=self._publish,
         )
 
         def boot_id() -> int:
@@ -101,9 +104,9 @@ class Machine:
             _core.store_word(memory, offset, word)
             self._stored(memory, offset)
 
-    def _publish(self, memory: Any, offset: int, *sealed: int) -> None:
+    def _publish(self, memory: Any, offset: int, *checked: int) -> None:
         if self.event("store"):
-            _core.publish(memory, offset, *sealed)
+            _core.publish(memory, offset, *checked)
             self._stored(memory, offset)
 
     def _stored(self, memory: Any, offset: int) -> None:

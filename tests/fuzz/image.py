@@ -54,7 +54,7 @@ class Image:
             list(struct.unpack_from(f"<{len(self.layers) + 1}Q", data, self.places[kind, 0xFFFFFFFF] + SLOT.size))
             for kind in _SLOTS
         ]
-        self.live: dict[int, int] = {}  # offset in the record -> value, to be sealed
+        self.live: dict[int, int] = {}  # offset in the record -> value, stored as a checked word
         self.raw: list[tuple[int, bytes]] = []  # last of all, with no checksum made right
 
     def at(self, kind: Section, layer: int = 0xFFFFFFFF) -> int:

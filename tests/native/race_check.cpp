@@ -55,7 +55,7 @@ int run(const Shape& s) {
     const Slab<float> key_scales(rows), value_scales(rows);
     for (int64_t i = 0; i < rows; ++i)
         key_scales.data()[i] = value_scales.data()[i] = std::numeric_limits<float>::quiet_NaN();
-    alignas(64) uint64_t word = seal(0, 0, 1);
+    alignas(64) uint64_t word = checked_word(0, 0, 1);
     std::atomic<int> wrong{0};
     std::atomic<int64_t> looks{0};
 
@@ -71,7 +71,7 @@ int run(const Shape& s) {
             const int64_t row = position * s.heads;
             quantize_grid(k, keys.data() + row * s.dim, key_scales.data() + row, 1);
             quantize_grid(v, values.data() + row * s.value_dim, value_scales.data() + row, 1);
-            store_word(&word, seal(static_cast<uint64_t>(position + 1), 0, 1));
+            store_word(&word, checked_word(static_cast<uint64_t>(position + 1), 0, 1));
             // Wait for the readers now and then; relaxed, or it would order what publishing alone must.
             while (4 * looks.load(std::memory_order_relaxed) < position) std::this_thread::yield();
         }
@@ -83,7 +83,7 @@ int run(const Shape& s) {
         for (size_t i = 0; i < queries.size(); ++i) queries[i] = static_cast<float>(i % 7) / 8;
         uint64_t length = 0;
         while (length < static_cast<uint64_t>(s.capacity)) {
-            if (!unseal(load_word(&word), 0, 1, &length)) ++wrong;
+            if (!take_checked(load_word(&word), 0, 1, &length)) ++wrong;
             if (!length) continue;
             const AttendRange range{0, s.heads, 0, static_cast<int64_t>(length)};
             AttendJob job{};

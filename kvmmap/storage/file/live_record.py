@@ -63,7 +63,7 @@ class LiveRecord:
             return None
         if not _core.load_word(self._memory, self._offset + self._home):
             return 0
-        return _core.load_sealed(self._memory, self._offset + self._home, 1, self._home // 8, self._salt)[0]
+        return _core.load_checked(self._memory, self._offset + self._home, 1, self._home // 8, self._salt)[0]
 
     def in_use(self) -> bool:
         """True if the last writer did not close the cache."""
@@ -88,7 +88,7 @@ class LiveRecord:
     def get(self, name: str) -> int:
         """Return the value of a checked word by its field's name; -1 if its check fails."""
         offset = _OFFSETS[name]
-        return _core.load_sealed(self._memory, self._offset + offset, 1, offset // 8, self._salt)[0]
+        return _core.load_checked(self._memory, self._offset + offset, 1, offset // 8, self._salt)[0]
 
     def put(self, name: str, value: int) -> None:
         """Store a checked word by its field's name."""
@@ -98,7 +98,7 @@ class LiveRecord:
     def lengths(self) -> list[int]:
         """Return each layer's published length; -1 for one whose check fails. Layers without rows have the others'."""
         at = self._offset + LIVE_LENGTHS
-        found = _core.load_sealed(self._memory, at, self._num_layers, LIVE_LENGTHS // 8, self._salt)
+        found = _core.load_checked(self._memory, at, self._num_layers, LIVE_LENGTHS // 8, self._salt)
         if self._row_layers is not None:
             least = min([found[layer] for layer in self._row_layers])
             lengths = [least] * self._num_layers
@@ -110,7 +110,7 @@ class LiveRecord:
     def checkpoints(self) -> list[int]:
         """Return the word of each checkpoint slot, as commits have it; -1 for one whose check fails."""
         at = self._offset + self._words
-        return _core.load_sealed(self._memory, at, self._num_slots, self._words // 8, self._salt)
+        return _core.load_checked(self._memory, at, self._num_slots, self._words // 8, self._salt)
 
     def publish_checkpoint(self, slot: int, word: int) -> None:
         """Store the word of a checkpoint slot. Everything written before is visible to those who see the word."""
