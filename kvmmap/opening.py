@@ -276,7 +276,7 @@ def remove(
 ) -> None:
     """Delete a cache, unless a writer holds it. Readers that have a file open go on reading what they see.
 
-    Of a symbolic link the link is removed, and the cache stays.
+    A symbolic link is removed itself; the cache that it names stays.
 
     Args:
         path: the cache, a file or a Zarr group.

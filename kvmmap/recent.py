@@ -231,7 +231,7 @@ class RecentRows:
 class RecentView(NamedTuple):
     """Rows in 16 bits of a layer, for one read.
 
-    Of the query at position q they stand for the coded rows of positions above q - window, and of sinks.
+    For the query at position q they replace the coded rows of the sinks and of positions above q - window.
     """
 
     rows: RecentRows

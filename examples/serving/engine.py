@@ -92,7 +92,7 @@ class Job:
             self._report(record)
 
     def _compute(self) -> Literal["stop", "length"] | None:
-        """Hand on the answer token by token; return why it ended, None if it is not wanted any more."""
+        """Pass on the answer token by token; return why it ended, None if it is not wanted any more."""
         with contextlib.closing(self.answer.steps(lambda: not self._unwanted.is_set())) as steps:
             for token in steps:
                 if self.record.first is None:

@@ -82,7 +82,7 @@ int64_t quantize_rows(nb::handle x_object, int dtype, nb::handle codes_object, n
     auto* c = codes.at_least<int8_t>(rows * grid.dim, "codes: too small");
     auto* s = scales.at_least<float>(rows * 4, "scales: too small or not aligned");
     if (rows == 0) return -1;
-    if (rows * grid.dim < 16384) return quantize_grid(grid, c, s, 1);  // shorter than a release of the GIL is dear
+    if (rows * grid.dim < 16384) return quantize_grid(grid, c, s, 1);  // releasing the GIL takes longer than this
     nb::gil_scoped_release released;
     return quantize_grid(grid, c, s, threads);
 }

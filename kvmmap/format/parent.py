@@ -31,13 +31,13 @@ class Parent:
     """The parent's, when the file was made."""
 
     checksum: int
-    """Of the checksums of these positions and token ids: see docs/format.md, Parents."""
+    """Checksum of the checksums of these positions and token ids: see docs/format.md, Parents."""
 
     name: str
     """Name of the parent in the file's own folder."""
 
     tail_checksums: tuple[int, ...]
-    """Of the positions of the parent's last block that count, if they do not fill it: one a layer, then one of the
+    """Checksums of the parent's last block up to `length`, if that ends inside the block: one a layer, then one of the
     token ids; 0 where there are none."""
 
     def encode(self) -> bytes:

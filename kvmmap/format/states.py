@@ -149,7 +149,7 @@ class CheckpointEntry(NamedTuple):
     word: int
     """0 for none; else 1 + 2 * position, and 1 more if it is pinned."""
     checksum: int
-    """Of the header; 0 for none."""
+    """Checksum of the header; 0 for none."""
 
     @classmethod
     def of(cls, position: int, pinned: bool, checksum: int) -> CheckpointEntry:

@@ -62,7 +62,7 @@ class Superblock:
 
     @property
     def checkpoint_layout(self) -> CheckpointLayout:
-        """Where a checkpoint slot has what."""
+        """The offsets within a checkpoint slot."""
         return CheckpointLayout.of(self.geometry.states)
 
     @property

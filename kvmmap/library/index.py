@@ -24,7 +24,7 @@ class Contents(NamedTuple):
     stop: int
     head: bytes
     hashes: bytes
-    """Of the block boundaries in (start, stop], 16 bytes each."""
+    """Hashes of the block boundaries in (start, stop], 16 bytes each."""
     token_offset: int
     checkpoints: tuple[int, ...] | None
     disk_bytes: int

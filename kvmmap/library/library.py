@@ -246,7 +246,7 @@ class Library(LibrarySharing):
     ) -> Segment:
         """Take an existing cache into the library: its rows are copied, as far as the library does not have them.
 
-        Of a cache with states the checkpoints are copied as well, and positions up to the last one.
+        If the cache has states, its checkpoints are copied, and positions up to the last checkpoint.
 
         Args:
             cache: path or URL of a cache, or an open one, of which every position has a token id.

@@ -55,15 +55,15 @@ class RemoteSegment:
     start: int
     stop: int
     hashes: str
-    """Of the block boundaries in (start, stop], and of the prefix that ends at `stop`; 16 bytes each, base64."""
+    """Hashes of the block boundaries in (start, stop] and of the prefix that ends at `stop`; 16 bytes each, base64."""
     parts: list[str]
     """Keys, in order; fetched side by side."""
     size: int
     """Bytes of the stream."""
     digests: list[str]
-    """Of the parts."""
+    """Checksums of the parts, in their order."""
     disk_bytes: int
-    """That its file takes."""
+    """Bytes that its file takes on the disk."""
     checkpoints: dict[str, str] | None = None
     """Positions at which a model with states can continue it, with the hashes of the prefixes that end there; None if
     it can be continued at every position."""

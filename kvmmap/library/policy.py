@@ -6,7 +6,7 @@ last uses. That part grows with the number of segments that ever continued it, w
 about again and again from a conversation that was long and is over, and with the seconds of computation that it saves
 per byte on the disk. Nothing depends on the present time, so what a dry run says is what happens.
 
-Of a segment with states, the old checkpoints go first, which are most of its bytes and rarely needed again.
+A segment with states loses its old checkpoints first: they are most of its bytes, and rarely needed again.
 
 Only leaves go, since segments that continue another one need it. `benchmarks/bench_library_policy.py` compares this
 with the longest unused first, and with what a clairvoyant would do.

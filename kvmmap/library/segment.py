@@ -25,7 +25,7 @@ class Segment:
     """Name of the model, "" where none was recorded."""
 
     path: str
-    """Of its file."""
+    """Path of its file."""
 
     parent: str | None
     """Name of the segment that its positions continue; None if it begins at position 0."""

@@ -43,10 +43,10 @@ class LayerStatistics:
     """Which one, from 0."""
 
     keys: RowStatistics
-    """Of all key rows."""
+    """Statistics of all key rows."""
 
     values: RowStatistics
-    """Of all value rows."""
+    """Statistics of all value rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +74,10 @@ class CacheStatistics:
     """Positions, in every layer."""
 
     keys: RowStatistics
-    """Of all layers together."""
+    """Statistics of the key rows of all layers."""
 
     values: RowStatistics
-    """Of all layers together."""
+    """Statistics of the value rows of all layers."""
 
     layers: tuple[LayerStatistics, ...]
     """One a layer that was asked for, in order."""

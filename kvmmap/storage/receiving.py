@@ -29,7 +29,7 @@ class CopyOptions:
     """Read the copy back and compare it with its checksums before it counts as complete."""
 
     compressor: str | None = None
-    """Of a Zarr group."""
+    """Compressor of a Zarr group; None for none."""
 
     durable: bool = True
     """The copy survives power loss on return."""
@@ -44,7 +44,7 @@ class Incoming:
 
     source: Storage
     geometry: CacheGeometry
-    """Of the copy."""
+    """Geometry of the copy."""
 
     length: int
     """Positions to copy."""

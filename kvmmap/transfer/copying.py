@@ -43,7 +43,7 @@ class CopyReport:
     """Bytes of codes and scales in it."""
 
     resumed: int
-    """Positions of these that an earlier, interrupted copy had brought over."""
+    """Positions of these that an earlier, interrupted copy had stored already."""
 
     verified: bool
     """True if the whole copy was read back and compared with its checksums."""
@@ -52,7 +52,7 @@ class CopyReport:
     """Bytes of codes and scales that the same positions take in the source."""
 
     losses: tuple[LayerLoss, ...] = ()
-    """Of a copy with other codecs: what each layer of it lost, over the positions that this call copied; else empty."""
+    """What each layer lost by its other codec, over the positions that this call copied; empty if codecs are the same."""
 
 
 def copy(
@@ -79,7 +79,7 @@ def copy(
 ) -> CopyReport:
     """Copy a cache to another place, of the same kind or another: codes, scales, token ids and metadata, bit by bit.
 
-    Of a cache with states the checkpoints come along, and positions up to the last one that is not beyond `stop`.
+    If the cache has states, its checkpoints are copied, and positions up to the last checkpoint at or before `stop`.
     With other codecs than the source's, rows are decoded and encoded again, part by part; `CopyReport.losses` says what
     that cost. Keys or values whose codec stays the same are copied bit by bit.
 

@@ -55,7 +55,7 @@ class Plan:
 
     incoming: Incoming
     layers: list[int]
-    """Of the incoming storage, in the order of the target."""
+    """Numbers of the layers in the incoming storage, in the order of the target."""
     start: int
     """First position to copy."""
     tokens: int

@@ -30,10 +30,10 @@ class CodecLoss:
     """What keys or values of one layer lost by being transcoded: |new - old| / |old| of each row, in the L2 norm."""
 
     mean: float
-    """Over all rows that were transcoded; 0 where the codec stayed the same."""
+    """Mean over all rows that were transcoded; 0 where the codec stayed the same."""
 
     worst: float
-    """Of the row that lost most."""
+    """Loss of the row that lost most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +41,10 @@ class LayerLoss:
     """What one layer lost by being transcoded."""
 
     keys: CodecLoss
-    """Of its keys."""
+    """Loss of its keys."""
 
     values: CodecLoss
-    """Of its values."""
+    """Loss of its values."""
 
 
 class _Tally:

@@ -1,4 +1,4 @@
-"""What the arguments of a forward pass say of it: which tokens are fed, and whether attention is plainly causal.
+"""What the arguments of a forward pass tell: which tokens are fed, and whether attention is plainly causal.
 
 Keys and values belong to their token ids only if each token has the position that it is stored at and attends to all
 tokens before it (within the layer's window), and if nothing but token ids went in. Passes that plainly don't are

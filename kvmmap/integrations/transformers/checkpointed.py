@@ -72,7 +72,7 @@ class CheckpointedSequence(OneSequence):
         wanted, length = length, self.restorable(min(length, self._length))
         if self._dirty and length < wanted:
             warnings.warn(
-                f"a forward pass failed, and its states can't be taken back: {self!r} continues from its last "
+                f"a forward pass failed, and its states can't be rolled back: {self!r} continues from its last "
                 f"checkpoint, at position {length}",
                 RuntimeWarning,
                 stacklevel=4,
@@ -138,7 +138,7 @@ class CheckpointedSequence(OneSequence):
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         if tokens_to_remove and self._states is not None:
             raise UnsupportedModelError(
-                "a model with states can't take back single tokens, as assisted generation and prompt lookup do: "
+                "a model with states can't roll back single tokens, as assisted generation and prompt lookup do: "
                 "generate without them; truncate() goes back to a checkpoint",
                 actual=tokens_to_remove,
             )

@@ -80,7 +80,7 @@ def store_geometries(kinds: Iterable[LayerKind]) -> list[LayerGeometry]:
 
 
 def as_notes(kinds: Sequence[LayerKind]) -> dict[str, list[Any]]:
-    """Return as JSON what a cache's shapes don't say of its layers."""
+    """Return, as JSON, what a cache's shapes don't tell about its layers."""
     notes: dict[str, list[Any]] = {
         "windows": [kind.window for kind in kinds],
         "latent": [kind.latent for kind in kinds],

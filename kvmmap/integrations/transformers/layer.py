@@ -200,7 +200,7 @@ class KvmmapLayer(StoredRows, CacheLayerMixin):
             return self.__getattr__("to")
         return self
 
-    # A layer that is handed on in the place of tensors must not be taken for one.
+    # A layer that is passed where tensors are expected must not be mistaken for one.
 
     def __getattr__(self, name: str) -> NoReturn:
         raise _NotATensorError(

@@ -28,7 +28,7 @@ class StoredRows:
         self.kept = kept
         """Positions that count of `saved`; `own` has those from there on."""
         self.chunk: RecentRows | None = None
-        """Of the positions that were appended last, what their queries see in 16 bits; until they have attended."""
+        """What queries of the positions appended last see in 16 bits; None once they have attended."""
         self._chunk_start = 0  # the first of these positions
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ class _WithStates:
     """No: it is no part of a compiled graph."""
 
     is_croppable = False
-    """No: states can't be taken back."""
+    """No: states can't be rolled back."""
 
     number_of_states = 1
 

@@ -16,7 +16,7 @@ class Settings:
     """The keys of `kv_connector_extra_config`."""
 
     path: str
-    """Of the library's directory; made if it is not there."""
+    """Path of the library's directory, which is created if it does not exist."""
 
     max_bytes: int | None = None
     """Bytes on the disk to keep at most; what is worth least goes first. None: no limit of its own."""

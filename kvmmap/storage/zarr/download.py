@@ -180,7 +180,7 @@ class _Part(NamedTuple):
     """The outcome of one array."""
 
     digests: list[int]
-    """Of the blocks that were asked for."""
+    """Checksums of the blocks that were asked for."""
     data: NDArray[np.uint8]
     """Where they are."""
 

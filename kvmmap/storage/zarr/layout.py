@@ -1,4 +1,4 @@
-"""What lies where in the group of a Zarr-backed cache, and the metadata of its arrays. Pure: bytes, no places."""
+"""The keys of a Zarr-backed cache within its group, and the metadata of its arrays. Pure: bytes, no storage."""
 
 from __future__ import annotations
 

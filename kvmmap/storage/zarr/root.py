@@ -282,7 +282,7 @@ def _refuse_unknown(facts: dict[str, Any], url: str) -> None:
 
 
 def _digest(facts: dict[str, Any]) -> str:
-    """Of the values, whatever the order, blanks and escapes that they are stored with."""
+    """Return the checksum of the values, independent of the order, blanks and escapes that they are stored with."""
     return f"{checksum(json.dumps(facts, sort_keys=True, separators=(',', ':')).encode()):016x}"
 
 
