@@ -52,7 +52,7 @@ class CopyReport:
     """Bytes of codes and scales that the same positions take in the source."""
 
     losses: tuple[LayerLoss, ...] = ()
-    """What each layer lost by its other codec, over the positions that this call copied; empty if codecs are the same."""
+    """What each layer lost by another codec, over the positions that this call copied; empty if codecs are the same."""
 
 
 def copy(
