@@ -16,6 +16,7 @@ from ...format import Section, Slot, Superblock, slab_sections
 from ..posix import PosixFile
 from ..protocols import Damage, Rows
 from ..sketches import sketch_checksum, sketch_keys, sketch_stored
+from .block_checks import register
 from .mapped_file import MappedFile
 
 Kept = Callable[[int], NDArray[np.uint16] | None]
@@ -128,6 +129,7 @@ class SketchWriter:
         yield from sketch_stored(self._slabs[layer].part, geometry, first, stop, self._block_tokens)
 
 
+@register
 def check_sketches(mapped: MappedFile, block: int, slot: Slot, skip: Container[int | None]) -> Iterator[Damage]:
     """Yield the layers whose sketch of a committed block is not that of its keys, or does not match its checksum.
 

@@ -11,8 +11,8 @@ from collections.abc import Container, Iterator
 from ...errors import CacheChangedError, CorruptCacheError, FormatError
 from ...format import CheckpointHeader, Extent, Section, Slot, Superblock, block_checksum, checksum_of
 from ..protocols import Damage, Progress, VerifyReport
+from .block_checks import check_extras
 from .block_reader import BlockReader
-from .file_sketches import check_sketches
 from .mapped_file import MappedFile
 from .recent_records import check_records
 from .snapshot import Snapshot, SnapshotHolder
@@ -46,7 +46,7 @@ def verify_file(
         compared = {layer for layer in range(geometry.num_layers) if (layer, block) in sound}
         found = list(check_blocks(mapped, block, block + 1, slot, compared))
         report.damages += found
-        report.damages += check_sketches(mapped, block, slot, compared.union(damage.layer for damage in found))
+        report.damages += check_extras(mapped, block, slot, compared.union(damage.layer for damage in found))
         rows = min(geometry.block_tokens, slot.seq_len - block * geometry.block_tokens)
         report.bytes += rows * row_bytes
         report.blocks += geometry.num_layers
