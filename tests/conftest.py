@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from helpers.browser import CHROMIUM, Browser
 from helpers.seaweed import PROGRAM, Server
-from helpers.support import MakeCache
+from helpers.support import MEMORY, MakeCache
 
 import kvmmap
 from kvmmap import _core
@@ -113,6 +115,22 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.use_kernel(request.param)
     yield request.param
     _core.use_kernel(before)
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """Freeze the heap: every simulated death collects garbage, which takes long with torch imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def machine_folder() -> Iterator[str]:
+    """The folder for the many files of simulated machines: in memory where possible."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        yield os.path.join(name, "machine")
 
 
 @pytest.fixture

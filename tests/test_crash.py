@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 from crash.history import History
 from crash.machine import Mutation
+from crash.runs import caught, run_history
 from helpers.support import check_filled, make_file
 
 import kvmmap
@@ -26,38 +25,19 @@ from kvmmap.storage.file.live_record import LiveRecord
 from kvmmap.storage.file.writer import MappedWriter
 from kvmmap.storage.file.writer_state import WriterState
 
+pytestmark = pytest.mark.usefixtures("small_heap")
 HISTORIES = int(os.environ.get("KVMMAP_HISTORIES", "450"))
 BATCH = 50
 STEPS, IMAGES = 12, 20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_heap() -> Iterator[None]:
-    """Freeze the heap: every simulated death collects garbage, which takes long with torch imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def folder() -> Iterator[str]:
-    """The folder for the machines' many files: in memory where possible."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        yield os.path.join(name, "machine")
-
-
 def run(folder: str, seed: int, mutation: Mutation | None = None) -> History:
-    path = f"{folder}{seed}"
-    os.makedirs(path, exist_ok=True)
-    history = History(path, seed, mutation)
-    history.run(STEPS, IMAGES)
-    return history
+    return run_history(History, folder, seed, mutation, steps=STEPS, images=IMAGES)
 
 
 @pytest.mark.parametrize("batch", range(HISTORIES // BATCH))
-def test_every_image_opens_to_a_committed_state(folder: str, batch: int) -> None:
-    images = sum(run(folder, seed).images for seed in range(batch * BATCH, (batch + 1) * BATCH))
+def test_every_image_opens_to_a_committed_state(machine_folder: str, batch: int) -> None:
+    images = sum(run(machine_folder, seed).images for seed in range(batch * BATCH, (batch + 1) * BATCH))
     print(f"{images} images")
     assert images >= BATCH * IMAGES * 0.9
 
@@ -135,37 +115,32 @@ FIRST = {
 """A seed that is known to see it, to begin with; after a change of the code it may be another."""
 
 
-def caught(folder: str, name: str, mutation: Mutation | None = None, tries: int = 400) -> bool:
-    """True if one of the histories goes wrong."""
+def detected(folder: str, name: str, mutation: Mutation | None = None, tries: int = 400) -> bool:
+    """Return whether one of the histories goes wrong."""
     first = FIRST.get(name, 0)
-    for seed in range(first, first + tries):
-        try:
-            run(folder, seed, mutation)
-        except (AssertionError, kvmmap.KvmmapError, OSError):
-            return True
-    return False
+    return caught(lambda seed: run(folder, seed, mutation), range(first, first + tries))
 
 
 @pytest.mark.parametrize("where", SYNCS, ids=SYNCS.get)
-def test_each_sync_is_necessary(folder: str, where: tuple[str, str]) -> None:
-    assert caught(folder, SYNCS[where], lambda kind, caller: (kind, caller) == where)
+def test_each_sync_is_necessary(machine_folder: str, where: tuple[str, str]) -> None:
+    assert detected(machine_folder, SYNCS[where], lambda kind, caller: (kind, caller) == where)
 
 
-def test_there_are_no_other_syncs(folder: str) -> None:
+def test_there_are_no_other_syncs(machine_folder: str) -> None:
     asked: set[tuple[str, str]] = set()
     for seed in range(40):
-        asked |= run(folder, seed).machine.asked
+        asked |= run(machine_folder, seed).machine.asked
     assert {place for place in asked if place[0].startswith("sync")} == set(SYNCS)
 
 
-def test_writing_sketches_is_necessary(folder: str) -> None:
-    assert caught(folder, "sketches", lambda kind, caller: (kind, caller) == ("write", "_layer"))
+def test_writing_sketches_is_necessary(machine_folder: str) -> None:
+    assert detected(machine_folder, "sketches", lambda kind, caller: (kind, caller) == ("write", "_layer"))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_each_safeguard_is_necessary(folder: str, name: str) -> None:
+def test_each_safeguard_is_necessary(machine_folder: str, name: str) -> None:
     with MUTATIONS[name]():
-        assert caught(folder, name)
+        assert detected(machine_folder, name)
 
 
 def served_after_a_truncation(path: Path) -> int:

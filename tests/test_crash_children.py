@@ -6,7 +6,6 @@ import contextlib
 import functools
 import gc
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from random import Random
@@ -24,19 +23,10 @@ from kvmmap.storage.file.child import create_child, open_chain
 from kvmmap.storage.file.reader import MappedReader
 from kvmmap.storage.file.writer import MappedWriter
 
+pytestmark = pytest.mark.usefixtures("small_heap")
 HISTORIES = int(os.environ.get("KVMMAP_HISTORIES", "450")) // 75
 GEOMETRY = CacheGeometry(200, (LayerGeometry(1, 4, 4), LayerGeometry(1, 4, 4)), block_tokens=16)
 IMAGES = 6
-
-
-@pytest.fixture
-def folder() -> Iterator[str]:
-    """The folder for the machines' files: in memory where possible."""
-    gc.collect()
-    gc.freeze()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        yield name
-    gc.unfreeze()
 
 
 class Family:
@@ -133,10 +123,10 @@ class Family:
             self.machine.boot = boot
 
 
-def test_no_child_survives_without_its_parent(folder: str) -> None:
+def test_no_child_survives_without_its_parent(machine_folder: str) -> None:
     seen = 0
     for seed in range(HISTORIES):
-        family = Family(folder, seed)
+        family = Family(machine_folder, seed)
         family.run()
         seen += family.children_seen
     assert seen > 5 * HISTORIES
@@ -172,11 +162,11 @@ def dies_in_its_commit(folder: str, step: int, mutation: Mutation | None = None)
     return length == 40
 
 
-def test_a_parent_is_durable_before_its_child(folder: str) -> None:
+def test_a_parent_is_durable_before_its_child(machine_folder: str) -> None:
     """A commit is visible before it is durable; without the sync, a child outlives what it continues."""
-    found = [step for step in range(3, 12) if dies_in_its_commit(os.path.join(folder, "with"), step)]
+    found = [step for step in range(3, 12) if dies_in_its_commit(os.path.join(machine_folder, "with"), step)]
     assert found
-    skipped = os.path.join(folder, "without")
+    skipped = os.path.join(machine_folder, "without")
     with pytest.raises(kvmmap.ParentError):
         list(map(functools.partial(dies_in_its_commit, skipped, mutation=without_the_sync), found))
 
@@ -245,14 +235,14 @@ def look_at_child(family: Family, length: int, base: int) -> bool:
     return length > 0
 
 
-def test_the_first_commit_makes_an_unsynced_child_durable(folder: str) -> None:
-    assert sum(commit_unsynced_child(folder, seed) for seed in range(HISTORIES * 2)) > 12
+def test_the_first_commit_makes_an_unsynced_child_durable(machine_folder: str) -> None:
+    assert sum(commit_unsynced_child(machine_folder, seed) for seed in range(HISTORIES * 2)) > 12
 
 
 @pytest.mark.parametrize("function", ["_sync_parent", "_commit", "_write_slot", "_sync_name"])
-def test_an_unsynced_child_needs_every_sync(folder: str, function: str) -> None:
+def test_an_unsynced_child_needs_every_sync(machine_folder: str, function: str) -> None:
     def without(kind: str, caller: str) -> bool:
         return caller == function and kind.startswith("sync")
 
     with pytest.raises((AssertionError, kvmmap.ParentError)):
-        list(map(functools.partial(commit_unsynced_child, folder, mutation=without), range(40)))
+        list(map(functools.partial(commit_unsynced_child, machine_folder, mutation=without), range(40)))

@@ -1,58 +1,40 @@
 """Power loss and killed writers of caches with states: a checkpoint is restored whole or not at all.
 
-`KVMMAP_STATE_HISTORIES` sets how many histories; 460 are some 10,000 images.
+`KVMMAP_STATE_HISTORIES` sets how many histories, of some 60 images each: 10,000 images in all by default.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import pytest
 from crash.machine import Mutation
+from crash.runs import caught, run_history
 from crash.states import StateHistory
 
-import kvmmap
 from kvmmap.format import CheckpointEntry
 from kvmmap.storage.file.checkpoints import WriterCheckpoints
 
-HISTORIES = int(os.environ.get("KVMMAP_STATE_HISTORIES", "120"))
-BATCH = 40
+pytestmark = pytest.mark.usefixtures("small_heap")
+HISTORIES = int(os.environ.get("KVMMAP_STATE_HISTORIES", "170"))
+BATCH = 17
+STEPS, IMAGES = 12, 60
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_heap() -> Iterator[None]:
-    """Freeze the heap: every simulated death collects garbage, which takes long with torch imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def folder() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        yield os.path.join(name, "machine")
-
-
-def run(folder: str, seed: int, mutation: Mutation | None = None) -> StateHistory:
-    path = f"{folder}{seed}"
-    os.makedirs(path, exist_ok=True)
-    history = StateHistory(path, seed, mutation)
-    history.run(12, 20)
-    return history
+def run(folder: str, seed: int, mutation: Mutation | None = None, images: int = 20) -> StateHistory:
+    return run_history(StateHistory, folder, seed, mutation, steps=STEPS, images=images)
 
 
 @pytest.mark.parametrize("batch", range(HISTORIES // BATCH))
-def test_every_image_opens_to_a_checkpoint_of_its_rows(folder: str, batch: int) -> None:
-    images = sum(run(folder, seed).images for seed in range(batch * BATCH, (batch + 1) * BATCH))
+def test_every_image_opens_to_a_checkpoint_of_its_rows(machine_folder: str, batch: int) -> None:
+    seeds = range(batch * BATCH, (batch + 1) * BATCH)
+    images = sum(run(machine_folder, seed, images=IMAGES).images for seed in seeds)
     print(f"{images} images")
-    assert images >= BATCH * 18
+    assert images >= BATCH * IMAGES * 0.9
 
 
 def any_free_slot(self: WriterCheckpoints) -> int:
@@ -86,30 +68,37 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def caught(folder: str, mutation: Mutation | None = None) -> bool:
-    """True if one of the histories goes wrong."""
-    for seed in range(200):
-        try:
-            run(folder, seed, mutation)
-        except (AssertionError, kvmmap.KvmmapError, OSError):
-            return True
-    return False
+FIRST = {
+    "slots that a commit names are overwritten": 4,
+    "published before they are written": 8,
+    "truncation leaves them": 100,
+    "an interrupted step is not looked at again": 42,
+    "_commit": 74,
+    "_write_slot": 4,
+}
+"""A seed that is known to detect it, to begin with; after a change of the code it may be another."""
+
+
+def detected(folder: str, name: str, mutation: Mutation | None = None) -> bool:
+    """Return whether one of the histories goes wrong."""
+    first = FIRST.get(name, 0)
+    return caught(lambda seed: run(folder, seed, mutation), (*range(first, 200), *range(first)))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_each_safeguard_is_necessary(folder: str, name: str) -> None:
+def test_each_safeguard_is_necessary(machine_folder: str, name: str) -> None:
     with MUTATIONS[name]():
-        assert caught(folder)
+        assert detected(machine_folder, name)
 
 
 @pytest.mark.parametrize("step", ["_commit", "_write_slot"])
-def test_each_sync_is_necessary(folder: str, step: str) -> None:
-    assert caught(folder, lambda kind, caller: (kind, caller) == ("sync", step))
+def test_each_sync_is_necessary(machine_folder: str, step: str) -> None:
+    assert detected(machine_folder, step, lambda kind, caller: (kind, caller) == ("sync", step))
 
 
-def test_there_are_no_other_syncs(folder: str) -> None:
+def test_there_are_no_other_syncs(machine_folder: str) -> None:
     asked: set[tuple[str, str]] = set()
     for seed in range(10):
-        asked |= run(folder, seed).machine.asked
+        asked |= run(machine_folder, seed).machine.asked
     steps = {"_commit", "_write_slot", "_make_durable", "build_file", "create", "resize_file", "replace_file"}
     assert {caller for kind, caller in asked if kind.startswith("sync")} <= {*steps, "_sync_name"}

@@ -25,6 +25,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers.support import MEMORY
 
 import kvmmap
 from kvmmap import _core
@@ -310,7 +311,7 @@ RECORDS = [what for what in EXPECTED if what not in SAMPLED]
 
 @pytest.fixture(scope="module")
 def specimens() -> Iterator[dict[str, Specimen]]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         yield {name: make(Path(folder), name) for name in NAMES}
 
 

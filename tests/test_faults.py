@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.shims import build_shim
+from helpers.support import MEMORY
 
 FAULTS = Path(__file__).parent / "faults"
 CALLS = {"fallocate", "fdatasync", "fsync", "ftruncate", "link", "mmap", "open", "pread", "pwrite", "rename", "unlink"}
@@ -18,7 +19,7 @@ CALLS = {"fallocate", "fdatasync", "fsync", "ftruncate", "link", "mmap", "open",
 @pytest.mark.long
 def test_every_system_call_may_fail(tmp_path: Path) -> None:
     shim = build_shim(FAULTS / "shim.c", tmp_path)
-    base = Path("/dev/shm" if os.path.isdir("/dev/shm") else tmp_path)  # thousands of syncs
+    base = Path(MEMORY or tmp_path)  # thousands of syncs
     folder = base / f"kvmmap-faults-{os.getpid()}"
     done = subprocess.run(
         [sys.executable, FAULTS / "scenario.py"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.support import MakeCache, check_filled, fill, rows
+from helpers.support import MEMORY, MakeCache, check_filled, fill, rows
 
 import kvmmap
 
@@ -95,7 +94,7 @@ def test_readers_of_a_file_see_whole_steps(path: Path) -> None:
 @pytest.mark.parametrize("what", ["flush", "truncate"])
 def test_at_every_line_of_a_commit(what: str) -> None:
     """The handle stays usable, and the file has the right content."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         commit_interrupted(Path(folder) / "cache.kvm", what)
 
 

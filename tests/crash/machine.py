@@ -8,6 +8,7 @@ a *mutation*: a predicate over (kind, function that asked).
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from unittest import mock
 
 from crash.disk import Disk
 from kvmmap import _core
+from kvmmap.format import Superblock
 from kvmmap.storage.posix import PosixFile
 
 Mutation = Callable[[str, str], bool]
@@ -94,6 +96,8 @@ class Machine:
                 stack.enter_context(mock.patch(f"kvmmap.storage.{module}.PosixFile", file))
             stack.enter_context(mock.patch("kvmmap.storage.file.live_record._core", core))
             stack.enter_context(mock.patch("kvmmap.storage.file.live_record.boot_id", boot_id))
+            stack.enter_context(mock.patch("time.sleep"))  # for a writer to finish with a record: it is dead
+            stack.enter_context(mock.patch("kvmmap.storage.file.mapped_file.Superblock.decode", decode_superblock))
             yield
 
     def mapped(self, memory: Any, inode: int, start: int) -> None:
@@ -113,6 +117,9 @@ class Machine:
         _, inode, start = self._maps[id(memory)]
         self.disk.inode(inode).writes.append((start + offset, bytes(memory[offset : offset + 8])))
 
+
+decode_superblock = functools.lru_cache(maxsize=8)(Superblock.decode)
+"""A superblock never changes, and thousands of images have the same one."""
 
 HELPERS = {
     "_sync",

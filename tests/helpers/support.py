@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import kvmmap
 
 MakeCache = Callable[..., kvmmap.QuantizedKvCache]
 TESTS = Path(__file__).parents[1]
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""The parent of temporary folders whose many syncs would take long on a disk; None for the usual one."""
 
 
 def rows(*shape: int, seed: int = 0) -> np.ndarray:
