@@ -50,6 +50,18 @@ def test_hostile_children_are_refused_or_read() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_hostile_checkpoints_are_refused_or_read() -> None:
+    done = fuzz("--checkpoints", "--executions", EXECUTIONS // 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mutation", ["checkpoint-digests-unchecked", "checkpoint-headers-unchecked"])
+def test_the_fuzzer_detects_wrong_states(mutation: str) -> None:
+    done = fuzz("--checkpoints", "--executions", 5_000, "--seed", 1, "--mutation", mutation)
+    assert done.returncode == 1, f"{done.stdout}\nand nothing happened"
+    assert "ForbiddenError: " in done.stderr
+
+
 def test_the_fuzzer_detects_parents_elsewhere() -> None:
     done = fuzz("--children", "--executions", 5_000, "--seed", 1, "--mutation", "parent-names-unchecked")
     assert done.returncode == 1, f"{done.stdout}\nand nothing happened"

@@ -11,5 +11,6 @@ export PYTHONPATH="$PWD"
 "$python" -m fuzz.run --tensors --executions $((executions / 20))
 "$python" -m fuzz.run --states --executions $((executions / 20))
 "$python" -m fuzz.run --children --executions $((executions / 20))
+"$python" -m fuzz.run --checkpoints --executions $((executions / 20))
 "$python" -m fuzz.urls --keys "$executions"
 "$python" -m fuzz.commands --count $((executions / 50))

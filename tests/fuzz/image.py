@@ -18,7 +18,17 @@ import xxhash
 import kvmmap
 from kvmmap import _core
 from kvmmap.format import LIVE, LIVE_LENGTHS, RECENT_SECTIONS, Section, Superblock, checksum
-from kvmmap.format.records import CHECKSUM, HEADER, LAYER_ENTRY, SECTION_ENTRY, SLOT, Record
+from kvmmap.format.records import (
+    CHECKPOINT_ENTRY,
+    CHECKSUM,
+    HEADER,
+    LAYER_ENTRY,
+    SECTION_ENTRY,
+    SLOT,
+    STATE_ENTRY,
+    STATES_FEATURE,
+    Record,
+)
 from kvmmap.geometry import CacheGeometry, LayerGeometry
 from kvmmap.metadata import Document, ModelInfo
 from kvmmap.storage.file.writer import MappedWriter
@@ -47,12 +57,21 @@ class Image:
         at += LAYER_ENTRY.size * len(self.layers)
         count = self.header["num_sections"]
         self.sections = [SECTION_ENTRY.unpack(data, at + i * SECTION_ENTRY.size) for i in range(count)]
+        at += SECTION_ENTRY.size * count
+        states = (self.header["superblock_bytes"] - CHECKSUM.size - at) // STATE_ENTRY.size
+        states *= bool(self.header["features"] & STATES_FEATURE)
+        self.states = [STATE_ENTRY.unpack(data, at + i * STATE_ENTRY.size) for i in range(states)]
         self.places = {(entry["kind"], entry["layer"]): entry["offset"] for entry in self.sections}
         self.sizes = {(entry["kind"], entry["layer"]): entry["bytes"] for entry in self.sections}
-        self.slots = [SLOT.unpack(data, self.places[kind, 0xFFFFFFFF]) for kind in _SLOTS]
-        self.tails = [
-            list(struct.unpack_from(f"<{len(self.layers) + 1}Q", data, self.places[kind, 0xFFFFFFFF] + SLOT.size))
-            for kind in _SLOTS
+        places = [self.places[kind, 0xFFFFFFFF] for kind in _SLOTS]
+        checkpoints = sum(entry["kind"] == Section.CHECKPOINT for entry in self.sections)
+        tails = struct.Struct(f"<{len(self.layers) + 1}Q")
+        self.slots = [SLOT.unpack(data, at) for at in places]
+        self.tails = [list(tails.unpack_from(data, at + SLOT.size)) for at in places]
+        size, behind = CHECKPOINT_ENTRY.size, SLOT.size + tails.size
+        self.entries = [  # of checkpoints, in each commit slot: word and checksum
+            [list(CHECKPOINT_ENTRY.struct.unpack_from(data, at + behind + i * size)) for i in range(checkpoints)]
+            for at in places
         ]
         self.live: dict[int, int] = {}  # offset in the record -> value, stored as a checked word
         self.raw: list[tuple[int, bytes]] = []  # last of all, with no checksum made right
@@ -78,9 +97,11 @@ class Image:
         header = self.header
         body = _pack(HEADER, header) + b"".join(_pack(LAYER_ENTRY, entry) for entry in self.layers)
         body += b"".join(_pack(SECTION_ENTRY, entry) for entry in self.sections)
+        body += b"".join(_pack(STATE_ENTRY, entry) for entry in self.states)
         self.put(0, body + CHECKSUM.pack(checksum(body)))
-        for kind, slot, tails in zip(_SLOTS, self.slots, self.tails, strict=True):
+        for kind, slot, tails, entries in zip(_SLOTS, self.slots, self.tails, self.entries, strict=True):
             packed = _pack(SLOT, slot) + struct.pack(f"<{len(tails)}Q", *tails)
+            packed += b"".join(CHECKPOINT_ENTRY.struct.pack(*entry) for entry in entries)
             self.put(self.at(kind), packed + CHECKSUM.pack(checksum(packed)))
         salt = int.from_bytes(header["file_id"][:8], "little")
         for offset, value in self.live.items():
@@ -90,6 +111,12 @@ class Image:
         for offset, data in self.raw:
             self.put(offset, data)
         return bytes(self.data)
+
+    def count(self) -> None:
+        """Make the counts in the header those of the tables."""
+        self.header["num_sections"] = len(self.sections)
+        size = HEADER.size + LAYER_ENTRY.size * len(self.layers) + SECTION_ENTRY.size * len(self.sections)
+        self.header["superblock_bytes"] = size + STATE_ENTRY.size * len(self.states) + CHECKSUM.size
 
     def _move_sections(self) -> None:
         """What a section holds goes along with it."""
@@ -201,18 +228,12 @@ def _drop(image: Image, number: int, fix: bool) -> None:
     if image.sections:
         del image.sections[number % len(image.sections)]
         if fix:
-            _fix_counts(image)
+            image.count()
 
 
 def _add(image: Image, kind: int, flags: int, layer: int, offset: int, size: int) -> None:
     image.sections.append({"kind": kind, "flags": flags, "layer": layer, "offset": offset, "bytes": size})
-    _fix_counts(image)
-
-
-def _fix_counts(image: Image) -> None:
-    image.header["num_sections"] = len(image.sections)
-    size = HEADER.size + LAYER_ENTRY.size * len(image.layers) + SECTION_ENTRY.size * len(image.sections)
-    image.header["superblock_bytes"] = size + CHECKSUM.size
+    image.count()
 
 
 def _plan(image: Image, capacity: int, block_tokens: int, kinds: list[list[int]], repeat: int, metadata: int) -> None:
@@ -227,6 +248,7 @@ def _plan(image: Image, capacity: int, block_tokens: int, kinds: list[list[int]]
         {"kind": kind, "flags": 0, "layer": layer, "offset": extent.offset, "bytes": extent.size}
         for (kind, layer), extent in planned.sections.items()
     ]
+    image.states, image.entries = [], [[], []]
     image.size = planned.file_bytes
     for tails in image.tails:
         tails[:] = (tails + [0] * (len(layers) + 1))[: len(layers) + 1]

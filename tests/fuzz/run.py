@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -31,9 +32,10 @@ from unittest import mock
 
 import numpy as np
 
+from kvmmap.storage.file.checkpoints import FileCheckpoints
 from kvmmap.storage.file.snapshot import SnapshotHolder
 
-from . import children, files, groups, states, tensors
+from . import checkpoint_use, checkpoints, children, files, groups, states, tensors
 from .execute import Watch, execute
 from .image import Recipe
 from .mutate import key
@@ -52,6 +54,28 @@ def _read_what_there_is(source: Any, offset: int, size: int) -> Any:
     return np.fromfile(source.name, np.uint8, min(size, 1 << 20), offset=offset)
 
 
+class _Agreeing(int):
+    """A digest that equals any other."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+def _fill_and_agree(self: Any, offset: int, tensor: Any) -> int:
+    return _Agreeing(FILL(self, offset, tensor))
+
+
+def _header_that_agrees(self: Any, slot: int) -> Any:
+    found, entry = HEADER(self, slot), self._entries()[slot]
+    return found and replace(found, position=entry.position, checksum=entry.checksum)
+
+
+FILL, HEADER = FileCheckpoints._fill, FileCheckpoints.header
 MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "none": nullcontext,
     "sections-unchecked": lambda: mock.patch("kvmmap.format.layout._check_sections"),
@@ -61,6 +85,8 @@ MUTATIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "states-unbounded": lambda: mock.patch("kvmmap.formats.llama_cpp.source.Source.read", _read_what_there_is),
     "parent-names-unchecked": lambda: mock.patch("kvmmap.format.parent.name_fault", return_value=None),
+    "checkpoint-digests-unchecked": lambda: mock.patch.object(FileCheckpoints, "_fill", _fill_and_agree),
+    "checkpoint-headers-unchecked": lambda: mock.patch.object(FileCheckpoints, "header", _header_that_agrees),
     "depth-unchecked": lambda: mock.patch("kvmmap.metadata._is_deep", return_value=False),
 }
 """What fuzzing must notice: checks that are left out."""
@@ -128,7 +154,8 @@ class Worker:
             if "tensors" in recipe or "state" in recipe:
                 outcome = (tensors if "tensors" in recipe else states).execute(path)
             else:
-                outcome = execute(path, shell=shell, copies=copies)
+                act = checkpoint_use.execute if "checkpoints" in recipe else execute
+                outcome = act(path, shell=shell, copies=copies)
         self.done += 1
         self.seen[outcome] += 1
         if self.seen[outcome] == 1:
@@ -143,6 +170,8 @@ def _kind(recipe: Recipe) -> ModuleType:
         return states
     if "chain" in recipe:
         return children
+    if "checkpoints" in recipe:
+        return checkpoints
     return groups if "group" in recipe else tensors if "tensors" in recipe else files
 
 
@@ -153,6 +182,7 @@ def main() -> int:
     parser.add_argument("--tensors", action="store_true", help="safetensors files instead, which are imported")
     parser.add_argument("--states", action="store_true", help="states of llama.cpp instead, which are imported")
     parser.add_argument("--children", action="store_true", help="files that continue others instead")
+    parser.add_argument("--checkpoints", action="store_true", help="files with states instead")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="a file to add recipes with new outcomes to")
     parser.add_argument("--recipe", help="run this one alone, as a failure has printed it")
@@ -185,6 +215,7 @@ def work(worker: Worker, arguments: argparse.Namespace) -> int:
             else:
                 kind = groups if arguments.groups else tensors if arguments.tensors else files
                 kind = states if arguments.states else children if arguments.children else kind
+                kind = checkpoints if arguments.checkpoints else kind
                 worker.run(kind.recipes(), arguments.executions)
         print(f"{worker.done:,} files, {len(worker.seen):,} different outcomes", flush=True)
     except BaseException:
