@@ -110,6 +110,7 @@ class Node:
     id: int
     parent: Node | None
     chunks: list[Chunk]
+    created: float
     used: float
     branches: int = 0
     positions: int = 0
@@ -155,7 +156,7 @@ class Simulation:
 
     def __init__(self, budget: int, choose: Choose) -> None:
         self.budget, self._choose = budget, choose
-        self._root = Node(0, None, [], 0.0)
+        self._root = Node(0, None, [], 0.0, 0.0)
         self._leaves: list[tuple[float, int, Node]] = []
         self._count = 0
         self.size = self.reused = self.asked = 0
@@ -186,7 +187,7 @@ class Simulation:
             self._touch(one, request.time)
         if node is self._root or own < len(node.chunks):
             self._count += 1
-            child = Node(self._count, node, [], request.time)
+            child = Node(self._count, node, [], request.time, request.time)
             if node is not self._root and not node.children:
                 self._leaves.remove((node.used, node.id, node))
             node.children[own, rest[0][0]] = child

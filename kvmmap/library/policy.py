@@ -2,9 +2,10 @@
 
 What was used lately is likely to be used again, so the longest unused goes first, unless it is worth more than others:
 its last use is then taken to be later than it was, by a part of the span between the first and the last of the leaves'
-last uses. That part grows with the number of segments that ever continued it, which tells a document that is asked
-about again and again from a conversation that was long and is over, and with the seconds of computation that it saves
-per byte on the disk. Nothing depends on the present time, so what a dry run says is what happens.
+last uses. That part grows with the number of segments that ever continued it, if they came often enough for the next
+one to be expected well within the span: this tells a document that is asked about again and again from a conversation
+that was long and is over. It also grows with the seconds of computation that it saves per byte on the disk. Nothing
+depends on the present time, so what a dry run says is what happens.
 
 A segment with states loses its old checkpoints first: they are most of its bytes, and rarely needed again.
 
@@ -28,8 +29,13 @@ than all of these stays, whatever it is worth: it is likely to be used again soo
 SECONDS_UNMEASURED = 1e-3
 """Time to compute a position where none was measured."""
 
-BRANCH_WEIGHT = 0.5
-"""Part of the span that a segment gains which was continued very often; half of it if it was twice."""
+BRANCH_WEIGHT = 0.8
+"""Part of the span that a segment gains which was continued very often; half of it if it was by four segments, and
+nothing if it was by two, as an answer that was generated again."""
+
+EXPECTED = 0.3
+"""Part of the span, within which the next segment that continues it must be expected: else the bytes are of more use to
+others until then."""
 
 WORTH_WEIGHT = 0.0625
 """Part of the span that a segment gains which saves e times as many seconds per byte as another."""
@@ -63,7 +69,9 @@ def rank(segment: Segment, span: float) -> float:
         segment: a leaf.
         span: seconds between the first and the last of the leaves' last uses.
     """
-    often = segment.branches / (segment.branches + 2)
+    often = max(0.0, 1 - 2 / segment.branches) if segment.branches else 0.0
+    if segment.used - segment.created >= EXPECTED * span * segment.branches:
+        often = 0.0
     gain = BRANCH_WEIGHT * often + WORTH_WEIGHT * math.log(max(worth(segment), 1e-30))
     return segment.used + span * gain
 
