@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.llama import GGUF, greedy, llama_cpp, make, token_ids
+from helpers.llama import GGUF, TEXT, greedy, llama_cpp, make, token_ids
 
 import kvmmap
 from kvmmap.formats.llama_cpp.importing import window_of
@@ -301,3 +301,139 @@ def stored(path: Path, count: int) -> int:
     """How many of the first tokens a library has, in whatever namespace."""
     with kvmmap.Library(path, create=False) as library:
         return max(library.match(namespace.digest, token_ids(count)).length for namespace in library.namespaces())
+
+
+def test_a_cache_serves_one_llama(model: Any, tmp_path: Path) -> None:
+    """Another one needs a cache of its own, which may have the same directory."""
+    cache = LlamaKvmmapCache(tmp_path / "all")
+    model.set_cache(cache)
+    other = make(type_k=8, type_v=8, flash_attn=True)
+    with pytest.raises(kvmmap.KvmmapError, match="serves another Llama"):
+        other.set_cache(cache)
+    ids = token_ids(PROMPT)
+    first = complete(model, ids)
+    other.set_cache(LlamaKvmmapCache(tmp_path / "all"))
+    assert complete(other, ids) == first
+    model.set_cache(None)
+    other.set_cache(cache)
+    assert complete(other, ids) == first
+    other.close()
+
+
+def test_states_move_between_flash_attention_and_none(tmp_path: Path) -> None:
+    ids = token_ids(PROMPT)
+    answers = {}
+    for flash in (True, False):
+        model = make(flash_attn=flash)
+        model.set_cache(LlamaKvmmapCache(tmp_path / "all", codec="native"))
+        found = model.cache[ids].n_tokens if ids in model.cache else 0
+        complete(model, ids, 4)
+        answers[flash] = found
+        save(model, tmp_path / f"{flash}.kvm")
+        model.close()
+    assert answers == {True: 0, False: PROMPT}
+    last = PROMPT - 1  # is computed again, for its logits
+    with kvmmap.open(tmp_path / "True.kvm") as one, kvmmap.open(tmp_path / "False.kvm") as other:
+        np.testing.assert_array_equal(one.layers[7].read_values(0, last), other.layers[7].read_values(0, last))
+
+
+@pytest.mark.parametrize(("keys", "values"), [("q8_0", "f16"), ("q4_0", "bf16"), ("f16", "q5_0")])
+def test_keys_or_values_alone_are_quantised(keys: str, values: str, tmp_path: Path) -> None:
+    ids = token_ids(PROMPT)
+    options = {"type_k": TYPES[keys], "type_v": TYPES[values], "flash_attn": True}
+    answers = []
+    for reused in (0, PROMPT):
+        model = make(**options)
+        model.set_cache(LlamaKvmmapCache(tmp_path / "all"))
+        assert (model.cache[ids].n_tokens if ids in model.cache else 0) == reused
+        answers.append(complete(model, ids, 4))
+        model.close()
+    assert answers[0] == answers[1]
+    with kvmmap.open(next((tmp_path / "all").glob("caches/*/*.kvm"))) as stored:
+        codecs = stored.geometry.layers[0]
+        assert codecs.key_codec.name.startswith(keys)
+        assert codecs.value_codec.name.startswith(values)
+
+
+def test_a_smaller_context_refuses_a_longer_conversation(model: Any, tmp_path: Path) -> None:
+    model.eval(token_ids(300))
+    save(model, tmp_path / "chat.kvm")
+    small = make(n_ctx=256, type_k=8, type_v=8, flash_attn=True)
+    small.eval(token_ids(10))
+    with pytest.raises(kvmmap.CapacityExceededError, match="larger n_ctx"):
+        load(small, tmp_path / "chat.kvm")
+    assert small.n_tokens == 10
+    small.close()
+
+
+def test_what_an_interrupted_evaluation_left_is_not_stored(model: Any, tmp_path: Path) -> None:
+    """The context holds positions that the `Llama` does not count, as after an error or Ctrl-C in `eval`."""
+    ids = token_ids(PROMPT + MORE)
+    model.eval(ids)
+    model.n_tokens = PROMPT
+    assert save(model, tmp_path / "chat.kvm") == PROMPT
+    model.eval(ids[PROMPT:])
+    model.n_tokens = PROMPT + 5
+    assert append(model, tmp_path / "chat.kvm") == 5
+    with kvmmap.open(tmp_path / "chat.kvm") as cache:
+        assert cache.token_ids.tolist() == ids[: PROMPT + 5]
+    model.reset()
+    assert append(model, tmp_path / "chat.kvm") == 0  # nothing is computed, so the file holds nothing either
+    with kvmmap.open(tmp_path / "chat.kvm") as cache:
+        assert cache.seq_len == 0
+
+
+def test_log_probabilities_of_a_restored_prompt_are_computed(tmp_path: Path) -> None:
+    """`echo` with `logprobs` asks for those of positions whose logits are not stored."""
+    text = TEXT[:150]
+    asked = {"max_tokens": 2, "temperature": 0.0, "logprobs": 1, "echo": True}
+    found = []
+    for _ in range(2):
+        model = make(logits_all=True, flash_attn=True)
+        model.set_cache(LlamaKvmmapCache(tmp_path / "all", codec="native"))
+        ids = model.tokenize(text.encode())
+        if found:
+            assert ids in model.cache
+            complete(model, ids, 2)  # the context holds restored positions now
+            assert model.n_tokens > len(ids)
+        for _ in range(2):
+            answer = model.create_completion(text, **asked)["choices"][0]["logprobs"]["token_logprobs"]
+            found.append(answer)
+        model.close()
+    for answer in found[1:]:
+        np.testing.assert_allclose(answer[1:], found[0][1:], atol=1e-3)
+
+
+def test_an_adapter_makes_other_keys(tmp_path: Path) -> None:
+    """One that is given to `Llama`, at whatever scale."""
+    adapter = write_adapter(tmp_path / "adapter.gguf")
+    ids = token_ids(PROMPT)
+    plain = make(flash_attn=True)
+    plain.set_cache(LlamaKvmmapCache(tmp_path / "all"))
+    complete(plain, ids, 2)
+    plain.close()
+    for scale in (1.0, 0.5):
+        model = make(flash_attn=True, lora_path=str(adapter), lora_scale=scale)
+        model.set_cache(LlamaKvmmapCache(tmp_path / "all"))
+        assert ids not in model.cache
+        complete(model, ids, 2)
+        assert ids in model.cache
+        model.close()
+
+
+def write_adapter(path: Path) -> Path:
+    """A LoRA adapter of rank 2 for the keys of one layer."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    random = np.random.default_rng(1)
+    for part, shape in (("a", (2, 576)), ("b", (192, 2))):
+        writer.add_tensor(f"blk.3.attn_k.weight.lora_{part}", random.standard_normal(shape).astype(np.float32) * 0.02)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -3,7 +3,9 @@ needed."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,8 @@ def test_what_is_not_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
     ("model", "message"),
     [
         (TinyModel(architecture="mamba2"), "is recurrent"),
+        (TinyModel(architecture="nomic-bert"), "keeps no keys and values of it"),
+        (TinyModel(architecture="t5"), "has an encoder"),
         (TinyModel(architecture="qwen35"), "is a hybrid"),
         (TinyModel(architecture="jamba"), "is a hybrid"),
         (TinyModel(architecture="deepseek2"), "latent attention"),
@@ -244,6 +248,91 @@ def test_models_whose_states_have_other_parts_are_refused(model: TinyModel, mess
     path = model.write(tmp_path / "model.gguf")
     with pytest.raises(kvmmap.UnsupportedModelError, match=message):
         import_llama_cpp(TinyState(model=TinyModel()).build(), tmp_path / "made.kvm", gguf=path)
+
+
+def test_split_models_are_read_as_whole_ones(tmp_path: Path) -> None:
+    """All parts tell whose states they are, and the first one is given."""
+    state = TinyState(model=TinyModel())
+    whole = state.model.write(tmp_path / "model.gguf")
+    first = state.model.write(tmp_path / "a model\nin parts.gguf", split=1)
+    parts = sorted(tmp_path.glob("a model*.gguf"))
+    assert len(parts) == 4
+    import_llama_cpp(state.build(), tmp_path / "made.kvm", gguf=first)
+    export_llama_cpp(tmp_path / "made.kvm", tmp_path / "again.bin", gguf=whole)
+    assert (tmp_path / "again.bin").read_bytes() == state.build()
+    with pytest.raises(kvmmap.NotACacheError, match="part 2 of a model of 4 parts"):
+        import_llama_cpp(state.build(), tmp_path / "second.kvm", gguf=parts[1])
+    other = TinyModel(seed=3).write(tmp_path / "other.gguf", split=1)
+    norms = other.with_name(other.name.replace("00001-of", "00003-of"))
+    parts[2].write_bytes(norms.read_bytes())
+    with pytest.raises(kvmmap.ModelMismatchError, match="another model"):
+        export_llama_cpp(tmp_path / "made.kvm", tmp_path / "third.bin", gguf=first)
+    parts[3].unlink()
+    with pytest.raises(kvmmap.CacheNotFoundError, match="00004-of-00004"):
+        import_llama_cpp(state.build(), tmp_path / "third.kvm", gguf=first)
+    (tmp_path / "renamed.gguf").write_bytes(first.read_bytes())
+    with pytest.raises(kvmmap.NotACacheError, match="ends with -00001-of-00004"):
+        import_llama_cpp(state.build(), tmp_path / "third.kvm", gguf=tmp_path / "renamed.gguf")
+
+
+def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
+    path = TinyModel(weights=False).write(tmp_path / "vocab.gguf")
+    with pytest.raises(kvmmap.NotACacheError, match="no weights"):
+        import_llama_cpp(TinyState(model=TinyModel()).build(), tmp_path / "made.kvm", gguf=path)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KVMMAP_MUTATIONS", "4"))))
+def test_mutated_states_and_models_give_typed_errors(seed: int, tmp_path: Path) -> None:
+    """Each of 40 changes of a state, and of its model, is read as something, or refused as documented."""
+    random = np.random.default_rng([7, seed])
+    types, kinds = list(TYPES), [("slot", 2), ("slot", 3), ("session", 9), ("session", 10), ("sequence", 0)]
+    kind, version = kinds[random.integers(len(kinds))]
+    key_type, value_type = (types[random.integers(len(types))] for _ in range(2))
+    architecture, extension = [("llama", 0), ("qwen2vl", 3)][random.integers(2)]
+    state = TinyState(
+        model=TinyModel(architecture=architecture),
+        kind=kind,
+        version=version,
+        key_type=key_type,
+        value_type=value_type,
+        extension=extension,
+        outputs=kind == "session" and version == 9,
+    )
+    model, data = state.model.write(tmp_path / "model.gguf"), state.build()
+    header = model.read_bytes()
+    for number in range(40):
+        if number % 4 == 3:
+            (tmp_path / "broken.gguf").write_bytes(mutated(header, random, 1200))
+            pair = data, tmp_path / "broken.gguf"
+        else:
+            pair = mutated(data, random, 400 if random.integers(4) else len(data)), model
+        target = tmp_path / "made.kvm"
+        with contextlib.suppress(kvmmap.KvmmapError):
+            import_llama_cpp(pair[0], target, gguf=pair[1], overwrite=True)
+            with kvmmap.open(target) as cache:
+                assert cache.verify().sound
+            export_llama_cpp(target, tmp_path / "again.bin", gguf=pair[1], overwrite=True)
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"model.gguf", "broken.gguf", "made.kvm", "again.bin"}
+
+
+def mutated(data: bytes, random: np.random.Generator, within: int) -> bytes:
+    """Change some of the first bytes: cut, insert, or put numbers that are extreme for their place."""
+    made, within = bytearray(data), min(within, len(data))
+    for _ in range(random.integers(1, 4)):
+        at = int(random.integers(within))
+        match random.integers(5):
+            case 0:
+                del made[at:]
+            case 1:
+                made[at:at] = random.bytes(random.integers(1, 9))
+            case 2:
+                del made[at : at + int(random.integers(1, 9))]
+            case 3:
+                extreme = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, len(data)][random.integers(6)]
+                made[at : at + 4] = struct.pack("<I", extreme)
+            case _:
+                made[at : at + 1] = random.bytes(1)
+    return bytes(made)
 
 
 def test_the_order_of_an_unknown_architecture_can_be_given(tmp_path: Path) -> None:

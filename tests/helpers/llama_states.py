@@ -39,6 +39,8 @@ class TinyModel:
     value_dim: int | None = None
     more: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    weights: bool = True
+    """False leaves all tensors out, as a file of a vocabulary alone does."""
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -48,8 +50,9 @@ class TinyModel:
     def kv(self, layer: int) -> int:
         return self.kv_heads if isinstance(self.kv_heads, int) else self.kv_heads[layer]
 
-    def write(self, path: Path) -> Path:
-        writer = gguf.GGUFWriter(path, self.architecture)
+    def write(self, path: Path, *, split: int = 0) -> Path:
+        """Write the file; `split` tensors a part, if not 0, of which the first part is returned."""
+        writer = gguf.GGUFWriter(path, self.architecture, split_max_tensors=split)
         writer.add_name("tiny")
         writer.add_block_count(self.layers)
         writer.add_embedding_length(self.embedding)
@@ -66,7 +69,7 @@ class TinyModel:
             else:
                 writer.add_uint32(f"{self.architecture}.{name}", value)
         random = np.random.default_rng(self.seed)
-        for layer in range(self.layers):
+        for layer in range(self.layers if self.weights else 0):
             writer.add_tensor(
                 f"blk.{layer}.attn_norm.weight", random.standard_normal(self.embedding).astype(np.float32)
             )
@@ -75,7 +78,7 @@ class TinyModel:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return path
+        return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if split else path
 
 
 @dataclass(kw_only=True)

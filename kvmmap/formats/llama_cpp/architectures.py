@@ -65,6 +65,19 @@ WINDOWED = _names(
 )
 """A second cache, of the last positions alone, where their GGUF file names a window."""
 
+CACHELESS = _names(
+    """
+    bert dream eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llada llada-moe modern-bert neo-bert nomic-bert
+    nomic-bert-moe rnd1 wavtokenizer-dec
+    """
+)
+"""Embedding and diffusion models, whose contexts keep nothing."""
+
+ENCODED = _names(
+    """
+    t5 t5encoder
+    """
+)
 LATENT = _names(
     """
     deepseek2 deepseek2-ocr minicpm3 mistral4 plm

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,19 @@ from ...geometry import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, LayerGeometry
 from ...metadata import ModelInfo
 from ...paths import PathLike, place_text
 from ..portable import MemberFacts
-from .architectures import EXTENDED, HYBRID, INDEXED, LATENT, PAIRS, RECURRENT, SAME, WINDOWED, Order
+from .architectures import (
+    CACHELESS,
+    ENCODED,
+    EXTENDED,
+    HYBRID,
+    INDEXED,
+    LATENT,
+    PAIRS,
+    RECURRENT,
+    SAME,
+    WINDOWED,
+    Order,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +89,37 @@ def read_model(path: PathLike, *, order: Order | None = None) -> GgufModel:
         found = os.stat(path)
     except FileNotFoundError:
         raise CacheNotFoundError(f"{path}: there is no such file", path=path) from None
-    return _read(path, order, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+    return _read(path, order, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, _part_times(path)))
+
+
+_FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf", re.DOTALL)
+
+
+def _named_parts(path: str) -> list[str]:
+    """Return what the other parts are called of a split model whose first part has this name."""
+    split = _FIRST_PART.fullmatch(path)
+    if split is None:
+        return []
+    return [f"{split[1]}-{part:05d}-of-{split[2]}.gguf" for part in range(2, int(split[2]) + 1)]
+
+
+def _part_times(path: str) -> tuple[int, ...]:
+    """Return when the other parts of a split model were modified last."""
+    return tuple(os.stat(part).st_mtime_ns if os.path.exists(part) else 0 for part in _named_parts(path))
 
 
 @functools.lru_cache(maxsize=8)
-def _read(path: str, order: Order | None, _version: tuple[int, ...]) -> GgufModel:
+def _read(path: str, order: Order | None, _version: tuple[Any, ...]) -> GgufModel:
     with _errors_of(path):
         fields, tensors = _contents(path)
+        tensors += [tensor for part in _other_parts(path, fields) for tensor in _contents(part)[1]]
         architecture = str(fields.get("general.architecture", ""))
         if not architecture:
             raise ValueError("it names no architecture")
         facts = _Facts(architecture, fields)
         _check_kind(facts, path)
+        if not tensors:
+            raise ValueError("it has no weights, such as a file of a vocabulary alone")
         layers = facts.layers()
         rope = facts.rope()
         if order is None:
@@ -185,7 +217,11 @@ class _Facts:
 def _check_kind(facts: _Facts, path: str) -> None:
     """Refuse models whose states have other parts than keys and values of each position."""
     architecture, reason = facts.architecture, None
-    if architecture in RECURRENT:
+    if architecture in CACHELESS:
+        reason = "attends to positions before and after: llama.cpp keeps no keys and values of it"
+    elif architecture in ENCODED:
+        reason = "has an encoder, of which its states hold nothing"
+    elif architecture in RECURRENT:
         reason = "is recurrent: its states hold no keys and values"
     elif architecture in HYBRID:
         reason = "is a hybrid: its states hold recurrent states behind the keys and values"
@@ -210,6 +246,31 @@ def _order(architecture: str, path: str) -> Order:
         f"{path}: this kvmmap does not know in which order {architecture!r} has the numbers of its keys: give order="
         '"pairs" if converting its checkpoint permutes them, else "halves"'
     )
+
+
+def _other_parts(path: str, fields: Mapping[str, Any]) -> list[str]:
+    """Return the paths of the other parts of a split model, whose first part the path names.
+
+    Raises:
+        NotACacheError: it is not the first part, or not named as one.
+        CacheNotFoundError: another part is missing.
+    """
+    count, number = int(fields.get("split.count", 0)), int(fields.get("split.no", 0))
+    if count < 2:
+        return []
+    parts = _named_parts(path)
+    if number or len(parts) != count - 1:
+        raise NotACacheError(
+            f"{path}: is part {number + 1} of a model of {count} parts: give the one whose name ends with "
+            f"-00001-of-{count:05d}.gguf",
+            path=path,
+        )
+    for part in parts:
+        if not os.path.exists(part):
+            raise CacheNotFoundError(
+                f"{part}: there is no such file, and {path} is split into {count} parts", path=part
+            )
+    return parts
 
 
 def _contents(path: str) -> tuple[dict[str, Any], list[Any]]:
@@ -269,7 +330,7 @@ def _norms(tensors: list[Any], count: int) -> tuple[np.ndarray[Any, np.dtype[np.
 def _fingerprint(fields: Mapping[str, Any], tensors: list[Any]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(fields):
-        if not name.startswith("general."):
+        if not name.startswith(("general.", "split.")):
             digest.update(f"{name} {fields[name]!r}\n".encode())
     for tensor in tensors:
         digest.update(f"{tensor.name} {tensor.tensor_type.name} {list(map(int, tensor.shape))}\n".encode())
@@ -282,7 +343,7 @@ def _errors_of(path: str) -> Iterator[None]:
     """Turn whatever a damaged file makes the library raise into a NotACacheError."""
     try:
         yield
-    except (UnsupportedModelError, MissingLibraryError, NotACacheError, MemoryError, OSError):
+    except (UnsupportedModelError, MissingLibraryError, NotACacheError, CacheNotFoundError, MemoryError, OSError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]

@@ -82,9 +82,16 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
         """Serve a `Llama`: what `llama.set_cache` does.
 
         Raises:
+            KvmmapError: another `Llama` has this cache. Give each one of its own; they may have one directory.
             UnsupportedModelError: a model whose states are not read.
             KvmmapError: types of keys and values that are not read.
         """
+        served = None if self._context is None else self._context.llama
+        if served is not None and served is not llama and served.cache is self and served.ctx is not None:
+            raise KvmmapError(
+                f"the cache serves another Llama ({served.model_path}) already: make a LlamaKvmmapCache of the same "
+                "directory for each"
+            )
         context = Context(llama)
         facts = context.facts
         quantized = facts.key_type.quantized or facts.value_type.quantized
@@ -159,6 +166,8 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
     def load(self, stored: Stored) -> bool:
         """Load what was found into the context; False if it can't be had any more."""
         context, _ = self._served()
+        if context.scoring:
+            return False
         try:
             with self.library.open(stored.match) as cache:
                 context.restore(cache, stored.n_tokens)
@@ -169,6 +178,19 @@ class LlamaKvmmapCache(BaseLlamaCache):  # type: ignore[misc]
             return False
         context.computed(stored.input_ids)
         return True
+
+    def serves(self, llama: llama_cpp.Llama) -> bool:
+        """Whether it was given to this `Llama` by `set_cache`."""
+        return self._context is not None and self._context.llama is llama
+
+    def begin(self, *, scored: bool) -> None:
+        """Prepare for a completion.
+
+        Args:
+            scored: whether the log-probabilities of the prompt are asked for. Those of restored positions are not
+                there, so all of it is computed.
+        """
+        self._served()[0].begin(scored=scored)
 
     def live(self) -> Live:
         """What the context holds now, to be stored."""
@@ -205,7 +227,13 @@ def _wrap(llama: llama_cpp.Llama) -> None:
     llama._kvmmap_completing = False
     create, save_state, load_state = llama._create_completion, llama.save_state, llama.load_state
 
+    def serving() -> LlamaKvmmapCache | None:
+        cache = llama.cache
+        return cache if isinstance(cache, LlamaKvmmapCache) and cache.serves(llama) else None
+
     def _create_completion(*args: Any, **options: Any) -> Iterator[Any]:
+        if (cache := serving()) is not None:
+            cache.begin(scored=bool(options.get("echo")) and options.get("logprobs") is not None)
         generator = create(*args, **options)
         try:
             while True:
@@ -221,15 +249,15 @@ def _wrap(llama: llama_cpp.Llama) -> None:
             generator.close()
 
     def save() -> Any:
-        if llama._kvmmap_completing and isinstance(llama.cache, LlamaKvmmapCache):
-            return llama.cache.live()
+        if llama._kvmmap_completing and (cache := serving()) is not None:
+            return cache.live()
         return save_state()
 
     def load(state: Any) -> None:
         if not isinstance(state, Stored):
             load_state(state)
-        elif isinstance(llama.cache, LlamaKvmmapCache):
-            llama.cache.load(state)
+        elif (cache := serving()) is not None:
+            cache.load(state)
 
     llama._create_completion, llama.save_state, llama.load_state = _create_completion, save, load
 

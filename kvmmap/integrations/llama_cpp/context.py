@@ -65,6 +65,10 @@ class Context:
         disabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._room = np.empty(0, np.uint8)
         self._transposed = int(parameters.flash_attn_type) == int(disabled)
+        self.scoring = False
+        """Whether the completion under way needs the logits of all its positions."""
+        self._restored = False
+        """Whether some of the positions that the context holds were restored."""
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -160,9 +164,17 @@ class Context:
         buffer = (ctypes.c_uint8 * len(data)).from_buffer(data)
         return bool(llama_cpp.llama_state_seq_set_data(self.llama.ctx, buffer, len(data), SEQUENCE))
 
+    def begin(self, *, scored: bool) -> None:
+        """Prepare for a completion; see `LlamaKvmmapCache.begin`."""
+        self.scoring = scored
+        if scored and self._restored:
+            self.llama.reset()
+            self._restored = False
+
     def computed(self, ids: NDArray[np.int32]) -> None:
         """Tell the `Llama` which tokens its context holds now."""
         self.llama.input_ids[: len(ids)] = ids
         self.llama.n_tokens = len(ids)
+        self._restored = True
         if hasattr(self.llama, "_requires_eval"):
             self.llama._requires_eval = True  # the last position's logits were not restored
