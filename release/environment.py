@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
-COMPILED = ("pyproject.toml", "CMakeLists.txt", "kvmmap/_core/*.cpp", "kvmmap/_core/*.h")
+COMPILED = ("pyproject.toml", "CMakeLists.txt", "kvmmap/_core/*.cpp", "kvmmap/_core/**/*.h")
 """What an installed kvmmap depends on; its Python modules are read where they lie."""
 
 WEIGHTS = "demo/requirements-model.txt"

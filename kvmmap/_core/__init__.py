@@ -7,6 +7,7 @@ are the business of the modules that call them (`quantize`, `layer`, `storage`).
 from ._kernels import (
     attend,
     available_kernels,
+    block_checksums,
     bound_blocks,
     checked_word,
     current_kernel,
@@ -38,6 +39,7 @@ from ._kernels import (
 __all__ = [
     "attend",
     "available_kernels",
+    "block_checksums",
     "bound_blocks",
     "checked_word",
     "current_kernel",

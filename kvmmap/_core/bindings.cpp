@@ -16,6 +16,7 @@
 #include "cpu.h"
 #include "ggml.h"
 #include "half.h"
+#include "hash.h"
 #include "io.h"
 #include "merge.h"
 #include "recent.h"
@@ -532,6 +533,28 @@ std::vector<int64_t> checked_at(nb::handle map_object, int64_t offset, int64_t c
     return values;
 }
 
+void block_checksums_of(const nb::tuple& arrays, uint32_t track, nb::handle blocks_object, int64_t size, int64_t stop,
+                        nb::handle out_object, int threads) {
+    if (arrays.size() > most_hashed_arrays) throw nb::value_error("too many arrays");
+    Buffer blocks(blocks_object, contiguous), out(out_object, writing);
+    const int64_t count = blocks.bytes() / 8;
+    const auto* numbers = blocks.at_least<int64_t>(0, "blocks: not aligned");
+    auto* sums = out.at_least<uint64_t>(count * 8, "out: too small or not aligned");
+    std::vector<std::unique_ptr<Buffer>> held;
+    HashedArray hashed[most_hashed_arrays];
+    for (size_t i = 0; i < arrays.size(); ++i) {
+        const Buffer& rows = *held.emplace_back(std::make_unique<Buffer>(arrays[i], contiguous));
+        if (rows.ndim() != 2 || rows.itemsize() != 1 || rows.shape(0) < stop)
+            throw nb::value_error("arrays must be bytes [positions, bytes], of `stop` positions or more");
+        hashed[i] = {rows.data(), rows.shape(1)};
+    }
+    if (size <= 0) throw nb::value_error("size must be positive");
+    for (int64_t i = 0; i < count; ++i)
+        if (numbers[i] < 0 || numbers[i] > (stop - 1) / size) throw nb::value_error("a block is beyond `stop`");
+    nb::gil_scoped_release released;
+    block_checksums(hashed, static_cast<int>(arrays.size()), track, numbers, count, size, stop, sums, threads);
+}
+
 // Any DLPack exporter on the CPU -> (array of its raw bits, dtype number). numpy has no bf16 of its own.
 nb::tuple import_dlpack(nb::handle object) {
     auto array = nb::cast<nb::ndarray<nb::ro>>(object);
@@ -589,6 +612,7 @@ NB_MODULE(_kernels, m) {
     m.def("take_recent_records", &take_recent_records, "records"_a, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a);
     m.def("merge_part", &merge_part_into, "state"_a, "out"_a, "lse"_a);
     m.def("merge_end", &merge_end_of, "state"_a, "out"_a, "lse"_a);
+    m.def("block_checksums", &block_checksums_of, "arrays"_a, "track"_a, "blocks"_a, "size"_a, "stop"_a, "out"_a, "threads"_a);
     m.def("import_dlpack", &import_dlpack, "object"_a);
     m.def("sketch_blocks", &sketch_blocks, "codes"_a, "scales"_a, "heads"_a, "dim"_a, "tokens"_a, "sketches"_a);
     m.def("bound_blocks", &bound_blocks, "parts"_a, "sketches"_a, "heads"_a, "dim"_a, "bounds"_a);

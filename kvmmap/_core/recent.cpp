@@ -6,8 +6,8 @@
 
 #include "codec.h"
 #include "half.h"
+#include "hash.h"
 #include "merge.h"
-#include "xxh64.h"
 
 namespace kvmmap {
 namespace {

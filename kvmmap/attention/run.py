@@ -92,7 +92,7 @@ def attend_store(
     if resident == "keep" and (store.in_memory or store.in_extents):
         if not store.is_verified(length):
             seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
-            store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2))
+            store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2), options["threads"])
         if store.in_memory:
             lse = attend_rows(rows, dtype, store.slabs(), ranges, mask, geometry, result, **options)
         else:

@@ -3,7 +3,6 @@
 from .commit import Commit
 from .parent import Parent, name_fault
 from .records import (
-    BLOCK_CHECKSUM,
     FORMAT_VERSION,
     HEADER,
     HOME_BYTES,
@@ -28,7 +27,6 @@ from .states import NO_CHECKPOINT, CheckpointEntry, CheckpointHeader, Checkpoint
 from .superblock import Superblock
 
 __all__ = [
-    "BLOCK_CHECKSUM",
     "FORMAT_VERSION",
     "HEADER",
     "HOME_BYTES",

@@ -266,7 +266,7 @@ class Extent(NamedTuple):
     size: int
 
 
-BLOCK_CHECKSUM = struct.Struct("<IIQ")
+_BLOCK_CHECKSUM = struct.Struct("<IIQ")
 
 
 def block_checksum(track: int, block: int, rows: int, digests: Sequence[int]) -> int:
@@ -283,7 +283,7 @@ def block_checksum(track: int, block: int, rows: int, digests: Sequence[int]) ->
     """
     if not digests:
         return 0
-    head = BLOCK_CHECKSUM.pack(track, rows, block)
+    head = _BLOCK_CHECKSUM.pack(track, rows, block)
     return xxhash.xxh3_64_intdigest(head + struct.pack(f"<{len(digests)}Q", *digests))
 
 

@@ -6,7 +6,7 @@ hash of each one's incomplete block, so that committing after every token costs 
 
 from __future__ import annotations
 
-import struct
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..format import BLOCK_CHECKSUM, block_checksum
+from .._core import block_checksums
+from ..format import block_checksum
 
 Track = Sequence[NDArray[Any]]
 """Arrays that grow along their first axis together."""
@@ -38,7 +39,9 @@ def digest(arrays: Track, track: int, block: int, start: int, stop: int) -> int:
     return block_checksum(track, block, stop - start, parts)
 
 
-def row_digests(arrays: Track, track: int, blocks: NDArray[np.int64], size: int, stop: int) -> NDArray[np.uint64]:
+def row_digests(
+    arrays: Track, track: int, blocks: NDArray[np.int64], size: int, stop: int, threads: int = 1
+) -> NDArray[np.uint64]:
     """Return the checksums of blocks of a track, as `digest` does, u64 [len(blocks)].
 
     Args:
@@ -47,16 +50,12 @@ def row_digests(arrays: Track, track: int, blocks: NDArray[np.int64], size: int,
         blocks: their numbers.
         size: positions of a block.
         stop: where the last block ends.
+        threads: at most so many.
     """
-    # A layer's first read hashes thousands of pieces of some KiB, so what surrounds each call counts.
-    pieces = [(array.reshape(-1).view(np.uint8).data, array.strides[0]) for array in arrays]
-    hash64, pack = xxhash.xxh3_64_intdigest, struct.Struct(f"{BLOCK_CHECKSUM.format}{len(pieces)}Q").pack
-    found = []
-    for block in blocks.tolist():
-        start, end = block * size, min((block + 1) * size, stop)
-        parts = [hash64(data[start * width : end * width]) for data, width in pieces]
-        found.append(hash64(pack(track, end - start, block, *parts)) if parts else 0)
-    return np.array(found, np.uint64)
+    found = np.empty(len(blocks), np.uint64)
+    rows = tuple(array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8) for array in arrays)
+    block_checksums(rows, track, blocks, size, stop, found, threads)
+    return found
 
 
 class BlockHasher:
@@ -98,8 +97,14 @@ class BlockHasher:
             whole = length // size - first
             return Advance(first, sums[:whole], tuple(sums[whole].tolist()) if length % size else (0,) * sums.shape[1])
         complete = np.zeros((length // size - first, len(self._tracks)), np.uint64)
-        for number in range(len(complete)):
-            complete[number] = self._finish_block(first + number)
+        if len(complete):
+            begun = int(self._states is not None)
+            if begun:
+                complete[0] = self._finish_block(first)
+            blocks = np.arange(first + begun, length // size)
+            for i, arrays in enumerate(self._tracks):
+                complete[begun:, i] = row_digests(arrays, self._first_track + i, blocks, size, length)
+            self._hashed = length - length % size
         tails: tuple[int, ...] = (0,) * len(self._tracks)
         if length % size:
             tails = self._feed_tail(length)
@@ -107,14 +112,10 @@ class BlockHasher:
         return Advance(first, complete, tails)
 
     def _finish_block(self, block: int) -> list[int]:
-        start, stop = block * self._block_tokens, (block + 1) * self._block_tokens
-        if self._states is None:
-            sums = [digest(t, self._first_track + i, block, start, stop) for i, t in enumerate(self._tracks)]
-        else:
-            self._feed(stop)
-            sums = self._sums(block, self._block_tokens)
-            self._states = None
-        self._hashed = stop
+        """Hash what a begun block lacks."""
+        self._feed((block + 1) * self._block_tokens)
+        sums = self._sums(block, self._block_tokens)
+        self._states = None
         return sums
 
     def _feed_tail(self, length: int) -> tuple[int, ...]:

@@ -143,12 +143,13 @@ class LayerStore(RecentStore, ABC):
         """True if `ensure_verified` would have nothing to do for stored positions [0, stop)."""
         return True
 
-    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
+    def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
         """Compare the blocks of positions that the caller will read through `slabs` with their checksums, where this
         handle has not done so before. `rows`, `iter_rows` and `scan` do it themselves.
 
         Args:
             ranges: [k, 2], each (start, stop).
+            threads: at most so many hash.
 
         Raises:
             CorruptCacheError: a block does not match.

@@ -189,7 +189,7 @@ class ChainLayer(LayerStore):
                     return False
         return self._own.is_verified(stop - self._base)
 
-    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
+    def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
         for ancestor, store in zip(self._ancestors, self._stores, strict=False):
             if ancestor.reader.snapshot.verified is None:
                 continue
@@ -197,9 +197,9 @@ class ChainLayer(LayerStore):
             if (mine[:, 1] > np.maximum(mine[:, 0], ancestor.whole)).any():
                 ancestor.verify_tail(self.index)
             with counted_from(ancestor.base):
-                store.ensure_verified(np.minimum(mine, ancestor.whole))
+                store.ensure_verified(np.minimum(mine, ancestor.whole), threads)
         with counted_from(self._base):
-            self._own.ensure_verified(np.maximum(ranges - self._base, 0))
+            self._own.ensure_verified(np.maximum(ranges - self._base, 0), threads)
 
     def _verify(self, start: int, stop: int) -> None:
         if not self.is_verified(stop):

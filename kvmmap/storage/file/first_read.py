@@ -28,7 +28,7 @@ def is_verified(holder: SnapshotHolder, layer: int, stop: int) -> bool:
     return verified is None or verified.below[layer] >= min(stop, slot.seq_len, holder.inherited_len)
 
 
-def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges) -> None:
+def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges, threads: int = 1) -> None:
     """Compare the blocks of a layer that ranges of positions touch, unless this handle has done so before.
 
     Raises:
@@ -47,7 +47,7 @@ def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: 
         for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
             some = blocks[first : first + _BLOCKS_AT_ONCE]
             _map_pages(mapped, layer, some, covered)
-            found = row_digests(rows, layer, some, size, slot.seq_len)
+            found = row_digests(rows, layer, some, size, slot.seq_len, threads)
             wrong = np.flatnonzero(found != expected[first : first + _BLOCKS_AT_ONCE])
             for block in some[wrong].tolist():
                 _compare(mapped, holder, snapshot, rows, layer, block, slot.seq_len, int(expected[blocks == block][0]))

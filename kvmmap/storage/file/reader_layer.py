@@ -91,8 +91,8 @@ class MappedLayer(ReadOnlyLayer):
     def is_verified(self, stop: int) -> bool:
         return is_verified(self._holder, self.index, stop)
 
-    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
-        verify_rows(self._mapped, self._holder, self.index, ranges)
+    def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
+        verify_rows(self._mapped, self._holder, self.index, ranges, threads)
 
     def rows(self, start: int, stop: int) -> Rows:
         if not self.is_verified(stop):

@@ -37,6 +37,10 @@ class VerifiedBlocks:
             covered: positions, from 0, that checksums cover.
         """
         size = self._block_tokens
+        if len(ranges) == 1:  # the usual case: everything below some length, or a window
+            start, stop = ranges[0].tolist()
+            blocks = np.arange(start // size, max(start // size, -(-min(stop, covered) // size) if start < stop else 0))
+            return blocks[self._of(track)[blocks] < self._wanted_of(blocks, covered)]
         some = ranges[ranges[:, 0] < np.minimum(ranges[:, 1], covered)]
         edges = np.zeros(self._blocks + 1, np.int64)
         np.add.at(edges, some[:, 0] // size, 1)
@@ -49,7 +53,7 @@ class VerifiedBlocks:
 
     def note_all(self, track: int, blocks: NDArray[np.int64], covered: int) -> None:
         """Remember that some blocks are verified as far as checksums cover them: positions below `covered`."""
-        self._of(track)[blocks] = self._wanted(covered)[blocks]
+        self._of(track)[blocks] = self._wanted_of(blocks, covered)
 
     def sum_up(self, track: int, covered: int) -> None:
         """Update `below` from what was noted."""
@@ -69,7 +73,11 @@ class VerifiedBlocks:
 
     def _wanted(self, covered: int) -> NDArray[np.int64]:
         """Rows of each block that are covered."""
-        return np.clip(covered - np.arange(self._blocks) * self._block_tokens, 0, self._block_tokens)
+        return np.maximum(self._wanted_of(np.arange(self._blocks), covered), 0)
+
+    def _wanted_of(self, blocks: NDArray[np.int64], covered: int) -> NDArray[np.int64]:
+        """Rows of some blocks that are covered; negative for a block beyond."""
+        return np.minimum(covered - blocks * self._block_tokens, self._block_tokens)
 
     def _of(self, track: int) -> NDArray[np.int64]:
         if track not in self._rows:

@@ -95,7 +95,7 @@ class ZarrLayer(ReadOnlyLayer):
     def stream_bytes(self, start: int, stop: int, write: WriteBytes) -> RowStream | None:
         return self._shards.stream_bytes(self.index, start, stop, write)
 
-    def ensure_verified(self, ranges: NDArray[np.int64]) -> None:
+    def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
         """Fetching compares every block."""
 
     def version(self) -> int:

@@ -1,0 +1,7 @@
+#include "hash_kernels.h"
+
+namespace kvmmap {
+
+const HashKernels hash_portable = {xxh3};
+
+}  // namespace kvmmap
