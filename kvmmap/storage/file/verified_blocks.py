@@ -38,8 +38,8 @@ class VerifiedBlocks:
         """
         size = self._block_tokens
         if len(ranges) == 1:  # the usual case: everything below some length, or a window
-            start, stop = ranges[0].tolist()
-            blocks = np.arange(start // size, max(start // size, -(-min(stop, covered) // size) if start < stop else 0))
+            start, stop = int(ranges[0, 0]), min(int(ranges[0, 1]), covered)
+            blocks = np.arange(start // size, -(-stop // size) if start < stop else start // size)
             return blocks[self._of(track)[blocks] < self._wanted_of(blocks, covered)]
         some = ranges[ranges[:, 0] < np.minimum(ranges[:, 1], covered)]
         edges = np.zeros(self._blocks + 1, np.int64)
