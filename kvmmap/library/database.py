@@ -6,6 +6,7 @@ What the tables mean is not known here. No transaction lasts longer than a `with
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import CacheNotFoundError
+from ..errors import CacheLockedError, CacheNotFoundError, LibraryFullError
 from ..storage.posix import FILE_MODE
 from .schema import PRAGMAS, TABLES, VERSION
 
@@ -53,14 +54,20 @@ class Database:
 
         Raises:
             IndexLostError: the index is a new one.
+            LibraryFullError: the disk is full; nothing was changed.
+            CacheLockedError: another process has held the index for too long.
+            OSError: the index can't be read or written.
         """
-        connection = self._take()
+        try:
+            connection = self._take()
+        except sqlite3.OperationalError as error:
+            raise self._typed(error) from error
         try:
             yield connection
         except sqlite3.DatabaseError as error:
             self._drop(connection)
             self._judge(error)
-            raise
+            raise self._typed(error) from error
         except BaseException:
             self._give(connection)
             raise
@@ -224,6 +231,26 @@ class Database:
             self._idle = []
             self._inode = (0, 0)
             self._prepare()
+
+    def _typed(self, error: sqlite3.DatabaseError) -> Exception:
+        """Return the error for a caller in place of SQLite's; that one itself, where the place is not at fault."""
+        code, folder = getattr(error, "sqlite_errorcode", 0) & 0xFF, os.path.dirname(self.path)
+        if code == sqlite3.SQLITE_FULL:
+            return LibraryFullError(
+                f"{folder}: the disk is full, so the library's index can't be written; nothing was changed: free some "
+                "space",
+                path=folder,
+            )
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return CacheLockedError(
+                f"{self.path}: another process has held the index for {BUSY_SECONDS:.0f} s: is it stopped?",
+                path=self.path,
+            )
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+            return PermissionError(errno.EACCES, f"the library's index can't be written ({error})", self.path)
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            return OSError(errno.EIO, f"the library's index can't be used ({error})", self.path)
+        return error
 
     def release(self) -> None:
         """Close all connections, those in use when they are given back. Later uses open their own."""

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
+from ..errors import LibraryFullError
 from .database import Database, IndexLostError
 from .segment import Segment, StoredNamespace, segment_path
 
@@ -29,13 +30,13 @@ CANDIDATES = 64
 """Segments that are looked at among those with one hash."""
 
 MOST_REPLACEMENTS = 3
-"""Damaged indexes that are replaced during one query."""
+"""Damaged indexes that are replaced, or times that room is made, during one query."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def recovering(method: Method) -> Method:
-    """Fill an index that has just been made in place of a damaged one, and run the query again."""
+    """Run a query again after filling an index that replaced a damaged one, or making room on a full disk."""
 
     @functools.wraps(method)
     def run(index: IndexReader, *args: Any, **more: Any) -> Any:
@@ -44,6 +45,9 @@ def recovering(method: Method) -> Method:
                 return method(index, *args, **more)
             except IndexLostError:
                 index.refill()
+            except LibraryFullError:
+                if not index.make_room():
+                    raise
         return method(index, *args, **more)
 
     return cast(Method, run)
@@ -62,6 +66,8 @@ class IndexReader:
         self._folder = folder
         self.refill: Callable[[], None] = lambda: None
         """Called when the index was lost, to fill the new one from the segments."""
+        self.make_room: Callable[[], bool] = lambda: False
+        """Called when the disk is too full to write to the index; returns True if there is more room now."""
 
     @recovering
     def namespaces(self) -> list[StoredNamespace]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -20,6 +21,9 @@ from .contents import disk_bytes, held, is_written
 from .index import GOING, Index, is_made_name
 from .policy import Choice
 from .segment import Segment
+
+EMERGENCY_BYTES = 4 << 20
+"""Bytes that are evicted at once where a full disk keeps the index from being written."""
 
 SPARE_BYTES = 16 << 20
 """Bytes of the file system that are left free, for commits and for the index."""
@@ -40,6 +44,7 @@ class Room:
         self._index = index
         self._limit = limit
         self._settle = settle
+        self._emergency = threading.local()
         self.evicted: Callable[[int], None] = lambda size: None
         """Called with the bytes of a segment that was evicted."""
 
@@ -134,6 +139,34 @@ class Room:
             else:
                 tried.add(leaf.name)
         return gone
+
+    def make_room(self) -> bool:
+        """Evict something on a disk that is too full to write to the index; False if nothing could go."""
+        if getattr(self._emergency, "active", False):
+            return False  # an index's method that is called below
+        self._emergency.active = True
+        try:
+            freed = 0
+            for leaf in self._index.oldest_leaves(2 * policy.WINDOW):
+                if is_made_name(leaf.name) and self._remove_at_once(leaf):
+                    freed += leaf.bytes
+                if freed >= EMERGENCY_BYTES:
+                    break
+            return freed > 0
+        finally:
+            self._emergency.active = False
+
+    def _remove_at_once(self, segment: Segment) -> bool:
+        """Remove a leaf's file, and its row if the index can be written then; else `check` removes that."""
+        with contextlib.suppress(LibraryFullError):
+            return self.remove(segment, evicting=True)
+        with contextlib.suppress(CacheLockedError, FileNotFoundError), held(segment.path):
+            os.unlink(segment.path)
+            with contextlib.suppress(LibraryFullError):
+                self._index.remove(segment.name, evicted=True)
+            self.evicted(segment.bytes)
+            return True
+        return False
 
     def _drop_checkpoints(self, segment: Segment) -> int:
         """Drop all but a segment's last checkpoint; return the bytes that this frees, 0 if nothing could be dropped."""

@@ -51,6 +51,7 @@ class LibraryUpkeep:
         self._room = Room(self.path, self._index, self._limit, self._settle)
         self._checker = Checker(self.path, self._index, self._room)
         self._index.refill = self._refill
+        self._index.make_room = self._room.make_room
         self._maker = Maker(self.path, self._settings.number, self._index, self._checker.lost, self._room)
         self._metrics = Metrics()
         self._room.evicted = lambda size: self._metrics.add(evictions=1, bytes_evicted=size)
