@@ -22,7 +22,7 @@ test-pythons:  ## the tests on each supported Python that is on PATH
 	for version in $$($(PYTHON) release/pythons.py); do \
 		$(MAKE) test PYTHON=python$$version VENV=.venv-$$version || exit 1; done
 test-model: env-test-model  ## the transformers integration with the weights of a small model
-	.venv-model/bin/pytest tests/test_smollm2.py
+	.venv-model/bin/pytest tests/test_smollm2.py tests/test_serving_smollm2.py
 test-bridges: env-bridges env-vllm  ## llama.cpp, vLLM, mlx-lm and transformers continue one another's caches; llama.cpp is compiled for it
 	KVMMAP_VLLM_PYTHON=.venv-vllm/bin/python \
 		.venv-bridges/bin/pytest -s tests/test_bridges.py tests/test_llama_cpp.py tests/test_mlx.py
