@@ -82,6 +82,18 @@ def test_every_dim(name: str) -> None:
         check(name, some_rows(name, 23, dim))
 
 
+def test_quotients_near_halves() -> None:
+    """Rows whose rotation is exact: 127 scales, and one number at, below or above the middle between two codes."""
+    scales = np.arange(129, 256, 6, dtype=np.float64)[:, None, None]
+    middle = (np.arange(127) + 0.5)[:, None] * scales + np.array([-1, 0, 1]) * 2.0**-8
+    rotated = np.zeros((*middle.shape, 64))
+    rotated[..., 0], rotated[..., 1] = 127 * scales, middle
+    rotated = rotated.reshape(-1, 64).astype(np.float32)
+    x = oracle.rotate_back(rotated)
+    np.testing.assert_array_equal(oracle.rotate(x), rotated)
+    check("int8-rotated", x)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [np.float16, BF16])
 def test_sixteen_bit_rows(name: str, dtype: Any) -> None:

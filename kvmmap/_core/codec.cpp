@@ -76,22 +76,29 @@ int64_t encode_grid(RowFormat format, const RowGrid& x, char* codes, char* scale
     const QuantizeRun quantize = row_kernels().quantize[0];
     const int64_t rows = x.outer * x.inner, dim = x.dim;
     const std::vector<float> factors = factors_of(format, dim);
+    const Rotation rotation{dim, factors.data()};
+    const bool walks = format.rotated && kernels.walks && kernels.walks(dim);
     std::atomic<int64_t> first_bad{rows};
     auto encode = [&](int64_t begin, int64_t end) {
-        std::vector<float> room(std::min(end - begin, batch_of(dim)) * dim + readable_behind);
+        std::vector<float> room(walks ? 0 : std::min(end - begin, batch_of(dim)) * dim + readable_behind);
         const bool even = x.outer_stride == x.inner * x.inner_stride;
         for (int64_t row = begin; row < end;) {
             const int64_t o = row / x.inner, i = row % x.inner;
-            const int64_t n = std::min(even ? end - row : std::min(end - row, x.inner - i), batch_of(dim));
+            int64_t n = even ? end - row : std::min(end - row, x.inner - i), done;
             const char* in = static_cast<const char*>(x.data) + o * x.outer_stride + i * x.inner_stride;
-            kernels.widen[static_cast<int>(x.dtype)](in, x.inner_stride, n, dim, room.data());
-            if (format.rotated) kernels.rotate({dim, factors.data()}, n, room.data());
             char* to = codes + row * code_bytes(format.codec, dim);
             char* scale = scales + row * scale_bytes(format.codec);
-            const int64_t done =
-                format.codec == Codec::int8
-                    ? quantize(room.data(), 4 * dim, n, dim, reinterpret_cast<int8_t*>(to), reinterpret_cast<float*>(scale))
-                    : kernels.encode(format.codec, room.data(), n, dim, to, scale);
+            if (walks) {
+                done = kernels.encode_rotated(format.codec, x.dtype, in, x.inner_stride, n, rotation, to, scale);
+            } else {
+                n = std::min(n, batch_of(dim));
+                kernels.widen[static_cast<int>(x.dtype)](in, x.inner_stride, n, dim, room.data());
+                if (format.rotated) kernels.rotate(rotation, n, room.data());
+                done = format.codec == Codec::int8
+                           ? quantize(room.data(), 4 * dim, n, dim, reinterpret_cast<int8_t*>(to),
+                                      reinterpret_cast<float*>(scale))
+                           : kernels.encode(format.codec, room.data(), n, dim, to, scale);
+            }
             if (done < n) {
                 lower_to(first_bad, row + done);
                 return;
@@ -110,7 +117,13 @@ void decode_grid(RowFormat format, const char* codes, const char* scales, int64_
                                dtype, out, threads);
     const CodecKernels& kernels = codec_kernels();
     const std::vector<float> factors = factors_of(format, dim);
+    const Rotation rotation{dim, factors.data()};
+    const bool walks = format.rotated && kernels.walks && kernels.walks(dim);
     auto decode = [&](int64_t begin, int64_t end) {
+        if (walks)
+            return kernels.decode_rotated(format.codec, codes + begin * code_bytes(format.codec, dim),
+                                          scales + begin * scale_bytes(format.codec), end - begin, rotation, dtype,
+                                          out + begin * dim * dtype_bytes(dtype));
         std::vector<float> room(dtype == Dtype::f32 ? 0 : std::min(end - begin, batch_of(dim)) * dim);
         for (int64_t row = begin; row < end;) {
             const int64_t n = std::min(end - row, batch_of(dim));
@@ -118,7 +131,7 @@ void decode_grid(RowFormat format, const char* codes, const char* scales, int64_
             float* numbers = dtype == Dtype::f32 ? reinterpret_cast<float*>(to) : room.data();
             kernels.decode(format.codec, codes + row * code_bytes(format.codec, dim),
                            scales + row * scale_bytes(format.codec), n, dim, numbers);
-            if (format.rotated) kernels.rotate_back({dim, factors.data()}, n, numbers);
+            if (format.rotated) kernels.rotate_back(rotation, n, numbers);
             if (dtype != Dtype::f32) kernels.narrow[static_cast<int>(dtype)](numbers, n * dim, to);
             row += n;
         }

@@ -69,6 +69,13 @@ struct CodecKernels {
     // Codes of levels -> the int8 values of the table, and their scales as f32.
     void (*levels)(Codec codec, const char* codes, int64_t n, int64_t dim, int8_t* out);
     void (*level_scales)(const char* scales, int64_t n, float* out);
+    // Rotated rows of some lengths in one walk, from their dtype to codes and back: null where there is no such walk. The
+    // same bytes as the steps above one by one.
+    bool (*walks)(int64_t dim);
+    int64_t (*encode_rotated)(Codec codec, Dtype dtype, const char* x, int64_t stride, int64_t n, const Rotation& rotation,
+                              char* codes, char* scales);
+    void (*decode_rotated)(Codec codec, const char* codes, const char* scales, int64_t n, const Rotation& rotation, Dtype dtype,
+                           char* out);
 };
 
 extern const CodecKernels codec_portable;

@@ -1,18 +1,14 @@
 // The row codecs with AVX-512: levels are looked up by a shuffle of bytes, as many at a time as are left of a row.
 #include <immintrin.h>
 
+#include "codec_rotated_avx512.h"
 #include "codec_rows.h"
+#include "levels_avx512.h"
 #include "pack_avx512.h"
+#include "planes_avx512.h"
 
 namespace kvmmap {
 namespace {
-
-inline __mmask64 first_64(int64_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
-
-template <int shift>
-inline __m512i field(__m512i v, int mask) {
-    return _mm512_and_si512(_mm512_srli_epi16(v, shift), _mm512_set1_epi8(static_cast<char>(mask)));
-}
 
 struct Avx512 {
     static constexpr int lanes = 16;
@@ -37,7 +33,9 @@ struct Avx512 {
         const __m512 by = _mm512_set1_ps(inverse);
         int64_t i = 0;
         for (; i + 64 <= dim; i += 64) {
-            const __m512i packed = pack(whole(x + i, by), whole(x + i + 16, by), whole(x + i + 32, by), whole(x + i + 48, by));
+            const char* in = reinterpret_cast<const char*>(x + i);
+            const __m512i packed = pack(whole(load<Dtype::f32>(in), by), whole(load<Dtype::f32>(in + 64), by),
+                                        whole(load<Dtype::f32>(in + 128), by), whole(load<Dtype::f32>(in + 192), by));
             _mm512_storeu_si512(out + i, _mm512_max_epi8(packed, _mm512_set1_epi8(-127)));
         }
         round_plainly(x + i, dim - i, inverse, out + i);
@@ -47,30 +45,9 @@ struct Avx512 {
     static void nearest(int8_t* numbers, int64_t dim, uint8_t* codes) {
         for (int64_t i = 0; i < dim; i += 64) {
             const __mmask64 mask = first_64(dim - i);
-            const __m512i number = _mm512_maskz_loadu_epi8(mask, numbers + i);
-            __m512i code, level;
-            if constexpr (bits == 6) {
-                code = field<2>(_mm512_xor_si512(number, _mm512_set1_epi8(-128)), 63);
-                level = _mm512_sub_epi8(_mm512_slli_epi16(code, 2), _mm512_set1_epi8(126));
-            } else {
-                static constexpr Buckets table_of = buckets<bits>();
-                static constexpr Register upper = level_register<bits>(1 << (bits - 1));
-                const __m512i size = _mm512_abs_epi8(number), bucket = field<3>(size, 15), one = _mm512_set1_epi8(1);
-                __m512i k = _mm512_shuffle_epi8(table(table_of.base), bucket);
-                const __mmask64 above = _mm512_cmpgt_epi8_mask(size, _mm512_shuffle_epi8(table(table_of.first), bucket));
-                k = _mm512_mask_add_epi8(k, above, k, one);
-                if constexpr (bits == 5) {
-                    const __mmask64 twice = _mm512_cmpgt_epi8_mask(size, _mm512_shuffle_epi8(table(table_of.second), bucket));
-                    k = _mm512_mask_add_epi8(k, twice, k, one);
-                }
-                const __mmask64 negative = _mm512_movepi8_mask(number);
-                const __m512i half = _mm512_set1_epi8(1 << (bits - 1)), below = _mm512_set1_epi8((1 << (bits - 1)) - 1);
-                code = _mm512_mask_sub_epi8(_mm512_add_epi8(half, k), negative, below, k);
-                level = _mm512_shuffle_epi8(table(upper), k);
-                level = _mm512_mask_sub_epi8(level, negative, _mm512_setzero_si512(), level);
-            }
-            _mm512_mask_storeu_epi8(codes + i, mask, code);
-            _mm512_mask_storeu_epi8(numbers + i, mask, level);
+            const Nearest found = nearest_level<bits>(_mm512_maskz_loadu_epi8(mask, numbers + i));
+            _mm512_mask_storeu_epi8(codes + i, mask, found.code);
+            _mm512_mask_storeu_epi8(numbers + i, mask, found.level);
         }
     }
 
@@ -86,14 +63,23 @@ struct Avx512 {
     template <int bits>
     static void levels(const char* codes, int64_t n, int64_t dim, int8_t* out) {
         for (const int8_t* end = out + n * dim; out < end; out += dim, codes += dim / 8 * bits) {
-            if (dim == 128) row<bits>(codes, 128, out);  // known lengths are what the compiler makes most of
-            else if (dim == 64) row<bits>(codes, 64, out);
+            if (dim == 128) registers<2, bits>(codes, out);
+            else if (dim == 64) registers<1, bits>(codes, out);
+            else if (dim == 256) registers<4, bits>(codes, out);
             else if (dim % 32 == 0) row<bits>(codes, dim, out);
             else unpack_levels<bits>(codes, dim, out);  // parts of a plane of bits begin within a byte
         }
     }
 
   private:
+    template <int C, int bits>
+    [[gnu::always_inline]] static inline void registers(const char* codes, int8_t* out) {
+        __m512i levels[C];
+        take_levels<bits>(codes, levels);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) _mm512_storeu_si512(out + 64 * c, levels[c]);
+    }
+
     template <int bits>
     [[gnu::always_inline]] static inline void row(const char* codes, int64_t dim, int8_t* out) {
         const int64_t half = dim / 2, quarter = dim / 4;
@@ -125,16 +111,6 @@ struct Avx512 {
                 put<bits>(field<4>(two, 15), codes + half, j + half, n, out);
             }
         }
-    }
-
-    static __m512i whole(const float* x, __m512 by) {
-        const __m512 q = _mm512_mul_ps(_mm512_loadu_ps(x), by);
-        const __m512 away = _mm512_or_ps(_mm512_set1_ps(below_half), _mm512_and_ps(q, _mm512_set1_ps(-0.0f)));
-        return _mm512_cvttps_epi32(_mm512_add_ps(q, away));
-    }
-
-    static __m512i table(const Register& r) {
-        return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(r.values)));
     }
 
     static __mmask64 bits_at(const char* plane, int64_t i, int64_t n) {
@@ -171,6 +147,18 @@ struct Avx512 {
 
 }  // namespace
 
-const CodecKernels codec_avx512 = codec_kernels_of<Avx512>();
+namespace {
+
+constexpr CodecKernels kernels() {
+    CodecKernels kernels = codec_kernels_of<Avx512>();
+    kernels.walks = in_registers;
+    kernels.encode_rotated = encode_in_registers;
+    kernels.decode_rotated = decode_in_registers;
+    return kernels;
+}
+
+}  // namespace
+
+const CodecKernels codec_avx512 = kernels();
 
 }  // namespace kvmmap

@@ -341,7 +341,10 @@ constexpr CodecKernels codec_kernels_of() {
             encode_rows<Simd>,
             decode_rows<Simd>,
             level_rows<Simd>,
-            level_scales<Simd>};
+            level_scales<Simd>,
+            nullptr,
+            nullptr,
+            nullptr};
 }
 
 // Conversions of f16 number by number.

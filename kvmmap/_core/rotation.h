@@ -37,6 +37,22 @@ class Hadamard {
                 }
     }
 
+    // R * W numbers in registers.
+    template <int R>
+    [[gnu::always_inline]] static inline void transform(F (&v)[R]) {
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+            v[i] = within<1>(v[i]);
+            v[i] = within<2>(v[i]);
+            if constexpr (W > 4) v[i] = within<4>(v[i]);
+            if constexpr (W > 8) v[i] = within<8>(v[i]);
+        }
+        if constexpr (R > 1) between<R, 1>(v);
+        if constexpr (R > 2) between<R, 2>(v);
+        if constexpr (R > 4) between<R, 4>(v);
+        if constexpr (R > 8) between<R, 8>(v);
+    }
+
   private:
     static void few(float* x, int64_t n) {
         for (int64_t h = 1; h < n; h *= 2)
@@ -52,22 +68,15 @@ class Hadamard {
     static void registers(float* x) {
         F v[R];
 #pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            v[i] = within<1>(L::load(x + i * W));
-            v[i] = within<2>(v[i]);
-            if constexpr (W > 4) v[i] = within<4>(v[i]);
-            if constexpr (W > 8) v[i] = within<8>(v[i]);
-        }
-        if constexpr (R > 1) between<R, 1>(v);
-        if constexpr (R > 2) between<R, 2>(v);
-        if constexpr (R > 4) between<R, 4>(v);
+        for (int i = 0; i < R; ++i) v[i] = L::load(x + i * W);
+        transform(v);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) L::store(x + i * W, v[i]);
     }
 
     template <int R, int h>
     [[gnu::always_inline]] static inline void between(F (&v)[R]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < R; ++i)
             if (!(i & h)) {
                 const F a = v[i], b = v[i + h];
