@@ -30,3 +30,24 @@ def show(store: Store, path: Path) -> None:
     for row in rows:
         print(f"{row['recipe']:32} {row['bits']:6.2f} bits  {row['kl']:8.2g}, worst {row['worst']:8.2g}")
     path.write_text(json.dumps({"texts": sorted(exact), "rows": rows}, indent=1) + "\n")
+
+
+def show_tasks(store: Store) -> None:
+    """Print what there is of the other tasks."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in store.all("passkey"):
+        found.setdefault(result["recipe"], []).append(result)
+    for name, results in found.items():
+        print(f"pass key: {name:32} {sum(one['found'] for one in results)} of {len(results)} found")
+    found = {}
+    for result in store.all("greedy"):
+        found.setdefault(result["recipe"], []).append(result)
+    for name, results in found.items():
+        agree = statistics.median(one["agree"] for one in results)
+        print(f"greedy: {name:32} agrees for {agree:g} of {results[0]['generated']} tokens, in the median")
+    found = {}
+    for result in store.all("small"):
+        found.setdefault(result["recipe"], []).append(result)
+    for name, results in found.items():
+        median = statistics.median(one["kl"] for one in results)
+        print(f"small model: {name:32} {results[0]['bits']:6.2f} bits  {median:8.2g}")
