@@ -25,7 +25,7 @@ test-model: env-test-model  ## the transformers integration with the weights of 
 	.venv-model/bin/pytest tests/test_smollm2.py tests/test_serving_smollm2.py
 test-bridges: env-bridges env-vllm  ## llama.cpp, vLLM, mlx-lm and transformers continue one another's caches; llama.cpp is compiled for it
 	KVMMAP_VLLM_PYTHON=.venv-vllm/bin/python \
-		.venv-bridges/bin/pytest -s tests/test_bridges.py tests/test_llama_cpp.py tests/test_mlx.py
+		.venv-bridges/bin/pytest -s tests/test_bridges.py tests/test_llama_cpp.py tests/test_mlx.py tests/test_mlx_server.py
 test-vllm: env-vllm  ## vLLM with kvmmap's connector, on the CPU (3.4 GB of packages)
 	.venv-vllm/bin/pytest -s tests/test_vllm.py
 test-transformers:  ## the transformers integration on the oldest supported and the newest release of transformers

@@ -67,7 +67,7 @@ def test_every_public_name_has_a_place_in_the_api_reference() -> None:
     public |= {f"kvmmap.report.{name}" for name in kvmmap.report.__all__}
     public |= {f"kvmmap.integrations.transformers.{name}" for name in transformers.__all__}
     public |= {f"kvmmap.library.{name}" for name in library.__all__ if name not in kvmmap.__all__}
-    for engine in ("llama_cpp", "vllm"):  # they want what need not be installed
+    for engine in ("llama_cpp", "vllm", "mlx"):  # they want what need not be installed
         text = (ROOT / "kvmmap" / "integrations" / engine / "__init__.py").read_text()
         names = ast.literal_eval(text.partition("__all__ = ")[2])
         public |= {f"kvmmap.integrations.{engine}.{name}" for name in names}

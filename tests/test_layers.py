@@ -59,6 +59,8 @@ FRAMEWORKS = {
     "transformers": "integrations",
     "llama_cpp": "integrations",
     "vllm": "integrations",
+    "mlx": "integrations",
+    "mlx_lm": "integrations",
     "safetensors": "formats",
     "gguf": "formats",
     "mmap": "storage",

@@ -24,6 +24,7 @@ LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "aud
 PUBLIC = (
     *("kvmmap", "kvmmap.report"),
     *("kvmmap.integrations.transformers", "kvmmap.integrations.llama_cpp", "kvmmap.integrations.vllm"),
+    "kvmmap.integrations.mlx",
 )
 
 
