@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= auto
 
-.PHONY: help demo test test-pythons test-model test-bridges test-vllm test-transformers soak fuzz sanitize lint format \
+.PHONY: help demo test test-sweeps test-pythons test-model test-bridges test-vllm test-transformers soak fuzz sanitize lint format \
 	bench bench-llama-cpp figures picture docs wheels check-wheels clean env-test
 
 help:  ## list the targets
@@ -17,7 +17,9 @@ demo: env-demo  ## a real model: save its prompt, reopen it in another process, 
 	.venv-demo/bin/python demo/demo.py
 
 test: env-test  ## the tests, on every core (JOBS=)
-	$(VENV)/bin/pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup
+	$(VENV)/bin/pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup -m "not sweep"
+test-sweeps: env-test  ## more cases of the same tests, among them the kernels in C++ under sanitizers: minutes
+	$(VENV)/bin/pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup -m sweep
 test-pythons:  ## the tests on each supported Python that is on PATH
 	for version in $$($(PYTHON) release/pythons.py); do \
 		$(MAKE) test PYTHON=python$$version VENV=.venv-$$version || exit 1; done

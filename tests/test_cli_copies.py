@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.cli_support import run_here
 from helpers.seaweed import BUCKET, Server
 from helpers.support import check_filled, make_file
 from test_cli import in_terminal, run
@@ -20,24 +21,24 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_export_and_import(source: Path, tmp_path: Path) -> None:
-    done = run("export", source, tmp_path / "b.zarr", "--compressor", "zstd")
+    done = run_here("export", source, tmp_path / "b.zarr", "--compressor", "zstd")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"{tmp_path}/b.zarr: 600 positions, 56.2 KiB, verified\n"
-    done = run("import", tmp_path / "b.zarr", tmp_path / "c.kvm", "--capacity", 700)
+    done = run_here("import", tmp_path / "b.zarr", tmp_path / "c.kvm", "--capacity", 700)
     assert done.returncode == 0, done.stderr
     with kvmmap.open(tmp_path / "c.kvm") as cache:
         check_filled(cache, 600)
         assert cache.capacity == 700
-    done = run("export", tmp_path / "c.kvm", tmp_path / "d.safetensors", "--dtype", "int8", "--layers", "1")
+    done = run_here("export", tmp_path / "c.kvm", tmp_path / "d.safetensors", "--dtype", "int8", "--layers", "1")
     assert done.returncode == 0, done.stderr
-    done = run("import", tmp_path / "d.safetensors", tmp_path / "e.kvm")
+    done = run_here("import", tmp_path / "d.safetensors", tmp_path / "e.kvm")
     assert done.returncode == 0, done.stderr
     with kvmmap.open(tmp_path / "e.kvm") as cache:
         assert (cache.num_layers, cache.seq_len) == (1, 600)
-    done = run("copy", source, tmp_path / "f.kvm", "--start", 10, "--stop", 20, "--no-verify")
+    done = run_here("copy", source, tmp_path / "f.kvm", "--start", 10, "--stop", 20, "--no-verify")
     assert done.stderr == f"{tmp_path}/f.kvm: 10 positions, 960 B\n"
-    assert run("verify", tmp_path / "b.zarr").returncode == 0
-    shown = run("inspect", tmp_path / "b.zarr")
+    assert run_here("verify", tmp_path / "b.zarr").returncode == 0
+    shown = run_here("inspect", tmp_path / "b.zarr")
     assert shown.returncode == 0, shown.stderr
     assert "zarr" in shown.stdout
 
@@ -60,7 +61,7 @@ def test_errors_are_one_line(source: Path, tmp_path: Path) -> None:
     with kvmmap.open(source) as cache:
         data[data.find(cache.layers[1].key_codes[300].tobytes())] ^= 1
     source.write_bytes(data)
-    done = run("export", source, tmp_path / "b.zarr")
+    done = run_here("export", source, tmp_path / "b.zarr")
     assert done.returncode == 1
     assert "layer 1 is damaged in positions [256, 512)" in done.stderr
 
@@ -73,22 +74,22 @@ def test_a_progress_bar_in_a_terminal(source: Path, tmp_path: Path) -> None:
 
 def test_an_object_store(source: Path, tmp_path: Path, s3: Server) -> None:
     url = f"s3://{BUCKET}/at-a-shell/prompt.zarr"
-    done = run("export", source, url, **s3.environment())
+    done = run_here("export", source, url, **s3.environment())
     assert done.returncode == 0, done.stderr
-    done = run("fetch", url, tmp_path / "b.kvm", **s3.environment())
+    done = run_here("fetch", url, tmp_path / "b.kvm", **s3.environment())
     assert done.stderr == f"{tmp_path}/b.kvm: 600 positions\n"
     with kvmmap.open(tmp_path / "b.kvm") as cache:
         check_filled(cache, 600)
-    assert run("verify", url, **s3.environment()).returncode == 0
-    done = run("inspect", url, **s3.environment())
+    assert run_here("verify", url, **s3.environment()).returncode == 0
+    done = run_here("inspect", url, **s3.environment())
     assert done.returncode == 0, done.stderr
     assert "600 of 1,000 positions" in done.stdout
-    told = json.loads(run("inspect", "--json", url, **s3.environment()).stdout)
+    told = json.loads(run_here("inspect", "--json", url, **s3.environment()).stdout)
     with kvmmap.open(source) as cache:
-        local = json.loads(run("inspect", "--json", source).stdout)
+        local = json.loads(run_here("inspect", "--json", source).stdout)
         assert (told["seq_len"], told["layers"]) == (cache.seq_len, local["layers"])
-    assert run("inspect", "--stats", "--tokens", url, **s3.environment()).returncode == 0
-    done = run("fetch", "s3://nonesuch/x.zarr", tmp_path / "c.kvm", **s3.environment())
+    assert run_here("inspect", "--stats", "--tokens", url, **s3.environment()).returncode == 0
+    done = run_here("fetch", "s3://nonesuch/x.zarr", tmp_path / "c.kvm", **s3.environment())
     assert done.returncode == 2
     assert "no such bucket" in done.stderr
 
@@ -100,7 +101,7 @@ def test_many_in_an_object_store(source: Path, tmp_path: Path, s3: Server) -> No
         kvmmap.copy(source, f"{base}/{name}", stop=100 + number)
 
     def found(*arguments: str) -> list[str]:
-        done = run("inspect", "--json", *arguments, **s3.environment())
+        done = run_here("inspect", "--json", *arguments, **s3.environment())
         assert done.returncode == 0, done.stderr
         return [told["path"].removeprefix(f"{base}/") for told in json.loads(done.stdout)]
 
@@ -115,7 +116,7 @@ def test_many_in_an_object_store(source: Path, tmp_path: Path, s3: Server) -> No
     kvmmap.copy(source, f"{base}/old/gone.zarr")
     kvmmap.remove(f"{base}/old/gone.zarr")  # this server keeps its folders
     assert kvmmap.find(base) == [f"{base}/{name}" for name in names]
-    table = run("inspect", f"{base}/", **s3.environment())
+    table = run_here("inspect", f"{base}/", **s3.environment())
     assert "4 caches, 406 positions" in table.stdout
     for path, what in (
         (f"{base}/none/", "no caches"),
@@ -124,6 +125,6 @@ def test_many_in_an_object_store(source: Path, tmp_path: Path, s3: Server) -> No
         ("ftp://host/", "no such kind of URL"),
         (f"{base}/none.zarr", "no such object"),
     ):
-        done = run("inspect", path, **s3.environment())
+        done = run_here("inspect", path, **s3.environment())
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert what in done.stderr

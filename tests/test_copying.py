@@ -17,7 +17,7 @@ import pytest
 import zarr
 from helpers.objects import CountingObjects, new_place
 from helpers.seaweed import BUCKET, Server
-from helpers.support import check_filled, fill, make_file, rows
+from helpers.support import check_filled, fill, make_file, rows, sweep
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
@@ -291,7 +291,7 @@ def counting_copy(monkeypatch: pytest.MonkeyPatch, source: Any, objects: Countin
         return kvmmap.copy(source, "memory://there.zarr", **more)
 
 
-@pytest.mark.parametrize(("overwrite", "late"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("overwrite", "late"), [(True, True), *sweep((False, False))])
 def test_a_store_that_dies_at_the_nth_operation_of_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, late: bool
 ) -> None:

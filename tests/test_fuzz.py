@@ -8,8 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.support import sweep
 
-EXECUTIONS = int(os.environ.get("KVMMAP_EXECUTIONS", "2000"))
+EXECUTIONS = int(os.environ.get("KVMMAP_EXECUTIONS", "1000"))
+
+
+@pytest.fixture(params=[EXECUTIONS, *sweep(4 * EXECUTIONS)])
+def executions(request: pytest.FixtureRequest) -> int:
+    """How many files a run makes."""
+    count: int = request.param
+    return count
 
 
 def fuzz(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -23,35 +31,35 @@ def fuzz(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_hostile_files_are_refused_or_read() -> None:
-    done = fuzz("--executions", EXECUTIONS)
+def test_hostile_files_are_refused_or_read(executions: int) -> None:
+    done = fuzz("--executions", executions)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{EXECUTIONS:,} files" in done.stdout
+    assert f"{executions:,} files" in done.stdout
 
 
-def test_hostile_groups_are_refused_or_read() -> None:
-    done = fuzz("--groups", "--executions", EXECUTIONS // 10)
+def test_hostile_groups_are_refused_or_read(executions: int) -> None:
+    done = fuzz("--groups", "--executions", executions // 10)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_hostile_tensors_are_refused_or_imported() -> None:
-    done = fuzz("--tensors", "--executions", EXECUTIONS // 2)
+def test_hostile_tensors_are_refused_or_imported(executions: int) -> None:
+    done = fuzz("--tensors", "--executions", executions // 2)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_hostile_states_are_refused_or_imported() -> None:
-    done = fuzz("--states", "--executions", EXECUTIONS // 2)
+def test_hostile_states_are_refused_or_imported(executions: int) -> None:
+    done = fuzz("--states", "--executions", executions // 2)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_hostile_children_are_refused_or_read() -> None:
-    done = fuzz("--children", "--executions", EXECUTIONS // 2)
+def test_hostile_children_are_refused_or_read(executions: int) -> None:
+    done = fuzz("--children", "--executions", executions // 2)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_hostile_checkpoints_are_refused_or_read() -> None:
-    done = fuzz("--checkpoints", "--executions", EXECUTIONS // 3)
+def test_hostile_checkpoints_are_refused_or_read(executions: int) -> None:
+    done = fuzz("--checkpoints", "--executions", executions // 3)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

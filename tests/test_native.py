@@ -1,4 +1,7 @@
-"""The native checks of tests/native: the kernels in C++, under sanitizers. `make sanitize` runs all of them."""
+"""The native checks of tests/native: the kernels in C++, under sanitizers. `make sanitize` runs all of them.
+
+Objects are kept in `build/`, so that only what has changed is compiled.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.sweep]
 NATIVE = Path(__file__).parent / "native"
 
 

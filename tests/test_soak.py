@@ -8,9 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.support import sweep
 
-KILLS = int(os.environ.get("KVMMAP_KILLS", "40"))
+KILLS = int(os.environ.get("KVMMAP_KILLS", "20"))
 MUTATIONS = ("publish-first", "truncate-silently", "forget-lengths", "commit-nothing", "misplace-recent")
+
+
+@pytest.fixture(params=[KILLS, *sweep(3 * KILLS)])
+def kills(request: pytest.FixtureRequest) -> int:
+    """How many writers are killed."""
+    count: int = request.param
+    return count
 
 
 def soak(folder: Path, kills: int, *more: str, module: str = "soak.kills") -> subprocess.CompletedProcess[str]:
@@ -24,16 +32,16 @@ def soak(folder: Path, kills: int, *more: str, module: str = "soak.kills") -> su
     )
 
 
-def test_readers_get_every_published_row_unchanged(tmp_path: Path) -> None:
-    done = soak(tmp_path, KILLS)
+def test_readers_get_every_published_row_unchanged(tmp_path: Path, kills: int) -> None:
+    done = soak(tmp_path, kills)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("nothing lost, nothing wrong\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_readers_of_a_cache_that_continues_another_do_too(tmp_path: Path) -> None:
-    done = soak(tmp_path, KILLS // 4, "--inherited", "300")
+def test_readers_of_a_cache_that_continues_another_do_too(tmp_path: Path, kills: int) -> None:
+    done = soak(tmp_path, kills // 2, "--inherited", "300")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -45,8 +53,8 @@ def test_the_soak_detects_missing_safeguards(tmp_path: Path, mutation: str) -> N
     assert "Error" in done.stderr
 
 
-def test_checkpoints_of_states_are_those_of_their_rows(tmp_path: Path) -> None:
-    done = soak(tmp_path, KILLS, module="soak.states")
+def test_checkpoints_of_states_are_those_of_their_rows(tmp_path: Path, kills: int) -> None:
+    done = soak(tmp_path, kills, module="soak.states")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("nothing lost, nothing wrong\n")
 

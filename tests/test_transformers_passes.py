@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from helpers.support import sweep
 from helpers.tiny_models import COMMON, RoundedCache, generate, model, past, prompt, save_llama
 
 import kvmmap
@@ -355,7 +356,7 @@ def test_peft_is_watched_through_its_base(path: Path) -> None:
     assert cache.seq_len == 0
 
 
-@pytest.mark.parametrize(("attention", "whole", "shapes"), [("kvmmap", False, None), ("sdpa", True, True)])
+@pytest.mark.parametrize(("attention", "whole", "shapes"), [("kvmmap", False, None), *sweep(("sdpa", True, True))])
 def test_compiled_models(attention: str, whole: bool, shapes: bool | None) -> None:
     net, ids = model("llama", attention), prompt(20)
     expected, _ = generate(net, ids, KvmmapCache(net), 4)

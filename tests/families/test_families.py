@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.support import sweep
 
 from families import outcomes
 from families.configs import types
@@ -21,25 +22,27 @@ pytestmark = pytest.mark.torch
 
 FEW = [
     "blip",  # refused: cross-attention
-    "deepseek_v3",  # latents
     "falcon",  # multi-query; takes no other attention
-    "gemma3_text",  # windows of two kinds
-    "gemma4_text",  # shared layers
-    "git",  # attends itself
-    "gpt2",
-    "gpt_oss",  # sinks
+    "gemma4_text",  # shared layers, windows of two kinds
     "jamba",  # states; takes one token a pass after the first
-    "jetmoe",  # uses keys before it attends
-    "lfm2",  # states of convolutions
-    "llama",
     "llama4_text",  # chunks
-    "mamba",  # refused: states alone
     "mimo_v2_flash",  # heads differ by layer
-    "mistral_large4",  # index keys, also without keys and values
-    "mpt",  # attends itself, and takes "kvmmap" only at first
     "qwen2_5_vl",  # M-RoPE
-    "qwen2_moe",  # masks of two kinds, layers of one
-    "xlnet",  # refused: takes no cache
+    *sweep(
+        "deepseek_v3",  # latents
+        "gemma3_text",  # windows of two kinds
+        "git",  # attends itself
+        "gpt2",
+        "gpt_oss",  # sinks
+        "jetmoe",  # uses keys before it attends
+        "lfm2",  # states of convolutions
+        "llama",
+        "mamba",  # refused: states alone
+        "mistral_large4",  # index keys, also without keys and values
+        "mpt",  # attends itself, and takes "kvmmap" only at first
+        "qwen2_moe",  # masks of two kinds, layers of one
+        "xlnet",  # refused: takes no cache
+    ),
 ]
 """One family of each kind."""
 

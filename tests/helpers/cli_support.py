@@ -42,6 +42,16 @@ def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_here(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command within this process, with what `run` gives it and returns: it has no interpreter to start."""
+    given = PLAIN | env
+    changes = {name: given.get(name) for name in {*os.environ, *given} if given.get(name) != os.environ.get(name)}
+    result = CliRunner(env=changes).invoke(group, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(args, result.exit_code, result.stdout, result.stderr)
+
+
 def click_run(*args: object) -> Result:
     """Run a command within this process."""
     return CliRunner().invoke(group, [str(arg) for arg in args])

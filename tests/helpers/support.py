@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import kvmmap
 
@@ -17,6 +18,18 @@ MakeCache = Callable[..., kvmmap.QuantizedKvCache]
 TESTS = Path(__file__).parents[1]
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """The parent of temporary folders whose many syncs would take long on a disk; None for the usual one."""
+
+
+def sweep(*values: Any) -> list[Any]:
+    """Mark parameters as cases of a sweep, which `make test-sweeps` runs."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.sweep) for value in values
+    ]
+
+
+def some(values: Iterable[Any], every: int) -> list[Any]:
+    """Every n-th value as it is, and the others as cases of a sweep."""
+    return [value if number % every == 0 else sweep(value)[0] for number, value in enumerate(values)]
 
 
 def rows(*shape: int, seed: int = 0) -> np.ndarray:

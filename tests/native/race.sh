@@ -1,12 +1,14 @@
 #!/bin/sh
 # Builds the race checks with ThreadSanitizer, and runs them. Usage: race.sh [build directory [quick]]
-# "quick" compiles attention with AVX-512 and AMX, which takes a minute, without: the checks run every kernel one after the other.
+# "quick" compiles attention with AVX-512 and AMX, which takes a minute, without, as run.sh does: the checks run every
+# kernel one after the other.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 core=$here/../../kvmmap/_core
 build=${1:-$here/../../build/native} quick=${2:-}
 checks="parallel race"
 mkdir -p "$build"
+. "$here/objects.sh"
 
 # Fences are none of what ThreadSanitizer knows; the words' acquire and release are.
 objects=
@@ -22,16 +24,22 @@ for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.
             -Wno-maybe-uninitialized -Wno-uninitialized" ;;
         *) isa= ;;
     esac
-    sanitizer=-fsanitize=thread
-    case $quick/$unit in quick/attend_avx512 | quick/attend_amx) sanitizer= ;; esac
+    flags="-Wno-tsan -O1 -g -fsanitize=thread"
+    case $quick/$unit in quick/attend*_avx512 | quick/attend_amx) flags=-O1 ;; esac
     # shellcheck disable=SC2086
-    "${CXX:-g++}" -std=c++17 -Wall -Wextra -Wno-tsan -ffp-contract=off -O1 -g $sanitizer $isa \
-        -c "$source" -o "$build/race-$unit.o" &
-    case $unit in *_check) ;; *) objects="$objects $build/race-$unit.o" ;; esac
+    set -- "${CXX:-g++}" -std=c++17 -Wall -Wextra -ffp-contract=off $flags $isa
+    name_object "$source" "$@"
+    compile_object "$object" "$source" "$@" &
+    case $unit in
+        parallel_check) parallel_check=$object ;;
+        race_check) race_check=$object ;;
+        *) objects="$objects $object" ;;
+    esac
 done
 wait
 for check in $checks; do
+    case $check in parallel) program=$parallel_check ;; race) program=$race_check ;; esac
     # shellcheck disable=SC2086
-    "${CXX:-g++}" -fsanitize=thread $objects "$build/race-${check}_check.o" -pthread -o "$build/$check-race"
+    "${CXX:-g++}" -fsanitize=thread $objects "$program" -pthread -o "$build/$check-race"
     TSAN_OPTIONS="halt_on_error=1 exitcode=66 ${TSAN_OPTIONS:-}" "$build/$check-race"
 done

@@ -8,13 +8,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 core=$here/../../kvmmap/_core
 build=${1:-$here/../../build/native} quick=${2:-}
 mkdir -p "$build"
+. "$here/objects.sh"
 families="rows codec attend sketch"
 
 # compile NAME COMPILER FLAGS...: every kernel file with the flags CMakeLists.txt gives it, then a program of each family.
 compile() {
     name=$1 compiler=$2
     shift 2
-    built=
+    all=$*
     for family in $families; do
         objects=
         case $family in
@@ -38,21 +39,16 @@ compile() {
                 *_check) isa=-fno-tree-vectorize ;;  # GCC 12 for AArch64 fails on it, and nothing here is measured
                 *) isa= ;;
             esac
-            objects="$objects $build/$name-$unit.o"
-            case "$built " in *" $unit "*) continue ;; esac
-            built="$built $unit"
-            slow=
-            case $unit in attend*_avx512|attend_amx) slow=yes ;; esac
-            if [ "$quick/$slow" = quick/yes ]; then
-                # shellcheck disable=SC2086
-                $compiler -std=c++17 -Wall -Wextra -ffp-contract=off -O1 $isa -c "$source" -o "$build/$name-$unit.o"
-                continue
-            fi
+            flags=$all
+            case $quick/$unit in quick/attend*_avx512 | quick/attend_amx) flags=-O1 ;; esac
             # shellcheck disable=SC2086
-            $compiler -std=c++17 -Wall -Wextra -ffp-contract=off "$@" $isa -c "$source" -o "$build/$name-$unit.o"
+            set -- "$compiler" -std=c++17 -Wall -Wextra -ffp-contract=off $flags $isa
+            name_object "$source" "$@"
+            compile_object "$object" "$source" "$@"
+            objects="$objects $object"
         done
         # shellcheck disable=SC2086
-        $compiler "$@" $objects -pthread -o "$build/$name-$family"
+        $compiler $all $objects -pthread -o "$build/$name-$family"
     done
 }
 
