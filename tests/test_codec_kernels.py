@@ -276,7 +276,7 @@ def test_arrays_that_a_codec_never_writes_are_refused() -> None:
         arrays = encode(name, some_rows("fp8-e4m3", 5, 64))[1]
         codec.check(arrays, 64)
         if name in ("bf16", "f16"):
-            arrays[0].view(np.uint16)[2, 0, 3] = codec.infinity
+            arrays[0].view(np.uint16)[2, 0, 3] = {"bf16": 0x7F80, "f16": 0x7C00}[name]  # infinity
         elif name in bad_bytes:
             arrays[0][2, 0, 3] = bad_bytes[name]
         else:
