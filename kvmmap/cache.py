@@ -6,13 +6,13 @@ Which kind of storage it is, is not known here: `opening` decides that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cache_reader import CacheReader
+from .closing import Closing
 from .codecs.presets import Codecs
 from .errors import PositionOutOfRangeError, ShapeMismatchError
 from .format import NO_TOKEN
@@ -27,7 +27,7 @@ from .storage.protocols import Storage
 from .storage.refusals import not_pickled
 
 
-class QuantizedKvCache(CacheReader, StateWriter):
+class QuantizedKvCache(CacheReader, StateWriter, Closing):
     """The keys and values of all layers, in memory; `kvmmap.create` and `kvmmap.open` give the same over a file.
 
     Args:
@@ -265,11 +265,3 @@ class QuantizedKvCache(CacheReader, StateWriter):
             OSError: the commit failed; the cache is closed all the same, as of its last commit.
         """
         self._storage.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLE = (
-    ("_core", "lazy", "errors", "paths"),
+    ("_core", "lazy", "errors", "paths", "closing"),
     ("arrays", "ranges", "row_arrays"),
     ("codecs", "quantize"),
     ("geometry", "metadata", "state_spec", "sizing"),

@@ -29,6 +29,7 @@ TOGETHER = {
     "layer_reader": "layer",
     "layer_writer": "layer",
     "cache_reader": "cache",
+    "closing": "cache",
     "layers": "cache",
 }
 """Modules that share a box with another one, whose halves they are."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ..closing import Closing
 from ..errors import CacheLockedError, CacheNotFoundError, ClosedError, KvmmapError, ShapeMismatchError
 from ..opening import file_path, open_cache
 from ..paths import PathLike
@@ -25,7 +25,7 @@ from .segment import Segment, StoredNamespace
 from .telemetry import instrument
 
 
-class LibraryUpkeep:
+class LibraryUpkeep(Closing):
     """The half of `Library` that neither matches nor opens sessions."""
 
     def __init__(
@@ -247,14 +247,6 @@ class LibraryUpkeep:
         """Close the index. Sessions that are open stay so, and become part of the library when they are closed."""
         self._closed = True
         self._database.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # What its parts ask
 

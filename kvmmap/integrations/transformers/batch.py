@@ -8,11 +8,11 @@ stored prefixes too. What one sequence stores, and how it is attended over, is i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
 
+from ...closing import Closing
 from ...errors import KvmmapError, ShapeMismatchError, UnsupportedModelError
 from .batch_layer import BatchLayer, Members
 from .branches import branch, copy_branch
@@ -23,7 +23,7 @@ from .sequence import MaskLength, WatchedCache
 from .versions import CACHE_ARGUMENT
 
 
-class KvmmapBatch(WatchedCache):
+class KvmmapBatch(WatchedCache, Closing):
     """A batch of `KvmmapCache`s, to be passed to a model or its `generate` as `cache`.
 
     Give `generate` the prompts padded on the left, with their attention mask. A sequence that ends before the others is
@@ -137,14 +137,6 @@ class KvmmapBatch(WatchedCache):
                 cache._own.close()
             else:
                 cache.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # Forward passes
 

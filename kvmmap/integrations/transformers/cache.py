@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from ...cache import QuantizedKvCache
+from ...closing import Closing
 from ...codecs.presets import Codecs
 from ...errors import KvmmapError
 from ...files import fork
@@ -26,7 +26,7 @@ from .resident import Resident, check_resident
 from .stored import StoredSequence
 
 
-class KvmmapCache(StoredSequence):
+class KvmmapCache(StoredSequence, Closing):
     """Keys and values of one sequence, quantised, to be passed to a model or its `generate` as `cache`.
 
     transformers before 5.24 calls the argument `past_key_values`. `model.generate(input_ids, **cache.argument)` works
@@ -323,11 +323,3 @@ class KvmmapCache(StoredSequence):
             for cache in (self._own, self._saved):
                 if cache is not None:
                     cache.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
