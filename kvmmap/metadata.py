@@ -125,7 +125,7 @@ def _finite(text: str) -> float:
 def _model(facts: dict[str, Any]) -> ModelInfo:
     """Take what is known of a model; what a later version has added is left alone."""
     if not isinstance(facts, dict):
-        raise TypeError("the model is no object")
+        raise TypeError("the model is not a JSON object")
     known = {f.name: facts[f.name] for f in fields(ModelInfo) if f.name in facts}
     for name, value in known.items():
         if not isinstance(value, dict if name == "rope" else str | None):

@@ -119,8 +119,8 @@ def test_verify_and_rebuild(folder: Path) -> None:
 
 def test_what_is_no_library(tmp_path: Path) -> None:
     for name in ("ls", "stats", "verify", "rebuild", "gc"):
-        expect_line(run_here("library", name, tmp_path), 2, "is no library")
-        expect_line(run_here("library", name, tmp_path / "none"), 2, "is no library")
+        expect_line(run_here("library", name, tmp_path), 2, "is not a kvmmap library")
+        expect_line(run_here("library", name, tmp_path / "none"), 2, "is not a kvmmap library")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -571,9 +571,9 @@ def test_files_that_come_and_go(library: kvmmap.Library, tmp_path: Path) -> None
 
 def test_places_that_are_no_library(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(kvmmap.NotACacheError, match="no folder"):
+    with pytest.raises(kvmmap.NotACacheError, match="not a folder"):
         kvmmap.Library(tmp_path / "file")
-    with pytest.raises(kvmmap.NotACacheError, match="other things"):
+    with pytest.raises(kvmmap.NotACacheError, match="other files"):
         kvmmap.Library(tmp_path)
     with pytest.raises(kvmmap.ShapeMismatchError):
         kvmmap.Library(tmp_path / "x", 0)

@@ -157,7 +157,7 @@ BAD: dict[str, tuple[list[tuple[str, list[Any], list[int]]], type[Exception], st
         "5 bits",
     ),
     "whole numbers": ([("KVCache", [array.astype(np.int32) for array in PAIR], [4])], kvmmap.DtypeError, "I32"),
-    "a wild ring": ([("RotatingKVCache", PAIR, [10, 9, 10, 4])], kvmmap.NotACacheError, "no sense"),
+    "a wild ring": ([("RotatingKVCache", PAIR, [10, 9, 10, 4])], kvmmap.NotACacheError, "is invalid"),
 }
 
 

@@ -431,5 +431,5 @@ def test_a_folder_that_is_no_library_is_refused_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "serving", str(tmp_path)]
     done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "is no library of kvmmap" in done.stderr
+    assert "is not a kvmmap library" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -214,13 +214,13 @@ def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
         ('{"version":1,"capacity":true,"document":' + SOUND_DOCUMENT + "}", "its capacity is True"),
         ('{"version":1,"capacity":"9","document":' + SOUND_DOCUMENT + "}", "its capacity is 9"),
         ('{"version":1,"capacity":' + "9" * 4000 + ',"document":' + SOUND_DOCUMENT + "}", "its capacity is 9999"),
-        ('{"version":1,"capacity":' + "9" * 9000 + ',"document":' + SOUND_DOCUMENT + "}", "makes no sense"),
+        ('{"version":1,"capacity":' + "9" * 9000 + ',"document":' + SOUND_DOCUMENT + "}", "is invalid"),
         ('{"version":0,"capacity":1,"document":' + SOUND_DOCUMENT + "}", "its version is 0"),
         ('{"version":true,"capacity":1,"document":' + SOUND_DOCUMENT + "}", "its version is True"),
         ('{"capacity":1,"document":' + SOUND_DOCUMENT + "}", "'version'"),
-        ('{"version":1,"capacity":1,"document":{"model":[],"metadata":{}}}', "makes no sense"),
-        ('{"version":1,"capacity":1,"document":' + "[" * 5000 + "]" * 5000 + "}", "makes no sense"),
-        ("[" * 100_000, "makes no sense"),
+        ('{"version":1,"capacity":1,"document":{"model":[],"metadata":{}}}', "is invalid"),
+        ('{"version":1,"capacity":1,"document":' + "[" * 5000 + "]" * 5000 + "}", "is invalid"),
+        ("[" * 100_000, "is invalid"),
         (
             '{"version":1,"capacity":1,"document":{"model":null,"metadata":{"a":'
             + '{"b":' * 200
@@ -229,9 +229,9 @@ def refused(tmp_path: Path, error: type[Exception], match: str) -> None:
             + "}}}",
             "deep",
         ),
-        ("", "makes no sense"),
-        ("[]", "makes no sense"),
-        ("null", "makes no sense"),
+        ("", "is invalid"),
+        ("[]", "is invalid"),
+        ("null", "is invalid"),
     ],
 )
 def test_the_metadata_of_an_export_is_checked(tmp_path: Path, text: str, match: str) -> None:

@@ -292,7 +292,7 @@ class TestLayout:
 
         layer = SimpleNamespace(block=16)
         layer.impl = SimpleNamespace(do_kv_cache_update=write_rounded)
-        with pytest.raises(UnsupportedModelError, match="not hold each number"):
+        with pytest.raises(UnsupportedModelError, match="not contain each number"):
             learn("layer", layer, torch.zeros(5, 2, 16, 3, 32), (3, 32, 32), 5 * 16)
         layer.impl = SimpleNamespace()
         with pytest.raises(UnsupportedModelError, match="does not write rows"):
@@ -306,7 +306,7 @@ class TestIdentity:
 
         with pytest.raises(KvmmapError, match="'path' is missing"):
             Settings.of({})
-        with pytest.raises(KvmmapError, match="'size' is no key"):
+        with pytest.raises(KvmmapError, match="'size' is not a key"):
             Settings.of({"path": "x", "size": 1})
 
     def test_weights_are_told_apart_by_their_files(self, tmp_path: Path) -> None:

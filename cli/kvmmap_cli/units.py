@@ -54,7 +54,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         try:
             seconds = float(value)
         except (TypeError, ValueError):
-            self.fail(f"{_shown(str(value))} is no number of seconds", param, ctx)
+            self.fail(f"{_shown(str(value))} is not a number of seconds", param, ctx)
         if math.isnan(seconds) or not self.least <= seconds <= self.most:
             self.fail(f"{_shown(str(value))} is not within {self.least:g} and {self.most:g} seconds", param, ctx)
         return seconds

@@ -73,7 +73,9 @@ class Parent:
         if wrong := name_fault(name):
             raise CorruptCacheError(f"{path}: parent record damaged: the name {name!r} {wrong}", path=path)
         if not 1 <= raw["length"] < 2**40 or raw["token_len"] > raw["length"] or raw["generation"] >= 2**40:
-            raise CorruptCacheError(f"{path}: parent record damaged: {raw['length']} positions can't be", path=path)
+            raise CorruptCacheError(
+                f"{path}: parent record damaged: {raw['length']} positions are out of range", path=path
+            )
         return cls(
             file_id=raw["file_id"],
             length=raw["length"],

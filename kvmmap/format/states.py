@@ -71,7 +71,7 @@ def decode_states(data: bytes, path: str) -> tuple[StateSpec, ...]:
             found.append(StateSpec(layer, name.rstrip(b"\0").decode(), _NUMBERS[number], sizes[:dims]))
         except (ShapeMismatchError, DtypeError, UnicodeDecodeError) as error:
             raise CorruptCacheError(
-                f"{path}: superblock damaged: state {len(found)} makes no sense: {error}", path=path, layer=layer
+                f"{path}: superblock damaged: state {len(found)} is invalid: {error}", path=path, layer=layer
             ) from error
     return tuple(found)
 

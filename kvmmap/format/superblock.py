@@ -184,7 +184,7 @@ class Superblock:
             )
         size = header["superblock_bytes"]
         if not HEADER.size + CHECKSUM.size <= size <= MAX_SUPERBLOCK_BYTES:
-            raise CorruptCacheError(f"{path}: superblock size {size} can't be", path=path, actual=size)
+            raise CorruptCacheError(f"{path}: superblock size {size} is out of range", path=path, actual=size)
         return int(size)
 
     @classmethod

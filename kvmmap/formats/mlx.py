@@ -200,7 +200,7 @@ def _layer(file: TensorFile, metadata: Mapping[str, str], layout: Layout, number
             "prompts can be continued by other programs"
         )
     if not (0 <= keep <= newest <= rows and offset > 0):
-        raise NotACacheError(f"{file.path}: the ring of layer {number} makes no sense: {scalars}", path=file.path)
+        raise NotACacheError(f"{file.path}: the ring of layer {number} is invalid: {scalars}", path=file.path)
     turned = newest if keep < newest < offset else 0
     return MlxLayer(file, number, kind, offset, turned, keep, 0, 0)
 
@@ -235,7 +235,7 @@ def _scalars(
         while (name := f"{number}.{len(found) + 2}") in names:
             file.check_dtype(name, ("I32", "I64", "U32", "BOOL"))
             if file.shape(name) not in ((), (1,)):
-                raise NotACacheError(f"{file.path}: tensor {shown(name)} is no single number", path=file.path)
+                raise NotACacheError(f"{file.path}: tensor {shown(name)} is not a single number", path=file.path)
             found.append(int(file.read(name).reshape(-1)[0]))
             if len(found) > 8:
                 break
@@ -244,7 +244,9 @@ def _scalars(
     while (name := f"0.{number}.{len(texts)}") in metadata:
         texts.append(metadata[name])
     if not all(re.fullmatch(r"-?\d{1,12}", text) for text in texts):
-        raise NotACacheError(f"{file.path}: the meta_state of layer {number} is no numbers", path=file.path)
+        raise NotACacheError(
+            f"{file.path}: the meta_state of layer {number} does not consist of numbers", path=file.path
+        )
     found = [int(text) for text in texts]
     # (keep, max_size, offset, newest) of a ring before; (offset, keep, max_size, newest) now.
     return [found[2], found[0], found[1], found[3]] if kind == ROTATING and len(found) == 4 else found

@@ -172,7 +172,7 @@ def _facts(file: TensorFile) -> tuple[Document, int | None]:
         return Document.decode(json.dumps(facts["document"]).encode(), file.path), capacity
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, CorruptCacheError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise FormatError(f"{file.path}: its header's {MARK!r} makes no sense ({reason})", path=file.path) from None
+        raise FormatError(f"{file.path}: its header's {MARK!r} is invalid ({reason})", path=file.path) from None
 
 
 def _layers(file: TensorFile) -> list[_Source]:

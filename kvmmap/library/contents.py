@@ -123,14 +123,14 @@ def describe(path: str) -> Description:
     """Describe a segment by its file alone.
 
     Raises:
-        FormatError, CacheNotFoundError, OSError: it can't be read, or is no segment of a library.
+        FormatError, CacheNotFoundError, OSError: it can't be read, or is not a segment of a library.
         CacheLockedError: a session writes it.
     """
     commit_published(path)
     with open_cache(path, record_use=False) as cache:
         notes = cache.metadata.get(NOTES)
         if not isinstance(notes, dict) or not isinstance(notes.get("namespace"), dict):
-            raise CorruptCacheError(f"{path}: is no segment of a library: take it in with put()", path=path)
+            raise CorruptCacheError(f"{path}: is not a segment of a library: add it with put()", path=path)
         document = notes["namespace"]
         digest = digest_of(document)
         storage = cache.storage

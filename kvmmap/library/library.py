@@ -341,7 +341,7 @@ def _own(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the metadata of a caller.
 
     Raises:
-        MetadataError: it has the key that is the library's, or is no mapping.
+        MetadataError: it has the key that is the library's, or is not a mapping.
     """
     if not isinstance(metadata, Mapping | None):
         raise MetadataError(f"metadata must be a mapping, not a {type(metadata).__name__}", actual=metadata)

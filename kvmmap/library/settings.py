@@ -47,10 +47,10 @@ def load(folder: str, *, create: bool, **changes: Any) -> Settings:
     """
     path = os.path.join(folder, NAME)
     if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise NotACacheError(f"{folder}: is no folder, and a library is one: give another path", path=folder)
+        raise NotACacheError(f"{folder}: is not a folder, which a library must be: give another path", path=folder)
     if not create and not is_library(folder):
         raise CacheNotFoundError(
-            f"{folder}: is no library of kvmmap: there is no {NAME} in it; kvmmap.Library(path) makes one", path=folder
+            f"{folder}: is not a kvmmap library: it contains no {NAME}; kvmmap.Library(path) creates one", path=folder
         )
     os.makedirs(folder, mode=0o700, exist_ok=True)
     try:
@@ -60,7 +60,7 @@ def load(folder: str, *, create: bool, **changes: Any) -> Settings:
         others = [name for name in os.listdir(folder) if not _is_ours(name)]
         if others:
             raise NotACacheError(
-                f"{folder}: is no library of kvmmap, and has other things in it ({others[0]!r}): give the path of a "
+                f"{folder}: is not a kvmmap library, and contains other files ({others[0]!r}): give the path of a "
                 "new or an empty folder",
                 path=folder,
             ) from None
@@ -86,7 +86,7 @@ def _decode(data: bytes, path: str) -> Settings:
         raw = json.loads(data)
         version = raw["version"]
         if not isinstance(version, int):
-            raise TypeError("its version is no number")
+            raise TypeError("its version is not a number")
         if version <= VERSION:
             _check(raw)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

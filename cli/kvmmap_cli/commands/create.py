@@ -206,7 +206,7 @@ def _of_config(path: str) -> dict[str, Any]:
 def _numbers(text: str, option: str) -> int | list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(INDEX.fullmatch(part) for part in parts):
-        raise click.UsageError(f"--{option.replace('_', '-')}: {text[:80]!r} is no number, and no list of them")
+        raise click.UsageError(f"--{option.replace('_', '-')}: {text[:80]!r} is neither a number nor a list of numbers")
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
 
 

@@ -196,7 +196,7 @@ class _Facts:
             raise ValueError(f"it has no {self.architecture}.{name}")
         numbers = [int(number) for number in found] if isinstance(found, list) else [int(found)] * count
         if not 1 <= count <= len(numbers) or not all(0 <= number <= MAX_HEADS for number in numbers):
-            raise ValueError(f"{name} has {len(numbers)} numbers for {count} layers, or one that can't be")
+            raise ValueError(f"{name} has {len(numbers)} numbers for {count} layers, or one that is out of range")
         return numbers[:count]
 
     def rope(self) -> dict[str, Any]:

@@ -99,12 +99,12 @@ class StateForm:
             found.check()
             return found
         except (TypeError, ValueError) as error:
-            raise MetadataError(f"the metadata's {NOTES!r} makes no sense: {error}") from None
+            raise MetadataError(f"the metadata's {NOTES!r} is invalid: {error}") from None
 
     def check(self) -> None:
         """Raise ValueError if there can be no such state."""
         if self.kind not in ("slot", "session", "sequence", "context"):
-            raise ValueError(f"there is no kind of state {self.kind!r}: slot, session, sequence or context")
+            raise ValueError(f"unknown kind of state {self.kind!r}: slot, session, sequence or context")
         if self.version not in VERSIONS.get(self.kind, (0,)):
             raise ValueError(f"a {self.kind} has version {VERSIONS.get(self.kind, (0,))}, not {self.version!r}")
         if self.key_type not in KV_TYPES or self.value_type not in KV_TYPES:

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import UnsupportedModelError
 
-_WHY = "a KvmmapCache is no part of a graph: compile the model without fullgraph=True"
+_WHY = "a KvmmapCache can't be part of a graph: compile the model without fullgraph=True"
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

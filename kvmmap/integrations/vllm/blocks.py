@@ -122,7 +122,7 @@ def _probe(writer: PagedLayer, block: int, shape: tuple[int, int, int]) -> tuple
     assert used is not None
     places = torch.nonzero(used).reshape(-1)
     if len(places) != len(numbers) or not torch.equal(torch.sort(there[places]).values, numbers):
-        raise _refusal(writer.name, "a block does not hold each number of its rows once")
+        raise _refusal(writer.name, "a block does not contain each number of its rows exactly once")
     found = torch.empty_like(numbers)
     found[there[places]] = places
     return (

@@ -43,7 +43,7 @@ class Settings:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown or "path" not in options:
-            what = f"{unknown[0]!r} is no key" if unknown else "'path' is missing"
+            what = f"{unknown[0]!r} is not a key" if unknown else "'path' is missing"
             raise KvmmapError(f"kv_connector_extra_config: {what}; there are {', '.join(known)}")
         return cls(**options)
 

@@ -102,7 +102,7 @@ class DamagedFile:
             found.append(f"the file is cut off: {size:,} of {self.superblock.file_bytes:,} bytes are there")
         last = self.slots[0] if self.slots else None
         if last is None:
-            found.append("both commit records are damaged: how many positions there were is not known for certain")
+            found.append("both commit records are damaged: the number of positions is uncertain")
         elif self.live.get("acknowledged") > last.sequence:
             found.append(
                 "the last commit record is damaged; the one before counts, and complete blocks beyond it that hold"

@@ -141,7 +141,7 @@ class _Repair:
                 if reach.stored and not kept + unverified:
                     troubles = "; ".join(damage.what for damage in self.damages)
                     raise CorruptCacheError(
-                        f"{old.path}: {troubles}: not even the first block holds in every layer, so nothing was made",
+                        f"{old.path}: {troubles}: not even the first block is sound in every layer; nothing was made",
                         path=old.path,
                         position=0,
                     )

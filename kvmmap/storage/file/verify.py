@@ -149,9 +149,9 @@ def _check_head(mapped: MappedFile, snapshot: Snapshot) -> Iterator[Damage]:
     if snapshot.slot.closed and not mapped.live.in_use():
         for name, slot in zip("AB", mapped.slots.settle(), strict=True):
             if slot is None:
-                yield Damage(f"commit record {name} does not hold; the other one does")
+                yield Damage(f"commit record {name} is damaged; the other one is valid")
     if snapshot.live:
-        yield from (Damage(f"live record: {name} does not hold") for name in mapped.live.damaged_words())
+        yield from (Damage(f"live record: {name} is damaged") for name in mapped.live.damaged_words())
     try:
         mapped.document(snapshot.slot)
     except CorruptCacheError as error:

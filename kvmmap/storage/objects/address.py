@@ -66,7 +66,7 @@ def parse(url: str) -> Address:
     """Return what a URL of an object store means.
 
     Raises:
-        NotACacheError: it is no URL, or has a bucket or key that an object store can't hold.
+        NotACacheError: it is not a URL, or has a bucket or key that an object store can't hold.
     """
     found = _URL.fullmatch(url)
     if not found:

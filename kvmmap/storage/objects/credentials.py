@@ -33,7 +33,7 @@ def store_arguments(scheme: str, storage_options: Mapping[str, Any] | None) -> d
         storage_options: what obstore's store takes as `config`, and its `client_options` and `retry_config`.
 
     Raises:
-        KvmmapError: an option that can't be one, or an endpoint that is no http address.
+        KvmmapError: an option that can't be one, or an endpoint that is not an http address.
     """
     try:
         options = dict(storage_options or {})

@@ -159,7 +159,7 @@ class Root(Commit):
         except (CorruptCacheError, VersionMismatchError):
             raise
         except (KeyError, TypeError, ValueError, AttributeError, KvmmapError) as error:
-            raise CorruptCacheError(f"{url}: the root's zarr.json makes no sense: {error!r}", path=url) from None
+            raise CorruptCacheError(f"{url}: the root's zarr.json is invalid: {error!r}", path=url) from None
 
     @classmethod
     def _of_facts(cls, facts: dict[str, Any], url: str) -> Root:
