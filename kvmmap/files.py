@@ -1,4 +1,4 @@
-"""What works on `.kvm` files alone: resize, compact, fork, repair."""
+"""Operations that work on `.kvm` files only: resize, compact, fork, repair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a token takes: bytes of keys and values by codec or preset, for a model's shape. Nothing is made or opened."""
+"""Bytes of keys and values per token, by codec or preset, for a model's shape. Creates and opens nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What attention needs of a layer's store: a length, rows, and a version to validate them by."""
+"""The part of a layer's store that attention uses: a length, rows, and a version to validate them by."""
 
 from __future__ import annotations
 

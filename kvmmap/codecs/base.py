@@ -1,4 +1,4 @@
-"""What a row codec is: how the numbers of a row become arrays of bytes, and come back.
+"""The interface of row codecs, which encode the numbers of a row as arrays of bytes, and decode them.
 
 A row is the `dim` numbers of one head at one position, of keys or of values. Codecs know rows and arrays of them; they
 do not know files, layers, or positions. Everything that stores, copies, checks or draws rows derives the arrays that a

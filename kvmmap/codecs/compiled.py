@@ -1,4 +1,4 @@
-"""What the codecs have in common whose arithmetic is compiled: `_core` knows them by their two bytes."""
+"""The base of codecs whose arithmetic is compiled: `_core` identifies them by their two bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A safetensors file that is read with the library. Whatever is wrong with it is an error of kvmmap or an OSError."""
+"""A safetensors file, read with the library of that name. All failures are kvmmap errors or OSErrors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a library counts: sums of this process, and those of all processes, which are kept in the index."""
+"""A library's counters: sums of this process, and sums of all processes, which are kept in the index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session tells its library: that it needs room, what it committed, and that it is closed."""
+"""The calls of a session to its library: it needs room, it has committed, it is closed."""
 
 from __future__ import annotations
 

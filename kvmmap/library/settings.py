@@ -1,4 +1,4 @@
-"""What a library is told once and keeps: `library.json` in its folder. It says that the folder is a library."""
+"""A library's settings, kept as `library.json` in its folder. The file marks the folder as a library."""
 
 from __future__ import annotations
 

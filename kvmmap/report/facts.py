@@ -1,4 +1,4 @@
-"""What `inspect` knows of a cache, as plain facts: dimensions, fill, sizes, model, commit state.
+"""The facts that `inspect` shows about a cache: dimensions, fill, sizes, model, commit state.
 
 Read through the public face of a cache, so any storage will do. Nothing is formatted here; printing is the caller's.
 """

@@ -1,4 +1,4 @@
-"""What `inspect` knows of a cache's states and checkpoints, and how those of two caches differ."""
+"""The facts that `inspect` shows about a cache's states and checkpoints, and how those of two caches differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of quantised rows, taken block by block: what is counted, and what the counts say.
+"""Statistics of quantised rows, counted block by block, and what follows from the counts.
 
 A `Tally` takes any number of blocks in bounded memory, and tallies add up, so that a layer's and a cache's figures come
 from one pass. It knows codes and scales, not where they lie.

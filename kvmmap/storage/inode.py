@@ -1,4 +1,4 @@
-"""What identifies an open file, who may use it, and on what file system it is."""
+"""An open file's identity, its access rights, and the file system that it is on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the locks of storages are for type checkers."""
+"""The type of the locks of storages."""
 
 from __future__ import annotations
 

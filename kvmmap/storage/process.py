@@ -1,4 +1,4 @@
-"""What identifies this boot of the machine, and which processes run on it."""
+"""The identity of this boot of the machine, and which processes run on it."""
 
 from __future__ import annotations
 

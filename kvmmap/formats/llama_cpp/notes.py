@@ -1,4 +1,4 @@
-"""What a cache records of the state that it was made of, so that the same state can be made again."""
+"""The record of the state that a cache was imported from, from which the same state can be written again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `.kvm` file mapped for reading: open, read, refresh, close. What a writer does besides is in `writer`.
+"""A `.kvm` file mapped for reading: open, read, refresh, close. `writer` extends it for appending.
 
 A reader takes no lock and never waits. It sees a snapshot: the positions that were complete in every layer when it was
 opened or last refreshed. Several threads may share a handle.

@@ -1,4 +1,4 @@
-"""What a writer may do next."""
+"""The states of a writer."""
 
 from __future__ import annotations
 
