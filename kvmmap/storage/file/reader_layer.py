@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,23 +36,20 @@ class MappedLayer(ReadOnlyLayer):
         """The length and generation of the rows in 16 bits that are in memory."""
         self._torn: list[BadRecord] = []
         """Records that were torn or damaged when they were read."""
-
-    # Made on first use: a model's layers are all made when a cache is opened.
-
-    @functools.cached_property
-    def _offsets(self) -> list[int]:
+        # Plain attributes: a cached property would make all of them slower to reach, which a push notices.
+        sections = mapped.superblock.sections
+        self._offsets = [sections[kind, index].offset for kind in slab_sections(self.geometry)]
         """Where the layer's slabs are in the file."""
-        sections = self._mapped.superblock.sections
-        return [sections[kind, self.index].offset for kind in slab_sections(self.geometry)]
+        self._sketches: tuple[KeptSketches | None, ComputedSketches] | None = None
 
-    @functools.cached_property
-    def _kept_sketches(self) -> KeptSketches | None:
-        superblock = self._mapped.superblock
-        return KeptSketches(superblock, self.index) if superblock.has_sketches else None
-
-    @functools.cached_property
-    def _sketches(self) -> ComputedSketches:
-        return ComputedSketches(self.geometry, self._block_tokens)
+    def _sketch_sources(self) -> tuple[KeptSketches | None, ComputedSketches]:
+        """Return the sketches that the file keeps, if it does, and those that are computed; made on first use."""
+        found = self._sketches
+        if found is None:
+            superblock = self._mapped.superblock
+            kept = KeptSketches(superblock, self.index) if superblock.has_sketches else None
+            found = self._sketches = kept, ComputedSketches(self.geometry, self._block_tokens)
+        return found
 
     def recent_rows(self) -> RecentRows | None:
         if self._records is None:
@@ -134,7 +130,7 @@ class MappedLayer(ReadOnlyLayer):
         pieces = [] if kept is None else [kept]
         done = 0 if kept is None else len(kept)
         if done < blocks:
-            pieces.append(self._sketches.between(done, blocks, self, version))
+            pieces.append(self._sketch_sources()[1].between(done, blocks, self, version))
         return pieces
 
     def kept_sketches(self, blocks: int) -> NDArray[np.uint16] | None:
@@ -143,7 +139,8 @@ class MappedLayer(ReadOnlyLayer):
         return self._kept(blocks, self.version(), verify=True)
 
     def _kept(self, blocks: int, version: int, *, verify: bool) -> NDArray[np.uint16] | None:
-        if self._kept_sketches is None:
+        sketches = self._sketch_sources()[0]
+        if sketches is None:
             return None
         committed = min(blocks, self._holder.current.slot.seq_len // self._block_tokens)
-        return self._kept_sketches.first(committed, self._mapped.rows_memory, version, verify=verify)
+        return sketches.first(committed, self._mapped.rows_memory, version, verify=verify)

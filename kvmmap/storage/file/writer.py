@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,11 +97,11 @@ class MappedWriter(Committer):
                 raise already_exists(path) from None
             raise
 
-    @cached_property
-    def _scratch(self) -> ScratchRows:
-        return ScratchRows(self.geometry.capacity)
+    _scratch: ScratchRows | None = None
 
     def _make_layer(self, number: int) -> WriterLayer:
+        if self._scratch is None:
+            self._scratch = ScratchRows(self.geometry.capacity)
         return WriterLayer(self, number, self.mapped, self.holder, self._scratch)
 
     # Appending

@@ -5,7 +5,6 @@ What may be written when, and what makes it durable, is the writer's business.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from numpy.typing import NDArray
@@ -60,13 +59,9 @@ class WriterLayer(MappedLayer):
         self._row_bytes = self.geometry.slab_bytes(1)
         self._live: LiveRecord | None = mapped.live
         self._scratch_rows = scratch
+        self._scratch: tuple[Rows, Rows] | None = None
         self._unsaved: tuple[int, int] | None = None
         """Positions [start, stop) whose rows in 16 bits are in memory alone."""
-
-    @cached_property
-    def _scratch(self) -> tuple[Rows, Rows]:
-        # Made when the first rows come: a file may declare positions of gigabytes, and opening it must not need them.
-        return self._scratch_rows.of(self.geometry)
 
     def begin(self, count: int) -> int:
         self._storage.check_writable()
@@ -77,6 +72,10 @@ class WriterLayer(MappedLayer):
         return length
 
     def stage(self, start: int, count: int) -> Rows:
+        if self._scratch is None:
+            # Made when the first rows come: a file may declare positions of gigabytes, and opening it must not need
+            # them.
+            self._scratch = self._scratch_rows.of(self.geometry)
         scratch, one = self._scratch
         if count == 1:
             return one
