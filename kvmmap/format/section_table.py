@@ -40,14 +40,14 @@ class SectionTable(Mapping[tuple[int, int], Extent]):
         """Kinds of section that there are."""
         if not self.kinds <= KNOWN_SECTIONS:
             self._refuse_unknown(path)
-        # Sections of layers are looked up in an array by layer and kind, the few others in a dictionary.
+        # Extents of layers' sections are made when they are asked for, from rows that are found by layer and kind.
         mine = (layers < num_layers) & (kinds < NUM_KINDS)
         rows = mine.nonzero()[0]
         self._rows = np.full((num_layers, NUM_KINDS), -1, np.int32)
         self._rows[layers[rows], kinds[rows]] = rows
         others = table[~mine].tolist()
-        self._others = {(kind, layer): Extent(offset, size) for kind, _, layer, offset, size in others}
-        if np.count_nonzero(self._rows >= 0) + len(self._others) < len(table):
+        self._made = {(kind, layer): Extent(offset, size) for kind, _, layer, offset, size in others}
+        if np.count_nonzero(self._rows >= 0) + len(self._made) < len(table):
             keys = list(self)
             kind, layer = next(key for key in keys if keys.count(key) > 1)
             raise CorruptCacheError(f"{path}: superblock damaged: section {kind} of layer {layer} twice", path=path)
@@ -67,14 +67,15 @@ class SectionTable(Mapping[tuple[int, int], Extent]):
                 )
 
     def __getitem__(self, key: tuple[int, int]) -> Extent:
-        kind, layer = key
-        if not (0 <= layer < len(self._rows) and 0 <= kind < NUM_KINDS):
-            return self._others[key]
-        row = self._rows[layer, kind]
-        if row < 0:
-            raise KeyError(key)
-        *_, offset, size = self._table[row].item()
-        return Extent(offset, size)
+        extent = self._made.get(key)
+        if extent is None:
+            kind, layer = key
+            row = self._rows[layer, kind] if 0 <= layer < len(self._rows) and 0 <= kind < NUM_KINDS else -1
+            if row < 0:
+                raise KeyError(key)
+            *_, offset, size = self._table[row].item()
+            extent = self._made[key] = Extent(offset, size)
+        return extent
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, SectionTable) and self._table.tobytes() == other._table.tobytes():

@@ -28,6 +28,7 @@ class BlockReader:
     def __init__(self, superblock: Superblock, read: Callable[[int, memoryview], None]) -> None:
         self._superblock = superblock
         self._read = read
+        self._room = memoryview(b"")  # of `pieces`: fresh memory takes as long to clear as to fill
 
     def row_extents(self, layer: int, start: int, stop: int) -> list[Extent]:
         """Return where the file has positions [start, stop) of each of a layer's arrays."""
@@ -56,10 +57,13 @@ class BlockReader:
         return values
 
     def pieces(self, extent: Extent) -> Iterator[memoryview]:
-        """Yield a range of the file in parts of bounded size; each is valid until the next is asked for."""
-        room = memoryview(bytearray(min(extent.size, PIECE_BYTES)))
+        """Yield a range of the file in parts of bounded size; each is valid until this reader is asked for another."""
+        wanted = min(extent.size, PIECE_BYTES)
+        if len(self._room) < wanted:
+            self._room = memoryview(bytearray(wanted))
+        room = self._room
         for start in range(0, extent.size, PIECE_BYTES):
-            piece = room[: min(PIECE_BYTES, extent.size - start)]
+            piece = room[: min(wanted, extent.size - start)]
             self._read(extent.offset + start, piece)
             yield piece
 

@@ -143,6 +143,7 @@ def check_sketches(mapped: MappedFile, block: int, slot: Slot, skip: Container[i
     start, stop = block * size, (block + 1) * size
     if stop > slot.seq_len or not superblock.has_sketches:
         return
+    stored: list[int] = []
     for number, layer in enumerate(mapped.geometry.layers):
         if number in skip or not layer.has_rows:
             continue
@@ -155,15 +156,17 @@ def check_sketches(mapped: MappedFile, block: int, slot: Slot, skip: Container[i
                 keys.append(np.frombuffer(data, slab.dtype).reshape(size, *slab.shape))
             at = superblock.section(Section.KEY_SKETCHES, number).offset + layer.sketch_bytes(block)
             found = mapped.read(at, layer.sketch_bytes(1))
-            at = superblock.section(Section.SKETCH_CHECKSUMS).offset + 8 * (block * layers + number)
-            stored = int.from_bytes(mapped.read(at, 8), "little")
+            if not stored:
+                stored = mapped.blocks.checksums(Section.SKETCH_CHECKSUMS, block * layers, layers)
+        except EOFError:
+            problem = "can't be read (the file ends before)"
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
         else:
             expected = sketch_keys(keys, layer, size)
             if expected.astype("<u2", copy=False).tobytes() != found:
                 problem = "is not that of its keys"
-            elif sketch_checksum(number, block, expected[0]) != stored:
+            elif sketch_checksum(number, block, expected[0]) != stored[number]:
                 problem = "does not match its checksum"
         if problem:
             what = (
