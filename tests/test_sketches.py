@@ -254,6 +254,24 @@ def test_verify_recomputes_them(path: Path) -> None:
         assert "checksum" in damage.what
 
 
+def test_copies_and_forks_compute_those_that_are_damaged(path: Path, tmp_path: Path) -> None:
+    """Of two steps of a copy, which threads write side by side, and whose sketches are copied as far as they hold."""
+    make_file(path, 9000, capacity=9000).close()
+    with kvmmap.open(path) as cache:
+        sketches = cache._storage.superblock.sections[Section.KEY_SKETCHES, 1].offset
+    with path.open("r+b") as file:
+        file.seek(sketches + 2 * 2 * 8 * 2 - 1)
+        file.write(b"\x41")
+    kvmmap.copy(path, tmp_path / "copy.kvm")
+    kvmmap.fork(path, tmp_path / "fork.kvm").close()
+    for made in ("copy", "fork"):
+        with kvmmap.open(tmp_path / f"{made}.kvm") as cache:
+            assert cache.verify().sound
+            assert [len(piece) for piece in pieces(cache, 35)] == [35]
+            for layer in (0, 1):
+                np.testing.assert_array_equal(stored(cache, layer), expected(cache.layers[layer]))
+
+
 def test_a_file_has_all_of_their_sections_or_none(path: Path) -> None:
     make_file(path, 10).close()
     data = bytearray(path.read_bytes())

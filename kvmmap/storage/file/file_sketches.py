@@ -99,8 +99,15 @@ class SketchWriter:
         self._file.write((offset,), (sums.astype("<u8", copy=False),))
 
     def write_ahead(self, layer: int, stop: int, kept: Kept | None = None) -> None:
-        """Write the sketches of a layer's blocks below `stop` before the commit that covers them; their rows are
-        written, and stay as they are. `kept` are the sketches that there are of the same rows."""
+        """Write the sketches of a layer's blocks below `stop` before the commit that covers them.
+
+        Args:
+            layer, stop: which blocks. Their rows are written, and stay as they are.
+            kept: the sketches that there are of the same rows. Then only these are written, and rows may follow.
+        """
+        if kept is not None:
+            found = kept(stop)
+            stop = 0 if found is None else len(found)
         if self._superblock.has_sketches and stop > self._first_block:
             self._ahead[layer] = self._layer(layer, self._first_block, stop, kept)
 
