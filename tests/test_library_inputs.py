@@ -276,3 +276,25 @@ def test_a_forked_process_closes_a_session(library: kvmmap.Library, new: int, co
     assert library.match(NAMESPACE, ids).length == len(ids)
     library.check()
     check_consistent(library)
+
+
+def test_a_budget_that_another_handle_sets(library: kvmmap.Library) -> None:
+    assert library.max_bytes is None
+    with kvmmap.Library(library.path, 400_000, ttl=1000) as other:
+        assert library.max_bytes == 400_000
+        for seed in range(20):
+            say(library, text(300, 100 + seed))
+            assert library.stats().bytes <= 400_000
+        assert library.stats().evictions > 0
+        assert {entry.ttl for entry in library.entries()} == {1000}
+        assert library.max_bytes == other.max_bytes
+    path = Path(library.path) / "library.json"
+    good = path.read_text()
+    for damaged in ("{", json.dumps(json.loads(good) | {"version": 99}), json.dumps({"version": 1, "number": "0" * 8})):
+        path.write_text(damaged)
+        assert library.max_bytes == 400_000
+        assert say(library, text(300, 500)) in (0, 300)
+    path.unlink()
+    assert library.max_bytes == 400_000
+    path.write_text(json.dumps(json.loads(good) | {"max_bytes": 500_000}))
+    assert library.max_bytes == 500_000

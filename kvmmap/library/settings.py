@@ -72,6 +72,40 @@ def load(folder: str, *, create: bool, **changes: Any) -> Settings:
     return settings
 
 
+class CurrentSettings:
+    """Settings of an open library, as they are now: another process may store other ones.
+
+    Args:
+        folder: the library's.
+        settings: as `load` returned them.
+    """
+
+    def __init__(self, folder: str, settings: Settings) -> None:
+        self._path = os.path.join(folder, NAME)
+        self._settings = settings
+        self._stamp = self._look()
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    def get(self) -> Settings:
+        """Return them; the last ones that could be read, where they are gone or damaged."""
+        stamp = self._look()
+        if stamp != self._stamp:
+            with contextlib.suppress(OSError, CorruptCacheError, VersionMismatchError):
+                with open(self._path, "rb") as file:
+                    found = _decode(file.read(), self._path)
+                # A library that was made anew at the same path has another number, and its own settings.
+                if found.number == self._settings.number:
+                    self._settings = found
+            self._stamp = stamp
+        return self._settings
+
+
 def is_library(folder: str) -> bool:
     """True if a folder is a library."""
     return os.path.isfile(os.path.join(folder, NAME))

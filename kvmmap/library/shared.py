@@ -36,7 +36,7 @@ class LibrarySharing(LibraryUpkeep):
         super().__init__(path, max_bytes, ttl=ttl, create=create, remote=remote)
         self._sharing: Sharing | None = None
         self._background: Background | None = None
-        url = self._settings.remote
+        self._remote = url = self._settings.remote
         if url is not None:
             try:
                 objects = _objects_at(url, storage_options)
@@ -50,7 +50,7 @@ class LibrarySharing(LibraryUpkeep):
     @property
     def remote(self) -> str | None:
         """URL of the object store that the library is shared through; None without one."""
-        return self._settings.remote
+        return self._remote
 
     @property
     def remote_error(self) -> Exception | None:

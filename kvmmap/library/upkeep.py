@@ -22,6 +22,7 @@ from .policy import Choice
 from .remote_index import RemoteIndex
 from .room import Room, pin_path
 from .segment import Segment, StoredNamespace
+from .settings import CurrentSettings, Settings
 from .telemetry import instrument
 
 
@@ -43,9 +44,8 @@ class LibraryUpkeep(Closing):
         self.path = os.path.abspath(file_path(path))
         """Absolute path of the directory."""
         self._closed = False
-        self._settings = stored_settings.load(
-            self.path, create=create, max_bytes=max_bytes, ttl=_seconds(ttl), remote=remote
-        )
+        settings = stored_settings.load(self.path, create=create, max_bytes=max_bytes, ttl=_seconds(ttl), remote=remote)
+        self._current = CurrentSettings(self.path, settings)
         self._database = Database(self.path)
         self._index = RemoteIndex(self._database, self.path)
         self._room = Room(self.path, self._index, self._limit, self._settle)
@@ -223,7 +223,7 @@ class LibraryUpkeep(Closing):
 
     @property
     def max_bytes(self) -> int | None:
-        """Bytes on the disk to keep at most; None without a limit."""
+        """Bytes on the disk to keep at most, as any process has set it last; None without a limit."""
         return self._settings.max_bytes
 
     def __repr__(self) -> str:
@@ -261,6 +261,10 @@ class LibraryUpkeep(Closing):
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self.path}: the library is closed", path=self.path)
+
+    @property
+    def _settings(self) -> Settings:
+        return self._current.get()
 
     def _limit(self) -> int | None:
         return self._settings.max_bytes
