@@ -8,8 +8,9 @@ Each turn adds 200 tokens, and is stored as a completion stores it; `LlamaDiskCa
 as a completion does, which removes it. Positions are computed once, untimed. Processor time is that of the calling
 thread, which does all the work. Both write to the same disk; `LlamaDiskCache` does not sync.
 
-What a codec loses: 1,488 positions are stored and restored, and the 512 tokens that follow are scored; beside it the
-same without leaving the context.
+What a codec loses: of each of 16 pieces of the documentation 512 tokens are computed, stored and restored, and the 512
+that follow are scored; beside it the same without leaving the context. Log-probabilities of the same token are
+subtracted, so that texts, which differ much more, do not count.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from weights import weights
 
 TURNS, TOKENS = 10, 200
-STORED = 1488
+PREFIX = 512
+"""Positions that are stored and restored before as many are scored."""
+
+ROUNDED = "native, 64 tokens at once"
+"""What llama.cpp rounds depends on how many tokens it computes at once: how much that is."""
+
 CODECS = ("native", "int8-rotated:int6-rotated", "fidelity", "compact")
 TYPES = {"f16": 1, "q8_0": 8}
 
@@ -43,13 +49,14 @@ TYPES = {"f16": 1, "q8_0": 8}
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0], rounds=1)
     parser.add_argument("--prompt", type=Path, help="the computed prompt: taken if it is there, else made")
+    parser.add_argument("--texts", type=int, default=16, help="pieces of the documentation that are scored")
     args = parser.parse_args()
     report = Report("llama_cpp_cache")
     with workspace(args.dir) as folder:
         prompt = args.prompt or folder / "prompt.kvm"
         for kind in TYPES:
             turns(report, folder / kind, kind, prompt)
-            quality(report, folder / kind, kind, prompt)
+            quality(report, folder / kind, kind, args.texts)
     report.finish(args.json)
 
 
@@ -146,38 +153,50 @@ def appended(report: Report, context: Context, folder: Path, ids: list[int], kin
     report.note(f"{kind}, append 64 positions at {len(ids) - 64:,} and sync", f"{median(spent) * 1e3:.1f} ms")
 
 
-def quality(report: Report, folder: Path, kind: str, prompt: Path) -> None:
-    """Score what follows a restored prompt, for each codec."""
-    model = made(kind, n_ctx=2048, logits_all=True)
-    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
-    ids = model.tokenize(text.encode())[: TURNS * TOKENS]
-    load(model, prompt)
-    keep(model, STORED)
-    for codec in CODECS:
-        save(model, folder / f"{codec}-quality.kvm", preset=codec)
-    own = scored(model, ids, 512)
-    for codec in (*CODECS, None):
-        load(model, folder / f"{codec or 'native'}-quality.kvm")
-        # What llama.cpp rounds depends on how many tokens it computes at once: how much is the last line.
-        found = scored(model, ids, 512 if codec else 64)
-        likely = found[np.arange(len(found) - 1), ids[STORED + 1 :]].mean()
-        expected = own[np.arange(len(found) - 1), ids[STORED + 1 :]].mean()
-        divergence = (np.exp(own) * (own - found)).sum(-1).mean()
-        greedy = (own.argmax(-1) == found.argmax(-1)).mean()
+def quality(report: Report, folder: Path, kind: str, texts: int) -> None:
+    """Score what follows a restored prompt, for each codec, over several texts."""
+    model = made(kind, n_ctx=2 * PREFIX + 8, logits_all=True)
+    differences: dict[str, list[Any]] = {name: [] for name in (*CODECS, ROUNDED)}
+    divergences: dict[str, list[float]] = {name: [] for name in differences}
+    for ids in pieces_of_pages(model, texts):
+        model.reset()
+        model.eval(ids[:PREFIX])
+        for codec in CODECS:
+            save(model, folder / f"{codec}-quality.kvm", preset=codec, overwrite=True)
+        own = scored(model, ids, PREFIX)
+        following = np.arange(len(own) - 1), ids[PREFIX + 1 :]
+        for name in differences:
+            load(model, folder / f"{'native' if name == ROUNDED else name}-quality.kvm")
+            found = scored(model, ids, 64 if name == ROUNDED else PREFIX)
+            differences[name].append(own[following] - found[following])
+            divergences[name].append(float((np.exp(own) * (own - found)).sum(-1).mean()))
+    for name, found in differences.items():
+        # Errors of neighbours are related, so what is averaged are pieces of 32 tokens.
+        pieces = np.concatenate([text[: len(text) // 32 * 32].reshape(-1, 32).mean(1) for text in found])
+        mean, error = float(pieces.mean()), float(pieces.std(ddof=1) / np.sqrt(len(pieces)))
+        low, high = (float(np.expm1(mean + side * 1.96 * error)) for side in (-1, 1))
         report.note(
-            f"{kind}, {codec or 'native, 64 tokens at once'}, {len(found)} tokens after {STORED:,} restored ones",
-            f"perplexity {np.exp(-likely):.3f}, {np.exp(expected - likely) - 1:+.3%}; KL {divergence:.2e}; the same "
-            f"likeliest token {greedy:.1%}",
+            f"{kind}, {name}, {32 * len(pieces):,} tokens after {PREFIX:,} restored ones, {len(found)} texts",
+            f"perplexity {np.expm1(mean):+.3%}, 95 % of {low:+.3%} to {high:+.3%}; KL {np.mean(divergences[name]):.2e}",
         )
     model.close()
 
 
+def pieces_of_pages(model: Any, count: int) -> list[list[int]]:
+    """Pieces of 2 * PREFIX tokens, from all pages of the documentation."""
+    pieces = []
+    for path in sorted((Path(__file__).parents[1] / "docs").glob("*.md")):
+        ids = model.tokenize(path.read_text().encode())
+        pieces += [ids[start : start + 2 * PREFIX] for start in range(0, len(ids) - 2 * PREFIX + 1, 2 * PREFIX)]
+    return pieces[:: max(1, len(pieces) // count)][:count]
+
+
 def scored(model: Any, ids: list[int], batch: int) -> Any:
     """Logarithms of the next token's probabilities after each token but the stored ones."""
-    for start in range(STORED, len(ids), batch):
+    for start in range(PREFIX, len(ids), batch):
         model.eval(ids[start : start + batch])
-    found = np.array(model.scores[STORED : len(ids)], np.float64)
-    keep(model, STORED)
+    found = np.array(model.scores[PREFIX : len(ids)], np.float64)
+    keep(model, PREFIX)
     return found - np.logaddexp.reduce(found, axis=-1)[:, None]
 
 
