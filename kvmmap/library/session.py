@@ -195,7 +195,7 @@ class Session(QuantizedKvCache):
         path = self._file_path
         if self.seq_len == self.reused or self._repeats(owner):
             try:
-                if not self.continues:
+                if not self.continues and self.seq_len > self.start:
                     super().truncate(self.start)  # a commit of it would be for nothing
             finally:
                 self._close_unchanged(owner)
