@@ -6,12 +6,16 @@ A run opens the file, reads position 0 and the last position of the last layer, 
 first and the last 256 positions of every layer are real rows, and the range between them is a hole, so that 128k tokens
 take no 9 GB of disk; `--full` stores them all. Files are in the page cache as far as the run before left them there.
 Formats of other libraries hold f16; where one is opened lazily, its file is a hole but for its header.
+
+Opening alone, and closing, is measured as well: of one file again and again, whose layout kvmmap remembers, and of more
+files of different capacities than it remembers.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +30,8 @@ import kvmmap
 
 LAYERS, HEADS, DIM = 32, 8, 128
 LENGTHS = (1_024, 32_768, 131_072)
+OPENINGS = 10
+OPENING, OTHERS = "kvmmap, open {} layers again", "kvmmap, open 30 layers of another capacity"
 SHORT, LONG = LENGTHS[0], LENGTHS[-1]
 EDGE = 256
 """Positions at either end that are real in a file with a hole."""
@@ -46,6 +52,7 @@ def main() -> None:
             Task(name="memcpy of one row", run=lambda: np.copyto(*row)),
             *(Task(name=f"kvmmap at {n:,}", run=partial(first_row, path)) for n, path in paths.items()),
             *(Task(name=f"kvmmap to append, at {n:,}", run=partial(writer, path)) for n, path in paths.items()),
+            *opening_tasks(folder),
             *memmap_tasks(folder),
             *loader_tasks(folder),
         ]
@@ -55,6 +62,9 @@ def main() -> None:
     report.bars += [
         Bar(f"reopen {LONG:,} tokens to the first row", 1, measured.time(long).median * 1e3, "ms"),
         Bar(f"reopen {LONG:,} against {SHORT:,} tokens", 2, measured.ratio(short, long).median, "x at most"),
+        Bar("open 32 layers", 0.3, measured.time(OPENING.format(32)).median * 1e3, "ms"),
+        Bar("open 80 layers", 0.5, measured.time(OPENING.format(80)).median * 1e3, "ms"),
+        Bar("open 30 layers of another capacity", 0.7, measured.time(OTHERS).median * 1e3, "ms"),
     ]
     report.finish(args.json)
 
@@ -85,6 +95,28 @@ def writer(path: Path) -> None:
         layer = cache.layers[LAYERS - 1]
         layer.get_keys_at(0)
         layer.get_values_at(len(layer) - 1)
+
+
+def opening_tasks(folder: Path) -> list[Task]:
+    """Opening alone, of caches of SmolLM2's shape."""
+
+    def make(layers: int, capacity: int) -> Path:
+        path = folder / f"{layers}-{capacity}.kvm"
+        rows = gaussian(layers, 8, 3, 64)
+        with kvmmap.create(path, num_layers=layers, capacity=capacity, num_kv_heads=3, head_dim=64) as cache:
+            cache.extend(rows, rows)
+        return path
+
+    def reopen(paths: Iterator[Path]) -> None:
+        for _ in range(OPENINGS):
+            kvmmap.open(next(paths)).close()
+
+    again = [
+        Task(name=OPENING.format(n), run=partial(reopen, itertools.repeat(make(n, 1000))), calls=OPENINGS)
+        for n in (32, 80)
+    ]
+    others = itertools.cycle([make(30, 1000 + number) for number in range(100)])
+    return [*again, Task(name=OTHERS, run=partial(reopen, others), calls=OPENINGS)]
 
 
 def memmap_tasks(folder: Path) -> list[Task]:
