@@ -228,7 +228,9 @@ def test_blocks_of_a_rotation() -> None:
 
 PAIRS = [("int8-rotated", "int8-rotated"), ("int8-rotated", "int4-rotated"), ("int5-rotated", "int4-rotated"),
          ("int4-rotated", "int5-rotated"), ("int6-rotated", "int3-rotated"), ("bf16", "bf16"), ("f16", "int8"),
-         ("int8", "fp8-e4m3"), ("fp8-e5m2-scaled", "int4-rotated"), ("int8", "int8-rotated")]  # fmt: skip
+         ("int8", "fp8-e4m3"), ("fp8-e5m2-scaled", "int4-rotated"), ("int8", "int8-rotated"),
+         ("int6-rotated", "int6-rotated"), ("int3-rotated", "int3-rotated"),
+         ("int8-rotated", "int6-rotated")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("keys", "values"), PAIRS)

@@ -1,5 +1,5 @@
-// How 64 numbers of a stored row get into a register as int8: of int8 codes, and of levels of 4 and 5 bits, which are
-// looked up on the way, so that a quarter to a half of the bytes come from memory.
+// How 64 numbers of a stored row get into a register as int8: of int8 codes, and of levels of 3 to 6 bits, which are looked
+// up on the way, so that a quarter to five eighths of the bytes need not come from memory.
 #pragma once
 
 #include <immintrin.h>
@@ -27,14 +27,17 @@ struct Int8Rows {
     }
 };
 
-// Rows of levels: of 64 numbers if `narrow`, else of a multiple of 128. Then 64 numbers are the lower or the upper halves of
-// 64 bytes, or of 32 bytes both.
+// Rows of levels: of 64 numbers if `narrow`, else of a multiple of 128. In a plane of four bits, 64 numbers are then the
+// lower or the upper halves of 64 bytes, or of 32 bytes both; in one of two bits a quarter of each of 64 bytes, or half of
+// each of 32, or all of 16.
 template <int bits, bool narrow>
 struct LevelRows {
-    static_assert(bits == 4 || bits == 5);
     static constexpr bool half_scales = true;
-    static bool suit(int64_t dim) { return narrow ? dim == 64 : dim % 128 == 0; }
-    explicit LevelRows(int64_t dim) : row_bytes(dim / 8 * bits), half_(dim / 2) {}
+    static bool suit(int64_t dim) {
+        if (narrow) return dim == 64;
+        return bits == 4 || bits == 5 ? dim % 128 == 0 : dim == 128 || dim % 256 == 0;
+    }
+    explicit LevelRows(int64_t dim) : row_bytes(dim / 8 * bits), half_(dim / 2), quarter_(dim / 4) {}
 
     const int64_t row_bytes;
 
@@ -54,27 +57,59 @@ struct LevelRows {
     }
 
     [[gnu::always_inline]] __m512i look_up(const char* row, int64_t d, const Register& first, const Register& second) const {
+        if constexpr (bits == 3) {
+            uint64_t highest;
+            std::memcpy(&highest, row + quarter_ + d / 8, 8);
+            const __m512i codes = _mm512_or_si512(two_bits(row, d), _mm512_maskz_set1_epi8(highest, 4));
+            return _mm512_shuffle_epi8(table(first), codes);
+        } else if constexpr (bits == 6) {
+            const __m512i codes = _mm512_or_si512(four_bits(row, d), _mm512_slli_epi16(two_bits(row + half_, d), 4));
+            // Levels are even, 4 apart: the first one and so many steps.
+            return _mm512_add_epi8(_mm512_slli_epi16(codes, 2), _mm512_set1_epi8(first.values[0]));
+        } else {
+            const __m512i codes = four_bits(row, d), found = _mm512_shuffle_epi8(table(first), codes);
+            if constexpr (bits == 4) return found;
+            uint64_t highest;
+            std::memcpy(&highest, row + half_ + d / 8, 8);
+            return _mm512_mask_shuffle_epi8(found, highest, table(second), codes);
+        }
+    }
+
+    [[gnu::always_inline]] __m512i four_bits(const char* plane, int64_t d) const {
         __m512i codes;
         if constexpr (narrow) {
-            const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+            const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
             codes = _mm512_mask_srli_epi16(both, 0xffff0000u, both, 4);
         } else {
             const bool upper = d >= half_;
-            codes = _mm512_srl_epi16(_mm512_loadu_si512(row + (upper ? d - half_ : d)), _mm_cvtsi32_si128(upper ? 4 : 0));
+            codes = _mm512_srl_epi16(_mm512_loadu_si512(plane + (upper ? d - half_ : d)), _mm_cvtsi32_si128(upper ? 4 : 0));
         }
-        codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
-        const __m512i found = _mm512_shuffle_epi8(table(first), codes);
-        if constexpr (bits == 4) return found;
-        uint64_t highest;
-        std::memcpy(&highest, row + half_ + d / 8, 8);
-        return _mm512_mask_shuffle_epi8(found, highest, table(second), codes);
+        return _mm512_and_si512(codes, _mm512_set1_epi8(15));
+    }
+
+    // Bits of neighbouring bytes, which shifts bring along, are masked out.
+    [[gnu::always_inline]] __m512i two_bits(const char* plane, int64_t d) const {
+        __m512i codes;
+        if constexpr (narrow) {
+            codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)));
+            codes = _mm512_srlv_epi64(codes, _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6));
+        } else if (quarter_ == 32) {
+            codes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane)));
+            codes = _mm512_srl_epi64(codes, _mm_cvtsi32_si128(d ? 4 : 0));
+            codes = _mm512_mask_srli_epi64(codes, 0xf0, codes, 2);
+        } else {
+            const int64_t which = (d >= quarter_) + (d >= 2 * quarter_) + (d >= 3 * quarter_);
+            codes = _mm512_loadu_si512(plane + d - which * quarter_);
+            codes = _mm512_srl_epi64(codes, _mm_cvtsi32_si128(static_cast<int>(2 * which)));
+        }
+        return _mm512_and_si512(codes, _mm512_set1_epi8(3));
     }
 
     [[gnu::always_inline]] static __m512i table(const Register& r) {
         return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(r.values)));
     }
 
-    int64_t half_;
+    int64_t half_, quarter_;
 };
 
 }  // namespace

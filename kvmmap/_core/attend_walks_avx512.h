@@ -44,9 +44,29 @@ WalkStreams by_values(Codec values, int64_t dim) {
     return nullptr;
 }
 
+// 6 bits are attended in place beside 6 bits and as values of int8 keys, and 3 bits beside 3: others are decoded first, as
+// each pair more takes its time to compile.
+template <int digits, int bits>
+WalkStreams alike(int64_t dim, int64_t value_dim) {
+    using Narrow = LevelRows<bits, true>;
+    using Wide = LevelRows<bits, false>;
+    if (Narrow::suit(dim) && Narrow::suit(value_dim)) return walk_streams<digits, Narrow, Narrow>;
+    if (Wide::suit(dim) && Wide::suit(value_dim)) return walk_streams<digits, Wide, Wide>;
+    return nullptr;
+}
+
+template <int digits>
+WalkStreams with_six_bits(int64_t value_dim) {
+    if (LevelRows<6, true>::suit(value_dim)) return walk_streams<digits, Int8Rows, LevelRows<6, true>>;
+    return LevelRows<6, false>::suit(value_dim) ? walk_streams<digits, Int8Rows, LevelRows<6, false>> : nullptr;
+}
+
 template <int digits>
 WalkStreams by_pair(Codec keys, int64_t dim, Codec values, int64_t value_dim) {
     const bool narrow = LevelRows<4, true>::suit(dim);
+    if (keys == Codec::int6 && values == Codec::int6) return alike<digits, 6>(dim, value_dim);
+    if (keys == Codec::int3 && values == Codec::int3) return alike<digits, 3>(dim, value_dim);
+    if (keys == Codec::int8 && values == Codec::int6) return with_six_bits<digits>(value_dim);
     if (keys == Codec::int8) return by_values<digits, Int8Rows>(values, value_dim);
     if (!narrow && !LevelRows<4, false>::suit(dim)) return nullptr;
     if (keys == Codec::int4)
