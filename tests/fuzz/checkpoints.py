@@ -46,7 +46,7 @@ SOUND: tuple[tuple[dict[str, Any], tuple[StateSpec, ...], tuple[int, ...]], ...]
 """What a sound file is created with, its states, and the positions of its checkpoints. The last has layers without rows
 and no states."""
 
-DAMAGED, SEALED = "damaged.kvm", "sealed.kvm"
+DAMAGED, FORGED = "damaged.kvm", "forged.kvm"
 """Names of files: no checksum was made right after a change, or some was."""
 
 DAMAGE = frozenset({"bytes", "size"})
@@ -163,10 +163,10 @@ def place(recipe: Recipe, folder: str) -> str:
     for what, *arguments in recipe["edits"]:
         _EDITS[what](image, slots, CheckpointLayout.of(specs) if specs else None, *arguments)
     data = image.encode()
-    sealed = bool(recipe["changes"]) or any(edit[0] not in DAMAGE for edit in recipe["edits"])
+    forged = bool(recipe["changes"]) or any(edit[0] not in DAMAGE for edit in recipe["edits"])
     for name in os.listdir(folder):  # with what a failed copy keeps to be resumed: all files here have one file id
         os.unlink(os.path.join(folder, name))
-    path = os.path.join(folder, SEALED if sealed else DAMAGED)
+    path = os.path.join(folder, FORGED if forged else DAMAGED)
     with open(path, "wb") as file:
         file.write(data[: image.size])
         file.truncate(min(image.size, LONGEST))
@@ -209,7 +209,7 @@ def _start(image: Image, slots: list[int], slot: int) -> tuple[int, int]:
     return number, image.places.get((Section.CHECKPOINT, number), 0)
 
 
-def _seal(image: Image, number: int, at: int, count: int, named: bool) -> None:
+def _correct_checksums(image: Image, number: int, at: int, count: int, named: bool) -> None:
     """Make the checksum of a slot's header right, and that which commits have of it."""
     size = CHECKPOINT_HEADER.size + 8 * count
     digest = xxhash.xxh3_64_intdigest(bytes(image.data[at : at + size]))
@@ -227,14 +227,14 @@ def _header(image: Image, slots: list[int], layout: Any, slot: int, field: str, 
         fields["magic"] %= 2**32
         fields["num_states"] %= 2**32
         image.put(at, CHECKPOINT_HEADER.pack(fields))
-        _seal(image, number, at, len(layout.sizes) if layout else 0, named)
+        _correct_checksums(image, number, at, len(layout.sizes) if layout else 0, named)
 
 
 def _digest(image: Image, slots: list[int], layout: Any, slot: int, tensor: int, value: int, named: bool) -> None:
     number, at = _start(image, slots, slot)
     if at and layout:
         image.put(at + CHECKPOINT_HEADER.size + 8 * (tensor % len(layout.sizes)), CHECKSUM.pack(value))
-        _seal(image, number, at, len(layout.sizes), named)
+        _correct_checksums(image, number, at, len(layout.sizes), named)
 
 
 def _tensor(
@@ -248,7 +248,7 @@ def _tensor(
         image.put(start + offset % max(1, size - 4), bytes.fromhex(data))
         digest = xxhash.xxh3_64_intdigest(bytes(image.data[start : start + size]))
         image.put(at + CHECKPOINT_HEADER.size + 8 * tensor, CHECKSUM.pack(digest))
-        _seal(image, number, at, len(layout.sizes), named)
+        _correct_checksums(image, number, at, len(layout.sizes), named)
 
 
 def _bytes(image: Image, slots: list[int], layout: Any, slot: int, offset: int, data: str) -> None:
@@ -289,7 +289,7 @@ def _copy_slot(image: Image, slots: list[int], layout: Any, source: int, target:
     (_, start), (number, at) = _start(image, slots, source), _start(image, slots, target)
     if start and at and layout:
         image.put(at, bytes(image.data[start : start + layout.size]))
-        _seal(image, number, at, len(layout.sizes), named)
+        _correct_checksums(image, number, at, len(layout.sizes), named)
 
 
 def _size(image: Image, slots: list[int], layout: Any, value: int) -> None:

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD"
 
 KVMMAP_HISTORIES=$((${IMAGES:-200000} / 20)) "$python" -m pytest -s test_crash.py # some 23 images each
+KVMMAP_STATE_HISTORIES=$((${IMAGES:-200000} / 1200 * 17)) "$python" -m pytest -s test_crash_states.py # 60 images each
 KVMMAP_OPENS=10000 "$python" -m pytest test_handles.py -k nothing_behind
 KVMMAP_EVERY_BIT=1 "$python" -m pytest test_damage.py -k every_byte
 "$python" -m soak.kills --kills "$kills"
