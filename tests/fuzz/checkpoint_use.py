@@ -48,13 +48,14 @@ def held(cache: kvmmap.QuantizedKvCache) -> dict[int, set[States]]:
     """Return the states that the slots of a file hold under the right checksums, by position, read without kvmmap."""
     storage: Any = cache.storage
     specs, found = cache.states, dict[int, set[States]]()
-    if not specs:
+    if not specs or cache.checkpoint_bytes >= FEW_BYTES:
         return found
     layout = CheckpointLayout.of(specs)
-    with open(storage.path, "rb") as file:
-        data = file.read()
     for slot in range(cache.checkpoint_slots + 2):
-        at = storage.superblock.section(Section.CHECKPOINT, slot).offset
+        with open(storage.path, "rb") as file:  # which may be large, and a hole
+            file_id = file.read(32)[16:]
+            file.seek(storage.superblock.section(Section.CHECKPOINT, slot).offset)
+            data, at = file.read(layout.size), 0
         fields = CHECKPOINT_HEADER.unpack(data, at)
         end = at + CHECKPOINT_HEADER.size + 8 * len(specs)
         digests = struct.unpack_from(f"<{len(specs)}Q", data, at + CHECKPOINT_HEADER.size)
@@ -63,7 +64,7 @@ def held(cache: kvmmap.QuantizedKvCache) -> dict[int, set[States]]:
         )
         if (
             xxhash.xxh3_64_intdigest(data[at:end]) == CHECKSUM.unpack_from(data, end)[0]
-            and fields["file_id"] == data[16:32]
+            and fields["file_id"] == file_id
             and tuple(map(xxhash.xxh3_64_intdigest, tensors)) == digests
         ):
             found.setdefault(fields["position"], set()).add(tensors)
@@ -76,9 +77,13 @@ def _read(path: str) -> str:
         layers = [layer for layer in _some_layers(cache) if cache.geometry.layers[layer].num_kv_heads]
         told += [_attempt("layer", partial(_use, cache, layer)) for layer in layers]
         allowed = held(cache)
-        read = [_attempt("states", partial(_read_one, cache, found.position, allowed)) for found in cache.checkpoints]
+        few = cache.checkpoint_bytes < FEW_BYTES
+        read = [
+            _attempt("states", partial(_read_one, cache, found.position, allowed)) for found in cache.checkpoints if few
+        ]
         told += read
-        told.append(_attempt("last", lambda: _read_one(cache, None, allowed)))
+        if few:
+            told.append(_attempt("last", lambda: _read_one(cache, None, allowed)))
         told.append(_attempt("none", lambda: _read_one(cache, cache.seq_len + 1, {})))
         sound = cache.verify().sound
         closed = cache.storage.snapshot.slot.closed  # type: ignore[attr-defined]
@@ -118,7 +123,7 @@ def _copy(act: Callable[[str, str], Any], path: str) -> str:
         with kvmmap.open(other) as cache:
             if act is not kvmmap.fork and not cache.verify().sound:  # a fork is a clone, with what is damaged
                 raise ForbiddenError(f"{act.__name__} made a file that is not sound")
-            for found in cache.checkpoints:
+            for found in cache.checkpoints if cache.checkpoint_bytes < FEW_BYTES else ():
                 _read_one(cache, found.position, held(cache) if allowed is None else allowed)
             return f"{len(cache.checkpoints) > 0}"
     except (OSError, MemoryError) as error:
