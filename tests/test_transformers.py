@@ -310,7 +310,7 @@ def test_what_attention_can_not_do_is_refused(path: Path) -> None:
     ("config", "message"),
     [
         (tf.T5Config(), "t5.*encoder-decoder"),
-        (tf.MambaConfig(num_hidden_layers=2), "mamba keeps states alone"),
+        (tf.MambaConfig(num_hidden_layers=2), "mamba keeps states, whose shapes are found by running"),
         (tf.Qwen3NextConfig(num_hidden_layers=4), "qwen3_next keeps states.*make the cache with the model"),
         (tf.DeepseekV4Config(num_hidden_layers=4), "deepseek_v4.*compressed"),
     ],

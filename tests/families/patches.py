@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}}
 _MHA = {"num_key_value_heads": 4}
 _MLA = {**_MHA, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
@@ -23,6 +25,25 @@ _SHARED = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
 }
 _SPARSE = ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]
+
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+    "ple_layer_ids": [1],
+    "eos_token_id": 95,
+    "ngram_vocab_size_base": 96,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 1,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 
 PATCHES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -123,6 +144,8 @@ PATCHES: dict[str, dict[str, Any]] = {
     **{kind: {"text_config": {"layer_types": _LINEAR}} for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     "qwen3_next": {"layer_types": _MOSTLY_FULL},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_state": 8, "layer_types": ["mamba", "attention", "mamba"]},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention", "conv"]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
@@ -196,7 +219,18 @@ PATCHES: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
     },
-    "glm5_next": {"text_config": {**_MHA, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": _LINEAR}},
+    "kosmos-2": {"latent_query_num": 4},
+    "glm5_next": {
+        "text_config": {
+            **_MHA,
+            "index_kpool": 4,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "qk_rope_head_dim": 0,
+            "head_dim": 0,
+            "layer_types": _LINEAR,
+        }
+    },
     "dots3_note": {
         "text_config": {**_MHA, "per_layer_config": {}, "head_dim": 12, "swa_head_dim": 12},
         "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 32},
@@ -212,6 +246,22 @@ PATCHES: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_start_token_id": 94},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 94},
 }
+
+PREFIXED = ("paligemma", "kosmos-2")
+"""Models of whose prompts no part is reused: they attend to it in both directions, or have an image in it unnamed."""
+
+
+def inputs_besides(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what a type's `generate` needs beside token ids."""
+    if kind == "paligemma":
+        return {"token_type_ids": torch.zeros_like(ids)}
+    if kind == "kosmos-2":
+        marks = torch.zeros_like(ids)
+        marks[:, 1:5] = 1
+        pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+        return {"pixel_values": pixels, "image_embeds_position_mask": marks}
+    return {}
+
 
 WITHOUT = {
     **dict.fromkeys(["blip-2", "instructblip", "instructblipvideo"], "it generates from an image only"),

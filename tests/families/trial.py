@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers.tiny_models import RoundedCache, past
+from helpers.tiny_models import RoundedCache
 
 from families.configs import TEXT, VOCABULARY, config, model
-from families.patches import WITHOUT
+from families.patches import PREFIXED, WITHOUT, inputs_besides
 from families.resident import check_resident
 from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
 from kvmmap.integrations.transformers.behavior import changed_settings
 from kvmmap.integrations.transformers.dispatch import attends
+from kvmmap.integrations.transformers.models import text_config
+from kvmmap.integrations.transformers.own_caches import become_own
 from kvmmap.integrations.transformers.states import SINGLE_TOKENS
+from kvmmap.integrations.transformers.versions import argument_of
 from kvmmap.integrations.transformers.weights import body_of
 
 BOUND = 0.02
@@ -102,7 +105,7 @@ def trial(kind: str, folder: Path) -> Outcome:
             return outcome
     with _reads() as count:
         _check_stages(kind, net, references, folder / "kvmmap")
-        outcome.in_place = not next(count)
+        outcome.in_place = not next(count) and not _states_alone(net)
     outcome.why = "" if outcome.in_place else _why_tensors(net)
     return outcome
 
@@ -118,7 +121,13 @@ def _failed(reference: Any) -> bool:
     return isinstance(reference, Exception)
 
 
+def _states_alone(net: Any) -> bool:
+    return has_states(net) and not any(isinstance(layer, KvmmapLayer) for layer in KvmmapCache(net, 8).layers)
+
+
 def _why_tensors(net: Any) -> str:
+    if _states_alone(net):
+        return "it keeps states alone, and no rows to attend over"
     if any(isinstance(layer, KvmmapLayer) and layer.kind.latent for layer in KvmmapCache(net).layers):
         return "its rows are latents, which become keys and values after the cache"
     how = attends(net.config.get_text_config(decoder=True))
@@ -141,18 +150,24 @@ BRANCH = torch.cat([prompt(30)[:, :20], prompt(9, seed=1)], 1)
 """A prompt that goes another way after 20 tokens."""
 
 
+def past(net: Any, cache: Any) -> dict[str, Any]:
+    """A cache as an argument, by the name that a model has for it."""
+    return {argument_of(net): cache}
+
+
 def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens and every step's logits: [1, n + count], [count, vocabulary]."""
     result = net.generate(
-        ids,
+        input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        **past(cache),
+        **past(net, cache),
         max_new_tokens=count,
         do_sample=False,
         suppress_tokens=_NEVER,
         return_dict_in_generate=True,
         output_logits=True,
         use_cache=True,
+        **inputs_besides(net.config.model_type, ids),
         **more,
     )
     return result.sequences, torch.cat([step.reshape(1, -1) for step in result.logits])
@@ -175,13 +190,13 @@ def takes_one(net: Any) -> bool:
 def check_states_refusals(kind: str, net: Any) -> None:
     """What can't be done with states is refused by kvmmap's own error."""
     cache = KvmmapCache(net)
-    net(input_ids=prompt(5), use_cache=True, **past(cache))
+    net(input_ids=prompt(5), use_cache=True, **past(net, cache))
     refused: dict[str, Callable[[], Any]] = {
         "crop": lambda: cache.crop(-1),
         "config": lambda: KvmmapCache(net.config),
     }
     if takes_one(net):
-        refused["several tokens"] = lambda: net(input_ids=prompt(2), use_cache=True, **past(cache))
+        refused["several tokens"] = lambda: net(input_ids=prompt(2), use_cache=True, **past(net, cache))
     for what, act in refused.items():
         try:
             act()
@@ -212,9 +227,16 @@ def one_by_one(net: Any, ids: torch.Tensor, cache: Any, first: int) -> tuple[tor
     logits = []
     for start, stop in ((0, first), *((at, at + 1) for at in range(first, ids.shape[1]))):
         with torch.no_grad():
-            found = net(input_ids=ids[:, start:stop], use_cache=True, **past(cache)).logits
+            found = net(input_ids=ids[:, start:stop], use_cache=True, **past(net, cache)).logits
         logits.append(found[:, -1:].reshape(1, -1))
     return ids, torch.cat(logits)
+
+
+def _reference(net: Any, **recent: int) -> Any:
+    """transformers' own cache over what a KvmmapCache serves."""
+    cache = RoundedCache(config=net.config, **recent)
+    become_own(cache, text_config(net.config))
+    return cache
 
 
 def _references(net: Any) -> dict[str, Any]:
@@ -222,7 +244,7 @@ def _references(net: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage, run in STAGES.items():
         try:
-            found[stage] = run(net, RoundedCache(config=net.config, **RECENT.get(stage, {})))
+            found[stage] = run(net, _reference(net, **RECENT.get(stage, {})))
         except Exception as error:
             found[stage] = error
     return found
@@ -241,7 +263,8 @@ def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path)
     if has_states(net):
         with _own_errors(kind, "prefix"):
             _check(kind, "prefix", from_a_checkpoint(kind, net, path), references["prefix"])
-    elif not _failed(references["chunked prefill"]):  # a model that takes one token a pass can't continue a prefix
+    elif not _failed(references["chunked prefill"]) and net.config.model_type not in PREFIXED:
+        # A model that takes one token a pass can't continue a prefix.
         with _own_errors(kind, "prefix"), KvmmapCache.open(path, net) as cache:
             if reuse(cache, BRANCH) != 20:
                 raise WrongError(f"{kind}: 20 tokens agree, and reuse does not say so")
@@ -270,9 +293,9 @@ def from_a_checkpoint(kind: str, net: Any, path: Path) -> Any:
         if takes_one(net):
             return generate(net, BRANCH, cache, 3)
     with KvmmapCache(net) as cache:
-        net(input_ids=prompt(30)[:, :20], use_cache=True, **past(cache))
+        net(input_ids=prompt(30)[:, :20], use_cache=True, **past(net, cache))
         cache.checkpoint()
-        net(input_ids=prompt(30)[:, 20:], use_cache=True, **past(cache))
+        net(input_ids=prompt(30)[:, 20:], use_cache=True, **past(net, cache))
         if reuse(cache, BRANCH) != 20 or cache.seq_len != 20:
             raise WrongError(f"{kind}: 20 tokens agree, there is a checkpoint, and reuse does not say so")
         return generate(net, BRANCH, cache, 3)
@@ -299,7 +322,7 @@ def _check(kind: str, stage: str, found: Any, expected: Any) -> None:
 def _check_alive(kind: str, net: Any, expected: Any) -> None:
     """Other tokens early in the prompt must show: else nothing in this trial could fail."""
     other = torch.cat([prompt(15, seed=2), prompt(30)[:, 15:]], 1)
-    off = gap(generate(net, other, RoundedCache(config=net.config), 8), expected)
+    off = gap(generate(net, other, _reference(net), 8), expected)
     if not off > ALIVE:
         raise WrongError(f"{kind}: other tokens in the cache change logits by {off:.3f} standard deviations only")
 

@@ -68,9 +68,11 @@ def kvmmap_mask(**arguments: Any) -> torch.Tensor | None:
     if isinstance(length, MaskLength):
         length.cache.check_config(arguments.get("config"))
         padding = arguments.get("attention_mask")
-        # No function but the causal one (transformers then forbids to leave it to is_causal), no padding.
+        # No function but the causal one (transformers then forbids to leave it to is_causal), no padding. A model that
+        # sees ahead (PaliGemma's text part) attends in both directions without a mask.
         plain = (
             how == "interface"
+            and getattr(arguments.get("config"), "use_bidirectional_attention", None) is not True
             and arguments.get("allow_is_causal_skip", True)
             and (padding is None or length.cache.leaves_padding_out or bool(padding.all()))
         )
@@ -128,7 +130,8 @@ def kvmmap_attention(
     elif block_indices is not None and not in_place:
         attention_mask = selected_blocks(module, block_indices, attention_mask, query, key, kwargs.get("position_ids"))
     if not in_place and softcap is None and sink is None:
-        _refuse_unknown(module, kwargs, _HARMLESS | _SDPA)
+        if hasattr(module, "layer_idx"):  # others, of image encoders, use no cache: "sdpa" is all that is asked for
+            _refuse_unknown(module, kwargs, _HARMLESS | _SDPA)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
         return out, None
     bias = None if in_place else kwargs.pop("position_bias", None)

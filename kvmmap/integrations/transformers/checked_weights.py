@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...cache import QuantizedKvCache
@@ -53,3 +55,14 @@ def checked_weights(model: torch.nn.Module, known: Weights | None, source: Quant
             path=source.path,
         )
     return weights
+
+
+def whole_of(part: torch.nn.Module, opened: Any) -> torch.nn.Module:
+    """Return the model that a cache was opened with, if a part that runs is its own: Kosmos-2 generates with one part.
+
+    Args:
+        part: the outermost part of a model that runs.
+        opened: what the cache was opened with: a model, a config or None.
+    """
+    inside = isinstance(opened, torch.nn.Module) and any(one is part for one in opened.modules())
+    return opened if inside else part

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from ...cache import QuantizedKvCache
-from ...errors import UnsupportedModelError
+from ...errors import ModelMismatchError, UnsupportedModelError
 from ...ranges import check_range
 from ...storage.checkpoints import Checkpoint
 from .kinds import LayerKind
 from .models import text_config
+from .recording import PassRecord
+from .rows import PositionRows, StoredRows
 from .sequence import OneSequence
 from .states import SequenceStates
 
@@ -32,9 +34,14 @@ class CheckpointedSequence(OneSequence):
     _kinds: list[LayerKind]
     _layers: list[Any]
     _states: SequenceStates | None
+    _rows: list[StoredRows]
+    _pass: PassRecord
+    _watched: bool
+    _positions: PositionRows | None = None
 
     def _make_states(self, saved: QuantizedKvCache | None, own: QuantizedKvCache, model: Any) -> SequenceStates:
         """Restore the states of the last position."""
+        self._positions = next((rows for rows in self._rows if isinstance(rows, PositionRows)), None)
         layers = {number: layer for number, layer in enumerate(self._layers) if self._kinds[number].states}
         numbers = {number: self._kinds[number].states for number in layers}
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
@@ -61,8 +68,45 @@ class CheckpointedSequence(OneSequence):
             return
         fed = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         count = fed.shape[1] if isinstance(fed, torch.Tensor) and fed.ndim > 1 else 1
+        if self._positions is not None and isinstance(fed, torch.Tensor) and fed.ndim > 1:
+            self._positions.check(fed, self._length)
         kind = text_config(model.config).model_type if hasattr(model, "config") else ""
         self._states.begin(kind, count, self._length, self._kept)
+
+    def _count_positions(self) -> None:
+        """Count the positions of a pass that has ended, where no layer has rows that do."""
+        if self._positions is not None:
+            self._positions.count(self._pass.count)
+            self._length = len(self._positions)
+
+    def _check_announced(self) -> None:
+        """Refuse a pass of another model than the one that the cache was opened with.
+
+        Raises:
+            ModelMismatchError: no hook has announced the pass.
+        """
+        if self._watched and not self._pass.active:
+            raise ModelMismatchError(
+                f"{self._own.path or 'the cache'} was opened for another model object than the one that runs: its "
+                "forward pass was not announced. Open the cache with the model that generates",
+                path=self._own.path,
+            )
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Update the state of a layer's convolution, as transformers' caches do.
+
+        Raises:
+            ModelMismatchError: another model object runs than the one that the cache was opened with.
+        """
+        self._check_announced()
+        found: torch.Tensor = super().update_conv_state(*args, **kwargs)
+        return found
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Update a layer's recurrent state, as transformers' caches do; raises as `update_conv_state`."""
+        self._check_announced()
+        found: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
+        return found
 
     def _restore_states(self, length: int) -> int:
         """Restore the states of the last checkpoint that is not beyond a length, and return its position."""
@@ -123,6 +167,16 @@ class CheckpointedSequence(OneSequence):
         """
         if self._states is not None:
             self._states.save(self._length, self._kept, pin=pin)
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: it is no part of a compiled graph."""
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers keep states alone; none, if all do: `generate` takes such a cache for one without a length."""
+        return [self._positions is None and found for found in super().is_linear]
 
     def truncate(self, length: int) -> int:
         """Keep the first `length` positions, and return how many are kept."""

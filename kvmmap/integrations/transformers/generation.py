@@ -8,6 +8,7 @@ here: they do nothing for other caches.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from .media import media_tokens
 
 _INPUTS = "_prepare_model_inputs"
 _POSITIONS = "_prepare_position_ids_for_generation"
+_PREPARE = "prepare_inputs_for_generation"
 _ENCODERS = "_maybe_prepare_encoder_kwargs_for_generation"
 
 
@@ -51,6 +53,25 @@ def announce_prompts(model: PreTrainedModel) -> None:
 
     for name, function in ((_INPUTS, inputs), (_POSITIONS, positions), (_ENCODERS, encoders)):
         _wrap(model, name, function)
+
+
+def slice_prompts(model: PreTrainedModel) -> None:
+    """Have `generate` feed a model of states alone only what the cache lacks of a prompt, as it does for other models.
+
+    Releases up to 5.23 look at the length of a cache only if it is called past_key_values, which these models' is not.
+    """
+    own = getattr(model, _PREPARE, None)
+    if own is None or "cache_params" not in inspect.signature(own).parameters or _PREPARE in vars(model):
+        return
+
+    def prepare(own: Callable[..., Any], input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache, mask = _cache_in(kwargs), kwargs.get("attention_mask")
+        first = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None
+        if cache is not None and first and (mask is None or mask.shape[1] == input_ids.shape[1] > cache.seq_len):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.seq_len
+        return own(input_ids, *args, **kwargs)
+
+    _wrap(model, _PREPARE, prepare)
 
 
 def rope_holders(model: torch.nn.Module) -> list[Any]:

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedModelError
+from .arguments import has_effect
 from .checkpointed import CheckpointedSequence
 from .dispatch import images_see_both_ways
+from .indexed import IndexedLayer
 from .media import digested, groups, media_tokens, without_first
 from .media_record import MediaRecord
 from .opening import NOTES, note_media
@@ -36,10 +38,18 @@ class IllustratedSequence(CheckpointedSequence):
         self._both_ways = bool(self._media_tokens) and images_see_both_ways(config)
         notes = (metadata.get(NOTES) or {}).get("media") if self.placeholders else None
         self._media = MediaRecord.of(notes, length)
+        for layer in self._layers:
+            if isinstance(layer, IndexedLayer):
+                layer.first_shifted = min([item.start for item in self._media.items], default=self._media.until)
 
     def _note_media(self) -> None:
         """Keep what is known of images with the rows."""
         note_media(self._own, self._media.notes())
+
+    @property
+    def seq_len(self) -> int:
+        """Positions complete in every layer."""
+        raise NotImplementedError
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -60,7 +70,8 @@ class IllustratedSequence(CheckpointedSequence):
                 image is not among them, or not known here, does not agree.
         """
         if not self.placeholders:
-            return count
+            # Kosmos does not name the tokens that stand for an image: nothing is reused beside one.
+            return 0 if any(has_effect(*one) for one in inputs.items()) else count
         prompt = digested(inputs, ids, self._media_tokens)
         return self._media.agreeing(count, ids, self.placeholders, prompt)
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ...errors import KvmmapError
+from ...errors import KvmmapError, UnsupportedModelError
 from .layer import KvmmapLayer
 from .rows import IndexRows, StoredRows
 from .shared import SharedLayer
@@ -22,11 +22,38 @@ class _Indexed:
     appended: Callable[[StoredRows], None]
     """What is called after index keys were appended: some models append them without asking the cache."""
 
-    indexer_position_ids: torch.Tensor | None = None
-    """None: positions follow one another."""
+    first_shifted: int | None = None
+    """The first stored position from which on positions need not follow one another (an image's); None: none is."""
+
+    _positions: torch.Tensor | None = None  # of the positions that this object has seen, as a model gave them
 
     is_indexer_initialized = True
     """Always."""
+
+    @property
+    def indexer_position_ids(self) -> torch.Tensor | None:
+        """The positions of all index keys, [3, 1, n], where a model (Qwen4-Exp) rotates these after the cache.
+
+        Raises:
+            UnsupportedModelError: images are among them that were stored before this object was opened.
+        """
+        length = len(self.index)
+        if self._positions is not None and self._positions.shape[-1] >= length:
+            return self._positions[..., :length]
+        if not length:
+            return None
+        if self.first_shifted is not None and self.first_shifted < length:
+            raise UnsupportedModelError(
+                f"the model rotates index keys after the cache, and their positions from {self.first_shifted} on, "
+                f"where an image is, are not stored: truncate({self.first_shifted}), and feed the rest again",
+                expected=self.first_shifted,
+                actual=length,
+            )
+        return torch.arange(length).expand(3, 1, length)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: torch.Tensor) -> None:
+        self._positions = positions
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Append index keys [1, n, index_head_dim], and return all of them, in 16 bits' precision."""

@@ -3,6 +3,7 @@
 Rows lie in *stores*, and these are what a file calls layers: first one for each layer of the model that has keys and
 values of its own, then one for each that has index keys. A layer that shares another one's has none; but where some
 layer has states, each has a store, which may be one without rows, so that states belong to the layer of their number.
+Where no layer has rows at all, a last store has a row of zeros for every position: positions are counted in rows.
 Pure: knows no models, tensors or files.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...codecs.float16 import F16
 from ...geometry import LayerGeometry
 
 
@@ -53,10 +55,19 @@ def index_geometry(dim: int, codec: Any) -> LayerGeometry:
 
 _NO_ROWS = LayerGeometry(0, 0, 0)
 
+POSITIONS = LayerGeometry(1, 1, 1, F16, F16)
+"""The shape of the rows by which the positions of a model are counted that keeps states alone: 4 bytes each."""
+
 
 def has_states(kinds: Iterable[LayerKind]) -> bool:
     """True if a layer keeps states."""
     return any(kind.states for kind in kinds)
+
+
+def states_alone(kinds: Iterable[LayerKind]) -> bool:
+    """True if layers keep states, and none of them rows."""
+    kinds = list(kinds)
+    return has_states(kinds) and all(kind.geometry is None and kind.index is None for kind in kinds)
 
 
 def store_numbers(kinds: Sequence[LayerKind]) -> list[int | None]:
@@ -76,6 +87,8 @@ def store_geometries(kinds: Iterable[LayerKind]) -> list[LayerGeometry]:
     own = [kind.geometry for kind in kinds if kind.geometry is not None]
     if has_states(kinds):
         own = [kind.geometry or _NO_ROWS for kind in kinds]
+    if states_alone(kinds):
+        own.append(POSITIONS)
     return own + [kind.index for kind in kinds if kind.index is not None]
 
 

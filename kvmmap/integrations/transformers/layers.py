@@ -9,10 +9,10 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ...cache import QuantizedKvCache
 from .indexed import IndexedLayer, IndexOnlyLayer
-from .kinds import LayerKind, store_numbers
+from .kinds import LayerKind, states_alone, store_numbers
 from .layer import KvmmapLayer, Pattern
 from .resident import Resident, ResidentLayer
-from .rows import IndexRows, StoredRows
+from .rows import IndexRows, PositionRows, StoredRows
 from .shared import SharedLayer
 from .state_layers import KvmmapHybridLayer, ResidentHybridLayer
 
@@ -65,4 +65,7 @@ def made_layers(
             layer.index = IndexRows(None if saved is None else saved.layers[number], own.layers[number], kept)
             layer.appended = appended
             rows.append(layer.index)
+    if states_alone(kinds):
+        last = len(kinds)
+        rows.append(PositionRows(None if saved is None else saved.layers[last], own.layers[last], kept))
     return layers, rows, list(patterns.values())

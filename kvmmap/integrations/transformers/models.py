@@ -30,7 +30,6 @@ _EMPTY = ("moe", "mlp")
 _NO_CACHE = "takes no cache of keys and values: it can be run only without a KvmmapCache"
 _CODEBOOKS = "feeds one code of each codebook at every position, and not one token"
 _CROSS = "has cross-attention layers: what it keeps depends on an image or a protein that token ids don't tell apart"
-_UNNAMED = "does not name the tokens that stand for an image in its config, so prompts with other images look the same"
 _REFUSED = {
     "blip": _CROSS,
     "blip_text_model": _CROSS,
@@ -39,13 +38,9 @@ _REFUSED = {
     "diffusion_gemma": "generates blocks of tokens by denoising, attending in both directions",
     "evolla": _CROSS,
     "idefics": _CROSS,
-    "minimax": "keeps its states in a cache of a class of its own, and not in the cache's layers",
-    "kosmos-2": _UNNAMED,
-    "kosmos-2.5": _UNNAMED,
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,
-    "paligemma": "counts positions from 1, and attends to its prompt in both directions",
     "prophetnet": "predicts several tokens at a time, and takes only one token a pass once it has a cache",
     "recurrent_gemma": "keeps a recurrent state in its modules, beside the keys and values of some layers",
     "reformer": _NO_CACHE,
@@ -53,6 +48,9 @@ _REFUSED = {
     "xlnet": _NO_CACHE,
 }
 """Models by name that nothing in their configs tells from ordinary ones, and why they can't be kept."""
+
+_MASKED = frozenset(["paligemma"])
+"""Models whose text part sees ahead by its config, and attends by masks that say what of."""
 
 _UNMASKED = frozenset(["moshi", "qwen3_omni_moe_text"])
 """Models that mask no windows, known by name where their source is not loaded, or has masks of other models as well."""
@@ -99,7 +97,7 @@ def _layer_kinds(config: Any) -> list[LayerKind]:
                 "kept here",
                 actual=part.model_type,
             )
-    if _sees_ahead(config):
+    if _sees_ahead(config) and whole.model_type not in _MASKED:
         raise UnsupportedModelError(
             f"{name} attends in both directions as configured (is_decoder=False, or use_bidirectional_attention): "
             "keys and values depend on later tokens",
@@ -123,11 +121,7 @@ def _layer_kinds(config: Any) -> list[LayerKind]:
     for number, kind in enumerate(types):
         if kind in _WITH_STATES:
             kinds[number] = replace(kinds[number], states=arguments[number].get("number_of_states", 1))
-    if has_states(kinds) and all(kind.geometry is None for kind in kinds):
-        raise UnsupportedModelError(
-            f"{name} keeps states alone, and no keys and values: positions are counted in rows of these", actual=name
-        )
-    if all(kind.geometry is None for kind in kinds):
+    if all(kind.geometry is None for kind in kinds) and not has_states(kinds):
         raise UnsupportedModelError(f"{name} keeps nothing of its own: all layers use another model's keys and values")
     return kinds + _repeated(config, kinds)
 
@@ -180,7 +174,9 @@ def _kind(whole: Any, number: int, kind: str, config: Any) -> LayerKind:
 
 def _valueless(whole: Any, number: int) -> bool:
     """Whether a layer's latents have no rotated part, which transformers caches in the place of values."""
-    return whole.model_type == "mistral_large4_text" and not whole.no_rope_layers[number]
+    if whole.model_type == "mistral_large4_text":
+        return not whole.no_rope_layers[number]
+    return getattr(whole, "kv_lora_rank", None) is not None and whole.qk_rope_head_dim == 0
 
 
 def _geometry(whole: Any, number: int, kind: str, config: Any) -> LayerGeometry:
@@ -200,7 +196,10 @@ def _index(whole: Any, number: int, config: Any) -> LayerGeometry | None:
     if kinds is not None and kinds[number] == "shared":
         return None
     half = str(getattr(config, "dtype", None)).removeprefix("torch.") == "float16"
-    return index_geometry(config.index_head_dim, F16 if half else BF16)
+    dim = getattr(config, "index_head_dim", None) or config.indexer_head_dim  # Qwen4-Exp's name for it
+    if getattr(config, "index_kpool", None) is not None:
+        dim = 2 * dim + 1  # GLM 5 Next keeps gates beside its keys, and whether a position is padding
+    return index_geometry(dim, F16 if half else BF16)
 
 
 def _repeated(config: Any, kinds: list[LayerKind]) -> list[LayerKind]:
@@ -228,6 +227,11 @@ def _kv_heads(model: str, kind: str, config: Any) -> int:
         return 1
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     return 2 * heads if model == "mimo_v2_flash" and kind in _WINDOWED else heads
+
+
+def first_position(config: Any) -> int:
+    """Return the position that a model gives to the first token: 0 in almost all."""
+    return 1 if getattr(config, "model_type", None) == "paligemma" else 0
 
 
 def max_positions(config: Any) -> int | None:

@@ -19,7 +19,7 @@ from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
 from ...geometry import LayerGeometry, one_a_layer
 from ...state_spec import StateSpec
 from .identity import check_same, config_of, describe
-from .kinds import LayerKind, as_notes, from_notes, has_states, store_geometries
+from .kinds import LayerKind, as_notes, from_notes, has_states, states_alone, store_geometries
 from .models import layer_kinds, max_positions
 from .probe import find_states
 
@@ -71,6 +71,8 @@ def settings(
     }
     preset = storing.preset or DEFAULT_PRESET
     window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
+    if states_alone(kinds):
+        window = first = 0
     shapes = spread(store_geometries(kinds), capacity, window, first) | {"states": states}
     if storing.checkpoint_slots is not None:
         shapes["checkpoint_slots"] = storing.checkpoint_slots

@@ -21,20 +21,17 @@ import transformers
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from .generation import announce_prompts, rope_holders
+from .generation import announce_prompts, rope_holders, slice_prompts
 from .graphs import outside_graph
 from .illustrated import IllustratedSequence
 from .sequence import WatchedCache
-from .versions import CACHE_ARGUMENT
+from .versions import CACHE_ARGUMENT, CACHE_NAMES
 
 _watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _signatures: weakref.WeakKeyDictionary[torch.nn.Module, Mapping[str, inspect.Parameter]] = weakref.WeakKeyDictionary()
 
 _holders: weakref.WeakKeyDictionary[torch.nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 """The parts of a watched model that remember how far positions of text are from where it is stored."""
-
-_NAMES = ("cache", "past_key_values", "cache_params")
-"""What models call their cache: since transformers 5.24, before, and in state space models before."""
 
 
 def watch(model: torch.nn.Module) -> None:
@@ -52,6 +49,7 @@ def watch(model: torch.nn.Module) -> None:
             _keep_cache(part)
     for part in parts(model):
         announce_prompts(part)
+        slice_prompts(part)
         _holders[part] = rope_holders(part)
     for attention in _attentions(model):
         if attention not in _watched:
@@ -157,10 +155,10 @@ def _renamed(
     given = next((name for name, value in kwargs.items() if isinstance(value, WatchedCache)), None)
     if given is None or given in parameters:
         return kwargs
-    taken = next((name for name in _NAMES if name in parameters), None)
+    taken = next((name for name in CACHE_NAMES if name in parameters), None)
     if taken is None:  # a wrapper, which passes all of its arguments on
         return kwargs
-    if given not in _NAMES or kwargs.get(taken) is not None:
+    if given not in CACHE_NAMES or kwargs.get(taken) is not None:
         raise UnsupportedModelError(
             f"{type(model).__name__} would ignore the KvmmapCache that is given as {given}=: with transformers "
             f"{transformers.__version__} give it as {taken}=",

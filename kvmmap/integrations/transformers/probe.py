@@ -20,10 +20,9 @@ from ...geometry import LayerGeometry
 from ...state_spec import StateSpec
 from .kinds import LayerKind
 from .models import layer_kinds, text_config
+from .own_caches import become_own
 from .state_layers import state_tensors
-from .versions import CACHE_ARGUMENT
-
-_NAMES = (CACHE_ARGUMENT, "past_key_values", "cache", "cache_params")
+from .versions import argument_of
 
 
 def find_states(model: Any) -> tuple[list[LayerKind], tuple[StateSpec, ...]]:
@@ -44,6 +43,7 @@ def find_states(model: Any) -> tuple[list[LayerKind], tuple[StateSpec, ...]]:
             actual=name,
         )
     cache = DynamicCache(config=config)
+    become_own(cache, text_config(config))
     argument = _cache_argument(model, name)
     try:
         with _undisturbed(model), torch.no_grad():
@@ -85,7 +85,7 @@ def _kind_of(kind: LayerKind, layer: Any, name: str) -> LayerKind:
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if keys is None or values is None or keys.ndim != 4:
         raise UnsupportedModelError(f"{name} has a layer with attention that keeps no keys and values", actual=name)
-    return replace(kind, geometry=LayerGeometry(keys.shape[1], keys.shape[3], values.shape[3]))
+    return replace(kind, geometry=LayerGeometry(keys.shape[1], keys.shape[3], values.shape[3] or 1))
 
 
 def _shapes(cache: DynamicCache) -> dict[tuple[int, str], tuple[str, tuple[int, ...]]]:
@@ -99,11 +99,9 @@ def _shapes(cache: DynamicCache) -> dict[tuple[int, str], tuple[str, tuple[int, 
 
 def _cache_argument(model: Any, name: str) -> str:
     known = inspect.signature(model.forward).parameters
-    for argument in _NAMES:
-        if argument in known:
-            return argument
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return CACHE_ARGUMENT
+    found = argument_of(model)
+    if found in known or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return found
     raise UnsupportedModelError(f"{name} takes no cache", actual=name)
 
 

@@ -34,6 +34,8 @@ class PassRecord:
         self._start = 0
         self._ids: NDArray[np.int32] | None = None  # None: no part that got token ids has been entered yet
         self._fed = 0
+        self.count = 0
+        """Positions that the pass feeds, as the outermost part of the model that says so has it."""
         self._known = 0  # ids from the start of the pass that can be recorded
         self._items: list[Item] = []
         self._deltas: NDArray[np.int64] | None = None
@@ -68,7 +70,7 @@ class PassRecord:
             self._running.clear()
         outermost = not self._running
         if outermost:
-            self._start, self._ids, self._known = length, None, 0
+            self._start, self._ids, self._known, self.count = length, None, 0, 0
             self._items, self._deltas, self._unverified = [], None, None
         self._running.append(id(model))
         if self._ids is None and given.get("input_ids") is not None:
@@ -77,6 +79,7 @@ class PassRecord:
             self._find_items(given, self._ids, seen)
         ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         count = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim > 1 else 0
+        self.count = self.count or count
         check_padding(given.get("attention_mask"), length + count)
         wrong = self._check_positions(given.get("position_ids"), length)
         check_positions(given.get("cache_position"), length)

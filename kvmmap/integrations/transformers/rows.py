@@ -12,6 +12,7 @@ import torch
 
 from ...errors import UnsupportedModelError
 from ...layer import QuantizedKvLayer
+from ...ranges import check_room
 from ...recent import RecentRows
 from ...row_arrays import as_bits, target_dtype
 from .tensors import as_array, to_host
@@ -117,3 +118,30 @@ class IndexRows(StoredRows):
         """Return all index keys with a tensor's dtype, device and number of axes."""
         found = torch.cat(self.read(like.dtype, like.device), -1)
         return found if like.ndim == 4 else found[:, 0]
+
+
+class PositionRows(StoredRows):
+    """Rows of zeros that count the positions of a model without keys and values: see `kinds.POSITIONS`."""
+
+    def check(self, fed: torch.Tensor, length: int) -> None:
+        """Refuse a pass that can't be counted, before it changes states.
+
+        Args:
+            fed: token ids or embeddings, [1, n, ...].
+            length: positions stored.
+
+        Raises:
+            UnsupportedModelError: a batch of several sequences.
+            CapacityExceededError: there is no room for it.
+        """
+        self._check_batch(fed)
+        check_room(length - self.kept, fed.shape[1], self.own.capacity, layer=None)
+
+    def count(self, positions: int) -> None:
+        """Append so many positions, all or none.
+
+        Raises:
+            OSError: as `append`.
+        """
+        zeros = torch.zeros(1, 1, positions, 1)
+        self.append(zeros, zeros)

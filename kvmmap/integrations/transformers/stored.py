@@ -20,12 +20,14 @@ from ...errors import ModelMismatchError, UnsupportedModelError
 from ...metadata import ModelInfo
 from ...ranges import check_range
 from . import rope
-from .checked_weights import checked_weights
+from .checked_weights import checked_weights, whole_of
 from .graphs import check_graphs, outside_graph
 from .illustrated import IllustratedSequence
 from .kinds import LayerKind
 from .layers import made_layers
+from .models import first_position, text_config
 from .opening import NOTES, check_stored, note_regimes, own_notes
+from .own_caches import become_own
 from .passes import watch
 from .recording import PassRecord
 from .resident import Resident, ResidentLayer
@@ -33,7 +35,7 @@ from .rows import StoredRows
 from .sequence import MaskLength
 from .shared import SharedLayer
 from .tensors import autocast_dtype, dtype_name
-from .versions import CACHE_ARGUMENT
+from .versions import argument_of
 from .weights import Weights, compared_weights, weights_of
 from .write_behind import WriteBehind
 
@@ -68,12 +70,15 @@ class StoredSequence(IllustratedSequence):
             kinds, saved, own, kept, resident, lambda rows: note(rows) if (note := complete()) is not None else None
         )
         super().__init__(layers=list(self._layers))
+        config = getattr(model, "config", model)
+        if config is not None:
+            become_own(self, text_config(config))
         self._saved = saved
         self._own = own
         self._source = own if saved is None else saved
         self._behind: WriteBehind | None = None
-        if resident == "device":
-            self._behind = WriteBehind(own, [rows for rows in self._rows if isinstance(rows, ResidentLayer)], kept)
+        if held := [rows for rows in self._rows if isinstance(rows, ResidentLayer)]:
+            self._behind = WriteBehind(own, held, kept)
             # A cache that nobody closes is written to its end all the same, also at the end of the program.
             self._end_of_life = weakref.finalize(self, WriteBehind.stop, self._behind)
         self._kept = kept
@@ -82,15 +87,15 @@ class StoredSequence(IllustratedSequence):
         self._config_checked = model is not None
         self._dtype: tuple[Any, ...] = ()  # that keys have been checked to have, and autocast's beside
         self._masks_asked = False
-        self._make_media(getattr(model, "config", model), self._source.metadata, self._length)
-        self._rope = rope.length_dependence(config) if (config := getattr(model, "config", model)) is not None else None
+        self._make_media(config, self._source.metadata, self._length)
+        self._rope = rope.length_dependence(config) if config is not None else None
         notes = (self._source.metadata.get(NOTES) or {}) if self._rope is not None else {}
         self._regimes: list[list[int]] = notes.get("rope", [])
         if self._rope is not None and not self._regimes and self._length > self._rope.original:
             self._regimes = [[0, rope.MIXED]]
         self._told = np.empty(0, np.int32)  # ids given by record_token_ids
         self._model: Callable[[], Any] = weakref.ref(model) if isinstance(model, torch.nn.Module) else lambda: model
-        self._pass = PassRecord(self._media_tokens, self._media, self._both_ways)
+        self._pass = PassRecord(self._media_tokens, self._media, self._both_ways, first_position(config))
         self._watched = isinstance(model, torch.nn.Module)
         self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
@@ -134,8 +139,8 @@ class StoredSequence(IllustratedSequence):
 
     @property
     def argument(self) -> dict[str, Self]:
-        """The cache as a keyword argument of `generate` or a model, by the name that the installed transformers has."""
-        return {CACHE_ARGUMENT: self}
+        """The cache as a keyword argument of `generate` or a model, by the name that these have for it."""
+        return {argument_of(self._model()): self}
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -184,12 +189,7 @@ class StoredSequence(IllustratedSequence):
                 "this model attends with one mask in layers whose windows differ by its config, so it can't attend in "
                 'place: model.set_attn_implementation("sdpa")'
             )
-        if self._watched and not self._pass.active:
-            raise ModelMismatchError(
-                f"{self.path or 'the cache'} was opened for another model object than the one that runs: its "
-                "forward pass was not announced. Open the cache with the model that generates",
-                path=self.path,
-            )
+        self._check_announced()
         result: tuple[Any, Any] = layer.update(key_states, value_states, *args, **kwargs)
         self._note_complete(layer)
         return result
@@ -269,7 +269,7 @@ class StoredSequence(IllustratedSequence):
         if not self._pass.active and (self._dirty or any(len(rows) != self._length for rows in self._rows)):
             self._take_back(self._complete())
         if self._pass.begin(model, given, self._length, self._has_placeholder):
-            self._weights = checked_weights(model, self._weights, self._source)
+            self._weights = checked_weights(whole_of(model, self._model()), self._weights, self._source)
             self._begin_states(model, given)
 
     def check_mask(self, module: Any, mask: Any) -> None:
@@ -287,6 +287,7 @@ class StoredSequence(IllustratedSequence):
         if failed and (self._dirty or self._length > self._pass.start):
             self._take_back(self._pass.start)
             return
+        self._count_positions()
         if any(len(rows) != self._length for rows in self._rows):
             self._take_back(self._complete())
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Any
 
 import transformers
 from transformers import GenerationMixin
@@ -25,6 +26,21 @@ def _argument() -> str:
 
 CACHE_ARGUMENT = _argument()
 """The argument of `generate` and of models that takes a cache: "cache" since 5.24, "past_key_values" before."""
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What models call their cache: since transformers 5.24, before, and in state space models before."""
+
+
+def argument_of(model: Any) -> str:
+    """Return what a model's forward pass, and so its `generate`, calls the cache; `CACHE_ARGUMENT` if it does not say.
+
+    Args:
+        model: a model, its config, or None.
+    """
+    forward = getattr(model, "forward", None)
+    known = () if forward is None else inspect.signature(forward).parameters
+    return next((name for name in (CACHE_ARGUMENT, *CACHE_NAMES) if name in known), CACHE_ARGUMENT)
 
 
 def check_version(version: str = transformers.__version__) -> None:
