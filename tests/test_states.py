@@ -495,13 +495,6 @@ def test_reports_and_differences_tell_of_states(tmp_path: Path) -> None:
         assert [grid.layer for grid in report.scale_grids(cache, 5)] == [1, 3]
 
 
-def test_an_export_refuses_states(tmp_path: Path) -> None:
-    filled(tmp_path / "a.kvm").close()
-    with pytest.raises(kvmmap.FormatError, match="has states"):
-        kvmmap.export_tensors(tmp_path / "a.kvm", tmp_path / "a.safetensors")
-    assert not (tmp_path / "a.safetensors").exists()
-
-
 @pytest.mark.parametrize("kind", ["kvm", "zarr"])
 def test_every_append_can_commit_checkpoints(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"a.{kind}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
 from ..codecs import INT8
-from ..errors import DtypeError, FormatError
+from ..errors import DtypeError, NoCheckpointError, ShapeMismatchError
 from ..paths import PathLike, place_text
 from ..ranges import check_range
 from ..row_arrays import output_array
@@ -28,12 +28,11 @@ from ..storage.posix import PosixFile
 from ..storage.protocols import Progress
 from ..transfer.copying import opened
 from .new_file import new_file, resolved
+from .safetensors_states import DTYPES, ExportedStates
+from .safetensors_states import VERSION as STATES_VERSION
 
 TensorDtype = Literal["float32", "float16", "bfloat16", "int8"]
 """What an export holds: rows as numbers, or codes and scales as they are stored."""
-
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int32": "I32"}
-"""What safetensors calls dtypes."""
 
 STEP_TOKENS = 4096
 """Positions of a layer that are converted at once."""
@@ -42,19 +41,10 @@ MARK = "kvmmap"
 """The key of a file's metadata that holds ours, as JSON."""
 
 VERSION = 1
-"""Of what is below that key."""
+"""Of what is below that key, in a file without states."""
 
 IDS = "token_ids"
 """The tensor that holds the token ids."""
-
-
-def _refuse_states(cache: QuantizedKvCache) -> None:
-    if cache.states or len(cache.geometry.row_layers) < cache.num_layers:
-        raise FormatError(
-            f"{cache.path or 'the cache'}: has states, or layers without rows, and an export has no place for them: "
-            "kvmmap.copy() keeps everything; read_states() and read_keys() give tensors to save",
-            path=cache.path,
-        )
 
 
 class _Tensor(NamedTuple):
@@ -84,7 +74,8 @@ def export_tensors(
     """Write a cache as a safetensors file: `layers.I.keys` and `layers.I.values`, [n, num_kv_heads, head_dim].
 
     With "int8" they are `layers.I.key_codes`, `key_scales`, `value_codes` and `value_scales`, bit by bit. `token_ids`,
-    int32 [n], come along, and model and metadata in the header.
+    int32 [n], come along, and model and metadata in the header. Of a cache with states the checkpoints come along, as
+    `checkpoints.POSITION.LAYER.NAME`, and positions up to the last one that is not beyond `stop`.
 
     Args:
         source: path or URL of a cache, or an open one.
@@ -101,29 +92,35 @@ def export_tensors(
         CacheExistsError: there is something at `path`.
         DtypeError: no such dtype.
         PositionOutOfRangeError, LayerOutOfRangeError: there are no such positions or layers.
-        CorruptCacheError: a block does not match its checksum; nothing was written.
+        NoCheckpointError: the source has states, and `start` is not 0.
+        ShapeMismatchError: none of the layers has rows.
+        CorruptCacheError: a block, or a checkpoint, does not match its checksum; nothing was written.
         CacheNotFoundError, FormatError, OSError: as in `open`.
     """
     stream = is_stream(place_text(path))
     path = resolved(place_text(path), overwrite=overwrite or stream)
     with opened(source, storage_options) as cache:
-        _refuse_states(cache)
         start, stop = check_range(start, cache.seq_len if stop is None else stop, cache.seq_len)
+        if cache.states:
+            stop = _last_checkpoint(cache, start, stop)
         chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
-        tensors = _plan(cache, chosen, stop - start, dtype)
+        states = ExportedStates.of(cache, chosen, stop)
+        tensors = _plan(cache, chosen, stop - start, dtype, states)
         facts = {
-            "version": VERSION,
+            "version": VERSION if states is None else STATES_VERSION,
             "capacity": cache.capacity,
             "document": json.loads(cache.storage.document.encode()),
         }
+        if states is not None:
+            facts["states"] = states.facts()
         cache.storage.verify_rows(start, stop)
         if stream:
             with _scratch_file() as file:
-                _write(file, cache, chosen, (start, stop), tensors, facts, progress)
+                _write(file, cache, chosen, (start, stop), tensors, facts, states, progress)
                 _send(file, path)
             return
         with new_file(path, overwrite=overwrite) as file:
-            _write(file, cache, chosen, (start, stop), tensors, facts, progress)
+            _write(file, cache, chosen, (start, stop), tensors, facts, states, progress)
 
 
 @contextlib.contextmanager
@@ -156,10 +153,26 @@ def _send(file: PosixFile, path: str) -> None:
                 data = data[stream.write(data) :]
 
 
-def _plan(cache: QuantizedKvCache, layers: Sequence[int], count: int, dtype: str) -> list[_Tensor]:
+def _last_checkpoint(cache: QuantizedKvCache, start: int, stop: int) -> int:
+    """Return where an export of a cache with states ends, as `kvmmap.copy` does."""
+    if start:
+        raise NoCheckpointError(
+            f"a cache with states can be exported from position 0 only, and not from {start}: its states depend on all "
+            "positions before",
+            position=start,
+            path=cache.path,
+        )
+    return cache.storage.checkpoints.last(stop)
+
+
+def _plan(
+    cache: QuantizedKvCache, layers: Sequence[int], count: int, dtype: str, states: ExportedStates | None
+) -> list[_Tensor]:
     found = []
     for number, layer in enumerate(layers):
         geometry = cache.geometry.layers[layer]
+        if not geometry.has_rows:
+            continue
         if dtype != "int8":
             kind, heads = output_array((0,), dtype).dtype, geometry.num_kv_heads
             found.append(_Tensor(f"layers.{number}.keys", kind, (count, heads, geometry.head_dim)))
@@ -175,7 +188,12 @@ def _plan(cache: QuantizedKvCache, layers: Sequence[int], count: int, dtype: str
                     layer=layer,
                 )
         found += [_Tensor(f"layers.{number}.{slab.name}", slab.dtype, (count, *slab.shape)) for slab in geometry.slabs]
-    return [*found, _Tensor(IDS, np.dtype("<i4"), (count,))]
+    if not found:
+        raise ShapeMismatchError("no layer that is to be exported has rows: at least one must", expected=1, actual=0)
+    found.append(_Tensor(IDS, np.dtype("<i4"), (count,)))
+    if states is not None:
+        found += [_Tensor(name, spec.numpy_dtype, spec.shape) for _, spec, name in states.places()]
+    return found
 
 
 def _write(
@@ -185,6 +203,7 @@ def _write(
     span: tuple[int, int],
     tensors: Sequence[_Tensor],
     facts: Mapping[str, Any],
+    states: ExportedStates | None,
     progress: Progress | None,
 ) -> None:
     start, stop = span
@@ -193,7 +212,7 @@ def _write(
     for tensor in tensors:
         size = tensor.row_bytes * tensor.shape[0]
         header[tensor.name] = {
-            "dtype": NAMES[tensor.dtype.name],
+            "dtype": DTYPES[tensor.dtype.name],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + size],
         }
@@ -205,6 +224,8 @@ def _write(
     file.write((0, 8), (len(data).to_bytes(8, "little"), data))
     done = 0
     for number, layer in enumerate(layers):
+        if not cache.geometry.layers[layer].has_rows:
+            continue
         for first, last in steps(start, stop):
             for name, rows in _converted(cache, layer, first, last, tensors[0].dtype):
                 tensor, offset = places[f"layers.{number}.{name}"]
@@ -214,6 +235,8 @@ def _write(
             if progress:
                 progress(done, end)
     file.write((base + places[IDS][1],), (cache.token_ids[start:stop].astype("<i4"),))
+    for name, data_of_state in states.arrays(cache, layers) if states is not None else ():
+        file.write((base + places[name][1],), (data_of_state,))
     if progress:
         progress(end, end)
 

@@ -16,8 +16,10 @@ from ..metadata import Document, ModelInfo, document
 from ..opening import making
 from ..paths import PathLike, place_text
 from ..storage.protocols import Progress
-from .safetensors import IDS, MARK, VERSION, steps
+from .safetensors import IDS, MARK, steps
 from .safetensors_file import ID_DTYPES, ROW_DTYPES, TensorFile, open_tensors, shown
+from .safetensors_states import PREFIX, ExportedStates
+from .safetensors_states import VERSION as STATES_VERSION
 from .tensor_names import place_of_tensor
 
 INT8_ARRAYS = tuple(slab.name for slab in LayerGeometry(1, 1, 1).slabs)
@@ -41,7 +43,8 @@ def import_tensors(
     A tensor belongs to the layer, and to keys or values, that its name says: `layers.3.keys`, `key_cache.3`,
     `past_key_values.3.key`, `3.value` and the like. Ours are [n, num_kv_heads, head_dim]; with four axes they are
     transformers' [1, num_kv_heads, n, head_dim]. f32, f16 and bf16 are quantised; codes and scales are stored bit by
-    bit. `token_ids`, whole numbers [n] or fewer, are recorded; -1 is a position without one.
+    bit, and so are states and their checkpoints. `token_ids`, whole numbers [n] or fewer, are recorded; -1 is a
+    position without one.
 
     Args:
         path: the safetensors file.
@@ -61,23 +64,33 @@ def import_tensors(
         CacheNotFoundError, OSError: the file can't be read.
     """
     with open_tensors(place_text(path)) as file:
-        layers = _layers(file)
-        count = layers[0].shape[0]
-        notes, reserved = _facts(file)
+        notes, reserved, states = _facts(file)
+        layers = _layers(file, states)
+        count = next(iter(layers.values())).shape[0]
         notes = document(notes.metadata if metadata is None else metadata, notes.model if model is None else model)
         ids = _token_ids(file, count)
+        number = len(layers) if states is None else states.layers
+        shapes = [layers[layer].shape[1:] if layer in layers else (0, 0, 0) for layer in range(number)]
         shape = {
-            "num_layers": len(layers),
+            "num_layers": number,
             "capacity": max(reserved or 0, count) if capacity is None else capacity,
-            "num_kv_heads": [layer.shape[1] for layer in layers],
-            "head_dim": [layer.shape[2] for layer in layers],
-            "value_head_dim": [layer.shape[3] for layer in layers],
+            "num_kv_heads": [heads for heads, _, _ in shapes],
+            "head_dim": [dim for _, dim, _ in shapes],
+            "value_head_dim": [dim for _, _, dim in shapes],
         }
+        if states is not None and states.specs:
+            shape |= {"states": states.specs, "checkpoint_slots": states.slots}
+            if (states.checkpoints[-1].position if states.checkpoints else 0) != count:
+                raise FormatError(
+                    f"{file.path}: it has {count} positions, and its last checkpoint is not there", path=file.path
+                )
         with making(
             target, shape, notes, compressor=compressor, overwrite=overwrite, storage_options=storage_options
         ) as cache:
             _fill(cache, layers, count, progress)
             _record(cache, ids)
+            if states is not None:
+                states.restore(cache, file)
 
 
 class _Source(NamedTuple):
@@ -112,10 +125,11 @@ class _Source(NamedTuple):
         return self.file.read(name, slice(start, stop))
 
 
-def _fill(cache: QuantizedKvCache, layers: list[_Source], count: int, progress: Progress | None) -> None:
+def _fill(cache: QuantizedKvCache, layers: Mapping[int, _Source], count: int, progress: Progress | None) -> None:
     each = sum(layer.position_bytes for layer in cache.geometry.layers)
     for start, stop in steps(0, count):
-        for layer, source in zip(cache.layers, layers, strict=True):
+        for number, source in layers.items():
+            layer = cache.layers[number]
             if source.quantized:
                 layer.extend_quantized(*(source.read(name, start, stop) for name in INT8_ARRAYS))
             else:
@@ -150,36 +164,38 @@ def _token_ids(file: TensorFile, count: int) -> NDArray[Any]:
     return ids.astype(np.int64)
 
 
-def _facts(file: TensorFile) -> tuple[Document, int | None]:
-    """Return model, metadata and capacity that an export of ours states."""
+def _facts(file: TensorFile) -> tuple[Document, int | None, ExportedStates | None]:
+    """Return model, metadata, capacity and states that the header of an export of ours has."""
     text = file.metadata().get(MARK)
     if text is None:
-        return Document(None, {}), None
+        return Document(None, {}), None, None
     try:
         facts = json.loads(text)
         version, capacity = facts["version"], facts["capacity"]
-        if type(version) is int and version > VERSION:
+        if type(version) is int and version > STATES_VERSION:
             raise VersionMismatchError(
-                f"{file.path}: a later kvmmap wrote it (version {version}; this one reads {VERSION}): update kvmmap",
+                f"{file.path}: a later kvmmap wrote it (version {version}; this one reads {STATES_VERSION}): update "
+                "kvmmap",
                 path=file.path,
-                expected=VERSION,
+                expected=STATES_VERSION,
                 actual=version,
             )
         if type(version) is not int or version < 1:
             raise ValueError(f"its version is {version!r}")
         if type(capacity) is not int or not 0 <= capacity <= MAX_CAPACITY:
             raise ValueError(f"its capacity is {str(capacity)[:40]}")
-        return Document.decode(json.dumps(facts["document"]).encode(), file.path), capacity
+        states = ExportedStates.decode(facts["states"]) if version == STATES_VERSION else None
+        return Document.decode(json.dumps(facts["document"]).encode(), file.path), capacity, states
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError, CorruptCacheError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise FormatError(f"{file.path}: its header's {MARK!r} is invalid ({reason})", path=file.path) from None
 
 
-def _layers(file: TensorFile) -> list[_Source]:
+def _layers(file: TensorFile, states: ExportedStates | None) -> dict[int, _Source]:
     """Sort a file's tensors by layer, and check that they fit together."""
     found: dict[int, dict[str, str]] = {}
     for name in file.names():
-        if name == IDS:
+        if name == IDS or (states is not None and name.startswith(PREFIX)):
             continue
         place = place_of_tensor(name)
         if place is None:
@@ -195,14 +211,19 @@ def _layers(file: TensorFile) -> list[_Source]:
         found[number][kind] = name
     if not found:
         raise NotACacheError(f"{file.path}: has no layers", path=file.path)
-    missing = next((number for number in range(len(found)) if number not in found), None)
+    wanted = list(range(len(found))) if states is None else list(states.row_layers)
+    missing = next((number for number in wanted if number not in found), None)
+    if missing is None and len(found) > len(wanted):
+        raise NotACacheError(
+            f"{file.path}: has rows of {len(found)} layers, and its header says {len(wanted)}", path=file.path
+        )
     if missing is not None:
         raise NotACacheError(
             f"{file.path}: has {len(found)} layers up to {max(found)}, and not all from 0 on: {missing} is missing",
             path=file.path,
         )
-    sources = [_source(file, found[number], number) for number in range(len(found))]
-    lengths = {source.shape[0] for source in sources}
+    sources = {number: _source(file, found[number], number) for number in wanted}
+    lengths = {source.shape[0] for source in sources.values()}
     if len(lengths) > 1:
         raise NotACacheError(
             f"{file.path}: its layers hold from {min(lengths)} to {max(lengths)} positions", path=file.path

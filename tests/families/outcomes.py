@@ -50,8 +50,31 @@ def table(outcomes: dict[str, dict[str, dict[str, Any]]]) -> str:
         lines.items(), key=lambda line: (order.index(line[0][0]), line[0][1] != "yes", -len(line[1]), line[1])
     )
     shown = [f"| {', '.join(kinds)} | {yes} | {place} | {why} |" for (yes, place, why), kinds in rows]
-    counts = f"transformers {release}: {len(outcomes[release])} types."
+    supported, total = counted(outcomes[release])
+    counts = (
+        f"transformers {release}: {len(outcomes[release])} types. {total} of them can be built here and generate with "
+        f"a cache; {supported} of these ({100 * supported / total:.1f} %) are supported."
+    )
     return "\n".join([counts, "", "| family | supported | in place | why not |", "|---|---|---|---|", *shown])
+
+
+_WITHOUT_CACHE = (
+    "takes no cache of keys and values",
+    "keeps nothing of its own",
+    "has no decoder layers of its own",
+)
+"""Reasons why a type can't generate with a cache of its own: nobody could support it."""
+
+
+def counted(families: dict[str, dict[str, Any]]) -> tuple[int, int]:
+    """Return how many types are supported, and how many can be built and generate with a cache.
+
+    Args:
+        families: the outcomes of one release, by type.
+    """
+    why = [outcome.get("why", "") for outcome in families.values() if not outcome["supported"]]
+    left_out = sum(reason.startswith("not built") or any(part in reason for part in _WITHOUT_CACHE) for reason in why)
+    return len(families) - len(why), len(families) - left_out
 
 
 def write_table() -> None:

@@ -60,6 +60,24 @@ class IllustratedSequence(CheckpointedSequence):
     def _has_placeholder(self) -> bool:
         return bool(self.placeholders) and bool(np.isin(self.token_ids, [*self.placeholders]).any())
 
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """The positions of all index keys, [3, 1, n]; there are none without index keys, and before the first pass.
+
+        transformers 5.20 has Qwen4-Exp keep them here, later releases in the first layer with index keys.
+        """
+        found = next((layer.indexer_position_ids for layer in self._layers if isinstance(layer, IndexedLayer)), None)
+        if found is None:
+            raise AttributeError("position_ids")
+        return found
+
+    @position_ids.setter
+    def position_ids(self, positions: torch.Tensor) -> None:
+        for layer in self._layers:
+            if isinstance(layer, IndexedLayer):
+                layer.indexer_position_ids = positions
+                break
+
     def agreeing(self, count: int, ids: NDArray[Any], inputs: Mapping[str, Any]) -> int:
         """Return how many of the first `count` tokens of a prompt stand for the same images, videos and audio as here.
 

@@ -103,6 +103,12 @@ def _layer_kinds(config: Any) -> list[LayerKind]:
             "keys and values depend on later tokens",
             actual=name,
         )
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"{name} has cross-attention layers (add_cross_attention=True), whose keys and values belong to an "
+            "encoder's output and not to positions of the text",
+            actual=name,
+        )
     if getattr(config, "cross_attention_layers", None):
         raise UnsupportedModelError(
             f"{name} has cross-attention layers, whose keys and values belong to an image and not to positions of the "
