@@ -6,9 +6,10 @@ copy it out with its checksums compared, and ask afterwards whether it was repla
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ...errors import CacheChangedError, CorruptCacheError
-from ...format import NO_CHECKPOINT, CheckpointEntry, CheckpointHeader, Section, Slot, checksum
+from ...format import NO_CHECKPOINT, CheckpointEntry, CheckpointHeader, Section, Slot, checksum, checksum_of
 from ...state_spec import StateSpec, aligned
 from ..checkpoints import Checkpoint, ReadOnlyCheckpoints
 from .mapped_file import MappedFile
@@ -28,6 +29,10 @@ READ_BYTES = 1 << 18
 
 WRITES = 8
 """Buffers that are written in one call of the compiled core, which takes no more."""
+
+
+HASHED_BESIDE = 1 << 21
+"""Bytes of tensors from which on a thread hashes them; for fewer it is not worth starting one."""
 
 
 class _CheckpointReader(ReadOnlyCheckpoints):
@@ -126,6 +131,23 @@ def _empty(specs: Sequence[StateSpec]) -> list[NDArray[Any]]:
     return found
 
 
+def _hashing(flat: Sequence[memoryview]) -> Callable[[], tuple[int, ...]]:
+    """Hash tensors in a thread. What is returned waits for it, and returns their xxh3_64."""
+    found: list[int] = []
+
+    def run() -> None:
+        found.extend(checksum_of([data]) for data in flat)  # `update` releases the GIL
+
+    thread = threading.Thread(target=run, name="kvmmap-checksums", daemon=True)
+    thread.start()
+
+    def finished() -> tuple[int, ...]:
+        thread.join()
+        return tuple(found)
+
+    return finished
+
+
 class FileCheckpoints(_CheckpointReader):
     """The checkpoints of a file that is open for reading."""
 
@@ -213,16 +235,26 @@ class WriterCheckpoints(_CheckpointReader):
     def _write(self, slot: int, position: int, arrays: Sequence[NDArray[Any]]) -> None:
         file, at = self._mapped.file, self._offset(slot)
         flat = [array.reshape(-1).view(np.uint8).data for array in arrays]
+        large = sum(map(len, flat)) >= HASHED_BESIDE
+        # The order within a slot does not matter: nothing names it before all of it is durable. So large tensors are
+        # hashed while they are written, and the disk writes the first ones meanwhile.
+        checksums = _hashing(flat) if large else lambda: tuple([checksum(data) for data in flat])
+        try:
+            for first in range(0, len(flat), WRITES):
+                offsets, buffers = self._layout.offsets[first : first + WRITES], flat[first : first + WRITES]
+                file.write(tuple([at + offset for offset in offsets]), tuple(buffers))
+                if large:
+                    file.start_sync(at + offsets[0], offsets[-1] + len(buffers[-1]) - offsets[0])
+        finally:
+            found = checksums()
         header = CheckpointHeader(
             position=position,
             generation=max(self._mapped.live.get("generation"), 0),
             written_ns=time.time_ns(),
-            checksums=tuple([checksum(data) for data in flat]),
+            checksums=found,
         )
         data, digest = header.encode(self._mapped.superblock.file_id)
-        offsets, buffers = (at, *[at + offset for offset in self._layout.offsets]), (data, *flat)
-        for first in range(0, len(offsets), WRITES):
-            file.write(offsets[first : first + WRITES], buffers[first : first + WRITES])
+        file.write((at,), (data,))
         file.start_sync(at, self._layout.size)
         self._written = CheckpointEntry.of(position, False, digest)
 
