@@ -17,7 +17,7 @@ from ..storage.protocols import Progress
 from ..transfer.copying import opened
 from .mlx import PLAIN, Layout
 from .new_file import new_file, resolved
-from .safetensors import NAMES
+from .safetensors_states import DTYPES
 
 
 def export_mlx(
@@ -97,7 +97,7 @@ def _header(cache: QuantizedKvCache, count: int, kind: np.dtype[Any], layout: La
     for number, layer in enumerate(cache.geometry.layers):
         heads = layer.num_kv_heads
         for part, dim in (("0", layer.head_dim), ("1", layer.value_head_dim)):
-            place(f"{number}.{part}", NAMES[kind.name], [1, heads, count, dim], heads * count * dim * kind.itemsize)
+            place(f"{number}.{part}", DTYPES[kind.name], [1, heads, count, dim], heads * count * dim * kind.itemsize)
         metadata[f"{classes}.{number}"] = PLAIN
         if layout == "scalars":
             place(f"{number}.2", "I32", [], 4)

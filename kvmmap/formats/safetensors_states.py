@@ -108,7 +108,9 @@ class ExportedStates:
         row_layers = tuple([index(number, "row_layers") for number in facts["row_layers"]])
         if list(row_layers) != sorted({number for number in row_layers if 0 <= number < layers}):
             raise ValueError(f"row_layers are {list(row_layers)[:8]}")
-        specs = check_states([StateSpec(*state[:3], tuple(state[3])) for state in facts["tensors"]], layers)
+        specs = check_states(
+            [StateSpec(at, name, dtype, tuple(shape)) for at, name, dtype, shape in facts["tensors"]], layers
+        )
         if not (1 <= slots <= MAX_CHECKPOINT_SLOTS if specs else slots == 0):
             raise ValueError(f"slots is {slots}")
         checkpoints = [

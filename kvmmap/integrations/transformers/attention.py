@@ -130,7 +130,8 @@ def kvmmap_attention(
     elif block_indices is not None and not in_place:
         attention_mask = selected_blocks(module, block_indices, attention_mask, query, key, kwargs.get("position_ids"))
     if not in_place and softcap is None and sink is None:
-        if hasattr(module, "layer_idx"):  # others, of image encoders, use no cache: "sdpa" is all that is asked for
+        # Image encoders use no cache, and get what Kosmos-2's `generate` was called with: "sdpa" is what is asked for.
+        if hasattr(module, "layer_idx") or getattr(module, "is_causal", True):
             _refuse_unknown(module, kwargs, _HARMLESS | _SDPA)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
         return out, None
