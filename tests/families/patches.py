@@ -219,6 +219,9 @@ PATCHES: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
     },
+    "blip-2": {"image_token_index": 90},
+    "instructblip": {"image_token_index": 90},
+    "instructblipvideo": {"video_token_index": 90},
     "kosmos-2": {"latent_query_num": 4},
     "glm5_next": {
         "text_config": {
@@ -247,7 +250,10 @@ PATCHES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 94},
 }
 
-PREFIXED = ("paligemma", "kosmos-2")
+WITH_IMAGE = ("blip-2", "instructblip", "instructblipvideo")
+"""Models that generate from an image only, and hand embeddings to their text part: prompt lookup is refused."""
+
+PREFIXED = ("paligemma", "kosmos-2", *WITH_IMAGE)
 """Models of whose prompts no part is reused: they attend to it in both directions, or have an image in it unnamed."""
 
 
@@ -255,16 +261,30 @@ def inputs_besides(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what a type's `generate` needs beside token ids."""
     if kind == "paligemma":
         return {"token_type_ids": torch.zeros_like(ids)}
+    pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
     if kind == "kosmos-2":
         marks = torch.zeros_like(ids)
         marks[:, 1:5] = 1
-        pixels = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
         return {"pixel_values": pixels, "image_embeds_position_mask": marks}
+    if kind == "blip-2":
+        return {"pixel_values": pixels}
+    if kind in WITH_IMAGE:
+        pixels = pixels if kind == "instructblip" else pixels[:, None]
+        return {"pixel_values": pixels, "qformer_input_ids": torch.arange(1, 6)[None]}
     return {}
 
 
+def with_image(config: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return a prompt with the placeholders of an image at its start, if its type generates from an image only."""
+    if config.model_type not in WITH_IMAGE:
+        return ids
+    placeholder = getattr(config, "video_token_index" if "video" in config.model_type else "image_token_index")
+    ids = ids.clone()
+    ids[:, : config.num_query_tokens] = placeholder
+    return ids
+
+
 WITHOUT = {
-    **dict.fromkeys(["blip-2", "instructblip", "instructblipvideo"], "it generates from an image only"),
     **dict.fromkeys(["fast_vlm", "gemma3n", "perception_lm"], "its image encoder needs timm"),
     **dict.fromkeys(["gemma4_assistant", "gemma4_unified_assistant"], "transformers rejects the config's own defaults"),
     "inkling_mm_model": "its image encoder needs scipy",

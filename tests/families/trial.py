@@ -14,7 +14,7 @@ import torch
 from helpers.tiny_models import RoundedCache
 
 from families.configs import TEXT, VOCABULARY, config, model
-from families.patches import PREFIXED, WITHOUT, inputs_besides
+from families.patches import PREFIXED, WITH_IMAGE, WITHOUT, inputs_besides, with_image
 from families.resident import check_resident
 from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
@@ -157,6 +157,7 @@ def past(net: Any, cache: Any) -> dict[str, Any]:
 
 def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens and every step's logits: [1, n + count], [count, vocabulary]."""
+    ids = with_image(net.config, ids)
     result = net.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -253,6 +254,14 @@ def _references(net: Any) -> dict[str, Any]:
 def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path) -> None:
     folder.mkdir()
     left_out = WITHOUT_STATES if has_states(net) else ()
+    if net.config.model_type in WITH_IMAGE:  # positions of its passes do not follow those that are stored
+        left_out = (*left_out, "prompt lookup")
+        try:
+            STAGES["prompt lookup"](net, KvmmapCache(net))
+        except UnsupportedModelError:
+            pass
+        else:
+            raise WrongError(f"{kind}: prompt lookup over embeddings is not refused")
     for stage in ("generation", "chunked prefill", "prompt lookup", *RECENT):
         if not _failed(references[stage]) and stage not in left_out and not (stage[0] == "c" and takes_one(net)):
             with _own_errors(kind, stage):
