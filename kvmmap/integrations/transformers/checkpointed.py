@@ -108,6 +108,18 @@ class CheckpointedSequence(OneSequence):
         found: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
         return found
 
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Return the state of a layer's convolution, as transformers' caches do; raises as `update_conv_state`."""
+        self._check_announced()
+        found: torch.Tensor | None = super().get_conv_state(*args, **kwargs)
+        return found
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Return whether a layer has states, as transformers' caches do; raises as `update_conv_state` if one asks."""
+        if layer_idx is not None and self._positions is not None:
+            self._check_announced()
+        return bool(super().has_previous_state(layer_idx, *args, **kwargs))
+
     def _restore_states(self, length: int) -> int:
         """Restore the states of the last checkpoint that is not beyond a length, and return its position."""
         states = self._states
