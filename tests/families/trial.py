@@ -158,8 +158,10 @@ def past(net: Any, cache: Any) -> dict[str, Any]:
 def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens and every step's logits: [1, n + count], [count, vocabulary]."""
     ids = with_image(net.config, ids)
+    if besides := inputs_besides(net.config.model_type, ids):
+        besides["input_ids"] = ids  # what comes first is pixel values
     result = net.generate(
-        input_ids=ids,
+        *(() if besides else (ids,)),
         attention_mask=torch.ones_like(ids),
         **past(net, cache),
         max_new_tokens=count,
@@ -168,7 +170,7 @@ def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -
         return_dict_in_generate=True,
         output_logits=True,
         use_cache=True,
-        **inputs_besides(net.config.model_type, ids),
+        **besides,
         **more,
     )
     return result.sequences, torch.cat([step.reshape(1, -1) for step in result.logits])
