@@ -7,7 +7,7 @@ import errno
 import os
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 import kvmmap
+from kvmmap import StateSpec
 from kvmmap.format import Section
 from kvmmap.format.records import CHECKPOINT_HEADER, CHECKSUM
 from kvmmap.format.states import CheckpointLayout
@@ -22,8 +23,12 @@ from kvmmap.format.states import CheckpointLayout
 from .checkpoints import DAMAGED, states_at
 from .execute import FEW_BYTES, ForbiddenError, _attempt, _shell, _some_layers, _template, _use
 
-States = tuple[bytes, ...]
-"""The tensors of a checkpoint."""
+States = frozenset[tuple[int, str, bytes]]
+"""The tensors of a checkpoint, by layer and name: a copy may have them in another order."""
+
+
+def named(specs: tuple[StateSpec, ...], tensors: Iterable[bytes]) -> States:
+    return frozenset((spec.layer, spec.name, data) for spec, data in zip(specs, tensors, strict=True))
 
 
 def execute(path: str, *, shell: bool = False, copies: bool = False) -> str:
@@ -67,7 +72,7 @@ def held(cache: kvmmap.QuantizedKvCache) -> dict[int, set[States]]:
             and fields["file_id"] == file_id
             and tuple(map(xxhash.xxh3_64_intdigest, tensors)) == digests
         ):
-            found.setdefault(fields["position"], set()).add(tensors)
+            found.setdefault(fields["position"], set()).add(named(specs, tensors))
     return found
 
 
@@ -96,13 +101,13 @@ def _read(path: str) -> str:
 
 
 def _read_one(cache: kvmmap.QuantizedKvCache, position: int | None, allowed: dict[int, set[States]]) -> str:
-    tensors = tuple(array.tobytes() for array in cache.read_states(position).values())
+    tensors = named(cache.states, [array.tobytes() for array in cache.read_states(position).values()])
     if position is None:
         position = cache.checkpoints[-1].position
     if tensors not in allowed.get(position, ()):
         raise ForbiddenError(f"states at {position} that no slot holds under the right checksums")
     if DAMAGED in str(cache.path):
-        written = tuple(array.tobytes() for array in states_at(cache.states, position))
+        written = named(cache.states, [array.tobytes() for array in states_at(cache.states, position)])
         if tensors != written:
             raise ForbiddenError(f"other states at {position} than those that were written")
     return "read"
