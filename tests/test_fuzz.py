@@ -59,7 +59,7 @@ def test_hostile_children_are_refused_or_read(executions: int) -> None:
 
 
 def test_hostile_checkpoints_are_refused_or_read(executions: int) -> None:
-    done = fuzz("--checkpoints", "--executions", executions // 3)
+    done = fuzz("--checkpoints", "--executions", executions // 3, "--seed", 1)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
