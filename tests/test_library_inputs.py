@@ -56,7 +56,7 @@ def test_token_ids_of_any_kind(library: kvmmap.Library, ids: Any) -> None:
 @pytest.mark.parametrize(
     "ids",
     [[-1, 2], [2**31], [2**70], [1.0], [True], None, "abc", {1, 2}, [[1, 2]], np.int64(3), iter([1])],
-    ids=str,
+    ids=lambda ids: "iterator" if hasattr(ids, "__next__") else str(ids),
 )
 def test_what_are_no_token_ids(library: kvmmap.Library, ids: Any) -> None:
     for call in (library.match, library.session):
