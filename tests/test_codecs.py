@@ -354,6 +354,7 @@ def test_codecs_that_there_are_not(tmp_path: Path) -> None:
 def test_unknown_codecs_of_a_file_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in (".kvm", ".zarr"):
         kvmmap.create(tmp_path / f"a{suffix}", **SHAPE, key_codec="test-f32").close()
+        kvmmap.open(tmp_path / f"a{suffix}").close()  # whatever is remembered of it does not outlive its codec
     from kvmmap.codecs import registry
 
     monkeypatch.setattr(registry, "_by_id", {(1, 0): codecs.INT8})

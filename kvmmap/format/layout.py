@@ -11,6 +11,8 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codecs import RowCodec
+from ..codecs.registry import by_id
 from ..errors import CorruptCacheError, ShapeMismatchError
 from ..geometry import MAX_LAYERS, CacheGeometry, LayerGeometry
 from .layer_entries import decode_layers
@@ -42,7 +44,8 @@ _SHAPES_AT = next(offset for offset, _, field in HEADER.rows() if field.name == 
 """Where in a superblock begins what the layout follows from; what precedes names the file."""
 
 _REMEMBERED, _REMEMBERED_BYTES = 32, 64 << 10
-_remembered: dict[bytes, tuple[CacheGeometry, SectionTable]] = {}
+_remembered: dict[bytes, tuple[tuple[CacheGeometry, SectionTable], frozenset[RowCodec]]] = {}
+"""With the codecs that were registered for the layers' bytes."""
 
 
 def decode_layout(data: bytes, path: str) -> tuple[CacheGeometry, SectionTable]:
@@ -57,14 +60,15 @@ def decode_layout(data: bytes, path: str) -> tuple[CacheGeometry, SectionTable]:
         VersionMismatchError: a codec, a transform or a section this package does not know.
     """
     key = bytes(data[_SHAPES_AT : -CHECKSUM.size])
-    known = _remembered.get(key)
-    if known is None:
-        known = _decode(memoryview(data)[: -CHECKSUM.size], path)
+    found, codecs = _remembered.get(key, (None, frozenset[RowCodec]()))
+    if found is None or not all(by_id(codec.id, codec.transform) is codec for codec in codecs):
+        found = _decode(memoryview(data)[: -CHECKSUM.size], path)
         if len(key) <= _REMEMBERED_BYTES:
             if len(_remembered) >= _REMEMBERED:
                 _remembered.clear()
-            _remembered[key] = known
-    return known
+            layers = {id(layer): layer for layer in found[0].layers}.values()
+            _remembered[key] = found, frozenset([codec for one in layers for codec in (one.key_codec, one.value_codec)])
+    return found
 
 
 def _decode(body: memoryview, path: str) -> tuple[CacheGeometry, SectionTable]:

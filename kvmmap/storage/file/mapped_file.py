@@ -28,9 +28,9 @@ from .commit_slots import Slots
 from .live_record import LiveRecord, map_live
 from .page_cache import expect_few_pages
 
-_OPENING_BYTES = 32 << 10
-"""Bytes that are read first. In most files that is the superblock, both commit slots and the live record: with a cold
-file one request to the disk in place of four."""
+_OPENING_BYTES = 20 << 10
+"""Bytes that are read first. Of 30 layers that is the superblock, both commit slots and the live record: with a cold
+file one request to the disk in place of four. What is read besides would stay in memory."""
 
 _LARGEST_HEAD = 256 << 20
 """Bytes before the rows that are mapped by themselves where there is no address space for the file."""
