@@ -144,7 +144,31 @@ class StateHistory(History):
             self.truncate_to(last, lambda: self.writer.resume())  # type: ignore[union-attr]
 
     def truncate_to(self, length: int, act: Any = None) -> None:
-        super().truncate_to(length, act)
+        """Truncate. The commit of a truncation names checkpoints as they are pinned by then."""
+        writer, pins = self.writer, {found.position: found.pinned for found in self.now.checkpoints}
+        assert writer
+        longer = [state is not None and max(state.length, state.tokens) > length for state in self.may]
+
+        def pinned_now(states: list[Any]) -> list[Any]:
+            return [
+                replace(
+                    state,
+                    checkpoints=tuple(c._replace(pinned=pins.get(c.position, c.pinned)) for c in state.checkpoints),
+                )
+                for state in states
+                if state is not None
+            ]
+
+        def truncate() -> None:
+            self.may = [*self.may, *pinned_now([state for state in self.may if state and state.length <= length])]
+            act() if act else writer.truncate(length)
+
+        super().truncate_to(length, truncate)
+        if all(longer):
+            self.may = list(dict.fromkeys(pinned_now(self.may)))
+        elif any(longer):
+            self.may = list(dict.fromkeys([*self.may, *pinned_now(self.may)]))
+        self.past += pinned_now(self.past[-len(longer) :])
         self.staged = None
 
     # Ends of processes and machines
@@ -157,8 +181,14 @@ class StateHistory(History):
         self._loosely(before, lambda: super(StateHistory, self)._adopt_published(before))
 
     def _after_interruption(self, before: State) -> None:
-        self.staged = None
+        staged, self.staged = self.staged, None
         self._loosely(before, lambda: super(StateHistory, self)._after_interruption(before))
+        if self.writer and staged == self.now.length:
+            # Interrupted before it had begun: the commit that followed has named the states that were written before.
+            named = self._with_checkpoint(False)
+            if self.writer.checkpoints.all() == named.checkpoints:
+                self.now = named
+                self.committed(named)
 
     def _loosely(self, before: State, act: Any) -> None:
         states = [before, self.now, *self.going, *[state for state in self.may if state is not None]]
