@@ -233,7 +233,7 @@ class History:
         """Truncate, by `act` if it is given."""
         assert self.writer
         after = self.now.kept(length)
-        promised = [state.kept(length) for state in self.may if state is not None]
+        promised = [self.truncated(state, length) for state in self.may if state is not None]
         noted = [replace(state, note=self.now.note) for state in promised]
         before = self.may
         self.may = [*self.may, *promised, *noted]
@@ -249,6 +249,10 @@ class History:
         else:
             self.may = before
         self.past += noted
+
+    def truncated(self, state: State, length: int) -> State:
+        """What the commit of a truncation leaves of a committed state."""
+        return state.kept(length)
 
     def resize(self) -> None:
         from kvmmap.storage.file.resize import resize_file

@@ -143,32 +143,16 @@ class StateHistory(History):
         if last < self.now.length:
             self.truncate_to(last, lambda: self.writer.resume())  # type: ignore[union-attr]
 
+    def truncated(self, state: State, length: int) -> State:
+        """A truncation's commit names checkpoints as they are pinned by then."""
+        pins = {found.position: found.pinned for found in self.now.checkpoints}
+        kept = super().truncated(state, length)
+        assert isinstance(kept, StateWithCheckpoints)
+        found = tuple(one._replace(pinned=pins.get(one.position, one.pinned)) for one in kept.checkpoints)
+        return replace(kept, checkpoints=found)
+
     def truncate_to(self, length: int, act: Any = None) -> None:
-        """Truncate. The commit of a truncation names checkpoints as they are pinned by then."""
-        writer, pins = self.writer, {found.position: found.pinned for found in self.now.checkpoints}
-        assert writer
-        longer = [state is not None and max(state.length, state.tokens) > length for state in self.may]
-
-        def pinned_now(states: list[Any]) -> list[Any]:
-            return [
-                replace(
-                    state,
-                    checkpoints=tuple(c._replace(pinned=pins.get(c.position, c.pinned)) for c in state.checkpoints),
-                )
-                for state in states
-                if state is not None
-            ]
-
-        def truncate() -> None:
-            self.may = [*self.may, *pinned_now([state for state in self.may if state and state.length <= length])]
-            act() if act else writer.truncate(length)
-
-        super().truncate_to(length, truncate)
-        if all(longer):
-            self.may = list(dict.fromkeys(pinned_now(self.may)))
-        elif any(longer):
-            self.may = list(dict.fromkeys([*self.may, *pinned_now(self.may)]))
-        self.past += pinned_now(self.past[-len(longer) :])
+        super().truncate_to(length, act)
         self.staged = None
 
     # Ends of processes and machines
