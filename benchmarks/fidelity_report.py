@@ -32,22 +32,21 @@ def show(store: Store, path: Path) -> None:
     path.write_text(json.dumps({"texts": sorted(exact), "rows": rows}, indent=1) + "\n")
 
 
+def by_recipe(store: Store, task: str) -> dict[str, list[dict[str, Any]]]:
+    """Group the results of a task."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in store.all(task):
+        found.setdefault(result["recipe"], []).append(result)
+    return found
+
+
 def show_tasks(store: Store) -> None:
     """Print what there is of the other tasks."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in store.all("passkey"):
-        found.setdefault(result["recipe"], []).append(result)
-    for name, results in found.items():
+    for name, results in by_recipe(store, "passkey").items():
         print(f"pass key: {name:32} {sum(one['found'] for one in results)} of {len(results)} found")
-    found = {}
-    for result in store.all("greedy"):
-        found.setdefault(result["recipe"], []).append(result)
-    for name, results in found.items():
+    for name, results in by_recipe(store, "greedy").items():
         agree = statistics.median(one["agree"] for one in results)
         print(f"greedy: {name:32} agrees for {agree:g} of {results[0]['generated']} tokens, in the median")
-    found = {}
-    for result in store.all("small"):
-        found.setdefault(result["recipe"], []).append(result)
-    for name, results in found.items():
+    for name, results in by_recipe(store, "small").items():
         median = statistics.median(one["kl"] for one in results)
         print(f"small model: {name:32} {results[0]['bits']:6.2f} bits  {median:8.2g}")

@@ -27,7 +27,7 @@ from kvmmap.format.states import CheckpointLayout
 
 from . import mutate as single
 from .files import LONGEST
-from .image import LARGEST, Image, Recipe, _memory_folder, apply
+from .image import Image, Recipe, apply, bytes_of, memory_folder
 
 SOUND: tuple[tuple[dict[str, Any], tuple[StateSpec, ...], tuple[int, ...]], ...] = (
     (
@@ -177,7 +177,7 @@ def place(recipe: Recipe, folder: str) -> str:
 def _sound(number: int, open_: bool) -> bytes:
     """A sound file, made by kvmmap itself."""
     options, specs, positions = SOUND[number]
-    with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         path = os.path.join(folder, "sound.kvm")
         cache = kvmmap.create(path, capacity=64, head_dim=4, states=specs, metadata={"n": number}, **options)
         for position in positions:
@@ -187,12 +187,7 @@ def _sound(number: int, open_: bool) -> bytes:
                 cache.checkpoint(pin=position == positions[0] and len(positions) > 1)
             if position != positions[-1]:
                 cache.flush()  # the last one is published, and not committed
-        if not open_:
-            cache.close()
-        with open(path, "rb") as file:
-            data = file.read(LARGEST)
-        cache.close()
-    return data
+        return bytes_of(cache, path, open_)
 
 
 def _append(cache: kvmmap.QuantizedKvCache, count: int) -> None:

@@ -21,7 +21,7 @@ from kvmmap.format import Section
 from kvmmap.format.records import CHECKSUM, PARENT, checksum
 
 from . import mutate as single
-from .image import LARGEST, Image, Recipe, _memory_folder, apply
+from .image import LARGEST, Image, Recipe, apply, memory_folder
 
 CHAINS: tuple[tuple[tuple[int, ...], int], ...] = (
     ((256,), 300),
@@ -113,7 +113,7 @@ def _sound(cuts: tuple[int, ...], length: int) -> list[bytes]:
     """The files of a sound chain, made by kvmmap itself."""
     random = np.random.default_rng(length)
     found = []
-    with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder, contextlib.ExitStack() as stack:
         for number, stop in enumerate((*(cut + 3 for cut in cuts), length)):
             path = os.path.join(folder, f"{number}.kvm")
             if number:

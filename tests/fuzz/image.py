@@ -158,19 +158,14 @@ def _sound(geometry: str, length: int, open_: bool) -> bytes:
         sinks=sinks,
     )
     note = Document(ModelInfo(name="some/model", rope={"theta": 1e4}), {"note": [1, "two", None]})
-    with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         path = os.path.join(folder, "sound.kvm")
         cache = kvmmap.QuantizedKvCache.of_storage(MappedWriter.create(path, shape, note, metadata_room=6000))
         random = np.random.default_rng(length)
         _extend(cache, random, length // 2)
         cache.flush()
         _extend(cache, random, length - length // 2)
-        if not open_:
-            cache.close()
-        with open(path, "rb") as file:
-            data = file.read(LARGEST)
-        cache.close()
-    return data
+        return bytes_of(cache, path, open_)
 
 
 def _extend(cache: kvmmap.QuantizedKvCache, random: np.random.Generator, count: int) -> None:
@@ -184,7 +179,17 @@ def _extend(cache: kvmmap.QuantizedKvCache, random: np.random.Generator, count: 
     cache.extend(keys, values, np.arange(count))
 
 
-def _memory_folder() -> str | None:
+def bytes_of(cache: kvmmap.QuantizedKvCache, path: str, open_: bool) -> bytes:
+    """The bytes of a cache's file, while it is open or afterwards; it is closed then."""
+    if not open_:
+        cache.close()
+    with open(path, "rb") as file:
+        data = file.read(LARGEST)
+    cache.close()
+    return data
+
+
+def memory_folder() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
