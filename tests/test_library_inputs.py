@@ -1,4 +1,4 @@
-"""A library and what it is given: odd token ids, namespaces, settings, places, foreign files, forks.
+"""A library and what it is given: odd token ids, namespaces, settings, places, files that no library made, forks.
 
 Either it works, or a typed error says what is wrong, and nothing stored changes.
 """
@@ -220,7 +220,7 @@ def test_links_to_a_library_and_its_folders(library: kvmmap.Library, tmp_path: P
     assert library.check().broken == ()
 
 
-def test_foreign_files_stay(library: kvmmap.Library) -> None:
+def test_files_that_no_library_made_stay(library: kvmmap.Library) -> None:
     (segment,) = library.entries()
     folder = Path(segment.path).parent
     (folder / "text.kvm").write_text("no cache")
