@@ -228,7 +228,7 @@ class Checker:
         self._index.remove(segment.name)
 
     def _look_again(self, segment: Segment) -> bool:
-        """Commit what a dead process has published, and tell the index; False if somebody writes the segment."""
+        """Commit what a dead process has published, and tell the index; False if a writer has the segment open."""
         try:
             description = describe(segment.path)
         except CacheLockedError:

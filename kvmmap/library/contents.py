@@ -152,7 +152,7 @@ def commit_published(path: str) -> None:
     """Commit what a dead process has published of a segment and not committed.
 
     Raises:
-        CacheLockedError: somebody writes it.
+        CacheLockedError: a writer has it open.
         FormatError, CacheNotFoundError, OSError: it can't be opened.
     """
     with open_cache(path, record_use=False) as cache:

@@ -136,8 +136,8 @@ class Maker:
         path = segment_path(self._folder, namespace.folder, name)
         below, start = self._place(match, namespace)
         source = match.segment if start == match.length else below
-        # The index has the segment before it is made: nobody evicts its parent, and if this process dies, somebody
-        # looks for the file.
+        # The index names the segment before its file exists, so that no process evicts the parent, and so that another
+        # process finds the file if this one dies.
         if self._index.add(name, number, parent=below.id if below else 0, start=start, size=0, ttl=ttl) is None:
             raise Vanished
         try:

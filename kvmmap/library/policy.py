@@ -102,7 +102,7 @@ def choose(
         leaves: all leaves that are not pinned.
         need: bytes to make room for.
         now: seconds since 1970.
-        may_go: says whether a segment may go; not if somebody writes it.
+        may_go: says whether a segment may go; not while a writer has it open.
         parent_of: returns a segment's parent.
     """
     waiting = sorted(leaves, key=_age)

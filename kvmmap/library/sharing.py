@@ -37,7 +37,7 @@ ORPHAN_SECONDS = 24 * 3600.0
 """Age, by the server's clock, at which parts that no manifest names are removed: no push takes that long."""
 
 COMPACT_EVERY = 128
-"""Manifests after which whoever puts one puts a snapshot of all, at least: so who joins late reads few manifests."""
+"""Manifests, at least, after which a snapshot of all is put: a machine that joins late reads few manifests."""
 
 ENTRIES_A_MANIFEST = 64
 """Segments of a snapshot, at most, for each manifest since the one before: snapshots of very many are made less often,

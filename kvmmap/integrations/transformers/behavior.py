@@ -109,7 +109,7 @@ def _made_anew(body: torch.nn.Module) -> torch.nn.Module | None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             made = kind(copy.deepcopy(body.config))
-    except Exception:  # whatever a class of somebody else's may raise
+    except Exception:  # a class of another package may raise anything
         return None
     return made if isinstance(made, torch.nn.Module) else None
 

@@ -53,7 +53,7 @@ def _computed(module: torch.nn.Module, config: Any) -> torch.nn.Module | None:
     try:
         with torch.device("cpu"):
             made = kind(config)
-    except Exception:  # whatever a class of somebody else's may raise
+    except Exception:  # a class of another package may raise anything
         return None
     return made if isinstance(made, torch.nn.Module) else None
 
