@@ -224,6 +224,22 @@ def test_one_key_far_above_all_others_and_16_bit_queries(kernel: str) -> None:
     check(layer, queries, tolerance=TOLERANCE_16_BITS)
 
 
+def test_values_of_very_different_sizes_and_many_16_bit_queries(kernel: str) -> None:
+    # A sink whose value is small, values that are zeros, and some that are much smaller or larger than the others.
+    layer = QuantizedKvLayer(1200, 2, 64)
+    keys, values = rows(1200, 2, 64), rows(1200, 2, 64, seed=1)
+    queries = rows(21, 8, 64, seed=2).astype(bfloat16)
+    keys[0] = queries[:2, 0].astype(np.float32).mean(axis=0) * 3
+    values[0] = 1e-4
+    values[5:40] = 0
+    values[300:900] *= np.float32(2) ** np.arange(-30, 30)[np.arange(600) % 60, None, None]
+    queries[3] *= 1e-3
+    layer.extend(keys, values)
+    check(layer, queries, tolerance=TOLERANCE_16_BITS)
+    check(layer, queries, tolerance=TOLERANCE_16_BITS, positions=(0, 300), query_start=279)
+    check(layer, queries[:, :2], tolerance=TOLERANCE_16_BITS, softcap=2.0, window=600)
+
+
 @pytest.mark.parametrize(
     "codecs",
     [

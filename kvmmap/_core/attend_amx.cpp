@@ -1,4 +1,5 @@
 // Attention with AMX where there are enough rows of queries, and as with AVX-512 elsewhere.
+#include "attend_chunks_amx.h"
 #include "attend_tiles_amx.h"
 
 namespace kvmmap {
@@ -12,6 +13,11 @@ int64_t walk_tiles(const AttendJob& job, const CodedRows& keys, const CodedRows&
     if (!AmxWalk<digits>::suit(job) || !find_packing(keys.format.codec, job.dim, key_packing) ||
         !find_packing(values.format.codec, job.value_dim, value_packing))
         return range.start;
+    if constexpr (digits == 2)
+        if (AmxChunks::suit(job)) {
+            AmxChunks(job, keys, key_packing, values, value_packing, prepared, state).run(range);
+            return range.stop;
+        }
     return AmxWalk<digits>(job, keys, key_packing, values, value_packing, prepared, state).run(range, coming);
 }
 

@@ -116,6 +116,11 @@ int main() {
                 c.value_dim = pick({64, 128, 192}), c.query_start = pick({300, c.rows - 1, c.rows, 1000});
                 c.window = pick({0, 0, 500, 900});
             }
+            if (k % 15 == 7) {  // chunks that AMX cuts into spans of 512 positions and blocks of 16 rows
+                c.rows = pick({70, 511, 513, 1100, 2300}), c.n = pick({9, 20, 33}), c.heads = pick({1, 2}), c.group = pick({2, 4, 5});
+                c.dim = pick({64, 128}), c.value_dim = pick({64, 128}), c.query_start = pick({0, c.rows / 2, c.rows - c.n, 3000});
+                c.window = pick({0, 0, 30, 700});
+            }
             c.short_queries = k % 4 == 3;
             c.softcap = static_cast<float>(pick({0, 0, 3})), c.threads = static_cast<int>(pick({1, 1, 2, 3}));
             // Half of them int8, the others any pair of codecs that take such rows.
