@@ -31,6 +31,7 @@ def attend(
     codecs: tuple[int, int, int, int] = (1, 0, 1, 0),
     recent: tuple[Any, ...] | None = None,
     exact: bool = False,
+    unread: tuple[tuple[int, Any, int, int, Any] | None, ...] | None = None,
 ) -> int: ...
 def keep_recent(
     keys: Any, key_dtype: int, values: Any, value_dtype: int, start: int, tags: Any, ring_keys: Any, ring_values: Any

@@ -9,6 +9,7 @@
 
 #include "attend_decode.h"
 #include "cpu.h"
+#include "first_read.h"
 #include "parallel.h"
 
 namespace kvmmap {
@@ -213,6 +214,21 @@ void walk(const AttendJob& job, const AttendKernel& kernel, AttendRange range, i
     }
 }
 
+// The same, and hashes the blocks that are read for the first time, part by part while they are in cache. Attention comes first:
+// it computes while memory is fetched, and hashing would wait for it.
+void walk_and_hash(const AttendJob& job, const AttendKernel& kernel, AttendRange range, int64_t coming, const char* prepared,
+                   AttendState state, const Source& source, DecodedRows* decoded) {
+    const AttendExtent& extent = source.extents[source.of(range.start)];
+    if (!extent.first_read) return walk(job, kernel, range, coming, prepared, state, source, decoded);
+    FirstRead& unread = *extent.first_read;
+    for (const int64_t step = unread.step(kernel.tile_for(job)); range.start < range.stop; range.start += step) {
+        const int64_t stop = std::min(range.stop, range.start + step);
+        unread.map(range.start - extent.start, coming - extent.start);
+        walk(job, kernel, {range.head, range.head_end, range.start, stop}, coming, prepared, state, source, decoded);
+        unread.hash(range.start - extent.start, stop - extent.start, stop < coming);
+    }
+}
+
 // Walks over ranges, with a state that was not used yet.
 void run_part(const AttendJob& job, const AttendKernel& kernel, const Source& source, const std::vector<AttendRange>& ranges,
               const char* prepared, int64_t width, AttendState state) {
@@ -229,11 +245,11 @@ void run_part(const AttendJob& job, const AttendKernel& kernel, const Source& so
         for (int64_t start = r.start; start < r.stop; start += part_positions) {
             const AttendRange piece{r.head, r.head_end, start, std::min(r.stop, start + part_positions)};
             if (walked + (piece.stop - piece.start) <= part_positions) {
-                walk(job, kernel, piece, r.stop, prepared, state, source, decoded.get());
+                walk_and_hash(job, kernel, piece, r.stop, prepared, state, source, decoded.get());
             } else {
                 if (!part) part = std::make_unique<State>(job.rows(), width);
                 each_row(job, r.head, r.head_end, [&](int64_t row) { clear(part->view, row, width); });
-                walk(job, kernel, piece, r.stop, prepared, part->view, source, decoded.get());
+                walk_and_hash(job, kernel, piece, r.stop, prepared, part->view, source, decoded.get());
                 each_row(job, r.head, r.head_end, [&](int64_t row) { merge(state, part->view, row, width); });
             }
             walked += piece.stop - piece.start;
@@ -285,6 +301,10 @@ void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threa
         kernel.prepare(job.queries + row * job.dim, job.dim, factor, prepared + row * query_bytes);
 
     const std::vector<AttendRange> ranges = visible(job, source);
+    // Many query rows walk over the same positions again and again, in an order of their own.
+    if (job.n * job.group() > block_rows)
+        for (int64_t i = 0; i < count; ++i)
+            if (extents[i].first_read) extents[i].first_read->finish(threads);
     const Plan cuts = plan(job, ranges, threads);
     std::vector<State> states;
     states.reserve(cuts.parts);
@@ -295,7 +315,7 @@ void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threa
         const int64_t begin = job.n * block / cuts.blocks, end = job.n * (block + 1) / cuts.blocks;
         const AttendJob mine = for_queries(job, begin, end);
         const std::vector<AttendRange> seen = cuts.blocks == 1 ? ranges : visible(mine, source);
-        run_part(mine, kernel, source, part_of(seen, p, cuts.parts, kernel.tile), prepared + begin * job.q_heads * query_bytes,
+        run_part(mine, kernel, source, part_of(seen, p, cuts.parts, kernel.tile_for(job)), prepared + begin * job.q_heads * query_bytes,
                  width, from_row(states[p].view, begin * job.q_heads, width));
     });
     for (int64_t p = 1; p < cuts.parts; ++p)

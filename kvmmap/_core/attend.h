@@ -71,10 +71,13 @@ struct AttendJob {
 
 void attend(AttendJob job, const CodedRows& keys, const CodedRows& values, int threads);
 
+class FirstRead;
+
 // Rows of consecutive positions that lie apart from others of the same codecs: row 0 of these is row `start` of the job.
 struct AttendExtent {
     int64_t start;
     CodedRows keys, values;
+    FirstRead* first_read = nullptr;  // hashes blocks of these rows that were not read before; what is not walked is left to finish()
 };
 
 // The same over extents in ascending order of start, the first of which starts at 0: each has the rows up to the next one's.
@@ -108,6 +111,10 @@ struct AttendKernel {
     // it ended. Null where it can't read any but those of walk.
     int64_t (*walk_stored)(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                            int64_t coming, const char* prepared, AttendState state);
+    // Positions that it works on at a time for a job, where that differs from `tile`; else null.
+    int64_t (*tile_of)(const AttendJob& job) = nullptr;
+
+    int64_t tile_for(const AttendJob& job) const { return tile_of ? tile_of(job) : tile; }
 };
 
 // Over int8 codes, over f32 numbers, and over numbers of 16 bits as they are stored.

@@ -44,10 +44,15 @@ int64_t walk_stored(const AttendJob& job, const CodedRows& keys, const CodedRows
 }
 
 template <int digits>
+int64_t tile_of(const AttendJob& job) {
+    return AmxWalk<digits>::suit(job) ? amx_span : avx512<digits>().tile;
+}
+
+template <int digits>
 constexpr AttendKernel amx_kernel() {
     using Engine = Bytes<digits>;
     return {amx_span, Engine::width, Engine::finish, Engine::query_bytes, store_query<digits>, walk_codes<digits>,
-            walk_stored<digits>};
+            walk_stored<digits>, tile_of<digits>};
 }
 
 }  // namespace

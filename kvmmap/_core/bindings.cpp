@@ -14,6 +14,7 @@
 #include "attend.h"
 #include "codec_run.h"
 #include "cpu.h"
+#include "first_read.h"
 #include "ggml.h"
 #include "half.h"
 #include "hash.h"
@@ -332,10 +333,37 @@ std::vector<int> take_recent_records(nb::handle records_object, nb::tuple ring_p
 }
 
 // The shape of one call of attend, as Python hands it over.
+// Blocks of contiguous arrays [positions, bytes], and where their checksums go.
+class Blocks {
+  public:
+    Blocks(const nb::tuple& arrays, uint32_t track, nb::handle numbers, int64_t size, int64_t stop, nb::handle sums)
+        : numbers_(numbers, contiguous), sums_(sums, writing) {
+        if (arrays.size() > most_hashed_arrays) throw nb::value_error("too many arrays");
+        if (size <= 0 || stop < 0) throw nb::value_error("size must be positive, and stop not negative");
+        const int64_t count = numbers_.bytes() / 8;
+        view = {{}, static_cast<int>(arrays.size()), track, numbers_.at_least<int64_t>(0, "blocks: not aligned"), count, size, stop,
+                sums_.at_least<uint64_t>(count * 8, "out: too small or not aligned")};
+        for (size_t i = 0; i < arrays.size(); ++i) {
+            const Buffer& rows = *arrays_.emplace_back(std::make_unique<Buffer>(arrays[i], contiguous));
+            if (rows.ndim() < 2 || rows.shape(0) < stop)
+                throw nb::value_error("arrays must be [positions, bytes], or have more axes, of `stop` positions or more");
+            view.arrays[i] = {rows.data(), rows.bytes() / std::max<int64_t>(1, rows.shape(0))};
+        }
+        for (int64_t i = 0; i < count; ++i)
+            if (view.numbers[i] < 0 || view.numbers[i] > (stop - 1) / size) throw nb::value_error("a block is beyond `stop`");
+    }
+
+    HashedBlocks view;
+
+  private:
+    Buffer numbers_, sums_;
+    std::vector<std::unique_ptr<Buffer>> arrays_;
+};
+
 int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
                     int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
                     bool causal, int64_t window, int64_t sinks, nb::handle out_object, nb::handle lse_object,
-                    int threads, const std::vector<int>& codecs, nb::object recent, bool exact) {
+                    int threads, const std::vector<int>& codecs, nb::object recent, bool exact, nb::object unread) {
     if (kv_heads < 1 || codecs.size() != 4) throw nb::value_error("at least one head; codec and transform of keys and of values");
     Buffer queries(queries_object, reading), ranges(ranges_object, contiguous);
     Buffer out(out_object, writing), lse(lse_object, writing);
@@ -393,6 +421,24 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
         view = {ring->view, sink_ring->view, nb::cast<int64_t>(parts[0]), nb::cast<int64_t>(parts[1])};
     }
 
+    // An entry an extent: None, or its blocks that were not read before.
+    std::vector<std::unique_ptr<Blocks>> blocks;
+    std::vector<std::unique_ptr<FirstRead>> first_reads;
+    if (!unread.is_none()) {
+        const nb::tuple entries = nb::cast<nb::tuple>(unread);
+        if (entries.size() != count) throw nb::value_error("unread: an entry an extent");
+        for (size_t i = 0; i < count; ++i) {
+            if (entries[i].is_none()) continue;
+            const nb::tuple arrays_here = apart ? nb::cast<nb::tuple>(nb::cast<nb::tuple>(slabs[i])[1]) : slabs;
+            const nb::tuple entry = nb::cast<nb::tuple>(entries[i]);
+            if (entry.size() != 5) throw nb::value_error("unread: track, blocks, size, stop, sums");
+            const Blocks& some = *blocks.emplace_back(std::make_unique<Blocks>(
+                arrays_here, nb::cast<uint32_t>(entry[0]), entry[1], nb::cast<int64_t>(entry[2]), nb::cast<int64_t>(entry[3]), entry[4]));
+            if (!std::is_sorted(some.view.numbers, some.view.numbers + some.view.count)) throw nb::value_error("unread: blocks must ascend");
+            extents[i].first_read = first_reads.emplace_back(std::make_unique<FirstRead>(some.view)).get();
+        }
+    }
+
     nb::gil_scoped_release released;
     std::vector<float> wide(job.rows() * job.dim);
     const int64_t bad = widen_queries(grid, wide.data());
@@ -401,6 +447,7 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     const auto count_of_extents = static_cast<int64_t>(extents.size());
     if (ring) attend_recent(job, extents.data(), count_of_extents, view, threads);
     else attend(job, extents.data(), count_of_extents, threads);
+    for (const auto& first_read : first_reads) first_read->finish(threads);
     return -1;
 }
 
@@ -533,26 +580,11 @@ std::vector<int64_t> checked_at(nb::handle map_object, int64_t offset, int64_t c
     return values;
 }
 
-void block_checksums_of(const nb::tuple& arrays, uint32_t track, nb::handle blocks_object, int64_t size, int64_t stop,
-                        nb::handle out_object, int threads) {
-    if (arrays.size() > most_hashed_arrays) throw nb::value_error("too many arrays");
-    Buffer blocks(blocks_object, contiguous), out(out_object, writing);
-    const int64_t count = blocks.bytes() / 8;
-    const auto* numbers = blocks.at_least<int64_t>(0, "blocks: not aligned");
-    auto* sums = out.at_least<uint64_t>(count * 8, "out: too small or not aligned");
-    std::vector<std::unique_ptr<Buffer>> held;
-    HashedArray hashed[most_hashed_arrays];
-    for (size_t i = 0; i < arrays.size(); ++i) {
-        const Buffer& rows = *held.emplace_back(std::make_unique<Buffer>(arrays[i], contiguous));
-        if (rows.ndim() != 2 || rows.itemsize() != 1 || rows.shape(0) < stop)
-            throw nb::value_error("arrays must be bytes [positions, bytes], of `stop` positions or more");
-        hashed[i] = {rows.data(), rows.shape(1)};
-    }
-    if (size <= 0) throw nb::value_error("size must be positive");
-    for (int64_t i = 0; i < count; ++i)
-        if (numbers[i] < 0 || numbers[i] > (stop - 1) / size) throw nb::value_error("a block is beyond `stop`");
+void block_checksums_of(const nb::tuple& arrays, uint32_t track, nb::handle numbers, int64_t size, int64_t stop, nb::handle out,
+                        int threads) {
+    const Blocks blocks(arrays, track, numbers, size, stop, out);
     nb::gil_scoped_release released;
-    block_checksums(hashed, static_cast<int>(arrays.size()), track, numbers, count, size, stop, sums, threads);
+    block_checksums(blocks.view, threads);
 }
 
 // Any DLPack exporter on the CPU -> (array of its raw bits, dtype number). numpy has no bf16 of its own.
@@ -604,7 +636,7 @@ NB_MODULE(_kernels, m) {
     m.def("special_ggml", &special_ggml, "type"_a, "rows"_a);
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
-          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none(), "exact"_a = false);
+          "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none(), "exact"_a = false, "unread"_a = nb::none());
     m.def("keep_recent", &keep_recent, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a, "start"_a, "tags"_a, "ring_keys"_a,
           "ring_values"_a);
     m.def("read_recent", &read_recent, "ring"_a, "keys"_a, "start"_a, "stop"_a, "out"_a, "dtype"_a);

@@ -1,7 +1,5 @@
 #include "hash.h"
 
-#include <algorithm>
-
 #include "cpu.h"
 #include "parallel.h"
 #include "rows_run.h"
@@ -26,8 +24,6 @@ uint64_t xxh64(const void* data, int64_t size) { return XXH64(data, static_cast<
 
 namespace {
 
-constexpr int64_t batch = 64;
-
 struct Record {
     uint32_t track, rows;
     uint64_t number, digests[most_hashed_arrays];
@@ -37,27 +33,27 @@ struct Record {
 
 }  // namespace
 
-void block_checksums(const HashedArray* arrays, int array_count, uint32_t track, const int64_t* numbers, int64_t count,
-                     int64_t size, int64_t stop, uint64_t* out, int threads) {
+int64_t HashedBlocks::row_bytes() const {
+    int64_t bytes = 0;
+    for (int a = 0; a < array_count; ++a) bytes += arrays[a].row_bytes;
+    return bytes;
+}
+
+void HashedBlocks::hash(int64_t i) const {
     const auto hash = hash_kernels().xxh3;
-    int64_t row_bytes = 0;
-    for (int i = 0; i < array_count; ++i) row_bytes += arrays[i].row_bytes;
-    parallel_ranges(count, worth_threads(count * size * row_bytes, threads), [&](int64_t begin, int64_t end) {
-        uint64_t digests[most_hashed_arrays][batch];
-        for (int64_t first = begin; first < end; first += batch) {
-            const int64_t some = std::min(batch, end - first);
-            auto rows_of = [&](int64_t i) { return std::min(size, stop - numbers[first + i] * size); };
-            // Array by array, so that memory is read in long runs.
-            for (int a = 0; a < array_count; ++a)
-                for (int64_t i = 0; i < some; ++i)
-                    digests[a][i] = hash(arrays[a].data + numbers[first + i] * size * arrays[a].row_bytes,
-                                         rows_of(i) * arrays[a].row_bytes);
-            for (int64_t i = 0; i < some; ++i) {
-                Record record{track, static_cast<uint32_t>(rows_of(i)), static_cast<uint64_t>(numbers[first + i]), {}};
-                for (int a = 0; a < array_count; ++a) record.digests[a] = digests[a][i];
-                out[first + i] = array_count ? hash(&record, Record::size_of(array_count)) : 0;
-            }
-        }
+    const int64_t first = first_row(i), rows = last_row(i) - first;
+    Record record{track, static_cast<uint32_t>(rows), static_cast<uint64_t>(numbers[i]), {}};
+    for (int a = 0; a < array_count; ++a) {
+        const HashedArray& array = arrays[a];
+        record.digests[a] = hash(array.data + first * array.row_bytes, rows * array.row_bytes);
+    }
+    sums[i] = array_count ? hash(&record, Record::size_of(array_count)) : 0;
+}
+
+void block_checksums(const HashedBlocks& blocks, int threads) {
+    const int64_t bytes = blocks.count * blocks.size * blocks.row_bytes();
+    parallel_ranges(blocks.count, worth_threads(bytes, threads), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) blocks.hash(i);
     });
 }
 

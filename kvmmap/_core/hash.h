@@ -3,6 +3,7 @@
 // Hashing is as wide as the instruction set allows: a first read hashes what it reads, and memory should be all it waits for.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace kvmmap {
@@ -29,9 +30,25 @@ struct HashedArray {
 
 constexpr int most_hashed_arrays = 16;
 
-// The checksums of blocks `numbers[0..count)` of a track, as docs/format.md defines them: of the track, the rows, the number, and
-// the digest of the block's part of each array. A block has `size` rows, and none from `stop` on.
-void block_checksums(const HashedArray* arrays, int array_count, uint32_t track, const int64_t* numbers, int64_t count,
-                     int64_t size, int64_t stop, uint64_t* out, int threads);
+// Blocks of a track, and where their checksums go. A block has `size` rows, and none from `stop` on.
+struct HashedBlocks {
+    HashedArray arrays[most_hashed_arrays];
+    int array_count;
+    uint32_t track;
+    const int64_t* numbers;  // [count]
+    int64_t count, size, stop;
+    uint64_t* sums;  // [count]
+
+    int64_t row_bytes() const;
+    int64_t first_row(int64_t i) const { return numbers[i] * size; }
+    int64_t last_row(int64_t i) const { return std::min((numbers[i] + 1) * size, stop); }  // one past it
+
+    // Sets sums[i] as docs/format.md defines it: of the track, the rows, the number, and the digest of the block's part of
+    // each array.
+    void hash(int64_t i) const;
+};
+
+// Sets all sums.
+void block_checksums(const HashedBlocks& blocks, int threads);
 
 }  // namespace kvmmap

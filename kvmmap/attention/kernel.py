@@ -22,6 +22,7 @@ from ..rows import Rows
 from .decoding import attend_decoded
 from .mask import Mask
 from .merge import Merging
+from .source import Unread
 
 _F32 = np.dtype(np.float32)
 
@@ -42,6 +43,11 @@ KERNELS: dict[tuple[RowCodec, RowCodec], Kernel] = {
 """The compiled kernel for keys of one codec and values of another. Other pairs are decoded piece by piece."""
 
 
+def hashes_blocks(geometry: LayerGeometry) -> bool:
+    """True if attention over such rows can compute the checksums of blocks as it reads them."""
+    return (geometry.key_codec, geometry.value_codec) in KERNELS
+
+
 def attend_rows(
     queries: NDArray[Any],
     dtype: int,
@@ -56,6 +62,7 @@ def attend_rows(
     layer: int | None = None,
     recent: RecentView | None = None,
     exact: bool = False,
+    unread: Sequence[Unread | None] = (),
 ) -> NDArray[np.float32]:
     """Attend over rows that lie in memory.
 
@@ -73,6 +80,7 @@ def attend_rows(
         layer: its index, for messages.
         recent: rows in 16 bits that stand for some of the coded ones, if the layer keeps them.
         exact: with the arithmetic of f32 queries, whatever the dtype of these.
+        unread: blocks whose checksums are computed meanwhile, where `hashes_blocks`; the caller compares them.
 
     Returns:
         The log-sum-exp of the scores, f32 [n, num_q_heads].
@@ -86,7 +94,20 @@ def attend_rows(
         )
     else:
         bad = _call(
-            kernel, queries, dtype, rows, ranges, mask, geometry, out, lse, first_position, threads, recent, exact
+            kernel,
+            queries,
+            dtype,
+            rows,
+            ranges,
+            mask,
+            geometry,
+            out,
+            lse,
+            first_position,
+            threads,
+            recent,
+            exact,
+            unread,
         )
     if bad >= 0:
         raise _non_finite(bad, q_heads, layer)
@@ -106,18 +127,22 @@ def attend_extents(
     layer: int | None = None,
     recent: RecentView | None = None,
     exact: bool = False,
+    unread: Sequence[Unread | None] = (),
 ) -> NDArray[np.float32]:
     """As `attend_rows`, over rows that lie in memory in several extents.
 
     Args:
         extents: (first position, rows), in order, from position 0 on; each has the rows up to the next one's first, and
             may have more. The last one has all that follow.
+        unread: an entry for each of them, or none at all.
     """
     n, q_heads, _ = queries.shape
     lse = np.empty((n, q_heads), _F32)
     kernel = KERNELS.get((geometry.key_codec, geometry.value_codec))
     if kernel is not None:
-        bad = _call(kernel, queries, dtype, tuple(extents), ranges, mask, geometry, out, lse, 0, threads, recent, exact)
+        bad = _call(
+            kernel, queries, dtype, tuple(extents), ranges, mask, geometry, out, lse, 0, threads, recent, exact, unread
+        )
         if bad >= 0:
             raise _non_finite(bad, q_heads, layer)
         return lse
@@ -148,6 +173,7 @@ def _call(
     threads: int,
     recent: RecentView | None,
     exact: bool,
+    unread: Sequence[Unread | None],
 ) -> int:
     scale, causal, query_start, window, sinks, softcap = mask
     arguments = (
@@ -168,9 +194,14 @@ def _call(
         lse,
         threads,
     )
-    if recent is None:
+    if recent is None and not unread:
         return kernel(*arguments, exact=exact)
-    return kernel(*arguments, exact=exact, recent=recent.rows.arguments(recent.length))
+    more: dict[str, Any] = {}
+    if recent is not None:
+        more["recent"] = recent.rows.arguments(recent.length)
+    if unread:
+        more["unread"] = tuple([None if blocks is None else blocks.arguments for blocks in unread])
+    return kernel(*arguments, exact=exact, **more)
 
 
 def _non_finite(bad: int, q_heads: int, layer: int | None) -> NonFiniteError:

@@ -6,7 +6,7 @@ kind of store it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -16,11 +16,11 @@ from ..errors import KvmmapError
 from ..recent import RecentRows, RecentView
 from ..row_arrays import output_array, thread_count
 from ..rows import Rows
-from .kernel import attend_extents, attend_rows
+from .kernel import attend_extents, attend_rows, hashes_blocks
 from .mask import Mask, check_mask, check_positions, visible_ranges
 from .merge import Merging
 from .queries import check_queries
-from .source import RowSource
+from .source import RowSource, Unread
 
 Precision = Literal["queries", "exact"]
 """Which arithmetic attention computes with: that of the queries' dtype, or that of f32 whatever their dtype."""
@@ -81,7 +81,7 @@ def attend_store(
         softcap=softcap,
     )
     ranges = check_positions(positions, length, block_tokens, geometry.num_kv_heads)
-    result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
+    wanted = result = output_array((*rows.shape[:2], geometry.value_head_dim), "float32", out)
     kept = store.recent_rows() if chunk is None else chunk
     options: dict[str, Any] = {
         "threads": thread_count(threads, length * geometry.position_bytes),
@@ -90,13 +90,25 @@ def attend_store(
         "exact": precision == "exact",
     }
     if resident == "keep" and (store.in_memory or store.in_extents):
+        unread: Sequence[Unread | None] = ()
         if not store.is_verified(length):
-            seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
-            store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2), options["threads"])
+            visible = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
+            seen = np.array(visible, np.int64).reshape(-1, 2)
+            if hashes_blocks(geometry):
+                unread = options["unread"] = store.unread_blocks(seen)
+                if out is not None:
+                    result = np.empty_like(wanted)  # what comes of damaged rows reaches nobody
+            else:
+                store.ensure_verified(seen, options["threads"])
         if store.in_memory:
             lse = attend_rows(rows, dtype, store.slabs(), ranges, mask, geometry, result, **options)
         else:
             lse = attend_extents(rows, dtype, store.extents(), ranges, mask, geometry, result, **options)
+        for blocks in unread:
+            if blocks is not None:
+                blocks.compare()
+        if result is not wanted:
+            wanted[...] = result
     else:
         merging, part = Merging(result.shape), np.empty_like(result)
         for start, piece in _pieces(store, ranges, mask, len(rows), resident):
@@ -105,7 +117,7 @@ def attend_store(
             merging.add(part, lse)
         lse = merging.end(result)
     store.validate(version)  # the rows were still the cache's when they had been read
-    return result, lse
+    return wanted, lse
 
 
 def _pieces(

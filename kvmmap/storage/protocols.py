@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..attention.source import Unread
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
@@ -154,6 +155,18 @@ class LayerStore(RecentStore, ABC):
         Raises:
             CorruptCacheError: a block does not match.
         """
+
+    def unread_blocks(self, ranges: NDArray[np.int64]) -> Sequence[Unread | None]:
+        """Return what `ensure_verified` would compare, for attention to compute the checksums as it reads the rows.
+        The caller compares them afterwards, and discards what it has computed if that raises.
+
+        Args:
+            ranges: [k, 2], each (start, stop).
+
+        Returns:
+            An entry for each of `extents`; None where nothing is left to compare.
+        """
+        return [None] * len(self.extents())
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start fetching stored positions [start, stop), where that takes time."""

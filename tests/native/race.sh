@@ -12,8 +12,8 @@ mkdir -p "$build"
 
 # Fences are none of what ThreadSanitizer knows; the words' acquire and release are.
 objects=
-for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.cpp "$core"/codec*.cpp "$core"/attend*.cpp "$here/parallel_check.cpp" \
-    "$here/race_check.cpp"; do
+for source in "$core/cpu.cpp" "$core/io.cpp" "$core/parallel.cpp" "$core"/rows*.cpp "$core"/codec*.cpp "$core"/attend*.cpp "$core"/hash*.cpp \
+    "$core/first_read.cpp" "$here/parallel_check.cpp" "$here/race_check.cpp"; do
     unit=$(basename "$source" .cpp)
     case $(uname -m)/$unit in
         x86_64/*neon | aarch64/*avx* | aarch64/*_amx) continue ;;

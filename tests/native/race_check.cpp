@@ -1,4 +1,4 @@
-// One thread appends and publishes while others attend: under ThreadSanitizer, which must find no race. What lies beyond a
+// One thread appends and publishes while others attend, and hash the blocks that they read: under ThreadSanitizer, which must find no race. What lies beyond a
 // published length is poison (scales are NaN), and beyond the slabs lies a page that nobody may touch, so that a kernel
 // that reads a row too many is seen even where its masked loads are not instrumented.
 #include <sys/mman.h>
@@ -13,6 +13,7 @@
 
 #include "../../kvmmap/_core/attend.h"
 #include "../../kvmmap/_core/cpu.h"
+#include "../../kvmmap/_core/first_read.h"
 #include "../../kvmmap/_core/io.h"
 #include "../../kvmmap/_core/rows_run.h"
 
@@ -41,6 +42,8 @@ class Slab {
     char* base_;
     T* data_;
 };
+
+constexpr int64_t block = 48;  // positions
 
 struct Shape {
     int64_t capacity, heads, dim, value_dim, group;
@@ -96,7 +99,19 @@ int run(const Shape& s) {
                                        reinterpret_cast<const char*>(value_scales.data())};
             job.scale = 0.125f, job.query_start = range.stop - 1, job.causal = true;
             job.ranges = &range, job.num_ranges = 1, job.out = out.data(), job.lse = lse.data();
-            attend(job, key_rows, value_rows, threads);
+            std::vector<int64_t> numbers;
+            for (int64_t first = 0; first < range.stop; first += block) numbers.push_back(first / block);
+            std::vector<uint64_t> sums(numbers.size()), expected(numbers.size());
+            HashedBlocks blocks{{{key_rows.codes, s.heads * s.dim}, {key_rows.scales, s.heads * 4},
+                                 {value_rows.codes, s.heads * s.value_dim}, {value_rows.scales, s.heads * 4}},
+                                4, 0, numbers.data(), static_cast<int64_t>(numbers.size()), block, range.stop, sums.data()};
+            FirstRead first_read(blocks);
+            const AttendExtent rows_read{0, key_rows, value_rows, &first_read};
+            attend(job, &rows_read, 1, threads);
+            first_read.finish(threads);
+            blocks.sums = expected.data();
+            block_checksums(blocks, 1);
+            if (sums != expected) ++wrong;
             looks.fetch_add(1, std::memory_order_relaxed);
             for (int64_t q = 0; q < q_heads; ++q)
                 for (int64_t d = 0; d < s.value_dim; ++d)

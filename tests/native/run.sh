@@ -20,10 +20,11 @@ compile() {
         objects=
         case $family in
             codec) parts="rows codec" ;;
-            attend) parts="rows codec attend" ;;
+            attend) parts="rows codec hash attend" ;;
             *) parts=$family ;;
         esac
         sources="$core/cpu.cpp $core/parallel.cpp $here/${family}_check.cpp"
+        case $family in attend) sources="$sources $core/first_read.cpp" ;; esac
         for part in $parts; do sources="$sources $core/$part.cpp $(echo "$core/$part"_*.cpp)"; done
         for source in $sources; do
             unit=$(basename "$source" .cpp)

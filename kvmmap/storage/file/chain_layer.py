@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...attention.source import Unread
 from ...ranges import check_room
 from ...recent import RecentRows
 from ..protocols import LayerStore, Rows, Storage
@@ -27,6 +28,22 @@ class Part(NamedTuple):
     start: int
     """In the file."""
     stop: int
+
+
+class UnreadOfFile(NamedTuple):
+    """Blocks of one file of a chain that are read for the first time."""
+
+    blocks: Unread
+    base: int
+    """The position in the chain of the file's first."""
+
+    @property
+    def arguments(self) -> tuple[int, NDArray[np.int64], int, int, NDArray[np.uint64]]:
+        return self.blocks.arguments
+
+    def compare(self) -> None:
+        with counted_from(self.base):
+            self.blocks.compare()
 
 
 class ChainLayer(LayerStore):
@@ -191,15 +208,32 @@ class ChainLayer(LayerStore):
 
     def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
         for ancestor, store in zip(self._ancestors, self._stores, strict=False):
-            if ancestor.reader.snapshot.verified is None:
-                continue
-            mine = np.clip(ranges - ancestor.base, 0, ancestor.count)
-            if (mine[:, 1] > np.maximum(mine[:, 0], ancestor.whole)).any():
-                ancestor.verify_tail(self.index)
-            with counted_from(ancestor.base):
-                store.ensure_verified(np.minimum(mine, ancestor.whole), threads)
+            mine = self._needed_of(ancestor, ranges)
+            if mine is not None:
+                with counted_from(ancestor.base):
+                    store.ensure_verified(mine, threads)
         with counted_from(self._base):
             self._own.ensure_verified(np.maximum(ranges - self._base, 0), threads)
+
+    def unread_blocks(self, ranges: NDArray[np.int64]) -> list[Unread | None]:
+        found: list[Unread | None] = []
+        for ancestor, store in zip(self._ancestors, self._stores, strict=False):
+            mine = self._needed_of(ancestor, ranges)
+            unread = None if mine is None else store.unread_blocks(mine)[0]
+            found.append(None if unread is None else UnreadOfFile(unread, ancestor.base))
+        unread = self._own.unread_blocks(np.maximum(ranges - self._base, 0))[0]
+        found.append(None if unread is None else UnreadOfFile(unread, self._base))
+        return found
+
+    def _needed_of(self, ancestor: Ancestor, ranges: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the positions of a file that ranges name, as far as it has complete blocks; those after them match
+        their checksums; None if the file is not compared."""
+        if ancestor.reader.snapshot.verified is None:
+            return None
+        mine: NDArray[np.int64] = np.clip(ranges - ancestor.base, 0, ancestor.count)
+        if (mine[:, 1] > np.maximum(mine[:, 0], ancestor.whole)).any():
+            ancestor.verify_tail(self.index)
+        return np.minimum(mine, ancestor.whole)
 
     def _verify(self, start: int, stop: int) -> None:
         if not self.is_verified(stop):

@@ -28,6 +28,79 @@ def is_verified(holder: SnapshotHolder, layer: int, stop: int) -> bool:
     return verified is None or verified.below[layer] >= min(stop, slot.seq_len, holder.inherited_len)
 
 
+class UnreadBlocks:
+    """Blocks of a layer that this handle reads for the first time, and their checksums: computed here, or by attention.
+
+    Args:
+        mapped: the file.
+        holder: of the snapshot.
+        snapshot: what is read.
+        layer: which.
+        blocks: their numbers, ascending.
+    """
+
+    __slots__ = ("_blocks", "_found", "_holder", "_layer", "_mapped", "_snapshot")
+
+    def __init__(
+        self, mapped: MappedFile, holder: SnapshotHolder, snapshot: Snapshot, layer: int, blocks: NDArray[np.int64]
+    ) -> None:
+        self._mapped = mapped
+        self._holder = holder
+        self._snapshot = snapshot
+        self._layer = layer
+        self._blocks = blocks
+        self._found = np.empty(len(blocks), np.uint64)
+
+    @property
+    def arguments(self) -> tuple[int, NDArray[np.int64], int, int, NDArray[np.uint64]]:
+        """What `_core.attend` takes to compute their checksums: track, blocks, positions of a block, where the last one
+        ends, and the array for the checksums."""
+        size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
+        return self._layer, self._blocks, size, stop, self._found
+
+    def hash(self, threads: int) -> None:
+        """Compute the checksums, from the map."""
+        rows = self._mapped.slabs(self._layer)
+        size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
+        for first in range(0, len(self._blocks), _BLOCKS_AT_ONCE):
+            some = self._blocks[first : first + _BLOCKS_AT_ONCE]
+            _map_pages(self._mapped, self._layer, some, stop)
+            self._found[first : first + len(some)] = row_digests(rows, self._layer, some, size, stop, threads)
+
+    def compare(self) -> None:
+        """Compare the checksums that were computed with the file's, and remember the blocks as verified.
+
+        Raises:
+            CorruptCacheError: a block does not match its checksum.
+            CacheChangedError: its rows were truncated meanwhile.
+        """
+        blocks, slot, verified = self._blocks, self._snapshot.slot, self._snapshot.verified
+        assert verified is not None
+        first = int(blocks[0])
+        expected = self._mapped.checksums(slot, first, int(blocks[-1]) + 1)[blocks - first, self._layer]
+        wrong = self._found != expected
+        if wrong.any():
+            verified.note_all(self._layer, blocks[~wrong], slot.seq_len)
+            rows = self._mapped.slabs(self._layer)
+            for i in np.flatnonzero(wrong).tolist():
+                _compare(
+                    *(self._mapped, self._holder, self._snapshot, rows),
+                    *(self._layer, int(blocks[i]), slot.seq_len, int(expected[i])),
+                )
+        verified.note_all(self._layer, blocks, slot.seq_len)
+        verified.sum_up(self._layer, min(slot.seq_len, self._holder.inherited_len))
+
+
+def unread_blocks(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges) -> UnreadBlocks | None:
+    """Return the blocks of a layer that ranges of positions touch, but for those that this handle has verified; None if
+    there are no others."""
+    snapshot = holder.current
+    if snapshot.verified is None:
+        return None
+    blocks = snapshot.verified.missing(layer, ranges, min(snapshot.slot.seq_len, holder.inherited_len))
+    return UnreadBlocks(mapped, holder, snapshot, layer, blocks) if len(blocks) else None
+
+
 def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges, threads: int = 1) -> None:
     """Compare the blocks of a layer that ranges of positions touch, unless this handle has done so before.
 
@@ -35,24 +108,10 @@ def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: 
         CorruptCacheError: a block does not match its checksum.
         CacheChangedError: its rows were truncated meanwhile.
     """
-    snapshot = holder.current
-    slot, verified = snapshot.slot, snapshot.verified
-    covered = min(slot.seq_len, holder.inherited_len)
-    if verified is None:
-        return
-    blocks = verified.missing(layer, ranges, covered)
-    if len(blocks):
-        sums, rows = mapped.checksums(slot, int(blocks[0]), int(blocks[-1]) + 1)[:, layer], mapped.slabs(layer)
-        expected, size = sums[blocks - blocks[0]], mapped.geometry.block_tokens
-        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            some = blocks[first : first + _BLOCKS_AT_ONCE]
-            _map_pages(mapped, layer, some, covered)
-            found = row_digests(rows, layer, some, size, slot.seq_len, threads)
-            wrong = np.flatnonzero(found != expected[first : first + _BLOCKS_AT_ONCE])
-            for block in some[wrong].tolist():
-                _compare(mapped, holder, snapshot, rows, layer, block, slot.seq_len, int(expected[blocks == block][0]))
-            verified.note_all(layer, some, slot.seq_len)
-        verified.sum_up(layer, covered)
+    unread = unread_blocks(mapped, holder, layer, ranges)
+    if unread is not None:
+        unread.hash(threads)
+        unread.compare()
 
 
 def _map_pages(mapped: MappedFile, layer: int, blocks: NDArray[np.int64], covered: int) -> None:

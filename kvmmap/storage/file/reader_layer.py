@@ -14,7 +14,7 @@ from ..readonly import ReadOnlyLayer, ReadOnlyStorage
 from ..sketches import ComputedSketches
 from . import page_cache
 from .file_sketches import KeptSketches
-from .first_read import is_verified, verify_rows
+from .first_read import UnreadBlocks, is_verified, unread_blocks, verify_rows
 from .mapped_file import MappedFile
 from .recent_records import BadRecord, LayerRecords
 from .snapshot import SnapshotHolder
@@ -89,6 +89,9 @@ class MappedLayer(ReadOnlyLayer):
 
     def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
         verify_rows(self._mapped, self._holder, self.index, ranges, threads)
+
+    def unread_blocks(self, ranges: NDArray[np.int64]) -> tuple[UnreadBlocks | None]:
+        return (unread_blocks(self._mapped, self._holder, self.index, ranges),)
 
     def rows(self, start: int, stop: int) -> Rows:
         if not self.is_verified(stop):
