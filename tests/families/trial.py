@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from helpers.tiny_models import RoundedCache
 
+from families.batches import check_batch
 from families.configs import TEXT, VOCABULARY, config, model
 from families.patches import PREFIXED, WITH_IMAGE, WITHOUT, inputs_besides, with_image
 from families.resident import check_resident
@@ -96,6 +97,7 @@ def trial(kind: str, folder: Path) -> Outcome:
     with _own_errors(kind, "device-resident"):
         if wrong := check_resident(net, prompt(30), folder, BOUND):
             raise WrongError(f"{kind}: device-resident: {wrong}")
+    _check_batch(kind, net)
     net.set_attn_implementation(ATTENTION)
     if net.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
         try:  # transformers says no to a change, and may say yes at first
@@ -106,6 +108,7 @@ def trial(kind: str, folder: Path) -> Outcome:
     with _reads() as count:
         _check_stages(kind, net, references, folder / "kvmmap")
         outcome.in_place = not next(count) and not _states_alone(net)
+    _check_batch(kind, net)
     outcome.why = "" if outcome.in_place else _why_tensors(net)
     return outcome
 
@@ -280,6 +283,14 @@ def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path)
             if reuse(cache, BRANCH) != 20:
                 raise WrongError(f"{kind}: 20 tokens agree, and reuse does not say so")
             _check(kind, "prefix", generate(net, BRANCH, cache, 3), references["prefix"])
+
+
+def _check_batch(kind: str, net: Any) -> None:
+    if inputs_besides(net.config.model_type, prompt(5)):
+        return
+    with _own_errors(kind, "batch"):
+        if wrong := check_batch(net, kind, lambda: _reference(net), argument_of(net), BOUND):
+            raise WrongError(f"{kind}: batch: {wrong}")
 
 
 def _reopened(net: Any, path: Path) -> Any:

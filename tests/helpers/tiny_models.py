@@ -183,6 +183,10 @@ class RoundedCache(DynamicCache):
         update = partial(super().update_indexer, layer_idx=layer_idx)
         return self._update_index(layer_idx, update, indexer_key_states)
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._index_keys = {number: rows[beam_idx] for number, rows in self._index_keys.items()}
+
     def _update_index(self, number: int, update: Any, keys: torch.Tensor) -> torch.Tensor:
         """Index keys are kept in bf16, and besides as others are."""
         count = keys.shape[-2]

@@ -8,22 +8,31 @@ stored prefixes too. What one sequence stores, and how it is attended over, is i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 
 from ...closing import Closing
-from ...errors import KvmmapError, ShapeMismatchError, UnsupportedModelError
+from ...errors import KvmmapError, ModelMismatchError, ShapeMismatchError, UnsupportedModelError
+from .announced import AnnouncedStates
+from .batch_index import BatchIndexLayer, keeps_index
 from .batch_layer import BatchLayer, Members
+from .batch_masks import aligned, line_lengths, own_part
+from .batch_states import BatchStates, check_fed, feed_beginnings
 from .branches import branch, copy_branch
 from .cache import KvmmapCache
 from .graphs import outside_graph
+from .models import text_config
+from .own_caches import become_own
 from .prefix import reuse
-from .sequence import MaskLength, WatchedCache
+from .sequence import MaskLength
 from .versions import CACHE_ARGUMENT
 
+NO_PADDING = frozenset({"git"})
+"""Models whose passes over padded prompts are wrong in transformers: their mask counts an absent image."""
 
-class KvmmapBatch(WatchedCache, Closing):
+
+class KvmmapBatch(AnnouncedStates, Closing):
     """A batch of `KvmmapCache`s, to be passed to a model or its `generate` as `cache`.
 
     Give `generate` the prompts padded on the left, with their attention mask. A sequence that ends before the others is
@@ -54,8 +63,20 @@ class KvmmapBatch(WatchedCache, Closing):
         self._before = [0] * len(caches)  # positions of each sequence before it
         self._parts: list[int] = []  # ids of the parts of the model that are in their forward pass
         self._shared: KvmmapCache | None = None
-        self._layers = [BatchLayer(self._members, number) for number in range(len(layers[0]))]
+        model = caches[0]._model()
+        config = getattr(model, "config", model)
+        self._kind = "" if config is None else text_config(config).model_type
+        numbers = {number: kind.states for number, kind in enumerate(caches[0]._kinds) if kind.states}
+        self._states = BatchStates(self._members, numbers)
+        self._layers = [
+            self._states.layers[number]
+            if number in numbers
+            else (BatchIndexLayer if keeps_index(own) else BatchLayer)(self._members, number)
+            for number, own in enumerate(layers[0])
+        ]
         super().__init__(layers=list(self._layers))
+        if config is not None:
+            become_own(self, text_config(config))
 
     @classmethod
     def branches(cls, cache: KvmmapCache, count: int, room: int | None = None) -> Self:
@@ -102,7 +123,8 @@ class KvmmapBatch(WatchedCache, Closing):
     ) -> list[int]:
         """Cut each cache back to the longest prefix that it shares with its prompt, as `reuse` does for one.
 
-        Call it before `generate`, which then feeds from the first column on that some sequence lacks.
+        Call it before `generate`, which then feeds from the first column on that some sequence lacks. Of a model with
+        states, what a sequence has left to feed beyond the others is fed here, sequence by sequence.
 
         Args:
             input_ids: the prompts, [batch, n], padded on the left.
@@ -115,14 +137,19 @@ class KvmmapBatch(WatchedCache, Closing):
         Raises:
             ShapeMismatchError: not the prompts of this batch.
             DtypeError, UnknownTokensError: as in `reuse`.
+            UnsupportedModelError: an image is among what would be fed here.
         """
-        lengths = self._lengths(input_ids.shape, attention_mask)
+        lengths = line_lengths(attention_mask, input_ids.shape, self.batch_size)
         width = input_ids.shape[1]
         found = [
             reuse(cache, input_ids[number, width - length :], discard=discard)
             for number, (cache, length) in enumerate(zip(self._members.caches, lengths, strict=True))
         ]
-        self._columns = min(width - length + kept for length, kept in zip(lengths, found, strict=True))
+        if self._states.layers:
+            own = [input_ids[number, width - length :] for number, length in enumerate(lengths)]
+            feed_beginnings(self._members.caches, own, self._kind)
+        stored = [cache.seq_len for cache in self._members.caches]
+        self._columns = min(width - length + count for length, count in zip(lengths, stored, strict=True))
         return found
 
     def flush(self) -> None:
@@ -140,6 +167,17 @@ class KvmmapBatch(WatchedCache, Closing):
 
     # Forward passes
 
+    @property
+    def _states_alone(self) -> bool:
+        return self._members.caches[0]._states_alone
+
+    def _check_announced(self) -> None:
+        if not self._parts:
+            raise ModelMismatchError(
+                f"{self!r}: its caches were opened for another model object than the one that runs: its forward pass "
+                "was not announced. Open them with the model that generates"
+            )
+
     def begin_pass(self, model: torch.nn.Module, given: Mapping[str, Any]) -> None:
         """Note which tokens of each sequence a forward pass is about to feed.
 
@@ -155,14 +193,33 @@ class KvmmapBatch(WatchedCache, Closing):
                 raise UnsupportedModelError("a batch of caches needs the tokens of a pass, or their embeddings")
             self._count(tokens.shape, given)
         self._parts.append(id(model))
+        outermost = len(self._parts) == 1
         for number, cache in enumerate(self._members.caches):
             if self._members.fed[number]:
                 cache.begin_pass(model, self._own_part(given, number))
+        if outermost:
+            self._states.gather()
+
+    def own_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Leave the mask out where states are continued: it is that of padding long past, and Mamba would apply it."""
+        if self._states_alone and any(self._before) and given.get("attention_mask") is not None:
+            return given | {"attention_mask": None}
+        return given
 
     def _count(self, shape: Sequence[int], given: Mapping[str, Any]) -> None:
         """Find how many of the last columns are new to each sequence."""
         width = shape[1]
-        lengths = self._lengths((shape[0], self._columns + width), given.get("attention_mask"))
+        if self._states_alone and self._columns and width > self._columns:
+            raise UnsupportedModelError(
+                f"{width} tokens are fed, and {self._columns} of them are stored: this release of transformers feeds "
+                "prompts from their start to models that keep states alone. transformers 5.24 continues them",
+                expected=width - self._columns,
+                actual=width,
+            )
+        if given.get("attention_mask") is None and self._states_alone:  # which `generate` gives in the first pass alone
+            lengths = [cache.seq_len + width for cache in self._members.caches]
+        else:
+            lengths = line_lengths(given.get("attention_mask"), (shape[0], self._columns + width), self.batch_size)
         fed = [length - cache.seq_len for length, cache in zip(lengths, self._members.caches, strict=True)]
         for number, (count, cache) in enumerate(zip(fed, self._members.caches, strict=True)):
             if not 0 <= count <= width:
@@ -176,42 +233,20 @@ class KvmmapBatch(WatchedCache, Closing):
         padded = any(
             count < width or length < self._columns + width for count, length in zip(fed, lengths, strict=True)
         )
-        if padded and given.get("position_ids") is None:
+        if padded and self._kind in NO_PADDING:
+            raise UnsupportedModelError(
+                f"{self._kind} computes other things in transformers where prompts are padded: generate prompts of "
+                "other lengths one by one"
+            )
+        if padded and given.get("position_ids") is None and not self._states_alone:
             raise UnsupportedModelError(
                 "sequences of a batch have other lengths, and no position_ids are given, so the model would count "
                 "padding as positions: give position_ids, as generate does"
             )
-        self._members.fed, self._width = fed, width
+        if self._states.layers:
+            check_fed(self._members.caches, fed, width, self._kind)
+        self._members.fed, self._members.columns, self._width = fed, self._columns + width, width
         self._before = [cache.seq_len for cache in self._members.caches]
-
-    def _lengths(self, shape: Sequence[int], mask: Any) -> list[int]:
-        """Return the tokens of each line of a mask; all hidden columns must be on the left."""
-        if shape[0] != len(self._members.caches):
-            raise ShapeMismatchError(
-                f"a batch of {len(self._members.caches)} caches takes as many sequences, not {shape[0]} (for "
-                "num_return_sequences and beam search: KvmmapBatch.branches(cache, count))",
-                expected=len(self._members.caches),
-                actual=shape[0],
-            )
-        if mask is None:
-            return [shape[1]] * shape[0]
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            raise UnsupportedModelError("a batch of caches takes an attention mask [batch, n] of zeros and ones")
-        if tuple(mask.shape) != tuple(shape):
-            raise ShapeMismatchError(
-                f"the attention mask must be [{shape[0]}, {shape[1]}], with the columns that are stored, not "
-                f"{list(mask.shape)}",
-                expected=tuple(shape),
-                actual=tuple(mask.shape),
-            )
-        seen = mask.bool()
-        lengths: list[int] = seen.sum(1).tolist()
-        expected = torch.arange(shape[1], device=mask.device) >= shape[1] - seen.sum(1, keepdim=True)
-        if not torch.equal(seen, expected):
-            raise UnsupportedModelError(
-                'sequences of a batch are padded on the left, and on no other side: tokenizer(..., padding_side="left")'
-            )
-        return lengths
 
     def _own_part(self, given: Mapping[str, Any], number: int) -> dict[str, Any]:
         """A pass's arguments as they would be for one sequence."""
@@ -229,6 +264,8 @@ class KvmmapBatch(WatchedCache, Closing):
         if id(model) not in self._parts:
             return
         del self._parts[self._parts.index(id(model)) :]
+        if not self._parts:
+            self._states.bind()
         for cache, fed in zip(self._members.caches, self._members.fed, strict=True):
             if fed:
                 cache.end_pass(model, failed)
@@ -245,10 +282,7 @@ class KvmmapBatch(WatchedCache, Closing):
         """Look at the part of an attention module's mask that is each sequence's own."""
         for number, (cache, fed) in enumerate(zip(self._members.caches, self._members.fed, strict=True)):
             if fed:
-                own = mask
-                if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-                    own = mask[number : number + 1, :, -fed:, -(cache.seq_len + fed) :]
-                cache.check_mask(module, own)
+                cache.check_mask(module, own_part(mask, number, fed, self._before[number] + fed))
 
     def check_config(self, config: Any) -> None:
         """Refuse to go on if another config made a cache."""
@@ -289,15 +323,8 @@ class KvmmapBatch(WatchedCache, Closing):
             if number not in found:
                 layer: Any = cache.layers[layer_idx]
                 found[number] = layer.read(key_states.dtype, key_states.device)
-        columns = self._columns + self._width
-        tensors = [found[number] for number in range(len(found))]
-        return _aligned([keys for keys, _ in tensors], columns), _aligned([values for _, values in tensors], columns)
-
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> NoReturn:
-        """Refuse indexed attention: its index keys are stored for single sequences only."""
-        raise UnsupportedModelError(
-            "a KvmmapBatch does not keep index keys: generate each sequence with its own KvmmapCache"
-        )
+        columns, tensors = self._members.columns, [found[number] for number in range(len(found))]
+        return aligned([keys for keys, _ in tensors], columns), aligned([values for _, values in tensors], columns)
 
     @outside_graph
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -340,6 +367,7 @@ class KvmmapBatch(WatchedCache, Closing):
                 taken.add(source)
                 ordered.append(self._members.caches[source])
         self._members.caches = ordered
+        self._states.reorder(sources)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refuse to grow: the batch is made with as many sequences as are generated."""
@@ -367,15 +395,3 @@ class KvmmapBatch(WatchedCache, Closing):
             f"a KvmmapBatch has the sequences that it was made with, and {what} asked for: generate with "
             "KvmmapBatch.branches(cache, count), or with each sequence's own cache"
         )
-
-
-def _aligned(tensors: Sequence[torch.Tensor], columns: int) -> torch.Tensor:
-    """Put rows of sequences, [1, heads, n, dim] each, into the last columns of one tensor."""
-    first = tensors[0]
-    if all(tensor.shape[2] == columns for tensor in tensors):
-        return torch.cat(list(tensors))
-    whole = first.new_zeros(len(tensors), first.shape[1], columns, first.shape[3])
-    for line, tensor in zip(whole, tensors, strict=True):
-        if tensor.shape[2]:
-            line[:, columns - tensor.shape[2] :] = tensor[0]
-    return whole

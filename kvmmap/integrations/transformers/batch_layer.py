@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ...errors import KvmmapError, UnsupportedModelError
+from ...errors import UnsupportedModelError
 from .cache import KvmmapCache
 
 
@@ -20,6 +20,9 @@ class Members:
     caches: list[KvmmapCache]
     fed: list[int] = field(default_factory=list)
     """New positions of each sequence; they are the last ones of its line."""
+
+    columns: int = 0
+    """Columns of the padded prompts, those of the pass that runs included."""
 
 
 class BatchLayer(CacheLayerMixin):
@@ -73,8 +76,17 @@ class BatchLayer(CacheLayerMixin):
         """Refused: the batch does it."""
         self._refuse("updates")
 
+    def to(self, device: torch.device) -> Self:
+        """Return the layer itself: some models move keys and values that layers share to the queries' device."""
+        if not isinstance(device, torch.device):
+            self._refuse("dtype")
+        return self
+
     def _refuse(self, what: str) -> NoReturn:
-        raise KvmmapError(f"layers of a KvmmapBatch have no {what} of their own: see batch.caches")
+        raise UnsupportedModelError(
+            f"layers of a KvmmapBatch have no {what} of their own (see batch.caches): a model that asks for that can't "
+            "run with a batch; generate each sequence with its own KvmmapCache"
+        )
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

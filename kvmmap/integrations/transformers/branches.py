@@ -26,6 +26,7 @@ def branch(cache: KvmmapCache, room: int | None) -> KvmmapCache:
             "cache.save(path), and open that",
             actual=cache._own.seq_len,
         )
+    cache.checkpoint()  # the branches begin with the states of this position
     room = room_beside(beginning) if room is None else room
     own = QuantizedKvCache(**spread_like(beginning, room, cache.seq_len), model=beginning.model)
     made = type(cache)._of(beginning, own, cache._kinds, cache._model())
@@ -36,8 +37,8 @@ def branch(cache: KvmmapCache, room: int | None) -> KvmmapCache:
 def copy_branch(source: KvmmapCache, target: KvmmapCache) -> KvmmapCache:
     """Let a branch hold what another branch of the same beginning holds; return it."""
     target.truncate(0 if target._kept != source._kept else target._kept)
-    for mine, theirs in zip(target._own.layers, source._own.layers, strict=True):
-        mine.extend_from(theirs)
+    for number in target._own.geometry.row_layers:
+        target._own.layers[number].extend_from(source._own.layers[number])
     record_known(target._own, source._own.token_ids)
     target._length, target._regimes = source._length, [list(regime) for regime in source._regimes]
     target._media.become(source._media)

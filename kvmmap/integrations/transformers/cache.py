@@ -22,6 +22,7 @@ from . import rope
 from .copies import in_memory, rebuilt
 from .kinds import LayerKind
 from .opening import Storing, check_stored, note_media, note_regimes, record_known, room_beside, settings, spread_like
+from .own_caches import plain_class
 from .resident import Resident, check_resident
 from .stored import StoredSequence
 
@@ -202,7 +203,8 @@ class KvmmapCache(StoredSequence, Closing):
         *,
         digested: bool = False,
     ) -> Self:
-        cache = cls.__new__(cls)
+        kind: type[Self] = plain_class(cls)
+        cache = kind.__new__(kind)
         cache._attach(saved, own, kinds, model, resident, digested=digested)
         return cache
 
@@ -295,7 +297,7 @@ class KvmmapCache(StoredSequence, Closing):
             )
         self._settle()
         self.checkpoint()
-        return rebuilt, (type(self), in_memory(self._own), self._kinds, self._told[: self._length])
+        return rebuilt, (plain_class(type(self)), in_memory(self._own), self._kinds, self._told[: self._length])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         build, arguments = self.__reduce_ex__(4)

@@ -16,6 +16,7 @@ from ...cache import QuantizedKvCache
 from ...errors import ModelMismatchError, UnsupportedModelError
 from ...ranges import check_range
 from ...storage.checkpoints import Checkpoint
+from .announced import AnnouncedStates
 from .kinds import LayerKind
 from .models import text_config
 from .recording import PassRecord
@@ -24,7 +25,7 @@ from .sequence import OneSequence
 from .states import SequenceStates
 
 
-class CheckpointedSequence(OneSequence):
+class CheckpointedSequence(AnnouncedStates, OneSequence):
     """What a cache of a model with states can do besides; of other models every position can be restored."""
 
     _saved: QuantizedKvCache | None
@@ -92,34 +93,6 @@ class CheckpointedSequence(OneSequence):
                 path=self._own.path,
             )
 
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Update the state of a layer's convolution, as transformers' caches do.
-
-        Raises:
-            ModelMismatchError: another model object runs than the one that the cache was opened with.
-        """
-        self._check_announced()
-        found: torch.Tensor = super().update_conv_state(*args, **kwargs)
-        return found
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Update a layer's recurrent state, as transformers' caches do; raises as `update_conv_state`."""
-        self._check_announced()
-        found: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
-        return found
-
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """Return the state of a layer's convolution, as transformers' caches do; raises as `update_conv_state`."""
-        self._check_announced()
-        found: torch.Tensor | None = super().get_conv_state(*args, **kwargs)
-        return found
-
-    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Return whether a layer has states, as transformers' caches do; raises as `update_conv_state` if one asks."""
-        if layer_idx is not None and self._positions is not None:
-            self._check_announced()
-        return bool(super().has_previous_state(layer_idx, *args, **kwargs))
-
     def _restore_states(self, length: int) -> int:
         """Restore the states of the last checkpoint that is not beyond a length, and return its position."""
         states = self._states
@@ -181,14 +154,8 @@ class CheckpointedSequence(OneSequence):
             self._states.save(self._length, self._kept, pin=pin)
 
     @property
-    def is_compileable(self) -> bool:
-        """No: it is no part of a compiled graph."""
-        return False
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Which layers keep states alone; none, if all do: `generate` takes such a cache for one without a length."""
-        return [self._positions is None and found for found in super().is_linear]
+    def _states_alone(self) -> bool:
+        return self._positions is not None
 
     def truncate(self, length: int) -> int:
         """Keep the first `length` positions, and return how many are kept."""

@@ -6,7 +6,7 @@ Pure: reads configs, refuses by name what can't be kept as rows of keys and valu
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -235,9 +235,26 @@ def _kv_heads(model: str, kind: str, config: Any) -> int:
     return 2 * heads if model == "mimo_v2_flash" and kind in _WINDOWED else heads
 
 
-def first_position(config: Any) -> int:
-    """Return the position that a model gives to the first token: 0 in almost all."""
-    return 1 if getattr(config, "model_type", None) == "paligemma" else 0
+_PADDED_POSITIONS = frozenset(
+    {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+"""Models that begin at the position after their padding's where no positions are given; `generate` gives others."""
+
+
+class Counting(NamedTuple):
+    """How a model counts positions."""
+
+    first: int
+    """The position of the first token: 0 in almost all."""
+
+    alike: bool
+    """True if a model that is given no positions counts as `generate` does."""
+
+
+def counting(config: Any) -> Counting:
+    """Return how a model counts positions."""
+    kind = getattr(config, "model_type", None)
+    return Counting(1 if kind == "paligemma" else 0, kind not in _PADDED_POSITIONS)
 
 
 def max_positions(config: Any) -> int | None:

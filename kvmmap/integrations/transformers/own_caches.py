@@ -22,6 +22,9 @@ class _LinearCaches:
 
     layers: list[Any]
 
+    plain: type[Cache]
+    """The class that the cache had."""
+
     def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
         """Return a layer's state; None before the first pass."""
         layer = self.layers[layer_idx]
@@ -48,4 +51,9 @@ def become_own(cache: Cache, config: Any) -> None:
     if own is not None and not isinstance(cache, own):
         cls = type(cache)
         bases = (own,) if issubclass(own, cls) else (cls, own)
-        cache.__class__ = type(cls.__name__, (_LinearCaches, *bases), {"__module__": cls.__module__})
+        cache.__class__ = type(cls.__name__, (_LinearCaches, *bases), {"__module__": cls.__module__, "plain": cls})
+
+
+def plain_class(cls: type[Cache]) -> Any:
+    """Return the class that a cache had before it became one of a model's own; the same if it has not."""
+    return cls.plain if issubclass(cls, _LinearCaches) else cls

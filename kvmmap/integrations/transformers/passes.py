@@ -110,7 +110,10 @@ def _before(
         return None
     parameters = _parameters(model)
     renamed = _renamed(model, parameters, kwargs)
-    cache.begin_pass(model, dict(zip(parameters, args, strict=False)) | renamed)
+    given = dict(zip(parameters, args, strict=False)) | renamed
+    cache.begin_pass(model, given)
+    if (own := cache.own_arguments(given)) is not given:
+        args, renamed = (), own
     if _holders.get(model) and renamed.get("position_ids") is None and isinstance(cache, IllustratedSequence):
         cache.restore_deltas(_holders[model])
     return args, renamed

@@ -17,19 +17,20 @@ from .arguments import check_padding, check_positions, check_rope, has_effect, i
 from .kinds import LayerKind
 from .media import Item, groups, odd_type
 from .media_record import MediaRecord
+from .models import Counting
 
 
 class PassRecord:
     """The forward pass that a cache is in."""
 
     def __init__(
-        self, tokens: Mapping[str, frozenset[int]], media: MediaRecord, both_ways: bool = False, offset: int = 0
+        self, tokens: Mapping[str, frozenset[int]], media: MediaRecord, both_ways: bool, counting: Counting
     ) -> None:
         self._tokens = tokens  # those that stand for images and the like, by kind
         self._placeholders = frozenset().union(*tokens.values())
         self._media = media
         self._both_ways = both_ways  # tokens of an image see one another
-        self._offset = offset
+        self._counting = counting
         self._running: list[int] = []  # ids of the parts of the model that are in their forward pass, outermost first
         self._start = 0
         self._ids: NDArray[np.int32] | None = None  # None: no part that got token ids has been entered yet
@@ -77,6 +78,8 @@ class PassRecord:
             self._ids = known_ids(given, length, self._placeholders, seen)
             self._known, self._fed = len(self._ids), given["input_ids"].shape[-1]
             self._find_items(given, self._ids, seen)
+            if given.get("position_ids") is None and not self._counting.alike:
+                self._known = 0  # `generate` would give these tokens other positions
         ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         count = ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim > 1 else 0
         self.count = self.count or count
@@ -108,14 +111,14 @@ class PassRecord:
     def _check_positions(self, position_ids: Any, length: int) -> int | None:
         """Return the index of the first token whose positions are not those that come next."""
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim < 3 or position_ids.shape[-2] != 1:
-            return check_positions(position_ids, length, self._offset)
+            return check_positions(position_ids, length, self._counting.first)
         count = position_ids.shape[-1]
         media = np.zeros(count, bool)
         if self._ids is not None:
             media[: len(self._ids)] = np.isin(self._ids[:count], list(self._placeholders))
         for item in self._items:
             media[max(item.start - length, 0) : max(item.stop - length, 0)] = True
-        found = check_rope(position_ids, length + self._offset, self._media.delta(length), media)
+        found = check_rope(position_ids, length + self._counting.first, self._media.delta(length), media)
         self._deltas = found.deltas
         for item in self._items:  # a model that was not told of an image's grid counts its tokens like text
             part = found.like_text[max(item.start - length, 0) : max(item.stop - length, 0)]

@@ -21,6 +21,10 @@ class WatchedCache(Cache):
         """Take note of what a forward pass is about to feed."""
         raise NotImplementedError
 
+    def own_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a pass that has begun, by name, as the model must get them: the same, or others."""
+        return given
+
     def check_mask(self, module: torch.nn.Module, mask: Any) -> None:
         """Take note of the mask that an attention module gets."""
         raise NotImplementedError

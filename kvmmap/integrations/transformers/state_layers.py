@@ -15,7 +15,7 @@ from .layer import KvmmapLayer
 from .resident import ResidentLayer
 
 
-class _WithStates:
+class WithStates:
     """What layers with rows and states have in common."""
 
     is_compileable = False
@@ -38,11 +38,11 @@ class _WithStates:
         """Nothing to do."""
 
 
-class KvmmapHybridLayer(_WithStates, KvmmapLayer, LinearAttentionLayer):
+class KvmmapHybridLayer(WithStates, KvmmapLayer, LinearAttentionLayer):
     """A layer with rows, as `KvmmapLayer`, and states, as transformers' `LinearAttentionLayer`."""
 
 
-class ResidentHybridLayer(_WithStates, ResidentLayer, LinearAttentionLayer):
+class ResidentHybridLayer(WithStates, ResidentLayer, LinearAttentionLayer):
     """A layer with rows, as `ResidentLayer`, and states, as transformers' `LinearAttentionLayer`."""
 
 

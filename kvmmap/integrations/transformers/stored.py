@@ -25,7 +25,7 @@ from .graphs import check_graphs, outside_graph
 from .illustrated import IllustratedSequence
 from .kinds import LayerKind
 from .layers import made_layers
-from .models import first_position, text_config
+from .models import counting, text_config
 from .opening import NOTES, check_stored, note_regimes, own_notes
 from .own_caches import become_own
 from .passes import watch
@@ -95,7 +95,7 @@ class StoredSequence(IllustratedSequence):
             self._regimes = [[0, rope.MIXED]]
         self._told = np.empty(0, np.int32)  # ids given by record_token_ids
         self._model: Callable[[], Any] = weakref.ref(model) if isinstance(model, torch.nn.Module) else lambda: model
-        self._pass = PassRecord(self._media_tokens, self._media, self._both_ways, first_position(config))
+        self._pass = PassRecord(self._media_tokens, self._media, self._both_ways, counting(config))
         self._watched = isinstance(model, torch.nn.Module)
         self._weights: Weights | None = None  # those that are known to be the cache's
         if self._watched:
