@@ -1,24 +1,31 @@
 // Attention with AMX where there are enough rows of queries, and as with AVX-512 elsewhere.
 #include "attend_chunks_amx.h"
+#include "attend_few_amx.h"
 #include "attend_tiles_amx.h"
 
 namespace kvmmap {
 namespace {
 
-// Walks over whole tiles of 64 positions; returns where they end.
+template <int digits>
+bool suits(const AttendJob& job) {
+    return digits == 2 ? AmxFew::suit(job) || AmxChunks::suit(job) : AmxWalk::suit(job);
+}
+
+// Walks over a range, or whole tiles of 64 positions of it; returns where it ends.
 template <int digits>
 int64_t walk_tiles(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                    int64_t coming, const char* prepared, AttendState state) {
     Packing key_packing, value_packing;
-    if (!AmxWalk<digits>::suit(job) || !find_packing(keys.format.codec, job.dim, key_packing) ||
+    if (!suits<digits>(job) || !find_packing(keys.format.codec, job.dim, key_packing) ||
         !find_packing(values.format.codec, job.value_dim, value_packing))
         return range.start;
-    if constexpr (digits == 2)
-        if (AmxChunks::suit(job)) {
-            AmxChunks(job, keys, key_packing, values, value_packing, prepared, state).run(range);
-            return range.stop;
-        }
-    return AmxWalk<digits>(job, keys, key_packing, values, value_packing, prepared, state).run(range, coming);
+    if constexpr (digits == 2) {
+        if (AmxChunks::suit(job)) AmxChunks(job, keys, key_packing, values, value_packing, prepared, state).run(range);
+        else AmxFew(job, keys, key_packing, values, value_packing, prepared, state).run(range, coming);
+        return range.stop;
+    } else {
+        return AmxWalk(job, keys, key_packing, values, value_packing, prepared, state).run(range, coming);
+    }
 }
 
 template <int digits>
@@ -39,13 +46,13 @@ void walk_codes(const AttendJob& job, const AttendRange& range, int64_t coming, 
 template <int digits>
 int64_t walk_stored(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                     int64_t coming, const char* prepared, AttendState state) {
-    if (!AmxWalk<digits>::suit(job)) return avx512<digits>().walk_stored(job, keys, values, range, coming, prepared, state);
+    if (!suits<digits>(job)) return avx512<digits>().walk_stored(job, keys, values, range, coming, prepared, state);
     return walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
 }
 
 template <int digits>
 int64_t tile_of(const AttendJob& job) {
-    return AmxWalk<digits>::suit(job) ? amx_span : avx512<digits>().tile;
+    return suits<digits>(job) ? amx_span : avx512<digits>().tile;
 }
 
 template <int digits>

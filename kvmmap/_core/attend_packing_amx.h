@@ -39,6 +39,10 @@ struct Packing {
     // fours 4 v + i at 4 i + v.
     void (*chunk_keys)(const char* rows, int64_t stride, int64_t count, int64_t dim, char* out, RowsAhead& ahead);
     void (*chunk_values)(const char* rows, int64_t stride, int64_t count, int64_t dim, char* out, RowsAhead& ahead);
+    // The same of numbers d to d + 63 of 64 positions.
+    void (*some_values)(const char* rows, int64_t stride, int64_t dim, int64_t d, char* out, Ahead& ahead);
+    // Rows as int8, one after the other; none where they are stored so.
+    void (*plain)(const char* rows, int64_t stride, int64_t count, int64_t dim, char* out);
     // Scales of every `heads`-th row, times `factor`.
     void (*scales)(const char* scales, int64_t heads, int64_t count, float factor, float* out);
 };
@@ -57,20 +61,32 @@ void pack_keys(const char* rows, int64_t stride, int64_t count, int64_t dim, cha
 }
 
 template <class Rows, class Fetch, bool narrowed>
-void pack_values(const char* rows, int64_t stride, int64_t count, int64_t dim, char* out, Fetch& ahead) {
+void pack_some_values(const char* rows, int64_t stride, int64_t dim, int64_t d, char* out, Fetch& ahead) {
     const Rows stored(dim);
+    for (int64_t i = 0; i < 16; ++i) {
+        ahead.fetch(4);
+        const FourRows four(stored, rows + 4 * i * stride, stride, d);
+        __m512i a, b, c, e;
+        four.half<false>(a, b);
+        four.half<true>(c, e);
+        char* to = out + (narrowed ? i % 4 * 4 + i / 4 : i) * 64;
+        _mm512_store_si512(to, a), _mm512_store_si512(to + tile_bytes, b);
+        _mm512_store_si512(to + 2 * tile_bytes, c), _mm512_store_si512(to + 3 * tile_bytes, e);
+    }
+}
+
+template <class Rows, class Fetch, bool narrowed>
+void pack_values(const char* rows, int64_t stride, int64_t count, int64_t dim, char* out, Fetch& ahead) {
     for (int64_t j = 0; j < count; j += 64, rows += 64 * stride)
         for (int64_t d = 0; d < dim; d += 64, out += 4 * tile_bytes)
-            for (int64_t i = 0; i < 16; ++i) {
-                ahead.fetch(4);
-                const FourRows four(stored, rows + 4 * i * stride, stride, d);
-                __m512i a, b, c, e;
-                four.half<false>(a, b);
-                four.half<true>(c, e);
-                char* to = out + (narrowed ? i % 4 * 4 + i / 4 : i) * 64;
-                _mm512_store_si512(to, a), _mm512_store_si512(to + tile_bytes, b);
-                _mm512_store_si512(to + 2 * tile_bytes, c), _mm512_store_si512(to + 3 * tile_bytes, e);
-            }
+            pack_some_values<Rows, Fetch, narrowed>(rows, stride, dim, d, out, ahead);
+}
+
+template <class Rows>
+void write_plain(const char* rows, int64_t stride, int64_t count, int64_t dim, char* out) {
+    const Rows stored(dim);
+    for (int64_t i = 0; i < count; ++i, rows += stride)
+        for (int64_t d = 0; d < dim; d += 64, out += 64) _mm512_store_si512(out, stored.load(rows, d));
 }
 
 template <class Rows>
@@ -91,20 +107,29 @@ void pack_scales(const char* scales, int64_t heads, int64_t count, float factor,
 template <class Rows>
 Packing packing_of(int64_t dim) {
     return {Rows(dim).row_bytes, pack_keys<Rows, Ahead>, pack_values<Rows, Ahead, false>, pack_keys<Rows, RowsAhead>,
-            pack_values<Rows, RowsAhead, true>, pack_scales<Rows>};
+            pack_values<Rows, RowsAhead, true>, pack_some_values<Rows, Ahead, true>,
+            Rows::half_scales ? write_plain<Rows> : nullptr, pack_scales<Rows>};
+}
+
+template <int bits>
+bool find_level_packing(int64_t dim, Packing& found) {
+    if (LevelRows<bits, true>::suit(dim)) found = packing_of<LevelRows<bits, true>>(dim);
+    else if (LevelRows<bits, false>::suit(dim)) found = packing_of<LevelRows<bits, false>>(dim);
+    else return false;
+    return true;
 }
 
 // How rows of a codec are put in order, none where they can't be.
 inline bool find_packing(Codec codec, int64_t dim, Packing& found) {
-    const bool narrow = LevelRows<4, true>::suit(dim), wide = LevelRows<4, false>::suit(dim);
     if (dim % 64) return false;
-    if (codec == Codec::int8) found = packing_of<Int8Rows>(dim);
-    else if (codec == Codec::int4 && narrow) found = packing_of<LevelRows<4, true>>(dim);
-    else if (codec == Codec::int4 && wide) found = packing_of<LevelRows<4, false>>(dim);
-    else if (codec == Codec::int5 && narrow) found = packing_of<LevelRows<5, true>>(dim);
-    else if (codec == Codec::int5 && wide) found = packing_of<LevelRows<5, false>>(dim);
-    else return false;
-    return true;
+    switch (codec) {
+        case Codec::int8: found = packing_of<Int8Rows>(dim); return true;
+        case Codec::int3: return find_level_packing<3>(dim, found);
+        case Codec::int4: return find_level_packing<4>(dim, found);
+        case Codec::int5: return find_level_packing<5>(dim, found);
+        case Codec::int6: return find_level_packing<6>(dim, found);
+        default: return false;
+    }
 }
 
 // The instructions take the numbers of tiles as they are written, and GCC does not know that they read memory.

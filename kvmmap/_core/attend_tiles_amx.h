@@ -1,4 +1,4 @@
-// Attention with AMX: the products of 16 rows of digits with 16 positions or numbers, over 64 bytes of each, are one
+// Attention of f32 queries with AMX: the products of 16 rows of digits with 16 positions or numbers, over 64 bytes of each, are one
 // instruction that takes 16 cycles: eight times what vpdpbusd does in that time. The digits, their sums and the sums' order are
 // those of attend_bytes_avx512.h, so that either takes up where the other has ended.
 //
@@ -17,8 +17,9 @@ namespace {
 
 constexpr int64_t amx_span = 256;  // positions put in order at a time; a multiple of 64
 
-template <int digits>
 class AmxWalk {
+    static constexpr int digits = 3;
+
   public:
     static bool suit(const AttendJob& job) { return job.n * job.group() > 8; }
 
@@ -143,21 +144,19 @@ class AmxWalk {
             stored_before();
             _tile_zero(0);
             _tile_zero(1);
-            if constexpr (digits == 3) _tile_zero(2);
+            _tile_zero(2);
             for (int64_t d = 0; d < dim; d += 64, keys += tile_bytes) {
                 _tile_loadd(6, keys, 64);
                 _tile_loadd(3, queries + d, dim);
                 _tile_dpbssd(0, 3, 6);
                 _tile_loadd(4, queries + digit + d, dim);
                 _tile_dpbssd(1, 4, 6);
-                if constexpr (digits == 3) {
-                    _tile_loadd(5, queries + 2 * digit + d, dim);
-                    _tile_dpbssd(2, 5, 6);
-                }
+                _tile_loadd(5, queries + 2 * digit + d, dim);
+                _tile_dpbssd(2, 5, 6);
             }
             _tile_stored(0, sums_, 64);
             _tile_stored(1, sums_ + 256, 64);
-            if constexpr (digits == 3) _tile_stored(2, sums_ + 512, 64);
+            _tile_stored(2, sums_ + 512, 64);
             for (int64_t r = 0; r < rows; ++r)
                 _mm512_store_ps(weights_ + r * amx_span + j, _mm512_mul_ps(sum_of(sums_ + 16 * r), _mm512_set1_ps(worth[r])));
         }
@@ -165,9 +164,7 @@ class AmxWalk {
 
     // 16 numbers of a row, of which the digits' sums lie a tile apart.
     static __m512 sum_of(const int32_t* sums) {
-        const __m512i low = _mm512_load_si512(sums), next = _mm512_load_si512(sums + 256);
-        if constexpr (digits == 2) return put_together(low, next);
-        else return put_together(low, next, _mm512_load_si512(sums + 512));
+        return put_together(_mm512_load_si512(sums), _mm512_load_si512(sums + 256), _mm512_load_si512(sums + 512));
     }
 
     // As store_weights, digit by digit: [digit][row][position].
@@ -180,7 +177,6 @@ class AmxWalk {
         char* out = weight_digits_ + row * amx_span;
         for (int64_t j = 0; j < count; j += 16) {
             __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(weights + j), factor));
-            if constexpr (digits == 2) whole = _mm512_min_epi32(whole, _mm512_set1_epi32(65535));
             for (int g = 0; g < digits; ++g, whole = _mm512_srli_epi32(whole, 8))
                 _mm_store_si128(reinterpret_cast<__m128i*>(out + g * tile_rows * amx_span + j), _mm512_cvtepi32_epi8(whole));
         }
@@ -193,45 +189,28 @@ class AmxWalk {
         constexpr int64_t digit = tile_rows * amx_span;
         float* sums[tile_rows];
         for (int64_t r = 0; r < rows; ++r) sums[r] = state_.sums + row_of(head, from + r) * width_;
-        // Two tiles of 16 numbers at a time with two digits; with three there is room for one.
-        constexpr int64_t at_once = digits == 2 ? 2 : 1;
-        for (int64_t t = 0; t < job_.value_dim / 16; t += at_once) {
+        for (int64_t t = 0; t < job_.value_dim / 16; ++t) {
             const char *values = values_ + t * tile_bytes, *weights = weight_digits_;
             stored_before();
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
-            if constexpr (digits == 2) _tile_zero(3);
             for (int64_t j = 0; j < count; j += 64, values += step, weights += 64) {
-                if constexpr (digits == 2) {
-                    _tile_loadd(4, weights, amx_span);
-                    _tile_loadd(6, values, 64);
-                    _tile_dpbusd(0, 4, 6);
-                    _tile_loadd(5, weights + digit, amx_span);
-                    _tile_dpbusd(1, 5, 6);
-                    _tile_loadd(7, values + tile_bytes, 64);
-                    _tile_dpbusd(2, 4, 7);
-                    _tile_dpbusd(3, 5, 7);
-                } else {
-                    _tile_loadd(6, values, 64);
-                    _tile_loadd(3, weights, amx_span);
-                    _tile_dpbusd(0, 3, 6);
-                    _tile_loadd(4, weights + digit, amx_span);
-                    _tile_dpbusd(1, 4, 6);
-                    _tile_loadd(5, weights + 2 * digit, amx_span);
-                    _tile_dpbusd(2, 5, 6);
-                }
+                _tile_loadd(6, values, 64);
+                _tile_loadd(3, weights, amx_span);
+                _tile_dpbusd(0, 3, 6);
+                _tile_loadd(4, weights + digit, amx_span);
+                _tile_dpbusd(1, 4, 6);
+                _tile_loadd(5, weights + 2 * digit, amx_span);
+                _tile_dpbusd(2, 5, 6);
             }
             _tile_stored(0, sums_, 64);
             _tile_stored(1, sums_ + 256, 64);
             _tile_stored(2, sums_ + 512, 64);
-            if constexpr (digits == 2) _tile_stored(3, sums_ + 768, 64);
-            for (int64_t i = 0; i < at_once; ++i)
-                for (int64_t r = 0; r < rows; ++r) {
-                    float* out = sums[r] + (t + i) * 16;
-                    const __m512 more = sum_of(sums_ + 512 * i + 16 * r);
-                    _mm512_store_ps(out, _mm512_fmadd_ps(more, _mm512_set1_ps(worth[r]), _mm512_load_ps(out)));
-                }
+            for (int64_t r = 0; r < rows; ++r) {
+                float* out = sums[r] + t * 16;
+                _mm512_store_ps(out, _mm512_fmadd_ps(sum_of(sums_ + 16 * r), _mm512_set1_ps(worth[r]), _mm512_load_ps(out)));
+            }
         }
     }
 
