@@ -144,12 +144,12 @@ class StateHistory(History):
             self.truncate_to(last, lambda: self.writer.resume())  # type: ignore[union-attr]
 
     def truncated(self, state: State, length: int) -> State:
-        """A truncation's commit names checkpoints as they are pinned by then."""
-        pins = {found.position: found.pinned for found in self.now.checkpoints}
+        """A truncation's commit names the checkpoints that the writer has by then, and not those of the last commit."""
         kept = super().truncated(state, length)
         assert isinstance(kept, StateWithCheckpoints)
-        found = tuple(one._replace(pinned=pins.get(one.position, one.pinned)) for one in kept.checkpoints)
-        return replace(kept, checkpoints=found)
+        if max(state.length, state.tokens) <= length:  # it needs no commit
+            return kept
+        return replace(kept, checkpoints=tuple([one for one in self.now.checkpoints if one.position <= length]))
 
     def truncate_to(self, length: int, act: Any = None) -> None:
         super().truncate_to(length, act)
