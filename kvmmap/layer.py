@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .attention.run import AttendOptions, Precision, attend_store
 from .attention.topk import select_blocks
+from .decode_step import DecodeStep
 from .errors import EmptyCacheError
 from .geometry import CacheGeometry
 from .inputs import require_rows, where
@@ -175,6 +176,17 @@ class QuantizedKvLayer(LayerWriter):
             precision=precision,
         )
         return result if return_lse else result[0]
+
+    def decode_step(self, tensor: type, dtypes: tuple[Any, Any, Any]) -> DecodeStep | None:
+        """Return a shorter way for the steps of a model that decodes, or None where there is none: in memory, on Zarr,
+        in a library's segment, with codecs that are not compiled, or where the layer can't be appended to.
+
+        Args:
+            tensor: the class of the tensors.
+            dtypes: what these have as `dtype` for f32, f16 and bf16.
+        """
+        step = self._store.make_step(tensor, dtypes) if self._has_rows else None
+        return None if step is None else DecodeStep(self._storage, self._store, step)
 
     def select_blocks(
         self, query: Any, k: int, *, scale: float | None = None, per_head: bool = False

@@ -5,6 +5,7 @@ are the business of the modules that call them (`quantize`, `layer`, `storage`).
 """
 
 from ._kernels import (
+    Step,
     attend,
     available_kernels,
     block_checksums,
@@ -33,10 +34,12 @@ from ._kernels import (
     store_word,
     take_recent_records,
     use_kernel,
+    use_team,
     write_all,
 )
 
 __all__ = [
+    "Step",
     "attend",
     "available_kernels",
     "block_checksums",
@@ -65,5 +68,6 @@ __all__ = [
     "store_word",
     "take_recent_records",
     "use_kernel",
+    "use_team",
     "write_all",
 ]

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "attend.h"
+#include "bindings.h"
 #include "codec_run.h"
 #include "cpu.h"
 #include "first_read.h"
@@ -20,6 +21,7 @@
 #include "hash.h"
 #include "io.h"
 #include "merge.h"
+#include "parallel.h"
 #include "recent.h"
 #include "rows_run.h"
 #include "sketch.h"
@@ -656,7 +658,9 @@ NB_MODULE(_kernels, m) {
     m.def("publish", &publish_at, "map"_a, "offset"_a, "value"_a, "index"_a, "salt"_a);
     m.def("load_checked", &checked_at, "map"_a, "offset"_a, "count"_a, "index"_a, "salt"_a);
     m.def("checked_word", &checked_word, "value"_a, "index"_a, "salt"_a);
+    m.def("use_team", &use_team, "fork"_a, "threads"_a);
     m.def("available_kernels", &available_kernels);
     m.def("current_kernel", [] { return std::string(isa_name(current_isa())); });
     m.def("use_kernel", &use_kernel, "name"_a);
+    bind_step(m);
 }

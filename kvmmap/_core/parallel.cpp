@@ -1,6 +1,9 @@
 // Helpers: threads that stay for a moment after a call. A model's layers are attended over one right after the other,
 // and starting a thread for each takes longer (20 to 50 us) than it saves. An embedded store keeps no pool behind its
 // user's back, though: a helper without work ends soon, and before a fork all are sent home.
+//
+// A thread in which a model is run has a team already, OpenMP's, whose threads spin for the next operation and would
+// contend with helpers for the processors. Such a thread can tell the core to give its work to that team.
 #include "parallel.h"
 
 #include <atomic>
@@ -24,6 +27,17 @@ using Clock = std::chrono::steady_clock;
 // before it ends.
 constexpr auto lookout = std::chrono::microseconds(100);
 constexpr auto linger = std::chrono::milliseconds(50);
+
+// The entry of an OpenMP runtime that compilers call for a parallel region (GCC's; LLVM's has it as well).
+using Fork = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+// The team of the calling thread. Asking for another number of threads than the team has would have it made anew.
+struct Team {
+    Fork fork = nullptr;
+    unsigned threads = 0;
+};
+
+thread_local Team team;
 
 // What one call wants done; lives as long as that.
 struct Call {
@@ -186,7 +200,7 @@ Bench& bench() {
                     delete helper;
                 }
             },
-            nullptr, [] { bench_of_process = new Bench; });
+            nullptr, [] { bench_of_process = new Bench; team = {}; });
     }();
     static_cast<void>(registered);
     return *bench_of_process;
@@ -218,10 +232,30 @@ void Helper::live() {
 
 }  // namespace
 
+void use_team(uintptr_t fork, int threads) {
+    bench();  // a child of a fork has no team
+    team = threads > 1 ? Team{reinterpret_cast<Fork>(fork), static_cast<unsigned>(threads)} : Team{};
+}
+
 void run_pieces(int64_t count, int threads, void (*body)(void* context, int64_t piece), void* context) {
     Call call{body, context, count};
     std::vector<Helper*> helpers;
     const int64_t wanted = std::min<int64_t>(threads, count) - 1;
+    if (wanted > 0 && team.fork) {
+        struct Share {
+            Call& call;
+            std::atomic<int64_t> left;
+        } share{call, {wanted + 1}};
+        team.fork(
+            [](void* shared) {
+                auto& mine = *static_cast<Share*>(shared);
+                if (mine.left.fetch_sub(1, std::memory_order_relaxed) > 0) mine.call.work();
+            },
+            &share, team.threads, 0);
+        call.work();  // nothing is left, unless fewer threads came
+        if (call.failure) std::rethrow_exception(call.failure);
+        return;
+    }
     if (wanted > 0) helpers.reserve(wanted);
     const int processor = wanted > 0 ? current_processor() : -1;
     for (int64_t i = 0; i < wanted; ++i) {

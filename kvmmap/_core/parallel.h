@@ -15,7 +15,13 @@ namespace kvmmap {
 // in any order. An exception ends the work, and is thrown here.
 void run_pieces(int64_t count, int threads, void (*body)(void* context, int64_t piece), void* context);
 
-// The same for anything that is called as body(piece).
+// Has calls of the calling thread, from now on, use its team of an OpenMP runtime in place of helpers.
+//
+// `fork` is the address of that runtime's GOMP_parallel, and `threads` how many the team has, the caller among them; of
+// fewer than two, or after a fork, there is no team.
+void use_team(uintptr_t fork, int threads);
+
+// run_pieces for anything that is called as body(piece).
 template <class Body>
 void parallel_pieces(int64_t count, int threads, Body&& body) {
     using Plain = std::remove_reference_t<Body>;

@@ -166,6 +166,15 @@ class PosixFile:
             self._name(error)
             raise
 
+    def write_step(self, step: _core.Step, position: int, keys: Any, values: Any) -> bool:
+        """Write a position's rows as a compiled step encodes them; False if it does not take them, and nothing was
+        written."""
+        try:
+            return step.append(self._fd, position, keys, values)
+        except OSError as error:
+            self._name(error)
+            raise
+
     def start_sync(self, offset: int, size: int) -> None:
         """Start writing a range to the disk, so that the next `sync` waits less."""
         _core.start_sync(self._fd, offset, size)

@@ -34,6 +34,7 @@ from .checkpoints import Checkpoints, MemoryCheckpoints
 from .locks import Lock
 from .recent_store import RecentStore
 from .refusals import closed_error, refuse_truncated
+from .step_store import StepStore
 from .verify_report import Damage as Damage
 from .verify_report import VerifyReport as VerifyReport
 from .verify_report import damaged_record as damaged_record
@@ -53,7 +54,7 @@ STAGE_BYTES = 2 * 1024 * 1024
 """Rows that `LayerStore.stage` allocates at most, by default."""
 
 
-class LayerStore(RecentStore, ABC):
+class LayerStore(RecentStore, StepStore, ABC):
     """The rows of one layer in a storage.
 
     Args:

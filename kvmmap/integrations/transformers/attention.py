@@ -23,6 +23,7 @@ from .graphs import outside_graph
 from .layer import KvmmapLayer
 from .selection import selected_blocks, selected_keys
 from .sequence import MaskLength
+from .steps import join_team
 from .tensors import as_array, from_array
 
 NAME = "kvmmap"
@@ -77,6 +78,7 @@ def kvmmap_mask(**arguments: Any) -> torch.Tensor | None:
             and (padding is None or length.cache.leaves_padding_out or bool(padding.all()))
         )
         if length.cache.attend_in_place(arguments.get("local_size"), plain):
+            join_team()
             return None
     return eager_mask(**arguments) if how == "own" else sdpa_mask(**arguments)
 
@@ -120,6 +122,21 @@ def kvmmap_attention(
     Raises:
         UnsupportedModelError: something is asked for that can't be computed here; nothing is left out silently.
     """
+    if (
+        isinstance(key, KvmmapLayer)
+        and key.step is not None
+        and key.chunk is None
+        and attention_mask is s_aux is sinks is indices is block_indices is None
+        and not dropout
+        and getattr(module, "is_causal", True)
+        and _HARMLESS.issuperset(kwargs)
+        and kwargs.get("is_causal") is not False
+    ):
+        found = key.step.attend(
+            query, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, key.kind.window
+        )
+        if found is not None:
+            return found, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     in_place = isinstance(key, KvmmapLayer | BatchLayer)
     sink = sinks[..., 0] if sinks is not None else s_aux[:, None] if s_aux is not None else None

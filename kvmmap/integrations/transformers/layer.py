@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...attention.merge import merge_attention
 from ...attention.run import AttendOptions
+from ...decode_step import DecodeStep
 from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from .kinds import LayerKind
@@ -64,6 +65,8 @@ class KvmmapLayer(StoredRows, CacheLayerMixin):
         self.is_initialized = True
         """Always."""
         self._dtype = torch.float32  # of the last keys that came in
+        self.step: DecodeStep | None = None
+        """How single positions are attended over, if there is a shorter way than `attend`."""
 
     # transformers' layers have tensors of these names, and some models read them.
 

@@ -10,18 +10,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
 from ...codecs import by_name
 from ...codecs.presets import UNROTATED, Codecs, chosen_recent, preset_codecs
-from ...errors import MetadataError, ShapeMismatchError, UnsupportedModelError
+from ...errors import MetadataError, ModelMismatchError, ShapeMismatchError, UnsupportedModelError
 from ...geometry import LayerGeometry, one_a_layer
+from ...metadata import ModelInfo
 from ...state_spec import StateSpec
 from .identity import check_same, config_of, describe
 from .kinds import LayerKind, as_notes, from_notes, has_states, states_alone, store_geometries
 from .models import layer_kinds, max_positions
 from .probe import find_states
+from .tensors import dtype_name
 
 NOTES = "transformers"
 """Key in a cache's metadata under which is what this integration records."""
@@ -210,3 +213,29 @@ def note_media(cache: QuantizedKvCache, media: Mapping[str, Any]) -> None:
     notes = cache.metadata
     own = {name: value for name, value in (notes.get(NOTES) or {}).items() if name != "media"}
     cache.metadata = notes | {NOTES: own | ({"media": dict(media)} if media else {})}
+
+
+def check_dtype(cache: QuantizedKvCache, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Refuse keys of another dtype than those that a cache was made of, or note it in a cache that has none yet.
+
+    Args:
+        cache: what is appended to.
+        dtype: that of the keys.
+        autocast: what operations compute in beside; None without autocast.
+
+    Raises:
+        ModelMismatchError: they differ.
+    """
+    name, info = dtype_name(dtype), cache.model or ModelInfo()
+    if autocast is not None:
+        name += f" under autocast to {dtype_name(autocast)}"
+    if info.source_dtype is None:
+        cache.model = replace(info, source_dtype=name)
+    elif info.source_dtype != name:
+        raise ModelMismatchError(
+            f"{cache.path or 'the cache'} was made in {info.source_dtype}, and this model runs in {name}: load it "
+            f"with dtype={info.source_dtype.partition(' ')[0]!r}, and use autocast for both or for neither",
+            expected={"source_dtype": info.source_dtype},
+            actual={"source_dtype": name},
+            path=cache.path,
+        )

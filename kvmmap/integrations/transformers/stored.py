@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -16,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
-from ...errors import ModelMismatchError, UnsupportedModelError
-from ...metadata import ModelInfo
+from ...errors import UnsupportedModelError
 from ...ranges import check_range
 from . import rope
 from .checked_weights import checked_weights, whole_of
@@ -26,7 +24,7 @@ from .illustrated import IllustratedSequence
 from .kinds import LayerKind
 from .layers import made_layers
 from .models import counting, text_config
-from .opening import NOTES, check_stored, note_regimes, own_notes
+from .opening import NOTES, check_dtype, check_stored, note_regimes, own_notes
 from .own_caches import become_own
 from .passes import watch
 from .recording import PassRecord
@@ -34,7 +32,8 @@ from .resident import Resident, ResidentLayer
 from .rows import StoredRows
 from .sequence import MaskLength
 from .shared import SharedLayer
-from .tensors import autocast_dtype, dtype_name
+from .steps import Steps
+from .tensors import autocast_dtype
 from .versions import argument_of
 from .weights import Weights, compared_weights, weights_of
 from .write_behind import WriteBehind
@@ -87,6 +86,7 @@ class StoredSequence(IllustratedSequence):
         self._config_checked = model is not None
         self._dtype: tuple[Any, ...] = ()  # that keys have been checked to have, and autocast's beside
         self._masks_asked = False
+        self._steps = Steps()
         self._make_media(config, self._source.metadata, self._length)
         self._rope = rope.length_dependence(config) if config is not None else None
         notes = (self._source.metadata.get(NOTES) or {}) if self._rope is not None else {}
@@ -174,6 +174,10 @@ class StoredSequence(IllustratedSequence):
             ShapeMismatchError, DtypeError, NonFiniteError, CapacityExceededError, OSError: nothing was appended.
         """
         layer: Any = self._layers[layer_idx]
+        if self._steps.checked and self._steps.push(layer_idx, self._length, key_states, value_states):
+            if self._steps.newest > self._length:
+                self._note_complete(layer)
+            return layer, layer
         if isinstance(layer, SharedLayer):
             layer.update(key_states, value_states)
         self._masks_asked = False
@@ -183,7 +187,8 @@ class StoredSequence(IllustratedSequence):
             self._take_back(self._complete())  # an earlier pass stopped half way
         dtype = key_states.dtype, autocast_dtype(key_states)
         if dtype != self._dtype:
-            self._check_dtype(*dtype)
+            check_dtype(self._own, *dtype)
+            self._dtype = dtype
         if len(self._patterns) > 1 and len({pattern.in_place for pattern in self._patterns}) > 1:
             raise UnsupportedModelError(
                 "this model attends with one mask in layers whose windows differ by its config, so it can't attend in "
@@ -191,6 +196,8 @@ class StoredSequence(IllustratedSequence):
             )
         self._check_announced()
         result: tuple[Any, Any] = layer.update(key_states, value_states, *args, **kwargs)
+        if result[0] is layer and key_states.shape[2] == 1:
+            self._steps.check(self._layers, self._rows, key_states.dtype)
         self._note_complete(layer)
         return result
 
@@ -219,6 +226,7 @@ class StoredSequence(IllustratedSequence):
             self._behind.settle()
 
     def _end_patterns(self) -> None:
+        self._steps.checked = False
         for pattern in self._patterns:
             pattern.in_place = False
 
@@ -326,22 +334,6 @@ class StoredSequence(IllustratedSequence):
             if config is not None:
                 check_stored(self._source, config, None)
             self._config_checked = True
-
-    def _check_dtype(self, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
-        name, info = dtype_name(dtype), self._own.model or ModelInfo()
-        if autocast is not None:
-            name += f" under autocast to {dtype_name(autocast)}"
-        if info.source_dtype is None:
-            self._own.model = replace(info, source_dtype=name)
-        elif info.source_dtype != name:
-            raise ModelMismatchError(
-                f"{self.path or 'the cache'} was made in {info.source_dtype}, and this model runs in {name}: load it "
-                f"with dtype={info.source_dtype.partition(' ')[0]!r}, and use autocast for both or for neither",
-                expected={"source_dtype": info.source_dtype},
-                actual={"source_dtype": name},
-                path=self.path,
-            )
-        self._dtype = dtype, autocast
 
     # Taking back
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ... import _core
+from ...codecs import COMPILED
 from ...geometry import LayerGeometry
 from ...ranges import check_room
 from ...recent import RecentRows
@@ -90,6 +92,24 @@ class WriterLayer(MappedLayer):
         else:
             offsets = tuple([offset + start * row for offset, row in zip(at, size, strict=True)])
         self._mapped.file.write(offsets, rows)
+
+    def make_step(self, tensor: type, dtypes: tuple[Any, Any, Any]) -> _core.Step | None:
+        if self.geometry.key_codec not in COMPILED or self.geometry.value_codec not in COMPILED:
+            return None
+        shape, recent = self.geometry, self.recent
+        keys, values = shape.key_codec, shape.value_codec
+        rings = () if recent is None else (recent.window, recent.sinks, *recent.ring.parts, *recent.first.parts)
+        codecs = keys.id, keys.transform, values.id, values.transform
+        dims = shape.num_kv_heads, shape.head_dim, shape.value_head_dim
+        return _core.Step(codecs, *dims, self._offsets, rings, tensor, dtypes)
+
+    def write_step(self, step: _core.Step, position: int, keys: Any, values: Any) -> bool:
+        if self._records is not None and self._loaded is None:
+            super().recent_rows()
+        written = self._mapped.file.write_step(step, position, keys, values)
+        if written and self._records is not None:
+            self._note_unsaved(position, position + 1)
+        return written
 
     def write_bytes(self, start: int, array: int, offset: int, data: Any) -> None:
         """Write bytes of one of the arrays, from byte `offset` of the array's part from position `start` on, and

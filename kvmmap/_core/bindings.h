@@ -1,0 +1,6 @@
+// Parts of the module that stand in files of their own.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_step(nanobind::module_& m);

@@ -1,0 +1,187 @@
+// Python's view of a decoding step: a layer's constants are unpacked once, and tensors are read through their own attributes,
+// so that nothing is wrapped in between. Cold caches make that the larger part of a short step: a model's weights have gone
+// through them since the last one.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <memory>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#else
+#include <thread>
+#endif
+
+#include "bindings.h"
+#include "step.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvmmap;
+
+namespace {
+
+// A Python buffer that is held as long as this lives.
+class Held {
+  public:
+    Held(nb::handle object, int flags) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
+    }
+    ~Held() { PyBuffer_Release(&view_); }
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+
+    char* data() const { return static_cast<char*>(view_.buf); }
+    int64_t bytes() const { return view_.len; }
+
+  private:
+    Py_buffer view_{};
+};
+
+constexpr int reading = PyBUF_C_CONTIGUOUS, writing = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE;
+
+// What tells that an object is a tensor that can be read as it lies; given by whoever has the tensors' library.
+struct TensorKind {
+    nb::object type;
+    std::vector<nb::object> dtypes;  // in the order of Dtype
+};
+
+int64_t whole(nb::handle number) { return nb::cast<int64_t>(number); }
+
+// The rows of a tensor [1, heads, 1, dim]; its data is null for any other and for what can't be read as it lies: another
+// device, a lazy negation, a part of a graph of gradients, a subclass.
+RowGrid rows_of(nb::handle tensor, const TensorKind& kind, int64_t dim) {
+    constexpr RowGrid none{};
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != kind.type.ptr()) return none;
+    const nb::object dtype = tensor.attr("dtype");
+    const auto found = std::find_if(kind.dtypes.begin(), kind.dtypes.end(), [&](const nb::object& one) { return one.is(dtype); });
+    if (found == kind.dtypes.end() || !nb::cast<bool>(tensor.attr("is_cpu")) || nb::cast<bool>(tensor.attr("requires_grad")) ||
+        nb::cast<bool>(tensor.attr("is_neg")()))
+        return none;
+    const nb::object shape = tensor.attr("shape");
+    if (nb::len(shape) != 4 || whole(shape[0]) != 1 || whole(shape[2]) != 1 || whole(shape[3]) != dim) return none;
+    const nb::object strides = tensor.attr("stride")();
+    if (dim > 1 && whole(strides[3]) != 1) return none;
+    const auto type = static_cast<Dtype>(found - kind.dtypes.begin());
+    const int64_t item = dtype_bytes(type), heads = whole(shape[1]), stride = item * whole(strides[1]);
+    const auto address = nb::cast<uintptr_t>(tensor.attr("data_ptr")());
+    return {reinterpret_cast<const void*>(address), 1, heads, dim, heads * stride, stride, type};
+}
+
+int all_processors() {
+#if defined(__linux__)
+    cpu_set_t mine;
+    if (!sched_getaffinity(0, sizeof mine, &mine)) return CPU_COUNT(&mine);
+    return 1;
+#else
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+#endif
+}
+
+class Step {
+  public:
+    Step(const std::vector<int>& codecs, int64_t kv_heads, int64_t dim, int64_t value_dim, const std::vector<int64_t>& offsets,
+         nb::tuple recent, nb::object tensor, nb::tuple dtypes) {
+        if (codecs.size() != 4 || kv_heads < 1 || dtypes.size() != dtype_count) throw nb::value_error("not a layer");
+        layer_.keys = format(codecs[0], codecs[1], dim);
+        layer_.values = format(codecs[2], codecs[3], value_dim);
+        layer_.kv_heads = kv_heads, layer_.dim = dim, layer_.value_dim = value_dim;
+        layer_.offsets = offsets;
+        row_bytes_ = layer_.row_bytes();
+        if (offsets.size() != row_bytes_.size()) throw nb::value_error("an offset for each array");
+        int64_t room = 64;
+        for (const int64_t bytes : row_bytes_) room += (bytes + 63) / 64 * 64;
+        scratch_.reset(new char[room]);
+        layer_.keeps_recent = recent.size() != 0;
+        if (layer_.keeps_recent) {  // window, sinks, and the parts of two rings
+            if (recent.size() != 8) throw nb::value_error("recent: window, sinks, and two rings");
+            layer_.window = whole(recent[0]), layer_.sinks = whole(recent[1]);
+            layer_.ring = ring(recent, 2);
+            layer_.first = ring(recent, 5);
+        }
+        kind_.type = tensor;
+        for (nb::handle dtype : dtypes) kind_.dtypes.push_back(nb::borrow(dtype));
+    }
+
+    bool append(int fd, int64_t position, nb::handle keys_object, nb::handle values_object) {
+        const RowGrid keys = rows_of(keys_object, kind_, layer_.dim), values = rows_of(values_object, kind_, layer_.value_dim);
+        if (!keys.data || !values.data || keys.inner != layer_.kv_heads || values.inner != layer_.kv_heads) return false;
+        const auto address = reinterpret_cast<uintptr_t>(scratch_.get());
+        int error;
+        {
+            nb::gil_scoped_release released;  // the disk may let a write wait
+            error = append_step(layer_, fd, position, keys, values, scratch_.get() + (64 - address % 64));
+        }
+        if (error > 0) {
+            errno = error;
+            PyErr_SetFromErrno(PyExc_OSError);
+            throw nb::python_error();
+        }
+        return error == 0;
+    }
+
+    nb::object attend(nb::handle query_object, const nb::tuple& slabs, int64_t length, float scale, float softcap, int64_t window) {
+        const RowGrid query = rows_of(query_object, kind_, layer_.dim);
+        if (!query.data || query.inner % layer_.kv_heads || slabs.size() != row_bytes_.size()) return nb::none();
+        std::vector<std::unique_ptr<Held>> held;
+        for (size_t i = 0; i < slabs.size(); ++i) {
+            const Held& array = *held.emplace_back(std::make_unique<Held>(slabs[i], reading));
+            if (array.bytes() < length * row_bytes_[i]) throw nb::value_error("slabs: too small");
+        }
+        const size_t split = scale_bytes(layer_.keys.codec) ? 2 : 1;
+        const auto rows = [&](RowFormat form, size_t first) {
+            return CodedRows{form, held[first]->data(), scale_bytes(form.codec) ? held[first + 1]->data() : nullptr};
+        };
+        const AttendExtent extent{0, rows(layer_.keys, 0), rows(layer_.values, split)};
+        nb::object out = query_object.attr("new_empty")(nb::make_tuple(1, 1, query.inner, layer_.value_dim));
+        const auto address = nb::cast<uintptr_t>(out.attr("data_ptr")());
+        const StepQuery asked{query, scale, softcap, window, all_processors(), reinterpret_cast<void*>(address)};
+        bool finite;
+        {
+            nb::gil_scoped_release released;
+            finite = attend_step(layer_, asked, extent, length);
+        }
+        return finite ? out : nb::none();
+    }
+
+  private:
+    static RowFormat format(int codec, int transform, int64_t dim) {
+        const RowFormat made{static_cast<Codec>(codec), transform == 1};
+        if (codec < 1 || codec > static_cast<int>(Codec::int6) || transform < 0 || transform > 1 || dim < 1 || !made.takes(dim))
+            throw nb::value_error("unknown codec or transform, or rows that it does not take");
+        return made;
+    }
+
+    RecentRing ring(const nb::tuple& parts, size_t first) {
+        char* data[3];
+        const int64_t sizes[] = {8, 2 * layer_.kv_heads * layer_.dim, 2 * layer_.kv_heads * layer_.value_dim};
+        int64_t slots = 0;
+        for (size_t i = 0; i < 3; ++i) {
+            const Held& array = *rings_.emplace_back(std::make_unique<Held>(parts[first + i], writing));
+            data[i] = array.data();
+            if (i == 0) slots = array.bytes() / 8;
+            if (array.bytes() != slots * sizes[i]) throw nb::value_error("ring: sizes differ");
+        }
+        return {reinterpret_cast<uint64_t*>(data[0]), reinterpret_cast<uint16_t*>(data[1]), reinterpret_cast<uint16_t*>(data[2]),
+                slots, layer_.kv_heads * layer_.dim, layer_.kv_heads * layer_.value_dim};
+    }
+
+    StepLayer layer_{};
+    std::vector<int64_t> row_bytes_;
+    std::unique_ptr<char[]> scratch_;
+    std::vector<std::unique_ptr<Held>> rings_;
+    TensorKind kind_;
+};
+
+}  // namespace
+
+void bind_step(nb::module_& m) {
+    nb::class_<Step>(m, "Step")
+        .def(nb::init<const std::vector<int>&, int64_t, int64_t, int64_t, const std::vector<int64_t>&, nb::tuple, nb::object, nb::tuple>(),
+             "codecs"_a, "kv_heads"_a, "dim"_a, "value_dim"_a, "offsets"_a, "recent"_a, "tensor"_a, "dtypes"_a)
+        .def("append", &Step::append, "fd"_a, "position"_a, "keys"_a, "values"_a)
+        .def("attend", &Step::attend, "query"_a, "slabs"_a, "length"_a, "scale"_a, "softcap"_a, "window"_a);
+}

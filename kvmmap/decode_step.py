@@ -1,0 +1,74 @@
+"""A decoding step of one layer of a file: a position appended, and its queries attended, by one compiled call each.
+
+In a model, code and data of a step are out of the caches when it comes: a model's weights have gone through them since
+the last layer's. So what counts there is how much is touched, and `push` and `attend`, which take anything and check
+everything, touch several times as much as the arithmetic does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._core import Step
+from .storage.protocols import LayerStore, Storage
+
+
+class DecodeStep:
+    """One layer's decoding steps, on tensors as a model has them. Made by `QuantizedKvLayer.decode_step`.
+
+    Each method returns False or None, and has done nothing, where it can't do what `QuantizedKvLayer.push` and `attend`
+    do: of tensors elsewhere, of other shapes or dtypes, or with numbers that these refuse.
+    """
+
+    __slots__ = ("_step", "_storage", "_store")
+
+    def __init__(self, storage: Storage, store: LayerStore, step: Step) -> None:
+        self._storage = storage
+        self._store = store
+        self._step = step
+
+    @property
+    def length(self) -> int:
+        """Positions stored."""
+        return self._store.length
+
+    def push(self, keys: Any, values: Any) -> bool:
+        """Append one position.
+
+        Args:
+            keys: [1, num_kv_heads, 1, head_dim].
+            values: [1, num_kv_heads, 1, value_head_dim].
+
+        Raises:
+            CapacityExceededError, ReadOnlyError, ClosedError, OSError: as `QuantizedKvLayer.push`.
+        """
+        store = self._store
+        with self._storage.lock:
+            position = store.begin(1)
+            if not store.write_step(self._step, position, keys, values):
+                return False
+            store.publish(position + 1)
+            self._storage.appended()
+        return True
+
+    def attend(self, query: Any, scale: float, softcap: float | None, window: int | None) -> Any:
+        """Attend with the last position's queries, as `QuantizedKvLayer.attend` does.
+
+        Args:
+            query: [1, num_q_heads, 1, head_dim].
+            scale, softcap, window: those of `QuantizedKvLayer.attend`.
+
+        Returns:
+            A new tensor [1, 1, num_q_heads, value_head_dim] of the queries' dtype.
+
+        Raises:
+            CacheChangedError, ClosedError: as `QuantizedKvLayer.attend`.
+        """
+        store = self._store
+        version = store.version()  # before the length: see `LayerStore`
+        length = store.length
+        if not length or not store.is_verified(length):
+            return None
+        out = self._step.attend(query, store.slabs(), length, scale, softcap or 0.0, window or 0)
+        store.validate(version)  # the rows were still the cache's when they had been read
+        return out
