@@ -158,7 +158,6 @@ CACHES: tuple[Kept, ...] = (
     *(_of_preset(name) for name in ("int8", "fidelity", "compact", "small", "tiny")),
     *(_of_codec(name) for name in ("bf16", "f16", "int8-rotated")),
     *(_of_preset(name, window) for window in (64, 128, 256, 0) for name in ("fidelity", "compact", "small", "tiny")),
-    _of_preset("small", 512),
     *(_of_codec(name) for name in ("int6-rotated", "int5-rotated", "int3-rotated")),
     *(_of_codec(name) for name in ("fp8-e4m3", "fp8-e4m3-scaled", "fp8-e5m2", "fp8-e5m2-scaled")),
     *(_of_codec(name, 256) for name in ("int6-rotated", "int3-rotated")),

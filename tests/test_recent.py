@@ -548,7 +548,7 @@ def test_a_program_that_knows_no_such_sections_reads_the_file_and_does_not_write
 
 def test_presets_keep_them(tmp_path: Path) -> None:
     expected = {"int8": (0, 0), "lossless": (0, 0), "fidelity": (128, 4)}
-    expected |= dict.fromkeys(("compact", "small", "tiny"), (256, 4))
+    expected |= {"compact": (256, 4), "small": (512, 4), "tiny": (256, 4)}
     for (preset, pair), number in zip(expected.items(), itertools.count(), strict=False):
         path = tmp_path / f"{number}.kvm"
         with kvmmap.create(path, num_layers=1, capacity=10, num_kv_heads=1, head_dim=8, preset=preset) as cache:

@@ -25,7 +25,7 @@ SINKS = 4
 RECENT: dict[str, tuple[int, int]] = {
     "fidelity": (128, SINKS),
     "compact": (256, SINKS),
-    "small": (256, SINKS),
+    "small": (512, SINKS),
     "tiny": (256, SINKS),
 }
 """How many of the last and of the first positions a preset keeps in 16 bits besides; others keep none. The coarser the
