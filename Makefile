@@ -45,13 +45,13 @@ lint: env-test  ## ruff, formatting, mypy --strict
 format: env-test  ## format, and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 
-bench: env-bench  ## the benchmarks with their baselines, as tables and as JSON in bench-out/
+bench: env-bench  ## the benchmarks with their baselines, on one page: bench-out/page.md, and JSON (at most 20 minutes)
 	.venv-bench/bin/python benchmarks/run.py
 bench-llama-cpp: env-llama-cpp  ## the same beside llama.cpp, which is compiled for it
 	.venv-llama/bin/python benchmarks/run.py llama_cpp llama_cpp_cache
-figures:  ## the charts and tables of the pages, from bench-out/ (CONDITIONS="an idle machine")
-	$(PYTHON) docs/tools/figures.py collect bench-out '$(or $(CONDITIONS),conditions unknown)'
-	$(PYTHON) docs/tools/figures.py draw
+figures: env-bench  ## the charts and tables of the pages, from bench-out/ (CONDITIONS="an idle machine")
+	.venv-bench/bin/python docs/tools/figures.py collect bench-out '$(or $(CONDITIONS),conditions unknown)'
+	.venv-bench/bin/python docs/tools/figures.py draw
 picture: env-demo  ## README's picture, from a cache of the demo
 	[ -f demo-out/manual.kvm ] || $(MAKE) demo
 	cd demo-out && ../.venv-demo/bin/python ../demo/picture.py ../docs/inspect.svg kvmmap inspect manual.kvm

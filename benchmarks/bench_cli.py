@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import compileall
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness import Bar, Report
 
 import kvmmap
 
@@ -29,7 +29,7 @@ PROGRAM = Path(sys.executable).with_name("kvmmap")
 LAYERS, HEADS, DIM = 30, 3, 64
 LENGTH = 10
 BASE = "python -c 'import numpy'"
-BAR_SECONDS, BAR_RATIO, BAR_MANY = 0.150, 3.0, 2.0
+BAR_MS, BAR_RATIO, BAR_MANY_MS = 150.0, 3.0, 2000.0
 
 
 def main() -> None:
@@ -61,11 +61,13 @@ def main() -> None:
     results = summarize(seconds)
     show(results)
     inspect = results["kvmmap inspect"]
-    verdict("kvmmap inspect", inspect["median"], BAR_SECONDS, "s")
-    verdict("  of import numpy", inspect["ratio"], BAR_RATIO, "x")
-    verdict(many, results[many]["median"], BAR_MANY, "s")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    report = Report("cli", notes=results)
+    report.bars = [
+        Bar("kvmmap inspect", BAR_MS, inspect["median"] * 1e3, "ms"),
+        Bar("kvmmap inspect, relative to importing numpy", BAR_RATIO, inspect["ratio"], "x at most", beside=BASE),
+        Bar(many, BAR_MANY_MS, results[many]["median"] * 1e3, "ms"),
+    ]
+    report.finish(args.json)
 
 
 def make_caches(folder: Path, count: int) -> None:
@@ -105,10 +107,6 @@ def show(results: dict[str, dict[str, float]]) -> None:
     for name, r in results.items():
         ratio = f"{r['ratio']:.2f}" if "ratio" in r else ""
         print(f"{name:32} {r['median']:6.3f} s {r['min']:7.3f}-{r['max']:<7.3f}   {ratio:>14}")
-
-
-def verdict(name: str, value: float, bar: float, unit: str) -> None:
-    print(f"{name}: {value:.3f} {unit}, {'within' if value <= bar else 'OVER'} {bar:g} {unit}")
 
 
 if __name__ == "__main__":

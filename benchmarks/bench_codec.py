@@ -54,7 +54,13 @@ def bars(measured: Measured) -> list[Bar]:
         *((f"{name} encode f32", 0.8) for name in rotated),
     )
     return [
-        Bar(f"{name} against memcpy f32, one thread", required, measured.ratio(name, MEMCPY).median, "x")
+        Bar(
+            f"{name} against memcpy f32, one thread",
+            required,
+            measured.ratio(name, MEMCPY).median,
+            "x",
+            beside="numpy.copyto",
+        )
         for name, required in wanted
     ]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import Bar, Report, arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvmmap.integrations.transformers import KvmmapCache
@@ -26,6 +27,7 @@ OPENINGS = 100
 
 
 def main() -> None:
+    args = arguments(__doc__.partition("\n")[0], rounds=1).parse_args()
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -50,6 +52,12 @@ def main() -> None:
         KvmmapCache.create(path, model).close()
         opening = median(lambda: KvmmapCache.open(path, model, room=1).close(), OPENINGS)
         print(f"opening with a known fingerprint   {opening * 1e3:8.2f} ms")
+    report = Report("identity")
+    report.bars = [
+        Bar("opening for a model with a known fingerprint", 3, opening * 1e3, "ms"),
+        Bar("looking at the weights, of a step", 0.01, look / step, "x at most"),
+    ]
+    report.finish(args.json)
     print(f"the fingerprint of all weights     {first * 1e3:8.1f} ms, once a process")
 
 

@@ -9,7 +9,6 @@ head_dim).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import Bar, Report, arguments
 
 import kvmmap
 
@@ -25,24 +25,39 @@ CASES = ((3, 3, 64), (8, 1, 128), (8, 4, 128))
 CODECS = ("int8", "int8-rotated", "int4-rotated")
 LENGTHS = 8
 ROUNDS = 12
+DEFAULT = "int8-rotated"
+"""The codec of the default preset, which is what the bars are for."""
+
+MOST = 1.03
+WHAT = ("attention over 8k positions", "push in memory", "push to a file")
+Pair = tuple[float, float]
+"""Microseconds without and with."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what rows in 16 bits cost.")
+    parser = arguments("Measure what rows in 16 bits cost.", rounds=ROUNDS)
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--sinks", type=int, default=4)
     args = parser.parse_args()
+    report = Report("recent")
     print(f"{'case':12} {'codec':14} {'attention':>24} {'push':>22} {'push to a file':>22}   us without, with, ratio")
     for heads, group, dim in CASES:
         for codec in CODECS:
             kinds = ((0, 0), (args.window, args.sinks))
-            cells = [attention(heads, group, dim, codec, kinds, args.positions)]
-            cells += [pushes(heads, dim, codec, kinds, to_file=to_file) for to_file in (False, True)]
-            print(f"{heads}x{dim} g{group:<6} {codec:14} " + " ".join(cells), flush=True)
+            found = [attention(heads, group, dim, codec, kinds, args.positions, args.rounds)]
+            found += [pushes(heads, dim, codec, kinds, args.rounds, to_file=to_file) for to_file in (False, True)]
+            case = f"{heads}x{dim} g{group}"
+            print(f"{case:12} {codec:14} " + " ".join(cell(*pair) for pair in found), flush=True)
+            report.notes[f"{case}, {codec}"] = dict(zip(WHAT, found, strict=True))
+            if (heads, group, codec) == (8, 1, DEFAULT):
+                for what, (without, with_) in zip(WHAT, found, strict=True):
+                    bar = f"{what} with window and sinks, {codec}, 8 KV heads x 128"
+                    report.bars.append(Bar(bar, MOST, with_ / without, "x at most", beside="the same without"))
+    report.finish(args.json)
 
 
-def attention(heads: int, group: int, dim: int, codec: str, kinds: Any, positions: int) -> str:
+def attention(heads: int, group: int, dim: int, codec: str, kinds: Any, positions: int, rounds: int) -> Pair:
     """One query over a whole layer."""
     rows = np.random.default_rng(0).standard_normal((positions + 272, heads, dim), np.float32)
     query = np.random.default_rng(1).standard_normal((1, heads * group, dim), np.float32)
@@ -56,13 +71,13 @@ def attention(heads: int, group: int, dim: int, codec: str, kinds: Any, position
     for length in np.linspace(positions, positions + 271, LENGTHS).astype(int):
         for layer in layers:
             layer.extend(rows[len(layer) : length], rows[len(layer) : length])
-        times = alternately([lambda layer=layer: layer.attend(query, threads=1) for layer in layers], 4)
+        times = alternately([lambda layer=layer: layer.attend(query, threads=1) for layer in layers], 4, rounds)
         for found, time_ in zip(best, times, strict=True):
             found.append(time_)
-    return cell(statistics.mean(best[0]), statistics.mean(best[1]))
+    return statistics.mean(best[0]), statistics.mean(best[1])
 
 
-def pushes(heads: int, dim: int, codec: str, kinds: Any, *, to_file: bool) -> str:
+def pushes(heads: int, dim: int, codec: str, kinds: Any, rounds: int, *, to_file: bool) -> Pair:
     """One position of one layer."""
     row = np.random.default_rng(0).standard_normal((heads, dim), np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,22 +89,22 @@ def pushes(heads: int, dim: int, codec: str, kinds: Any, *, to_file: bool) -> st
             made = kvmmap.create(path, **shape, **more) if to_file else kvmmap.QuantizedKvCache(**shape, **more)
             caches.append(made)
         layers = [cache.layers[0] for cache in caches]
-        times = alternately([lambda layer=layer: layer.push(row, row) for layer in layers], 256)
+        times = alternately([lambda layer=layer: layer.push(row, row) for layer in layers], 256, rounds)
         for cache in caches:
             cache.close()
-    return cell(*times)
+    return times
 
 
-def alternately(runs: list[Callable[[], Any]], repeat: int) -> list[float]:
-    """Return the shortest processor time of each, in microseconds, over rounds of both."""
+def alternately(runs: list[Callable[[], Any]], repeat: int, rounds: int) -> Pair:
+    """Return the shortest processor time of both, in microseconds, over rounds of both."""
     found: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for times, run in zip(found, runs, strict=True):
             begun = time.thread_time()
             for _ in range(repeat):
                 run()
             times.append((time.thread_time() - begun) / repeat * 1e6)
-    return [min(times) for times in found]
+    return min(found[0]), min(found[1])
 
 
 def cell(without: float, with_: float) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ class Bar:
     ceiling: float | None = None
     """Of an "x": what was measured, in the same rounds, of something that no way of doing it can beat; None: unknown.
     A bar above it can't be met."""
+
+    beside: str = ""
+    """What it is compared with, and its version where there are several; empty where `what` says it."""
 
     @property
     def met(self) -> bool:
@@ -194,12 +198,12 @@ class Report:
 
 def bar_table(bars: Sequence[Bar]) -> Table:
     """Each target, the measured value, and whether it is met."""
-    table = Table("bar", title="bars", title_justify="left", title_style="bold")
+    table = Table("bar", "beside", title="bars", title_justify="left", title_style="bold")
     for column in ("required", "measured", ""):
         table.add_column(column, justify="right")
     for bar in bars:
         required, measured, verdict = bar.texts()
-        table.add_row(bar.what, required, measured, f"[{'green' if bar.met else 'bold red'}]{verdict}[/]")
+        table.add_row(bar.what, bar.beside, required, measured, f"[{'green' if bar.met else 'bold red'}]{verdict}[/]")
     return table
 
 
@@ -228,6 +232,11 @@ def machine() -> dict[str, Any]:
         "kvmmap": kvmmap.__version__,
         "kernel": kvmmap.kernel(),
     }
+
+
+def version_of(package: str) -> str:
+    """The name of an installed package, and its version."""
+    return f"{package} {metadata.version(package).partition('+')[0]}"
 
 
 def arguments(description: str, *, rounds: int) -> argparse.ArgumentParser:

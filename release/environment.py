@@ -82,7 +82,7 @@ ENVIRONMENTS = {
     "demo": Environment(folder=".venv-demo", requirements=("demo/requirements.txt",), weights=True),
     "bench": Environment(
         folder=".venv-bench",
-        kvmmap=".[transformers,zarr]",
+        kvmmap=".[s3,transformers,zarr]",
         requirements=("benchmarks/requirements.txt", "benchmarks/requirements-transformers.txt"),
         weights=True,
     ),

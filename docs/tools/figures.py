@@ -99,7 +99,8 @@ def attention(topics: Topics) -> str:
 def limit(topics: Topics) -> str:
     """Attention beside reading the same bytes."""
     found = [
-        with_target(heads(count), bar(topics["attention"], f", {heads(count)}", "read limit")) for count in (1, 4, 8)
+        with_target(heads(count), bar(topics["attention"], f", {heads(count)}: of the read limit"))
+        for count in (1, 4, 8)
     ]
     rows = [
         Row(row.label, row.value, f"{row.value:.2f} of {row.target:g}", row.own, row.target)
@@ -186,9 +187,15 @@ def generation(topics: Topics) -> str:
     }
     groups = []
     for length in (4000, 8000):
-        found = {label: bar(topics["transformers"], f"at {length}, {what}") for what, label in beside.items()}
-        rows = [with_target(f"to {label}", each) for label, each in found.items()]
-        groups.append(Group(f"{length:,} tokens of context", rows))
+        whats = [each["what"] for each in topics["transformers"]["bars"]]
+        found = {
+            label: bar(topics["transformers"], f"at {length}, {what}")
+            for what, label in beside.items()
+            if any(f"at {length}, {what}" in each for each in whats)
+        }
+        if found:
+            rows = [with_target(f"to {label}", each) for label, each in found.items()]
+            groups.append(Group(f"{length:,} tokens of context", rows))
     return chart("A token of SmolLM2-135M: how many times as fast", groups)
 
 
@@ -229,15 +236,15 @@ def provenance(topic: dict[str, Any]) -> str:
 
 def bars(topics: Topics) -> str:
     """All targets, met or missed."""
-    lines = ["| | target | measured | |", "|---|---:|---:|---|"]
+    lines = ["| | beside | target | measured | |", "|---|---|---:|---:|---|"]
     for name, topic in topics.items():
         for found in topic["bars"]:
             sign, unit = (">=", "x") if found["unit"] == "x" else ("<=", found["unit"].removesuffix(" at most"))
             verdict = "met" if found["met"] else "**not met**"
             possible = f" of {found['ceiling']:.2f} possible" if found.get("ceiling") else ""
             lines.append(
-                f"| {name}: {found['what']} | {sign} {found['required']:g} {unit} | {found['measured']:.2f} {unit}"
-                f"{possible} | {verdict} |"
+                f"| {name}: {found['what']} | {found.get('beside', '')} | {sign} {found['required']:g} {unit} | "
+                f"{found['measured']:.2f} {unit}{possible} | {verdict} |"
             )
     met = sum(found["met"] for topic in topics.values() for found in topic["bars"])
     return f"{met} of {len(lines) - 2} targets are met.\n\n" + "\n".join(lines)
