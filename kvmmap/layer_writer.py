@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from numpy.typing import NDArray
-
+from ._core import RecentRings
 from .checks import non_finite
+from .encoding import pair_encoder
 from .errors import KvmmapError
 from .inputs import RowPair, check_position_rows, check_quantized, refuse_shapes, require_rows
 from .layer_reader import LayerReader
 from .ranges import check_range
 from .recent import RecentRows
 from .row_arrays import as_rows
-from .rows import Rows
 from .storage.protocols import LayerStore, Storage
 
 
@@ -24,12 +23,11 @@ class LayerWriter(LayerReader):
     """The appending half of `QuantizedKvLayer`."""
 
     __slots__ = (
-        "_encode_keys",
-        "_encode_values",
+        "_encode",
         "_has_rows",
         "_keeps_recent",
         "_key_shape",
-        "_paired",
+        "_rings",
         "_value_shape",
     )
 
@@ -38,11 +36,10 @@ class LayerWriter(LayerReader):
         geometry = store.geometry
         self._key_shape = (geometry.num_kv_heads, geometry.head_dim)
         self._value_shape = (geometry.num_kv_heads, geometry.value_head_dim)
-        self._encode_keys = geometry.key_codec.encoder()
-        self._encode_values = geometry.value_codec.encoder()
+        self._encode = pair_encoder(geometry)
         self._has_rows = geometry.has_rows
         self._keeps_recent = storage.geometry.keeps_recent and geometry.has_rows
-        self._paired = len(geometry.key_slabs) == len(geometry.value_slabs) == 2
+        self._rings: RecentRings | None = None  # where a pushed position is kept while it is encoded
 
     def push(self, keys: Any, values: Any) -> None:
         """Append one position.
@@ -68,17 +65,15 @@ class LayerWriter(LayerReader):
         with self._storage.lock:
             position = store.begin(1)
             rows = store.stage(position, 1)
-            if self._paired:  # as `_encode`, without a call: see there
-                codes, scales, value_codes, value_scales = rows
-                bad_key = self._encode_keys(key_rows[None], key_dtype, codes, scales, 1)
-                bad_value = self._encode_values(value_rows[None], value_dtype, value_codes, value_scales, 1)
-                if bad_key >= 0 or bad_value >= 0:
-                    self._refuse(bad_key, bad_value, position)
-            else:
-                self._encode(rows, position, key_rows[None], key_dtype, value_rows[None], value_dtype)
+            kept = self._rings
+            if kept is None and self._keeps_recent and store.in_place:
+                kept = self._rings = store.rings()
+            bad = self._encode(key_rows, key_dtype, value_rows, value_dtype, rows, kept, position)
+            if bad != -1:
+                self._refuse(bad, position)
             store.write(position, rows)
-            if self._keeps_recent:
-                store.keep(position, key_rows[None], key_dtype, value_rows[None], value_dtype)
+            if self._keeps_recent and kept is None:
+                store.keep(position, key_rows, key_dtype, value_rows, value_dtype)
             store.publish(position + 1)
             self._storage.appended()
 
@@ -181,27 +176,15 @@ class LayerWriter(LayerReader):
             rows = store.stage(start + done, count - done)
             stop = done + len(rows[0])
             some, others = (keys, values) if stop - done == count else (keys[done:stop], values[done:stop])
-            self._encode(rows, start + done, some, key_dtype, others, value_dtype)
+            bad = self._encode(some, key_dtype, others, value_dtype, rows, None, start + done)
+            if bad != -1:
+                self._refuse(bad, start + done)
             store.write(start + done, rows)
             done = stop
 
-    def _encode(
-        self, out: Rows, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
-    ) -> None:
-        """Encode the rows of as many positions as `out` has, from `start` on."""
-        if self._paired:  # as with int8: a position takes microseconds, and cutting tuples would be a tenth of them
-            codes, scales, value_codes, value_scales = out
-            bad_key = self._encode_keys(keys, key_dtype, codes, scales, 1)
-            bad_value = self._encode_values(values, value_dtype, value_codes, value_scales, 1)
-        else:
-            bad_key = self._encode_keys(keys, key_dtype, *out.keys, 1)
-            bad_value = self._encode_values(values, value_dtype, *out.values, 1)
-        if bad_key >= 0 or bad_value >= 0:
-            self._refuse(bad_key, bad_value, start)
-
-    def _refuse(self, bad_key: int, bad_value: int, start: int) -> NoReturn:
-        """Raise for the first row that an encoder has refused, of positions from `start` on."""
-        name, row = ("keys", bad_key) if bad_key >= 0 else ("values", bad_value)
+    def _refuse(self, bad: int, start: int) -> NoReturn:
+        """Raise for the row that an encoder has refused, of positions from `start` on."""
+        name, row = ("keys", bad) if bad >= 0 else ("values", -2 - bad)
         raise non_finite(self._store, name, start, row, self._label)
 
     def keep_rows(self, start: int, pair: RowPair) -> None:

@@ -66,43 +66,39 @@ class RecentRows:
     its tag before and after.
 
     Args:
-        layer: the shape of its rows.
-        window: last positions to keep.
-        sinks: first positions to keep.
+        window: last positions of each query that count.
+        ring: the slots of the last positions, at least as many.
+        first: the slots of the first ones.
     """
 
-    __slots__ = ("first", "ring", "sinks", "window")
+    __slots__ = ("first", "keep", "ring", "rings", "sinks", "window")
 
-    def __init__(self, layer: LayerGeometry, window: int, sinks: int) -> None:
+    def __init__(self, window: int, ring: RecentRing, first: RecentRing) -> None:
         self.window = window
-        self.sinks = sinks
-        self.ring = RecentRing(layer, window)
-        self.first = RecentRing(layer, sinks)
+        self.sinks = first.slots
+        self.ring = ring
+        self.first = first
+        self.rings = _core.RecentRings(ring.parts, first.parts)
+        """Both, as compiled functions take them."""
+        self.keep = self.rings.keep
+        """Keep positions: (the first one, keys, their dtype's number, values, their dtype's number).
+
+        Keys are [n, num_kv_heads, head_dim] and values [n, num_kv_heads, value_head_dim], as `as_rows` returns them; of
+        one position also without their first axis.
+        """
+
+    def __reduce__(self) -> tuple[type[RecentRows], tuple[int, RecentRing, RecentRing]]:
+        return RecentRows, (self.window, self.ring, self.first)
 
     @staticmethod
     def of(geometry: CacheGeometry, layer: int) -> RecentRows | None:
         """Make those of a cache's layer; None if it keeps none, or has no rows."""
         if not geometry.keeps_recent or not geometry.layers[layer].has_rows:
             return None
-        return RecentRows(geometry.layers[layer], geometry.recent_window, geometry.sinks)
+        shape, window = geometry.layers[layer], geometry.recent_window
+        return RecentRows(window, RecentRing(shape, window), RecentRing(shape, geometry.sinks))
 
     # Writing
-
-    def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
-        """Keep positions from `start` on.
-
-        Args:
-            start: the first one.
-            keys: [n, num_kv_heads, head_dim], as `as_rows` returns them, with their dtype's number.
-            key_dtype: that number.
-            values: [n, num_kv_heads, value_head_dim], likewise.
-            value_dtype: that number.
-        """
-        tags, ring_keys, ring_values = self.ring.parts
-        _core.keep_recent(keys, key_dtype, values, value_dtype, start, tags, ring_keys, ring_values)
-        if start < self.sinks:
-            count = self.sinks - start
-            _core.keep_recent(keys[:count], key_dtype, values[:count], value_dtype, start, *self.first.parts)
 
     def cut(self, length: int) -> None:
         """Forget positions from `length` on, which were truncated."""
@@ -138,18 +134,17 @@ class RecentRows:
         value_dtype: int,
     ) -> RecentRows:
         """Return rows in 16 bits of a chunk of positions that come after `length` others, and of those before it: for
-        as many queries, each of which sees its own last positions. Arguments are those of `keep`."""
-        whole = RecentRows(layer, self.window, 0)
+        as many queries, each of which sees its own last positions. Rows are those of `keep`."""
+        ring = RecentRing(layer, min(length, self.window) + len(keys))
         before = self.ring.held(length - self.window + 1, length)
-        whole.ring = RecentRing(layer, min(length, self.window) + len(keys))
-        whole.first, whole.sinks = self.first, self.sinks
-        to = [position % whole.ring.slots for position in before]
+        to = [position % ring.slots for position in before]
         of = [position % self.ring.slots for position in before]
         theirs: tuple[NDArray[Any], ...] = self.ring.parts
-        for number, mine in enumerate(whole.ring.parts):
+        for number, mine in enumerate(ring.parts):
             mine[to] = theirs[number][of]
-        _core.keep_recent(keys, key_dtype, values, value_dtype, length, *whole.ring.parts)
-        return whole
+        alone = _core.RecentRings(ring.parts, RecentRing(layer, 0).parts)
+        alone.keep(length, keys, key_dtype, values, value_dtype)
+        return RecentRows(self.window, ring, self.first)
 
     # Reading
 
@@ -167,9 +162,9 @@ class RecentRows:
         if start < self.sinks:  # written last: they stand before those of the ring
             _core.read_recent(self.first.parts, keys, start, min(stop, self.sinks), out, dtype)
 
-    def arguments(self, length: int) -> tuple[Any, ...]:
+    def arguments(self, length: int) -> tuple[int, int, _core.RecentRings]:
         """Return what `_core.attend` takes, for a layer of `length` positions."""
-        return (self.window, length, *self.ring.parts, *self.first.parts)
+        return self.window, length, self.rings
 
     def rows(self, part: str, start: int, stop: int, length: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield (position, row) for what is kept of positions [start, stop), as attention of the newest query has it.
@@ -223,7 +218,7 @@ class RecentRows:
             stop: one past the last.
         """
         numbers = ring.keys[:1].size + ring.values[:1].size
-        made = np.zeros((stop - start, 24 + -(-2 * numbers // 8) * 8), np.uint8)
+        made = np.empty((stop - start, 24 + -(-2 * numbers // 8) * 8), np.uint8)
         _core.make_recent_records(ring.parts, tuple(coded), first, start, stop, made)
         return made
 

@@ -29,7 +29,7 @@ TABLE = (
     ),
     ("storage",),
     ("states",),
-    ("checks", "decode_step", "layer_reader", "layer_writer", "layer"),
+    ("checks", "decode_step", "encoding", "layer_reader", "layer_writer", "layer"),
     ("layers", "cache_reader", "cache"),
     ("fp8",),
     ("opening", "finding", "files"),

@@ -27,6 +27,7 @@ TOGETHER = {
     "arrays": "row_arrays",
     "checks": "layer",
     "layer_reader": "layer",
+    "encoding": "layer",
     "layer_writer": "layer",
     "cache_reader": "cache",
     "closing": "cache",

@@ -5,6 +5,8 @@ are the business of the modules that call them (`quantize`, `layer`, `storage`).
 """
 
 from ._kernels import (
+    PairEncoder,
+    RecentRings,
     Step,
     attend,
     available_kernels,
@@ -18,7 +20,6 @@ from ._kernels import (
     encode_ggml,
     encode_rows,
     import_dlpack,
-    keep_recent,
     load_checked,
     load_word,
     make_recent_records,
@@ -39,6 +40,8 @@ from ._kernels import (
 )
 
 __all__ = [
+    "PairEncoder",
+    "RecentRings",
     "Step",
     "attend",
     "available_kernels",
@@ -52,7 +55,6 @@ __all__ = [
     "encode_ggml",
     "encode_rows",
     "import_dlpack",
-    "keep_recent",
     "load_checked",
     "load_word",
     "make_recent_records",

@@ -1,5 +1,30 @@
 from typing import Any
 
+class PairEncoder:
+    def __init__(
+        self,
+        key_codec: int,
+        key_transform: int,
+        key_dim: int,
+        value_codec: int,
+        value_transform: int,
+        value_dim: int,
+    ) -> None: ...
+    def encode(
+        self,
+        keys: Any,
+        key_dtype: int,
+        values: Any,
+        value_dtype: int,
+        arrays: tuple[Any, ...],
+        rings: RecentRings | None,
+        start: int,
+    ) -> int: ...
+
+class RecentRings:
+    def __init__(self, ring: tuple[Any, Any, Any], first: tuple[Any, Any, Any]) -> None: ...
+    def keep(self, start: int, keys: Any, key_dtype: int, values: Any, value_dtype: int) -> None: ...
+
 def quantize_rows(x: Any, dtype: int, codes: Any, scales: Any, threads: int) -> int: ...
 def dequantize_rows(codes: Any, scales: Any, dim: int, out: Any, dtype: int, threads: int) -> None: ...
 def encode_rows(codec: int, transform: int, x: Any, dtype: int, arrays: tuple[Any, ...], threads: int) -> int: ...
@@ -29,13 +54,10 @@ def attend(
     lse: Any,
     threads: int,
     codecs: tuple[int, int, int, int] = (1, 0, 1, 0),
-    recent: tuple[Any, ...] | None = None,
+    recent: tuple[int, int, RecentRings] | None = None,
     exact: bool = False,
     unread: tuple[tuple[int, Any, int, int, Any] | None, ...] | None = None,
 ) -> int: ...
-def keep_recent(
-    keys: Any, key_dtype: int, values: Any, value_dtype: int, start: int, tags: Any, ring_keys: Any, ring_values: Any
-) -> None: ...
 def read_recent(ring: tuple[Any, Any, Any], keys: bool, start: int, stop: int, out: Any, dtype: int) -> None: ...
 def make_recent_records(
     ring: tuple[Any, Any, Any], arrays: tuple[Any, ...], first: int, start: int, stop: int, out: Any

@@ -13,6 +13,7 @@
 
 #include "attend.h"
 #include "bindings.h"
+#include "buffers.h"
 #include "codec_run.h"
 #include "cpu.h"
 #include "first_read.h"
@@ -26,57 +27,10 @@
 #include "rows_run.h"
 #include "sketch.h"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvmmap;
 
 namespace {
-
-// A Python buffer for the length of one call. Py_buffer costs a tenth of what a DLPack capsule does, and a push of
-// one position hands over eight of them.
-class Buffer {
-  public:
-    Buffer(nb::handle object, int flags) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
-    }
-    ~Buffer() { PyBuffer_Release(&view_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-
-    char* data() const { return static_cast<char*>(view_.buf); }
-    int64_t bytes() const { return view_.len; }
-    int ndim() const { return view_.ndim; }
-    int64_t shape(int axis) const { return view_.shape[axis]; }
-    int64_t stride(int axis) const { return view_.strides[axis]; }
-    int64_t itemsize() const { return view_.itemsize; }
-
-    // The data, if it is `bytes` long and `alignment`-aligned.
-    template <class T>
-    T* at_least(int64_t bytes, const char* what) const {
-        if (view_.len < bytes) throw nb::value_error(what);
-        if (reinterpret_cast<uintptr_t>(view_.buf) % alignof(T)) throw nb::value_error(what);
-        return reinterpret_cast<T*>(view_.buf);
-    }
-
-  private:
-    Py_buffer view_{};
-};
-
-constexpr int reading = PyBUF_STRIDED_RO;
-constexpr int contiguous = PyBUF_C_CONTIGUOUS;
-constexpr int writing = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE;
-
-Dtype to_dtype(int value) {
-    if (value < 0 || value >= dtype_count) throw nb::value_error("unknown dtype number");
-    return static_cast<Dtype>(value);
-}
-
-RowGrid to_grid(const Buffer& x, Dtype dtype) {
-    const int64_t item = dtype_bytes(dtype);
-    if (x.ndim() != 3 || x.itemsize() != item || (x.shape(2) > 1 && x.stride(2) != item))
-        throw nb::value_error("input must be [n, heads, dim] with its last axis contiguous");
-    return {x.data(), x.shape(0), x.shape(1), x.shape(2), x.stride(0), x.stride(1), dtype};
-}
 
 int64_t quantize_rows(nb::handle x_object, int dtype, nb::handle codes_object, nb::handle scales_object,
                       int threads) {
@@ -103,40 +57,6 @@ void dequantize_rows(nb::handle codes_object, nb::handle scales_object, int64_t 
     nb::gil_scoped_release released;
     dequantize_grid(c, s, rows, dim, type, out.data(), threads);
 }
-
-// A codec and its transform, by the numbers of the superblock, for rows of `dim` numbers.
-RowFormat to_format(int codec, int transform, int64_t dim) {
-    if (codec < 1 || codec > static_cast<int>(Codec::int6) || transform < 0 || transform > 1)
-        throw nb::value_error("unknown codec or transform");
-    const RowFormat format{static_cast<Codec>(codec), transform == 1};
-    if (dim < 0 || !format.takes(dim)) throw nb::value_error("this codec does not take rows of so many numbers");
-    return format;
-}
-
-// The codes and scales of rows; a codec without scales has one array.
-class RowArrays {
-  public:
-    // From array `first` of some on.
-    RowArrays(RowFormat format, const nb::tuple& arrays, size_t first, int64_t dim, int flags)
-        : codes_(arrays[first], flags), scales_(arrays[first + count(format) - 1], flags),
-          row_bytes_(code_bytes(format.codec, dim)), scale_bytes_(scale_bytes(format.codec)) {}
-
-    static size_t count(RowFormat format) { return scale_bytes(format.codec) ? 2 : 1; }
-
-    char* codes() const { return codes_.data(); }
-    char* scales() const { return scale_bytes_ ? scales_.data() : nullptr; }
-    int64_t rows() const { return scale_bytes_ ? scales_.bytes() / scale_bytes_ : row_bytes_ ? codes_.bytes() / row_bytes_ : 0; }
-
-    void hold(int64_t rows) const {
-        codes_.at_least<char>(rows * row_bytes_, "codes: too small");
-        if (scale_bytes_ == 4) scales_.at_least<float>(rows * 4, "scales: too small or not aligned");
-        if (scale_bytes_ == 2) scales_.at_least<uint16_t>(rows * 2, "scales: too small or not aligned");
-    }
-
-  private:
-    Buffer codes_, scales_;
-    int64_t row_bytes_, scale_bytes_;
-};
 
 RowArrays to_arrays(RowFormat format, const nb::tuple& arrays, int64_t dim, int flags) {
     if (arrays.size() != RowArrays::count(format)) throw nb::value_error("arrays: codes, and scales if the codec has some");
@@ -227,113 +147,6 @@ int64_t widen_queries(const RowGrid& x, float* out) {
     return -1;
 }
 
-// The arrays of a ring of 16-bit rows: tags, keys and values, by their slots.
-class Ring {
-  public:
-    Ring(nb::handle tags, nb::handle keys, nb::handle values, int64_t key_numbers, int64_t value_numbers, int flags)
-        : tags_(tags, flags), keys_(keys, flags), values_(values, flags) {
-        const int64_t slots = tags_.bytes() / 8;
-        view = {tags_.at_least<uint64_t>(0, "tags: not aligned"), keys_.at_least<uint16_t>(2 * slots * key_numbers, "keys: too small"),
-                values_.at_least<uint16_t>(2 * slots * value_numbers, "values: too small"), slots, key_numbers, value_numbers};
-    }
-
-    RecentRing view;
-
-  private:
-    Buffer tags_, keys_, values_;
-};
-
-// The same from part `first` of a tuple on.
-Ring to_ring(const nb::tuple& parts, size_t first, int64_t key_numbers, int64_t value_numbers, int flags) {
-    if (parts.size() < first + 3) throw nb::value_error("ring: tags, keys and values");
-    return Ring(parts[first], parts[first + 1], parts[first + 2], key_numbers, value_numbers, flags);
-}
-
-void keep_recent(nb::handle keys_object, int key_dtype, nb::handle values_object, int value_dtype, int64_t start, nb::handle tags,
-                 nb::handle ring_keys, nb::handle ring_values) {
-    Buffer keys(keys_object, reading), values(values_object, reading);
-    const RowGrid k = to_grid(keys, to_dtype(key_dtype)), v = to_grid(values, to_dtype(value_dtype));
-    if (k.outer != v.outer || start < 0) throw nb::value_error("as many keys as values, from a position on");
-    const Ring ring(tags, ring_keys, ring_values, k.inner * k.dim, v.inner * v.dim, writing);
-    keep_rows(ring.view, start, k, v);
-}
-
-// Some of a layer's coded arrays, [rows, ...] each.
-class Coded {
-  public:
-    Coded(const nb::tuple& arrays, int64_t first) {
-        if (arrays.size() > most) throw nb::value_error("at most four arrays");
-        buffers_.reserve(most);
-        view.first = first;
-        for (nb::handle array : arrays) {
-            const Buffer& buffer = *buffers_.emplace_back(std::make_unique<Buffer>(array, contiguous));
-            const int64_t rows = buffer.ndim() ? buffer.shape(0) : 0;
-            view.arrays.push_back({buffer.data(), rows ? buffer.bytes() / rows : 0, rows});
-        }
-    }
-
-    CodedArrays view;
-
-  private:
-    static constexpr size_t most = 4;
-    std::vector<std::unique_ptr<Buffer>> buffers_;
-};
-
-// Numbers of a position in arrays of a ring.
-std::pair<int64_t, int64_t> ring_numbers(const nb::tuple& parts) {
-    if (parts.size() != 3) throw nb::value_error("ring: tags, keys and values");
-    const auto numbers = [](nb::handle array) {
-        const Buffer buffer(array, contiguous);
-        int64_t count = 1;
-        for (int axis = 1; axis < buffer.ndim(); ++axis) count *= buffer.shape(axis);
-        return count;
-    };
-    return {numbers(parts[1]), numbers(parts[2])};
-}
-
-void read_recent(nb::tuple ring_parts, bool of_keys, int64_t start, int64_t stop, nb::handle out_object, int dtype) {
-    const auto [keys, values] = ring_numbers(ring_parts);
-    const Ring ring = to_ring(ring_parts, 0, keys, values, contiguous);
-    const Dtype kind = to_dtype(dtype);
-    Buffer out(out_object, writing);
-    if (start < 0 || start > stop) throw nb::value_error("no such positions");
-    char* rows = out.at_least<char>((stop - start) * (of_keys ? keys : values) * dtype_bytes(kind), "out: too small");
-    nb::gil_scoped_release released;
-    read_rows(ring.view, of_keys, start, stop, kind, rows);
-}
-
-void make_recent_records(nb::tuple ring_parts, nb::tuple arrays, int64_t first, int64_t start, int64_t stop, nb::handle out_object) {
-    const auto [keys, values] = ring_numbers(ring_parts);
-    const Ring ring = to_ring(ring_parts, 0, keys, values, contiguous);
-    const Coded coded(arrays, first);
-    Buffer out(out_object, writing);
-    if (start < 0 || start > stop) throw nb::value_error("no such positions");
-    make_records(ring.view, coded.view, start, stop, out.at_least<char>((stop - start) * record_bytes(ring.view), "out: too small"));
-}
-
-// Reads the records of positions [start, stop) from all of a ring's records; what the ring holds already is left alone.
-std::vector<int> take_recent_records(nb::handle records_object, nb::tuple ring_parts, nb::tuple arrays, int64_t first, int64_t start,
-                                     int64_t stop) {
-    const auto [keys, values] = ring_numbers(ring_parts);
-    const Ring ring = to_ring(ring_parts, 0, keys, values, writing);
-    const Coded coded(arrays, first);
-    Buffer records(records_object, contiguous);
-    const int64_t size = record_bytes(ring.view);
-    const char* data = records.at_least<char>(ring.view.slots * size, "records: too small");
-    if (start < 0 || start > stop || (start < stop && !ring.view.slots)) throw nb::value_error("no such positions");
-    std::vector<int> states;
-    std::vector<char> copy(size);  // another process may be writing there
-    for (int64_t p = start; p < stop; ++p) {
-        RecordState state = RecordState::sound;
-        if (!ring.view.find(p)) {
-            std::memcpy(copy.data(), data + ring.view.slot(p) * size, size);
-            state = take_record(ring.view, coded.view, p, copy.data());
-        }
-        states.push_back(static_cast<int>(state));
-    }
-    return states;
-}
-
 // The shape of one call of attend, as Python hands it over.
 // Blocks of contiguous arrays [positions, bytes], and where their checksums go.
 class Blocks {
@@ -412,15 +225,12 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     job.out = out.at_least<float>(job.rows() * value_dim * 4, "out: too small");
     job.lse = lse.at_least<float>(job.rows() * 4, "lse: too small");
 
-    // Window, length, and the parts of two rings.
     const nb::tuple parts = recent.is_none() ? nb::tuple() : nb::cast<nb::tuple>(recent);
-    std::unique_ptr<Ring> ring, sink_ring;
     RecentView view{};
     if (parts.size()) {
-        if (parts.size() != 8) throw nb::value_error("recent: window, length, and two rings");
-        ring = std::make_unique<Ring>(parts[2], parts[3], parts[4], kv_heads * job.dim, kv_heads * value_dim, contiguous);
-        sink_ring = std::make_unique<Ring>(parts[5], parts[6], parts[7], kv_heads * job.dim, kv_heads * value_dim, contiguous);
-        view = {ring->view, sink_ring->view, nb::cast<int64_t>(parts[0]), nb::cast<int64_t>(parts[1])};
+        if (parts.size() != 3) throw nb::value_error("recent: window, length, and the rings");
+        const RecentRings rings = nb::cast<const Rings&>(parts[2]).view(kv_heads * job.dim, kv_heads * value_dim);
+        view = {rings.ring, rings.first, nb::cast<int64_t>(parts[0]), nb::cast<int64_t>(parts[1])};
     }
 
     // An entry an extent: None, or its blocks that were not read before.
@@ -447,7 +257,7 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     if (bad >= 0) return bad;
     job.queries = wide.data();
     const auto count_of_extents = static_cast<int64_t>(extents.size());
-    if (ring) attend_recent(job, extents.data(), count_of_extents, view, threads);
+    if (parts.size()) attend_recent(job, extents.data(), count_of_extents, view, threads);
     else attend(job, extents.data(), count_of_extents, threads);
     for (const auto& first_read : first_reads) first_read->finish(threads);
     return -1;
@@ -628,6 +438,7 @@ void use_kernel(const std::string& name) {
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+    nb::set_leak_warnings(false);  // caches that a program still has when it exits are not worth a message
     m.def("quantize_rows", &quantize_rows, "x"_a, "dtype"_a, "codes"_a, "scales"_a, "threads"_a);
     m.def("dequantize_rows", &dequantize_rows, "codes"_a, "scales"_a, "dim"_a, "out"_a, "dtype"_a, "threads"_a);
     m.def("encode_rows", &encode_rows, "codec"_a, "transform"_a, "x"_a, "dtype"_a, "arrays"_a, "threads"_a);
@@ -639,11 +450,7 @@ NB_MODULE(_kernels, m) {
     m.def("attend", &attend_rows, "queries"_a, "dtype"_a, "slabs"_a, "kv_heads"_a, "value_dim"_a, "first_position"_a,
           "ranges"_a, "scale"_a, "softcap"_a, "query_start"_a, "causal"_a, "window"_a, "sinks"_a, "out"_a, "lse"_a,
           "threads"_a, "codecs"_a = std::vector<int>{1, 0, 1, 0}, "recent"_a = nb::none(), "exact"_a = false, "unread"_a = nb::none());
-    m.def("keep_recent", &keep_recent, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a, "start"_a, "tags"_a, "ring_keys"_a,
-          "ring_values"_a);
-    m.def("read_recent", &read_recent, "ring"_a, "keys"_a, "start"_a, "stop"_a, "out"_a, "dtype"_a);
-    m.def("make_recent_records", &make_recent_records, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a, "out"_a);
-    m.def("take_recent_records", &take_recent_records, "records"_a, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a);
+    bind_recent(m);
     m.def("merge_part", &merge_part_into, "state"_a, "out"_a, "lse"_a);
     m.def("merge_end", &merge_end_of, "state"_a, "out"_a, "lse"_a);
     m.def("block_checksums", &block_checksums_of, "arrays"_a, "track"_a, "blocks"_a, "size"_a, "stop"_a, "out"_a, "threads"_a);

@@ -3,4 +3,5 @@
 
 #include <nanobind/nanobind.h>
 
+void bind_recent(nanobind::module_& m);
 void bind_step(nanobind::module_& m);

@@ -61,10 +61,24 @@ constexpr int64_t batch_bytes = 16384;
 
 int64_t batch_of(int64_t dim) { return std::max<int64_t>(1, batch_bytes / (4 * dim + 1)); }
 
-std::vector<float> factors_of(RowFormat format, int64_t dim) {
-    std::vector<float> factors(format.rotated ? dim : 0);
-    if (format.rotated) rotation_factors(dim, factors.data());
-    return factors;
+// The factors of a rotation, until the thread's call after the next: they take as long as the rows of a position.
+const float* factors_of(RowFormat format, int64_t dim) {
+    struct Made {
+        int64_t dim = -1;
+        std::vector<float> factors;
+    };
+    thread_local Made kept[2];  // of keys and of values
+    thread_local int oldest = 0;
+    if (!format.rotated) return nullptr;
+    for (const Made& made : kept)
+        if (made.dim == dim) return made.factors.data();
+    Made& made = kept[oldest];
+    oldest = 1 - oldest;
+    made.dim = -1;
+    made.factors.resize(dim);
+    rotation_factors(dim, made.factors.data());
+    made.dim = dim;
+    return made.factors.data();
 }
 
 }  // namespace
@@ -75,8 +89,7 @@ int64_t encode_grid(RowFormat format, const RowGrid& x, char* codes, char* scale
     const CodecKernels& kernels = codec_kernels();
     const QuantizeRun quantize = row_kernels().quantize[0];
     const int64_t rows = x.outer * x.inner, dim = x.dim;
-    const std::vector<float> factors = factors_of(format, dim);
-    const Rotation rotation{dim, factors.data()};
+    const Rotation rotation{dim, factors_of(format, dim)};
     const bool walks = format.rotated && kernels.walks && kernels.walks(dim);
     std::atomic<int64_t> first_bad{rows};
     auto encode = [&](int64_t begin, int64_t end) {
@@ -116,8 +129,7 @@ void decode_grid(RowFormat format, const char* codes, const char* scales, int64_
         return dequantize_grid(reinterpret_cast<const int8_t*>(codes), reinterpret_cast<const float*>(scales), rows, dim,
                                dtype, out, threads);
     const CodecKernels& kernels = codec_kernels();
-    const std::vector<float> factors = factors_of(format, dim);
-    const Rotation rotation{dim, factors.data()};
+    const Rotation rotation{dim, factors_of(format, dim)};
     const bool walks = format.rotated && kernels.walks && kernels.walks(dim);
     auto decode = [&](int64_t begin, int64_t end) {
         if (walks)

@@ -60,6 +60,9 @@ struct CodecKernels {
     // n rows in their dtype, `stride` bytes apart -> f32.
     void (*widen[dtype_count])(const char* x, int64_t stride, int64_t n, int64_t dim, float* out);
     void (*narrow[dtype_count])(const float* x, int64_t count, char* out);
+    // As narrow; false if a number becomes infinite.
+    bool (*within_f16)(const float* x, int64_t count, uint16_t* out);
+    bool (*within_bf16)(const float* x, int64_t count, uint16_t* out);
     void (*rotate)(const Rotation& rotation, int64_t n, float* rows);
     void (*rotate_back)(const Rotation& rotation, int64_t n, float* rows);
     // f32, with `readable_behind` more, -> codes and scales; returns the first row that the codec cannot hold, or n. Not for

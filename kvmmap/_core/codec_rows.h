@@ -52,6 +52,21 @@ void narrow_rows(const float* x, int64_t count, char* out) {
         }
 }
 
+// In steps that stay in the first-level cache.
+template <Dtype D, class Simd>
+bool narrow_within(const float* x, int64_t count, uint16_t* out) {
+    constexpr int64_t step = 512;
+    constexpr uint16_t infinity = D == Dtype::f16 ? 0x7c00 : 0x7f80;
+    for (int64_t i = 0; i < count; i += step) {
+        const int64_t n = std::min(step, count - i);
+        narrow_rows<D, Simd>(x + i, n, reinterpret_cast<char*>(out + i));
+        uint16_t found = 0;
+        for (int64_t j = i; j < i + n; ++j) found = static_cast<uint16_t>(found | ((out[j] & 0x7fff) == infinity ? 1 : 0));
+        if (found) return false;
+    }
+    return true;
+}
+
 // The largest |x| as f32 bits: integer order, so that NaN and infinity come out on top.
 inline uint32_t largest_bits(const float* x, int64_t dim) {
     uint32_t top = 0;
@@ -336,6 +351,8 @@ template <class Simd>
 constexpr CodecKernels codec_kernels_of() {
     return {{widen_rows<Dtype::f32, Simd>, widen_rows<Dtype::f16, Simd>, widen_rows<Dtype::bf16, Simd>},
             {narrow_rows<Dtype::f32, Simd>, narrow_rows<Dtype::f16, Simd>, narrow_rows<Dtype::bf16, Simd>},
+            narrow_within<Dtype::f16, Simd>,
+            narrow_within<Dtype::bf16, Simd>,
             rotate<Simd::lanes>,
             rotate_back<Simd::lanes>,
             encode_rows<Simd>,

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "codec.h"
+#include "digest.h"
 #include "half.h"
 #include "hash.h"
 #include "merge.h"
@@ -27,12 +28,6 @@ class Filling {
     uint64_t* tag_;
 };
 
-bool any_infinite(const uint16_t* halves, int64_t count, uint16_t infinity) {
-    bool found = false;
-    for (int64_t i = 0; i < count; ++i) found |= (halves[i] & 0x7fff) == infinity;
-    return found;
-}
-
 // Stores a position's rows in 16 bits: as they are, or f32 as f16 and, where a number is beyond that, as bfloat16.
 Half narrow(const RowGrid& rows, int64_t position, std::unique_ptr<float[]>& room, uint16_t* out) {
     const char* in = static_cast<const char*>(rows.data) + position * rows.outer_stride;
@@ -49,10 +44,8 @@ Half narrow(const RowGrid& rows, int64_t position, std::unique_ptr<float[]>& roo
         kernels.widen[static_cast<int>(Dtype::f32)](in, rows.inner_stride, rows.inner, rows.dim, room.get());
         numbers = room.get();
     }
-    kernels.narrow[static_cast<int>(Dtype::f16)](numbers, count, reinterpret_cast<char*>(out));
-    if (!any_infinite(out, count, 0x7c00)) return Half::f16;
-    kernels.narrow[static_cast<int>(Dtype::bf16)](numbers, count, reinterpret_cast<char*>(out));
-    return any_infinite(out, count, 0x7f80) ? Half::none : Half::bf16;
+    if (kernels.within_f16(numbers, count, out)) return Half::f16;
+    return kernels.within_bf16(numbers, count, out) ? Half::bf16 : Half::none;
 }
 
 // A digest of values by their bytes; of arrays it takes those of their digests.
@@ -83,6 +76,14 @@ void keep_rows(const RecentRing& ring, int64_t start, const RowGrid& keys, const
         const Half of_values = narrow(values, i, value_room, ring.values + slot * ring.value_numbers);
         if (of_keys != Half::none && of_values != Half::none) filling.done(tag_of(start + i, of_keys, of_values));
     }
+}
+
+void keep_recent(const RecentRings& rings, int64_t start, const RowGrid& keys, const RowGrid& values) {
+    keep_rows(rings.ring, start, keys, values);
+    if (start >= rings.first.slots) return;
+    RowGrid first_keys = keys, first_values = values;
+    first_keys.outer = first_values.outer = std::min(keys.outer, rings.first.slots - start);
+    keep_rows(rings.first, start, first_keys, first_values);
 }
 
 void read_rows(const RecentRing& ring, bool keys, int64_t start, int64_t stop, Dtype dtype, char* out) {
@@ -121,15 +122,48 @@ uint64_t CodedArrays::digest(int64_t position) const {
 
 void make_records(const RecentRing& ring, const CodedArrays& coded, int64_t start, int64_t stop, char* out) {
     const int64_t size = record_bytes(ring), key_bytes = 2 * ring.key_numbers, value_bytes = 2 * ring.value_numbers;
-    for (int64_t p = start; p < stop; ++p, out += size) {
-        std::memset(out, 0, size);
-        const uint64_t tag = ring.find(p);
-        if (!tag || !coded.has(p)) continue;
-        const uint16_t *keys = ring.keys + ring.slot(p) * ring.key_numbers, *values = ring.values + ring.slot(p) * ring.value_numbers;
-        std::memcpy(out + record_head, keys, key_bytes);
-        std::memcpy(out + record_head + key_bytes, values, value_bytes);
-        const uint64_t row = coded.digest(p), head[3] = {tag, row, checksum_of(tag, row, keys, key_bytes, values, value_bytes)};
-        std::memcpy(out, head, sizeof head);
+    const int64_t padding = size - record_head - key_bytes - value_bytes;
+    constexpr int64_t most = 16;  // as many as are hashed together
+    constexpr int most_arrays = 4;
+    const int array_count = static_cast<int>(std::min<size_t>(coded.arrays.size(), most_arrays));
+    while (start < stop) {
+        int64_t positions[most], count = 0;
+        char* records[most];
+        uint64_t tags[most];
+        for (; start < stop && count < most; ++start, out += size) {
+            tags[count] = coded.has(start) ? ring.find(start) : 0;
+            if (!tags[count]) {
+                std::memset(out, 0, size);
+                continue;
+            }
+            positions[count] = start, records[count] = out;
+            ++count;
+        }
+        const char* ranges[most];
+        const auto hash = [&](auto&& address, int64_t bytes, uint64_t* digests) {
+            for (int64_t i = 0; i < count; ++i) ranges[i] = address(positions[i]);
+            xxh64_of_each(ranges, count, bytes, digests);
+        };
+        uint64_t keys[most], values[most], parts[most_arrays][most];
+        const auto key_row = [&](int64_t p) { return reinterpret_cast<const char*>(ring.keys + ring.slot(p) * ring.key_numbers); };
+        const auto value_row = [&](int64_t p) { return reinterpret_cast<const char*>(ring.values + ring.slot(p) * ring.value_numbers); };
+        hash(key_row, key_bytes, keys);
+        hash(value_row, value_bytes, values);
+        for (int a = 0; a < array_count; ++a) {
+            const CodedArrays::Array& array = coded.arrays[a];
+            hash([&](int64_t p) { return array.data + (p - coded.first) * array.row_bytes; }, array.row_bytes, parts[a]);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            uint64_t digests[most_arrays];
+            for (int a = 0; a < array_count; ++a) digests[a] = parts[a][i];
+            const uint64_t row = xxh64(digests, 8 * array_count);
+            const uint64_t head[3] = {tags[i], row, digest_of({tags[i], row, keys[i], values[i]})};
+            char* to = records[i];
+            std::memcpy(to, head, sizeof head);
+            std::memcpy(to + record_head, key_row(positions[i]), key_bytes);
+            std::memcpy(to + record_head + key_bytes, value_row(positions[i]), value_bytes);
+            std::memset(to + size - padding, 0, padding);
+        }
     }
 }
 

@@ -40,6 +40,14 @@ constexpr Half values_of(uint64_t tag) { return static_cast<Half>(tag >> 48 & 0x
 // beyond f16, bf16. A position with a number beyond both leaves its slot empty.
 void keep_rows(const RecentRing& ring, int64_t start, const RowGrid& keys, const RowGrid& values);
 
+// Those of a layer: of its last positions, and of its first ones.
+struct RecentRings {
+    RecentRing ring, first;
+};
+
+// Stores positions from `start` on in the slots that either has for them.
+void keep_recent(const RecentRings& rings, int64_t start, const RowGrid& keys, const RowGrid& values);
+
 // Writes keys or values of those of positions [start, stop) that a ring holds into the rows of `out`, [stop - start, numbers]
 // of a dtype, that are theirs, and leaves other rows alone. What is beyond f16 becomes infinite in it.
 void read_rows(const RecentRing& ring, bool keys, int64_t start, int64_t stop, Dtype dtype, char* out);

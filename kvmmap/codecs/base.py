@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,17 +92,6 @@ class RowCodec(ABC):
             -1, or the flat index (position * heads + head) of the first row that holds what is `refused`; `out` then
             holds anything.
         """
-
-    def encoder(self) -> Callable[..., int]:
-        """Return `encode` with its arrays one by one: (rows, dtype, *out, threads).
-
-        A position is appended in microseconds, in which calls count: a compiled function is returned as it is.
-        """
-
-        def encode(rows: NDArray[Any], dtype: int, *out_and_threads: Any) -> int:
-            return self.encode(rows, dtype, out_and_threads[:-1], out_and_threads[-1])
-
-        return encode
 
     @abstractmethod
     def decode(self, arrays: Arrays, dim: int, out: NDArray[Any], dtype: int, threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,6 @@ class Int8(RowCodec):
 
     def encode(self, rows: NDArray[Any], dtype: int, out: Arrays, threads: int) -> int:
         return _core.quantize_rows(rows, dtype, out[0], out[1], threads)
-
-    def encoder(self) -> Callable[..., int]:
-        return _core.quantize_rows
 
     def decode(self, arrays: Arrays, dim: int, out: NDArray[Any], dtype: int, threads: int) -> None:
         _core.dequantize_rows(arrays[0], arrays[1], dim, out, dtype, threads)

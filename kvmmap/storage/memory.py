@@ -19,6 +19,7 @@ class MemoryLayer(LayerStore):
     """One layer's arrays. Rows are quantised straight into them."""
 
     in_memory = True
+    in_place = True
 
     def __init__(self, storage: Storage, index: int) -> None:
         super().__init__(storage, index)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
+from .._core import RecentRings
 from ..geometry import CacheGeometry
 from ..recent import RecentRows
 
@@ -17,6 +18,10 @@ class RecentStore:
         geometry: the cache's.
         index: the layer's number.
     """
+
+    in_place: ClassVar[bool] = False
+    """True if rows are stored once they are encoded, and `write` can't fail after it: a pushed position is then kept in
+    `rings` in the same call, and `keep` is not called."""
 
     index: int
 
@@ -36,8 +41,13 @@ class RecentStore:
     def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
         """Keep rows that were written from position `start` on in 16 bits besides: see `RecentRows.keep`. Called before
         `publish`, and only where `recent` is not None."""
-        assert self.recent is not None
-        self.recent.keep(start, keys, key_dtype, values, value_dtype)
+        recent = self._recent or self.recent
+        assert recent is not None
+        recent.keep(start, keys, key_dtype, values, value_dtype)
+
+    def rings(self) -> RecentRings | None:
+        """Return the rings of `recent`, for a storage whose rows are in place once they are encoded: `in_place`."""
+        return None if self.recent is None else self.recent.rings
 
     def recent_rows(self) -> RecentRows | None:
         """Return `recent`, with all that is stored for the positions below `length`."""

@@ -130,10 +130,10 @@ class WriterLayer(MappedLayer):
         return self.recent if self._loaded is not None else super().recent_rows()
 
     def keep(self, start: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int) -> None:
-        if self._loaded is None:
-            super().recent_rows()
-        super().keep(start, keys, key_dtype, values, value_dtype)
-        self._note_unsaved(start, start + len(keys))
+        recent = self._recent if self._loaded is not None else super().recent_rows()
+        assert recent is not None
+        recent.keep(start, keys, key_dtype, values, value_dtype)
+        self._note_unsaved(start, start + (len(keys) if keys.ndim == 3 else 1))
 
     def take_recent(self, source: RecentRows, start: int, stop: int, at: int = 0) -> None:
         if self._records is not None:
