@@ -52,13 +52,6 @@ class Softmax {
         return true;
     }
 
-  private:
-    void cap(float* scores, int64_t count) const {
-        constexpr float log2_e = 1.44269504088896341f;
-        const F scale = L::all(1.0f / softcap_), back = L::all(softcap_ * log2_e);
-        for (int64_t j = 0; j < count; j += W) L::store(scores + j, L::tanh(L::load(scores + j) * scale) * back);
-    }
-
     // A higher score than any before: what was summed counts for less.
     void rescale(int64_t row, float best) {
         const float before = state_.top[row];
@@ -68,6 +61,13 @@ class Softmax {
         state_.total[row] *= factor[0];
         float* sums = state_.sums + row * width_;
         for (int64_t i = 0; i < width_; i += W) L::store(sums + i, L::load(sums + i) * factor);
+    }
+
+  private:
+    void cap(float* scores, int64_t count) const {
+        constexpr float log2_e = 1.44269504088896341f;
+        const F scale = L::all(1.0f / softcap_), back = L::all(softcap_ * log2_e);
+        for (int64_t j = 0; j < count; j += W) L::store(scores + j, L::tanh(L::load(scores + j) * scale) * back);
     }
 
     float softcap_;

@@ -23,9 +23,6 @@ class AmxSpans {
     static constexpr int64_t span = 512;
     static constexpr int64_t ahead_rows = 32;  // that are fetched while others are put in order
     static constexpr int digits = 2;
-    static constexpr float most_weight = 65535, most_score = 0x1p126f;
-    // Values this much smaller than the largest of those put in order at a time weigh as if they were not.
-    static constexpr float least_scale = 0x1p-40f;
 
     // `most`: positions put in order at a time, a multiple of a span. `digit_apart`: bytes between a row's digits of
     // weights. `extra`: bytes that a walk wants for itself.
@@ -70,16 +67,7 @@ class AmxSpans {
         key_packing_.scales(stored_keys_.scales + row * scale_bytes_of(stored_keys_), heads, count, 1.0f, key_scales_);
         value_packing_.scales(stored_values_.scales + row * scale_bytes_of(stored_values_), heads, count, 1.0f, value_logs_);
         for (int64_t j = count; j < padded; ++j) key_scales_[j] = value_logs_[j] = 0;
-        __m512 most = _mm512_setzero_ps();
-        for (int64_t j = 0; j < padded; j += 16) most = _mm512_max_ps(most, _mm512_load_ps(value_logs_ + j));
-        largest_ = highest(most);
-        // Of values that are all zeros, any scale will do.
-        const __m512 unit = _mm512_set1_ps(largest_ > 0 ? largest_ : 1), least = _mm512_set1_ps(least_scale);
-        for (int64_t j = 0; j < padded; j += 16) {
-            const __m512 scale = _mm512_max_ps(_mm512_div_ps(_mm512_load_ps(value_logs_ + j), unit), least);
-            _mm512_store_ps(inverses_ + j, _mm512_div_ps(_mm512_set1_ps(1), scale));
-            _mm512_store_ps(value_logs_ + j, logarithm(scale));
-        }
+        largest_ = take_logarithms(value_logs_, inverses_, padded);
     }
 
     // Puts `count` rows in order: whole 64 from where they lie, and those that are left with zeros behind them.
@@ -208,8 +196,6 @@ class AmxSpans {
             if (seen >> r & 1) state_.total[block.row[r]] += totals[r];
         return true;
     }
-
-    static constexpr float log_most_weight = 15.9999779861f;
 
     // Exponents plus `more` become weights of two digits: [64 positions][digit][row][64]; returns what is to be
     // summed of them, without the scales of values.

@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "attend_bytes_avx512.h"
+#include "attend_short_softmax_avx512.h"
 
 namespace kvmmap {
 namespace {
@@ -100,7 +101,7 @@ class Streams : public StreamsShape {
     Streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const char* prepared, AttendState state)
         : job_(job), keys_(job.dim), values_(job.value_dim), stored_keys_(keys), stored_values_(values),
           heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)), value_parts_(job.value_dim / 64), key_row_(heads_ * keys_.row_bytes), value_row_(heads_ * values_.row_bytes),
-          softmax_(job.softcap, state, Bytes<digits>::width(job.value_dim)), worth_(heads_ * at_once_),
+          state_(state), softmax_(job.softcap, state, Bytes<digits>::width(job.value_dim)), worth_(heads_ * at_once_), largest_(heads_),
           queries_(heads_ * rows_), sums_(heads_ * rows_) {
         // Not push_back: what it grows by is a function that other objects share, and this one's needs AVX-512.
         for (int64_t h = 0; h < heads_; ++h)
@@ -109,11 +110,12 @@ class Streams : public StreamsShape {
                 sums_[h * rows_ + r] = state.sums + row_of(h, r) * Bytes<digits>::width(job.value_dim);
             }
         const int64_t kept = few(job) ? heads_ * rows_ * value_parts_ * part_registers * 64 : 0;
-        memory_.reset(new char[64 + 4 * span * heads_ * (at_once_ + 2) + kept]);
+        memory_.reset(new char[64 + 4 * span * heads_ * (at_once_ + 3) + kept]);
         weights_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
         key_scales_ = weights_ + heads_ * at_once_ * span;
         value_scales_ = key_scales_ + heads_ * span;
-        kept_ = reinterpret_cast<__m512i*>(value_scales_ + heads_ * span);
+        inverses_ = value_scales_ + heads_ * span;
+        kept_ = reinterpret_cast<__m512i*>(inverses_ + heads_ * span);
     }
 
     // Every query sees all of the span that starts at row `start`.
@@ -126,7 +128,9 @@ class Streams : public StreamsShape {
     // Adds the span at row `start` to the state. `more`: the span behind it is next.
     void run(int64_t start, bool more) {
         take_scales<Keys>(stored_keys_, start, 1.0f, key_scales_);
-        take_scales<Values>(stored_values_, start, sums_scale, value_scales_);
+        take_scales<Values>(stored_values_, start, few(job_) || digits == 3 ? sums_scale : 1.0f, value_scales_);
+        if (!few(job_) && digits == 2)
+            for (int64_t h = 0; h < heads_; ++h) largest_[h] = take_logarithms(value_scales_ + h * span, inverses_ + h * span, span);
         const Slab keys{stored_keys_.codes + start * key_row_, key_row_};
         const Slab values{stored_values_.codes + start * value_row_, value_row_};
         const Slab next = more ? Slab{keys.codes + span * key_row_, key_row_} : Slab{};
@@ -200,6 +204,8 @@ class Streams : public StreamsShape {
     }
 
     void weigh(int64_t row, int64_t count) {
+        if constexpr (digits == 2)
+            if (!few(job_)) return weigh_shortly(row, count);
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < count; ++r) {
                 float* weights = weights_ + (h * at_once_ + r) * span;
@@ -207,6 +213,17 @@ class Streams : public StreamsShape {
                 softmax_.weigh(row_of(h, row + r), weights, value_scales_ + h * span, span);
                 worth_[h * at_once_ + r] = store_weights<digits>(weights, span, reinterpret_cast<char*>(weights));
             }
+    }
+
+    void weigh_shortly(int64_t row, int64_t count) {
+        const unsigned mode = _mm_getcsr();
+        _mm_setcsr(mode | 0x8000);  // weights that are nothing beside the largest become zero, and nothing slow
+        ShortSoftmax<Softmax<Bytes<digits>>> softmax(softmax_, state_, job_.softcap);
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t r = 0; r < count; ++r)
+                worth_[h * at_once_ + r] = softmax.weigh(row_of(h, row + r), weights_ + (h * at_once_ + r) * span, span,
+                                                         {key_scales_ + h * span, value_scales_ + h * span, inverses_ + h * span, largest_[h]});
+        _mm_setcsr(mode);
     }
 
     WeightRows weight_rows(int64_t head, int64_t row, int64_t r) const {
@@ -255,13 +272,16 @@ class Streams : public StreamsShape {
     Values values_;
     CodedRows stored_keys_, stored_values_;
     int64_t heads_, rows_, at_once_, value_parts_, key_row_, value_row_;
+    AttendState state_;
     Softmax<Bytes<digits>> softmax_;
     std::vector<float> worth_;             // [head][row] of one unit of a weight
+    std::vector<float> largest_;           // [head] scale of the values
     std::vector<const char*> queries_;     // [head][row], as prepared
     std::vector<float*> sums_;             // [head][row], in the state
-    std::unique_ptr<char[]> memory_;       // of the four below
+    std::unique_ptr<char[]> memory_;       // of the five below
     float* weights_;                       // [head][row][position within its stream][stream]; digits, in the end
-    float *key_scales_, *value_scales_;    // [head][position within its stream][stream]
+    float *key_scales_, *value_scales_;    // [head][position within its stream][stream]; of values logarithms, for ShortSoftmax
+    float* inverses_;                      // the same, as it wants them
     __m512i* kept_;                        // [head][64 numbers][row][sums] of whole numbers
 };
 
