@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families.configs import config, model
+from families.outcomes import RELEASE
 from families.resident import check_resident
 from families.trial import BOUND, generate, prompt
 from helpers.tiny_models import past
@@ -106,3 +107,16 @@ def test_as_many_checkpoints_are_kept_as_there_are_slots(tmp_path: Path, net: An
             cache.checkpoint(pin=True)
     with KvmmapCache.open(tmp_path / "a.kvm", net) as cache:
         assert len(cache.checkpoints) == 2
+
+
+@pytest.mark.skipif(RELEASE < "5.23", reason="whose generate feeds chunks from the start of a prompt")
+@pytest.mark.parametrize("kind", ["jamba", "zamba"])
+def test_models_that_take_one_token_a_pass_continue_in_chunks_of_one(kind: str) -> None:
+    net, ids = model(config(kind), kind), prompt(24)
+    with KvmmapCache(net) as cache:
+        generate(net, ids[:, :18], cache, 1)
+        assert reuse(cache, ids) == 18
+        with pytest.raises(UnsupportedModelError, match="prefill_chunk_size=1"):
+            generate(net, ids, cache, 3)
+        assert reuse(cache, ids) == 18
+        check(generate(net, ids, cache, 3, prefill_chunk_size=1), own(net, ids, 3))

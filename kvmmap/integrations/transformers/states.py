@@ -71,8 +71,8 @@ class SequenceStates:
         if count > 1 and length and model_type in SINGLE_TOKENS:
             raise UnsupportedModelError(
                 f"{model_type} drops its recurrent state in transformers when {count} tokens continue a sequence, so "
-                f"its results would be wrong: feed one token at a time after the first pass ({length} positions are "
-                "stored)",
+                f"its results would be wrong: feed one token at a time after the first pass, as generate does with "
+                f"prefill_chunk_size=1 ({length} positions are stored)",
                 expected=1,
                 actual=count,
             )
