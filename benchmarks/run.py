@@ -25,6 +25,7 @@ ARGUMENTS = {
     "attention": ["--rounds", "7"],
     "codec": ["--mib", "64", "--rounds", "9"],
     "library": ["--rounds", "9"],
+    "reopen": ["--rounds", "11"],
     "segments": ["--rounds", "21"],
     "streaming": ["--gb", "1.2", "--rounds", "2"],
     "transformers": ["--contexts", "8000", "--rounds", "5"],

@@ -25,8 +25,10 @@ MOST_BEHIND = 1024
 TOGETHER = 16
 """Positions that are waited for, so that rows are transferred and encoded together."""
 
-PATIENCE = 0.02
-"""Seconds that fewer positions wait for others."""
+PATIENCE = 0.5
+"""Seconds that fewer positions wait for others. Writing 16 positions of 30 layers takes little longer than writing one,
+and the thread that writes takes a processor from the model's: a token takes 20 to 60 ms, so one that did not wait for
+others would be written alone."""
 
 _AT_ONCE = 512  # positions that are copied to the host at a time
 
@@ -59,6 +61,7 @@ class WriteBehind:
         self._process = os.getpid()
         self._ready: Any = None  # the event after which the rows up to `_wanted` are computed
         self._busy = False  # the thread writes
+        self._idle = False  # the thread waits for anything to write, not for company
         self._urgent = False
         self._stopped = False
         self._error: BaseException | None = None
@@ -84,13 +87,13 @@ class WriteBehind:
                 self._stopped = False
                 self._thread = threading.Thread(target=self._run, name="kvmmap-write-behind", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            self._wake()
 
     def record(self, start: int, ids: NDArray[np.int32]) -> None:
         """Have the token ids of positions from `start` on recorded once their rows are written."""
         with self._changed:
             self._ids.append((start, ids))
-            self._changed.notify_all()
+            self._wake()
 
     def settle(self) -> None:
         """Wait until all is written.
@@ -168,10 +171,17 @@ class WriteBehind:
                 if self._stopped:
                     return False
                 self._urgent = False
+                self._idle = True
                 self._changed.wait()
+            self._idle = False
             self._changed.wait_for(self._worthwhile, PATIENCE)
             self._busy = self._waiting()
             return True
+
+    def _wake(self) -> None:
+        """Have the thread look again, with the lock, if it would go on."""
+        if self._idle or self._worthwhile():
+            self._changed.notify_all()
 
     def _worthwhile(self) -> bool:
         return self._urgent or self._stopped or self._wanted - self._written >= TOGETHER
