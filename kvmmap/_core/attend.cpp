@@ -23,7 +23,8 @@ const AttendKernel& attend_kernel(Numbers numbers, bool short_queries) {
     };
     switch (current_isa()) {
 #if defined(__x86_64__)
-        case Isa::avx2: return choose(attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2);
+        case Isa::avx2:
+            return choose(short_queries ? attend_short_avx2 : attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2);
         case Isa::avx512:
             return choose(short_queries ? attend_short_avx512 : attend_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512);
 #if defined(KVMMAP_AMX)

@@ -120,7 +120,7 @@ struct AttendKernel {
 // Over int8 codes, over f32 numbers, and over numbers of 16 bits as they are stored.
 extern const AttendKernel attend_portable, attend_floats_portable, attend_f16_portable, attend_bf16_portable;
 #if defined(__x86_64__)
-extern const AttendKernel attend_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2;
+extern const AttendKernel attend_avx2, attend_short_avx2, attend_floats_avx2, attend_f16_avx2, attend_bf16_avx2;
 extern const AttendKernel attend_avx512, attend_short_avx512, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512;
 extern const AttendKernel attend_amx, attend_short_amx;  // where the compiler knows the instructions: KVMMAP_AMX
 #elif defined(__aarch64__)
