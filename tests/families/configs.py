@@ -13,6 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families.patches import PATCHES
 
+WHOLE = ("mllama",)
+"""Types of which AutoModelForCausalLM makes the text part alone; they are tried with their images."""
+
 VOCABULARY = 96
 LARGEST = 12_000_000
 TEXT = 80  # ids below are text; those above stand for images and the like
@@ -82,6 +85,13 @@ _NO_TOKEN = frozenset(
 """Tokens that a small model does without: its random ids may be any."""
 
 
+_OF_SOURCES = ("encoder_attn.out_proj.weight", "crossattention.output.dense.weight")
+"""Weights that are small, lest a decoder says the same of whatever its tokens are."""
+
+_SMALL = {"pp_formulanet": 1e-4}
+"""How small they are where an encoder's output is large."""
+
+
 def types() -> list[str]:
     """Every type that AutoModelForCausalLM or AutoModelForImageTextToText makes."""
     return sorted({kind for table in _tables() for kind in table._model_mapping})
@@ -148,7 +158,8 @@ def config(kind: str, patch: dict[str, Any] | None = None) -> Any:
 
 def model(made: Any, kind: str, seed: int = 0, attention: str | None = None) -> Any:
     """Return a random model of a config."""
-    name = next(table._model_mapping[kind] for table in _tables() if kind in table._model_mapping)
+    tables = _tables()[::-1] if kind in WHOLE else _tables()
+    name = next(table._model_mapping[kind] for table in tables if kind in table._model_mapping)
     cls = getattr(transformers, name[0] if isinstance(name, tuple) else name)
     text = made.get_text_config(decoder=True)
     if not isinstance(made, cls.config_class) and isinstance(text, cls.config_class):
@@ -160,9 +171,11 @@ def model(made: Any, kind: str, seed: int = 0, attention: str | None = None) -> 
         raise RuntimeError(f"{kind} has {size:,} weights, more than {LARGEST:,}: add to PATCHES what makes it smaller")
     torch.manual_seed(seed)
     net = cls._from_config(made, **more).eval().requires_grad_(False)
-    for weight in net.parameters():
+    for name, weight in net.named_parameters():
         if weight.is_floating_point() and (weight.ndim > 1 or not bool((weight == 1).all())):
-            torch.nn.init.normal_(weight, std=0.3)
-    if net.can_generate():
-        net.generation_config = type(net.generation_config)(pad_token_id=0)
+            torch.nn.init.normal_(weight, std=_SMALL.get(kind, 0.03) if name.endswith(_OF_SOURCES) else 0.3)
+    for part in net.modules():
+        if isinstance(part, transformers.PreTrainedModel) and part.can_generate():
+            start = {"decoder_start_token_id": 0} if part.config.is_encoder_decoder else {}
+            part.generation_config = type(part.generation_config)(pad_token_id=0, **start)
     return net

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from families.patches import PREFIXED
+from families.sources import decoder_ids, pass_arguments
 from kvmmap.errors import UnsupportedModelError
 from kvmmap.integrations.transformers import KvmmapCache
+from kvmmap.integrations.transformers.cross import CrossLayer
 from kvmmap.integrations.transformers.models import counting, layer_kinds, text_config
 from kvmmap.integrations.transformers.own_caches import become_own
 from kvmmap.integrations.transformers.versions import argument_of
@@ -34,22 +36,23 @@ def check_resident(net: Any, ids: torch.Tensor, folder: Path, bound: float) -> s
     path = folder / "resident.kvm"
     own, last = DynamicCache(config=net.config), ids.shape[1] - 4
     become_own(own, text_config(net.config))
+    own = EncoderDecoderCache(own, DynamicCache()) if net.config.is_encoder_decoder else own
     with KvmmapCache.create(path, net, resident="device") as cache:
         for start, stop in ((0, last), *((at, at + 1) for at in range(last, ids.shape[1] - 1))):
             try:
-                expected = _logits(net, ids[:, start:stop], own)
+                expected = _logits(net, ids, start, stop, own)
             except Exception:  # a model that takes no text alone
                 return None
-            found = _logits(net, ids[:, start:stop], cache)
+            found = _logits(net, ids, start, stop, cache)
             if not (off := float((found - expected).abs().max() / expected.std())) <= bound:
                 return f"logits from {start} on are off by {off:g} standard deviations"
     with KvmmapCache.open(path, net) as saved, KvmmapCache.open(path, net, resident="device") as cache:
         known = net.config.model_type not in PREFIXED and counting(net.config).alike
-        if known and cache.token_ids.tolist() != ids[0, :-1].tolist():
+        if known and cache.token_ids.tolist() != decoder_ids(net.config, ids)[0, :-1].tolist():
             return "token ids are lost"
-        _logits(net, ids[:, -1:], cache)
+        _logits(net, ids, ids.shape[1] - 1, ids.shape[1], cache, reopened=True)
         for number, layer in enumerate(cache.layers):
-            if getattr(layer, "keys", None) is None:  # it shares another one's
+            if getattr(layer, "keys", None) is None or isinstance(layer, CrossLayer):  # it has none of its own
                 continue
             stored = saved.layers[number].read(layer.keys.dtype)
             for tensor, rows in zip((layer.keys, layer.values), stored, strict=True):
@@ -58,6 +61,7 @@ def check_resident(net: Any, ids: torch.Tensor, folder: Path, bound: float) -> s
     return None
 
 
-def _logits(net: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+def _logits(net: Any, ids: torch.Tensor, start: int, stop: int, cache: Any, reopened: bool = False) -> torch.Tensor:
+    given = pass_arguments(net.config, ids, start, stop, reopened)
     with torch.no_grad():
-        return net(input_ids=ids, use_cache=True, **{argument_of(net): cache}).logits  # type: ignore[no-any-return]
+        return net(**given, use_cache=True, **{argument_of(net): cache}).logits  # type: ignore[no-any-return]

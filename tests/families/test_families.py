@@ -21,7 +21,8 @@ from families.trial import trial
 pytestmark = pytest.mark.torch
 
 FEW = [
-    "blip",  # refused: cross-attention
+    "cpmant",  # refused: positions of its own
+    "florence2",  # encoder-decoder
     "falcon",  # multi-query; takes no other attention
     "gemma4_text",  # shared layers, windows of two kinds
     "jamba",  # states; takes one token a pass after the first
@@ -37,7 +38,9 @@ FEW = [
         "jetmoe",  # uses keys before it attends
         "lfm2",  # states of convolutions
         "llama",
-        "mamba",  # refused: states alone
+        "idefics",  # attends to an image, whose encoder's output it is given in later passes
+        "mamba",  # states alone
+        "mllama",  # layers that attend to an image alone
         "mistral_large4",  # index keys, also without keys and values
         "mpt",  # attends itself, and takes "kvmmap" only at first
         "qwen2_moe",  # masks of two kinds, layers of one
@@ -46,7 +49,7 @@ FEW = [
 ]
 """One family of each kind."""
 
-LEAST = {"5.20": 0.90, "5.23": 0.91, "5.24": 0.91}
+LEAST = {"5.20": 0.95, "5.23": 0.95, "5.24": 0.95}
 """The share of types that are supported at least, of those that can be built and generate with a cache, by release."""
 
 ALL = os.environ.get("KVMMAP_FAMILIES") == "all"
@@ -58,6 +61,8 @@ torch.set_num_threads(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", types() if ALL else FEW)
 def test_a_family_is_right_or_refused_as_recorded(tmp_path: Path, kind: str) -> None:
+    if kind not in types():
+        pytest.skip(f"transformers {outcomes.RELEASE} has no {kind}")
     with torch.no_grad():
         found = trial(kind, tmp_path).plain()
     if outcomes.RELEASE in RECORD:

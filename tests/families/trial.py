@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from helpers.tiny_models import RoundedCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from families.batches import check_batch
 from families.configs import TEXT, VOCABULARY, config, model
 from families.patches import PREFIXED, WITH_IMAGE, WITHOUT, inputs_besides, with_image
 from families.resident import check_resident
+from families.sources import arguments, pass_arguments
 from kvmmap.errors import UnsupportedModelError
-from kvmmap.integrations.transformers import ATTENTION, KvmmapCache, KvmmapLayer, reuse
+from kvmmap.integrations.transformers import ATTENTION, KvmmapBatch, KvmmapCache, KvmmapLayer, reuse
 from kvmmap.integrations.transformers.behavior import changed_settings
 from kvmmap.integrations.transformers.dispatch import attends
 from kvmmap.integrations.transformers.models import text_config
 from kvmmap.integrations.transformers.own_caches import become_own
+from kvmmap.integrations.transformers.sources import has_source
 from kvmmap.integrations.transformers.states import SINGLE_TOKENS
 from kvmmap.integrations.transformers.versions import argument_of
 from kvmmap.integrations.transformers.weights import body_of
@@ -94,6 +97,8 @@ def trial(kind: str, folder: Path) -> Outcome:
         raise WrongError(f"{kind}: passes changed the model: {changed}")
     if has_states(net):
         check_states_refusals(kind, net)
+    if has_source(net.config):
+        check_source(kind, net, references["prefix"], folder / "source")
     with _own_errors(kind, "device-resident"):
         if wrong := check_resident(net, prompt(30), folder, BOUND):
             raise WrongError(f"{kind}: device-resident: {wrong}")
@@ -158,14 +163,16 @@ def past(net: Any, cache: Any) -> dict[str, Any]:
     return {argument_of(net): cache}
 
 
-def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens and every step's logits: [1, n + count], [count, vocabulary]."""
+def generate(
+    net: Any, ids: torch.Tensor, cache: Any, count: int, seed: int = 0, **more: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens and every step's logits: [1, n + count], [count, vocabulary]; `seed` chooses a source."""
     ids = with_image(net.config, ids)
-    if besides := inputs_besides(net.config.model_type, ids):
-        besides["input_ids"] = ids  # what comes first is pixel values
+    given = arguments(net.config, ids, seed) | inputs_besides(net.config.model_type, ids)
+    mask = {} if net.config.is_encoder_decoder else {"attention_mask": torch.ones_like(given["input_ids"])}
     result = net.generate(
-        *(() if besides else (ids,)),
-        attention_mask=torch.ones_like(ids),
+        **given,
+        **mask,
         **past(net, cache),
         max_new_tokens=count,
         do_sample=False,
@@ -173,7 +180,6 @@ def generate(net: Any, ids: torch.Tensor, cache: Any, count: int, **more: Any) -
         return_dict_in_generate=True,
         output_logits=True,
         use_cache=True,
-        **besides,
         **more,
     )
     return result.sequences, torch.cat([step.reshape(1, -1) for step in result.logits])
@@ -211,6 +217,45 @@ def check_states_refusals(kind: str, net: Any) -> None:
         raise WrongError(f"{kind}: {what} is not refused")
 
 
+def check_source(kind: str, net: Any, prefix: Any, folder: Path) -> None:
+    """What is stored belongs to one source: another one reuses nothing, and is refused where it would be served."""
+    path = folder.with_suffix(".kvm")
+    with KvmmapCache.create(path, net) as cache:
+        generate(net, prompt(30), cache, 2)
+    other = arguments(net.config, BRANCH, seed=1)
+    with KvmmapCache.open(path, net) as cache:
+        try:
+            generate(net, torch.cat([prompt(30), BRANCH[:, -3:]], 1), cache, 2, seed=1)
+        except UnsupportedModelError:
+            pass
+        else:
+            raise WrongError(f"{kind}: rows of one source are served with another")
+        if cache.seq_len != 31:
+            raise WrongError(f"{kind}: a refusal leaves {cache.seq_len} positions of 31")
+        expected = generate(net, BRANCH, _reference(net), 3, seed=1)
+        if (off := gap(expected, prefix)) <= ALIVE:
+            raise WrongError(f"{kind}: another source changes logits by {off:.3f} standard deviations only")
+        with _own_errors(kind, "another source"):
+            if reuse(cache, **other) != 0:
+                raise WrongError(f"{kind}: positions of one source are reused with another")
+            _check(kind, "another source", generate(net, BRANCH, cache, 3, seed=1), expected)
+    with KvmmapCache.open(path, net, "a") as cache, _own_errors(kind, "the same source"):
+        kept = reuse(cache, **arguments(net.config, BRANCH))
+        if kept != (20 if net.config.model_type not in PREFIXED else 0):
+            raise WrongError(f"{kind}: {kept} positions of the same source are reused")
+        _check(kind, "the same source", generate(net, BRANCH, cache, 3), prefix)
+    for make in (
+        lambda: KvmmapCache(net.config),
+        lambda: KvmmapCache.open(path),
+        lambda: KvmmapCache.open(path, net.config),
+    ):
+        try:
+            make()
+        except UnsupportedModelError:
+            continue
+        raise WrongError(f"{kind}: a cache without its model, which sees the source, is not refused")
+
+
 STAGES: dict[str, Callable[[Any, Any], Any]] = {
     "generation": lambda net, cache: generate(net, prompt(30), cache, 8),
     "chunked prefill": lambda net, cache: generate(net, prompt(30), cache, 4, prefill_chunk_size=7),
@@ -233,7 +278,8 @@ def one_by_one(net: Any, ids: torch.Tensor, cache: Any, first: int) -> tuple[tor
     logits = []
     for start, stop in ((0, first), *((at, at + 1) for at in range(first, ids.shape[1]))):
         with torch.no_grad():
-            found = net(input_ids=ids[:, start:stop], use_cache=True, **past(net, cache)).logits
+            given = pass_arguments(net.config, ids, start, stop)
+            found = net(**given, use_cache=True, **past(net, cache)).logits
         logits.append(found[:, -1:].reshape(1, -1))
     return ids, torch.cat(logits)
 
@@ -242,7 +288,7 @@ def _reference(net: Any, **recent: int) -> Any:
     """transformers' own cache over what a KvmmapCache serves."""
     cache = RoundedCache(config=net.config, **recent)
     become_own(cache, text_config(net.config))
-    return cache
+    return EncoderDecoderCache(cache, DynamicCache()) if net.config.is_encoder_decoder else cache
 
 
 def _references(net: Any) -> dict[str, Any]:
@@ -280,7 +326,7 @@ def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path)
     elif not _failed(references["chunked prefill"]) and net.config.model_type not in PREFIXED:
         # A model that takes one token a pass can't continue a prefix.
         with _own_errors(kind, "prefix"), KvmmapCache.open(path, net) as cache:
-            if reuse(cache, BRANCH) != 20:
+            if reuse(cache, **arguments(net.config, BRANCH)) != 20:
                 raise WrongError(f"{kind}: 20 tokens agree, and reuse does not say so")
             _check(kind, "prefix", generate(net, BRANCH, cache, 3), references["prefix"])
 
@@ -288,6 +334,12 @@ def _check_stages(kind: str, net: Any, references: dict[str, Any], folder: Path)
 def _check_batch(kind: str, net: Any) -> None:
     if inputs_besides(net.config.model_type, prompt(5)):
         return
+    if has_source(net.config):
+        try:
+            KvmmapBatch([KvmmapCache(net)])
+        except UnsupportedModelError:
+            return
+        raise WrongError(f"{kind}: a batch is not refused")
     with _own_errors(kind, "batch"):
         if wrong := check_batch(net, kind, lambda: _reference(net), argument_of(net), BOUND):
             raise WrongError(f"{kind}: batch: {wrong}")

@@ -159,7 +159,7 @@ class RoundedCache(DynamicCache):
         super().__init__(**kwargs)
         self._recent = recent_window, sinks
         kinds = layer_kinds(kwargs["config"]) if "config" in kwargs else []
-        self._latent = [kind.latent for kind in kinds]
+        self._latent, self._crosses = ([getattr(kind, name) for kind in kinds] for name in ("latent", "crosses"))
         self.forms: list[tuple[torch.Tensor, torch.Tensor, int, int]] = []
         """Keys and values of the last update: by the codec, in 16 bits, window and sinks."""
         self._index_keys: dict[int, torch.Tensor] = {}
@@ -168,6 +168,8 @@ class RoundedCache(DynamicCache):
                 layer.update_index = partial(self._update_index, number, layer.update_index)
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx < len(self._crosses) and self._crosses[layer_idx]:  # rows of a source, which are not stored
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         latent = layer_idx < len(self._latent) and self._latent[layer_idx]
         stop = self.get_seq_length(layer_idx) + key_states.shape[2]
         found, forms = [], []

@@ -26,6 +26,7 @@ from .models import text_config
 from .own_caches import become_own
 from .prefix import reuse
 from .sequence import MaskLength
+from .sourced import refuse_sources
 from .versions import CACHE_ARGUMENT
 
 NO_PADDING = frozenset({"git"})
@@ -44,6 +45,7 @@ class KvmmapBatch(AnnouncedStates, Closing):
 
     Raises:
         KvmmapError: none, the same one twice, or caches of different models.
+        UnsupportedModelError: the model is an encoder-decoder, or has cross-attention layers.
     """
 
     leaves_padding_out = True
@@ -53,6 +55,7 @@ class KvmmapBatch(AnnouncedStates, Closing):
         caches = list(caches)
         if not caches or len({id(cache) for cache in caches}) < len(caches):
             raise KvmmapError("a batch takes one cache a sequence, at least one, and none twice", actual=len(caches))
+        refuse_sources(caches)
         layers: list[list[Any]] = [cache.layers for cache in caches]
         shapes = {tuple(getattr(layer, "kind", None) for layer in found) for found in layers}
         if len(shapes) > 1:

@@ -21,7 +21,7 @@ from ...storage.protocols import Durability
 from . import rope
 from .copies import in_memory, rebuilt
 from .kinds import LayerKind
-from .opening import Storing, check_stored, note_media, note_regimes, record_known, room_beside, settings, spread_like
+from .opening import Storing, check_stored, note_regimes, record_known, room_beside, settings, spread_like
 from .own_caches import plain_class
 from .resident import Resident, check_resident
 from .stored import StoredSequence
@@ -268,8 +268,7 @@ class KvmmapCache(StoredSequence, Closing):
                 record_known(made, self.token_ids[:length])
                 if self._rope is not None:
                     note_regimes(made, rope.cut(self._regimes, length))
-                if self._media.notes():
-                    note_media(made, self._media.up_to(length).notes())
+                self._copy_notes(made, length)
         except BaseException:
             remove(path)
             raise

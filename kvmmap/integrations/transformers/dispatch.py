@@ -79,10 +79,15 @@ def source_known(config: Any) -> bool:
     return bool(_source(config))
 
 
+_MODULES = {"blip_text_model": "modeling_blip_text"}
+"""Modeling modules that are not named after that of the config."""
+
+
 def _source(config: Any) -> str:
     """The source of a config's modeling module, if that is loaded."""
     folder, _, module = type(config).__module__.rpartition(".")
-    return _source_of(f"{folder}.{module.replace('configuration_', 'modeling_', 1)}")
+    module = _MODULES.get(getattr(config, "model_type", ""), module.replace("configuration_", "modeling_", 1))
+    return _source_of(f"{folder}.{module}")
 
 
 def _source_of(name: str) -> str:

@@ -26,6 +26,7 @@ from .media import media_tokens
 from .models import text_config
 from .opening import NOTES, Storing, own_notes, settings
 from .prefix import one_sequence
+from .sources import has_source, why_source
 from .states import SINGLE_TOKENS
 from .tensors import autocast_dtype, dtype_name
 from .versions import CACHE_ARGUMENT
@@ -64,7 +65,7 @@ def namespace_of(
     Raises:
         UnsupportedModelError: the model keeps something that can't be stored; or its RoPE depends on the length of a
             prompt ("dynamic", "longrope"), so that a prefix is not the same in all prompts; or it takes one token a
-            pass behind a prefix (Jamba, Zamba).
+            pass behind a prefix (Jamba, Zamba); or it is an encoder-decoder, or has cross-attention layers.
     """
     storing = Storing(preset=preset, recent_window=recent_window, sinks=sinks)
     return _namespace(model, settings(model, None, None, fingerprint, storing)[1], salt)
@@ -77,6 +78,12 @@ def _namespace(model: Any, shapes: Mapping[str, Any], salt: str | None) -> Names
             "have the same keys: keep a KvmmapCache for each"
         )
     kind = text_config(model.config).model_type
+    if has_source(model.config):
+        raise UnsupportedModelError(
+            f"{kind} {why_source(model.config)}: prompts that begin alike don't have the same keys where the model "
+            "attends to something else besides; keep a KvmmapCache for each",
+            actual=kind,
+        )
     if kind in SINGLE_TOKENS:
         raise UnsupportedModelError(
             f"{kind} drops its recurrent state in transformers when several tokens continue a sequence, so it can't "

@@ -1,7 +1,7 @@
 """What `generate` of a model is called with, told to the cache that it is called with.
 
 `generate` encodes images before the first forward pass, so hooks on passes don't see what stands behind placeholders;
-and it computes positions from what the model remembers of the last prompt. So three of its steps go through functions
+and it computes positions from what the model remembers of the last prompt. So some of its steps go through functions
 here: they do nothing for other caches.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .illustrated import IllustratedSequence
 from .media import media_tokens
+from .sourced import SourcedSequence, encodes
+from .sources import has_source
 
 _INPUTS = "_prepare_model_inputs"
 _POSITIONS = "_prepare_position_ids_for_generation"
@@ -27,15 +28,20 @@ _ENCODERS = "_maybe_prepare_encoder_kwargs_for_generation"
 
 def announce_prompts(model: PreTrainedModel) -> None:
     """Have a model's `generate` tell an `IllustratedSequence` what it is called with, if the model takes images."""
-    if not media_tokens(model.config) or not model.can_generate() or _INPUTS in vars(model):
+    sourced = has_source(model.config)
+    if not (sourced or media_tokens(model.config)) or not model.can_generate() or _INPUTS in vars(model):
         return
-    holders = rope_holders(model)
+    if sourced:
+        _announce_sources(model)
+    holders, encoder_decoder = rope_holders(model), encodes(model)
 
     def inputs(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         made = own(*args, **kwargs)
         ids, name, others = made
         cache = _cache_in(others)
-        if cache is not None and name == "input_ids" and isinstance(ids, torch.Tensor) and ids.shape[0] == 1:
+        if cache is not None and encoder_decoder:
+            cache.announce_source(True, {**others, name: ids})
+        elif cache is not None and name == "input_ids" and isinstance(ids, torch.Tensor) and ids.shape[0] == 1:
             cache.announce(ids[0].cpu().numpy(), others)
         return made
 
@@ -53,6 +59,34 @@ def announce_prompts(model: PreTrainedModel) -> None:
 
     for name, function in ((_INPUTS, inputs), (_POSITIONS, positions), (_ENCODERS, encoders)):
         _wrap(model, name, function)
+
+
+def _announce_sources(model: PreTrainedModel) -> None:
+    """Have an encoder-decoder feed only what its cache lacks of the decoder's prompt; and BLIP announce its image.
+
+    transformers slices a decoder's prompt only if a mask for it is given, whose length tells that it is all of it.
+    """
+
+    def prefill(
+        own: Callable[..., Any], input_ids: torch.Tensor, config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = _cache_in(model_kwargs)
+        if cache is not None:
+            config._mask_length = input_ids.shape[1] if input_ids.shape[1] > cache.seq_len else -1
+        return own(input_ids, config, model_kwargs, *args, **kwargs)
+
+    def generate(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(own).bind(*args, **kwargs).arguments
+        cache = _cache_in({**given, **given.get("generate_kwargs", {})})
+        if cache is not None:
+            cache.announce_source(False, given)
+        return own(*args, **kwargs)
+
+    if encodes(model):
+        _wrap(model, "_prefill", prefill)
+    whole: Any = type(model)
+    if model.config.model_type == "blip" and "pixel_values" in inspect.signature(whole.generate).parameters:
+        _wrap(model, "generate", generate)
 
 
 def slice_prompts(model: PreTrainedModel) -> None:
@@ -90,5 +124,5 @@ def _wrap(model: Any, name: str, function: Callable[..., Any]) -> None:
     vars(model)[name] = types.MethodType(method, model)
 
 
-def _cache_in(given: Mapping[str, Any]) -> IllustratedSequence | None:
-    return next((value for value in given.values() if isinstance(value, IllustratedSequence)), None)
+def _cache_in(given: Mapping[str, Any]) -> SourcedSequence | None:
+    return next((value for value in given.values() if isinstance(value, SourcedSequence)), None)

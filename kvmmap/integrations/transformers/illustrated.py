@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...cache import QuantizedKvCache
 from ...errors import UnsupportedModelError
 from .arguments import has_effect
 from .checkpointed import CheckpointedSequence
@@ -41,6 +42,15 @@ class IllustratedSequence(CheckpointedSequence):
         for layer in self._layers:
             if isinstance(layer, IndexedLayer):
                 layer.first_shifted = min([item.start for item in self._media.items], default=self._media.until)
+
+    def _cut_notes(self, length: int) -> None:
+        """Forget what is not about the first `length` positions."""
+        self._media.cut(length)
+
+    def _copy_notes(self, target: QuantizedKvCache, length: int) -> None:
+        """Record with a copy of the first positions what they were computed from."""
+        if self._media.notes():
+            note_media(target, self._media.up_to(length).notes())
 
     def _note_media(self) -> None:
         """Keep what is known of images with the rows."""

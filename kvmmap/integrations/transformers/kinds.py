@@ -39,6 +39,9 @@ class LayerKind:
     states: int = 0
     """States of fixed size that it keeps, as transformers counts them: a convolution's and a recurrent one are one."""
 
+    crosses: bool = False
+    """True if it attends to a source alone, of whose rows nothing is stored."""
+
     valueless: bool = False
     """True if rows of values have no numbers (latents without a rotated part): a store keeps a zero in their place."""
 
@@ -106,6 +109,8 @@ def as_notes(kinds: Sequence[LayerKind]) -> dict[str, list[Any]]:
         notes["indexed"] = [kind.index is not None for kind in kinds]
     if has_states(kinds):
         notes["states"] = [kind.states for kind in kinds]
+    if any(kind.crosses for kind in kinds):
+        notes["crosses"] = [kind.crosses for kind in kinds]
     if any(kind.valueless for kind in kinds):
         notes["valueless"] = [kind.valueless for kind in kinds]
     return notes
@@ -119,7 +124,8 @@ def from_notes(notes: Mapping[str, Any], stores: Sequence[LayerGeometry]) -> lis
         stores: the shapes of the cache's stores of rows.
     """
     count = len(notes["windows"])
-    shared, indexed, valueless = (notes.get(name, [False] * count) for name in ("shared", "indexed", "valueless"))
+    names = ("shared", "indexed", "crosses", "valueless")
+    shared, indexed, crosses, valueless = (notes.get(name, [False] * count) for name in names)
     chunks = notes.get("chunks", [None] * count)
     left = iter(stores)
     states = notes.get("states", [0] * count)
@@ -135,6 +141,7 @@ def from_notes(notes: Mapping[str, Any], stores: Sequence[LayerGeometry]) -> lis
             chunk=chunks[number],
             index=next(left) if indexed[number] else None,
             states=states[number],
+            crosses=crosses[number],
             valueless=valueless[number],
         )
         for number in range(count)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from transformers.cache_utils import LinearAttentionLayer
 
 from ...cache import QuantizedKvCache
+from .cross import CrossLayer
 from .indexed import IndexedLayer, IndexOnlyLayer
 from .kinds import LayerKind, states_alone, store_numbers
 from .layer import KvmmapLayer, Pattern
@@ -48,7 +49,8 @@ def made_layers(
             layers.append(LinearAttentionLayer(kind.states))
             continue
         if kind.geometry is None or number is None:
-            layers.append(SharedLayer(kind) if kind.index is None else IndexOnlyLayer(kind))
+            alone = CrossLayer if kind.crosses else SharedLayer
+            layers.append(alone(kind) if kind.index is None else IndexOnlyLayer(kind))
             continue
         kept_rows = None if saved is None else saved.layers[number]
         cls = ResidentLayer if resident == "device" else KvmmapLayer if kind.index is None else IndexedLayer

@@ -186,10 +186,10 @@ def _group(
             if name in rows:
                 before = sum(rows[name][:number])
                 value = value[before : before + rows[name][number]]
-            _hash(hashed, name, value)
+            hash_value(hashed, name, value)
         for name, value in sorted(types.items()):
             typed = value.reshape(-1)[-count:]
-            _hash(hashed, name, typed[slice(*typed_around(typed, first, stop))])
+            hash_value(hashed, name, typed[slice(*typed_around(typed, first, stop))])
         items.append(Item(start + first, start + stop, f"{kind}:{hashed.hexdigest()}"))
     return Group(items=tuple(items), rows=rows, names=frozenset(own))
 
@@ -226,7 +226,8 @@ def _long(value: Any) -> bool:
     return (isinstance(value, torch.Tensor) and value.ndim > 0) or isinstance(value, list | tuple)
 
 
-def _hash(hashed: Any, name: str, value: Any) -> None:
+def hash_value(hashed: Any, name: str, value: Any) -> None:
+    """Add an argument of a model to a digest: its name, and the dtypes, shapes and bytes of its tensors."""
     for part in _tensors(value):
         hashed.update(f"\0{name} {part.dtype} {list(part.shape)}\0".encode())
         hashed.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

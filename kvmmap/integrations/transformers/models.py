@@ -5,6 +5,7 @@ Pure: reads configs, refuses by name what can't be kept as rows of keys and valu
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,19 +26,14 @@ _KEPT = ("full_attention", "hybrid", *_WINDOWED, *_CHUNKED, *_INDEXED)
 
 _SHARED = "dummy"
 _EMPTY = ("moe", "mlp")
-"""Kinds of layers without attention, which transformers takes for shared ones."""
+"""Kinds of layers without attention, which transformers takes for shared ones, or (5.20) for such with states."""
 
 _NO_CACHE = "takes no cache of keys and values: it can be run only without a KvmmapCache"
 _CODEBOOKS = "feeds one code of each codebook at every position, and not one token"
-_CROSS = "has cross-attention layers: what it keeps depends on an image or a protein that token ids don't tell apart"
 _REFUSED = {
-    "blip": _CROSS,
-    "blip_text_model": _CROSS,
     "blt": "caches bytes and patches in several transformers of its own, not one row a token",
     "cpmant": "puts positions of its own before the tokens, and attends to them in both directions",
     "diffusion_gemma": "generates blocks of tokens by denoising, attending in both directions",
-    "evolla": _CROSS,
-    "idefics": _CROSS,
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,
@@ -49,16 +45,34 @@ _REFUSED = {
 }
 """Models by name that nothing in their configs tells from ordinary ones, and why they can't be kept."""
 
-_MASKED = frozenset(["paligemma"])
-"""Models whose text part sees ahead by its config, and attends by masks that say what of."""
+_MASKED = frozenset(["paligemma", "evolla"])
+"""Models whose text part sees ahead by its config, and attends by masks that say what of, or are causal."""
 
 _UNMASKED = frozenset(["moshi", "qwen3_omni_moe_text"])
 """Models that mask no windows, known by name where their source is not loaded, or has masks of other models as well."""
 
 
+_DECODER = {
+    "num_hidden_layers": ("decoder_layers", "num_decoder_layers"),
+    "num_attention_heads": ("decoder_attention_heads", "num_decoder_attention_heads"),
+}
+"""What older configs call numbers of their decoder, where the plain name is for the encoder's."""
+
+
 def text_config(config: Any) -> Any:
     """Return the config of the part that generates text (itself, for a model that only does that)."""
-    return config.get_text_config(decoder=True)
+    found = config.get_text_config(decoder=True)
+    own = {
+        name: vars(found)[other]
+        for name, others in _DECODER.items()
+        for other in others
+        if vars(found).get(other) not in (None, getattr(found, name, None))
+    }
+    if own:
+        found = copy.deepcopy(found)
+        for name, value in own.items():
+            setattr(found, name, value)
+    return found
 
 
 def layer_kinds(config: Any) -> list[LayerKind]:
@@ -91,28 +105,10 @@ def _layer_kinds(config: Any) -> list[LayerKind]:
     for part in (whole, config):
         if part.model_type in _REFUSED:
             raise UnsupportedModelError(f"{part.model_type} {_REFUSED[part.model_type]}", actual=part.model_type)
-        if part.is_encoder_decoder:
-            raise UnsupportedModelError(
-                f"{part.model_type} is an encoder-decoder: its cross-attention cache belongs to one input and is not "
-                "kept here",
-                actual=part.model_type,
-            )
-    if _sees_ahead(config) and whole.model_type not in _MASKED:
+    if _sees_ahead(config) and not config.is_encoder_decoder and whole.model_type not in _MASKED:
         raise UnsupportedModelError(
             f"{name} attends in both directions as configured (is_decoder=False, or use_bidirectional_attention): "
             "keys and values depend on later tokens",
-            actual=name,
-        )
-    if getattr(config, "add_cross_attention", False):
-        raise UnsupportedModelError(
-            f"{name} has cross-attention layers (add_cross_attention=True), whose keys and values belong to an "
-            "encoder's output and not to positions of the text",
-            actual=name,
-        )
-    if getattr(config, "cross_attention_layers", None):
-        raise UnsupportedModelError(
-            f"{name} has cross-attention layers, whose keys and values belong to an image and not to positions of the "
-            "text",
             actual=name,
         )
     if getattr(config, "num_hidden_layers", None) is None:
@@ -140,7 +136,9 @@ def _sees_ahead(config: Any) -> bool:
 
 def _kind(whole: Any, number: int, kind: str, config: Any) -> LayerKind:
     model = whole.model_type
-    if kind in _STATES_ALONE:
+    if number in (getattr(whole, "cross_attention_layers", None) or ()):
+        return LayerKind(geometry=None, window=None, latent=False, crosses=True)
+    if kind in (*_STATES_ALONE, *_EMPTY):
         return LayerKind(geometry=None, window=None, latent=False)
     shares = kind == _SHARED
     if shares:  # its mask is that of the layer it shares with
@@ -192,7 +190,8 @@ def _geometry(whole: Any, number: int, kind: str, config: Any) -> LayerGeometry:
         # Multi-head latent attention: transformers caches the compressed latent in the keys' place, and the rotated
         # key part that all heads share in the values'.
         return LayerGeometry(1, latent, 1 if _valueless(whole, number) else config.qk_rope_head_dim)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    dim = dim or config.hidden_size // config.num_attention_heads
     return LayerGeometry(_kv_heads(whole.model_type, kind, config), dim, getattr(config, "v_head_dim", None) or dim)
 
 

@@ -24,6 +24,7 @@ from .identity import check_same, config_of, describe
 from .kinds import LayerKind, as_notes, from_notes, has_states, states_alone, store_geometries
 from .models import layer_kinds, max_positions
 from .probe import find_states
+from .sources import has_source, why_source
 from .tensors import dtype_name
 
 NOTES = "transformers"
@@ -64,12 +65,19 @@ def settings(
     states: tuple[StateSpec, ...] = ()
     if has_states(kinds):
         kinds, states = find_states(model)
+    if has_source(config) and not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"{config.model_type} {why_source(config)}: what it attends to besides its tokens is seen by hooks on the "
+            "model; make the cache with the model, and not with its config",
+            actual=config.model_type,
+        )
     if capacity is None:
         capacity = max_positions(config) or DEFAULT_CAPACITY
     info, facts = describe(model, fingerprint)
     notes = {
         "config": facts,
         **as_notes(kinds),
+        **({"source": {}} if has_source(config) else {}),
         "max_positions": max_positions(config),
     }
     preset = storing.preset or DEFAULT_PRESET
@@ -150,10 +158,11 @@ def check_stored(stored: QuantizedKvCache, model: Any, fingerprint: str | None) 
         UnsupportedModelError: no model is given, and none was recorded.
     """
     notes = stored.metadata.get(NOTES)
-    if stored.states and not hasattr(model, "config"):
+    sourced = "source" in (notes or {})
+    if (stored.states or sourced) and not hasattr(model, "config"):
+        what = "belongs to a source, which is seen by hooks on the model" if sourced else "has states, which hooks take"
         raise UnsupportedModelError(
-            f"{stored.path or 'the cache'} has states, which hooks on the model take: open it with the model, and not "
-            "with its config or without"
+            f"{stored.path or 'the cache'} {what}: open it with the model, and not with its config or without"
         )
     if model is None:
         if notes is None:
@@ -206,6 +215,12 @@ def note_regimes(cache: QuantizedKvCache, regimes: list[list[int]]) -> None:
     """Record by which frequencies keys were rotated."""
     notes = cache.metadata
     cache.metadata = notes | {NOTES: (notes.get(NOTES) or {}) | {"rope": regimes}}
+
+
+def note_source(cache: QuantizedKvCache, source: Mapping[str, Any]) -> None:
+    """Record which source rows were computed with."""
+    notes = cache.metadata
+    cache.metadata = notes | {NOTES: (notes.get(NOTES) or {}) | {"source": dict(source)}}
 
 
 def note_media(cache: QuantizedKvCache, media: Mapping[str, Any]) -> None:

@@ -56,4 +56,4 @@ def become_own(cache: Cache, config: Any) -> None:
 
 def plain_class(cls: type[Cache]) -> Any:
     """Return the class that a cache had before it became one of a model's own; the same if it has not."""
-    return cls.plain if issubclass(cls, _LinearCaches) else cls
+    return getattr(cls, "plain", cls)

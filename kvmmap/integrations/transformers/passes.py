@@ -25,10 +25,17 @@ from .generation import announce_prompts, rope_holders, slice_prompts
 from .graphs import outside_graph
 from .illustrated import IllustratedSequence
 from .sequence import WatchedCache
+from .sourced import SourcedSequence
 from .versions import CACHE_ARGUMENT, CACHE_NAMES
 
 _watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _signatures: weakref.WeakKeyDictionary[torch.nn.Module, Mapping[str, inspect.Parameter]] = weakref.WeakKeyDictionary()
+
+_MASKS = frozenset(["attention_mask", "mask"])
+"""What attention modules call their mask."""
+
+_SOURCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+"""What attention modules call the source that they attend to, in place of the sequence."""
 
 _holders: weakref.WeakKeyDictionary[torch.nn.Module, list[Any]] = weakref.WeakKeyDictionary()
 """The parts of a watched model that remember how far positions of text are from where it is stored."""
@@ -66,7 +73,7 @@ def _attentions(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """A model's attention modules, the first one of each kind: all of a kind get the same mask."""
     kinds = set()
     for module in model.modules():
-        if isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module):
+        if isinstance(getattr(module, "layer_idx", None), int) and _MASKS & {*_parameters(module)}:
             kind = (
                 type(module),
                 *(getattr(module, name, None) for name in ("sliding_window", "layer_type", "is_sliding")),
@@ -123,6 +130,8 @@ def _before(
 def _after(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cache_in(args, kwargs)
     if cache is not None:
+        if isinstance(cache, SourcedSequence):
+            cache.note_output(output)
         cache.end_pass(model, failed=output is None)
 
 
@@ -131,7 +140,8 @@ def _before_attention(module: torch.nn.Module, args: tuple[Any, ...], kwargs: di
     cache = _cache_in(args, kwargs)
     if cache is not None:
         given = dict(zip(_parameters(module), args, strict=False)) | kwargs
-        cache.check_mask(module, given.get("attention_mask"))
+        if all(given.get(name) is None for name in _SOURCES):  # else the mask is that of a source
+            cache.check_mask(module, given.get("attention_mask", given.get("mask")))
 
 
 def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> WatchedCache | None:

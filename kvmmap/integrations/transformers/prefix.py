@@ -12,7 +12,7 @@ from ...errors import DtypeError, ShapeMismatchError, UnknownTokensError
 from .cache import KvmmapCache
 
 
-def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None, **inputs: Any) -> int:
+def reuse(cache: KvmmapCache, input_ids: Any = None, *, discard: bool | None = None, **inputs: Any) -> int:
     """Cut a cache back to the longest prefix that it shares with a prompt; then `generate` prefills only the rest.
 
     Give all of the prompt's ids to `generate` too, with the same cache. With mode="r" the file stays as it is, and so
@@ -21,11 +21,13 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None, **
 
     Args:
         cache: the cache.
-        input_ids: the whole prompt, [n] or [1, n].
+        input_ids: the whole prompt, [n] or [1, n]. Of an encoder-decoder the decoder's; or the encoder's, if the
+            decoder's are given as `decoder_input_ids`, as to `generate`.
         discard: what of a file that is open for appending may be lost: None, what is known to differ from the prompt;
             True, also positions whose token ids are not known; False, nothing.
         inputs: what else a processor made of the prompt, for prompts with images, videos or audio: pixel values, grids,
-            token types, ... `reuse(cache, **processed)`, and then `generate(**processed, **cache.argument)`.
+            token types, ... `reuse(cache, **processed)`, and then `generate(**processed, **cache.argument)`. Of an
+            encoder-decoder, or a model with cross-attention layers, all that the encoder is given.
 
     Returns:
         How many tokens are reused: those that agree one by one from the start, but for the prompt's last one, which is
@@ -36,10 +38,20 @@ def reuse(cache: KvmmapCache, input_ids: Any, *, discard: bool | None = None, **
     Raises:
         ShapeMismatchError: no tokens, or more than one sequence.
         DtypeError: something else than whole numbers.
-        UnknownTokensError: it is not known which tokens the cache holds; or, with discard=False, positions of the file
-            would be lost. Nothing has changed.
+        UnknownTokensError: it is not known which tokens the cache holds, or with which source it was made; or, with
+            discard=False, positions of the file would be lost. Nothing has changed.
     """
+    input_ids, inputs = cache.own_ids(input_ids, inputs)
     ids = one_sequence(input_ids)
+    if not discard and cache.same_source(inputs) is None:
+        raise UnknownTokensError(
+            f"{cache.path or 'the cache'} holds {cache.seq_len} positions that depend on a source (an encoder's "
+            "output, an image), and it can't be told whether the prompt has the same one: give all inputs of generate "
+            "to reuse(cache, **inputs), or drop these positions by discard=True",
+            position=0,
+            actual=cache.seq_len,
+            path=cache.path,
+        )
     stored = cache.token_ids
     count = common_prefix(stored, ids[:-1])
     count = cache.agreeing(min(count, cache.valid_prefix(len(ids))), ids, inputs)

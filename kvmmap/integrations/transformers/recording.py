@@ -52,6 +52,10 @@ class PassRecord:
         """Positions that were stored before the pass that runs, or before the last one."""
         return self._start
 
+    def begins(self, model: torch.nn.Module) -> bool:
+        """Return whether `begin` of a part of a model begins a pass, or enters a part of one that runs."""
+        return not self._running or id(model) in self._running
+
     def begin(self, model: torch.nn.Module, given: Mapping[str, Any], length: int, seen: bool) -> bool:
         """Enter a part of a model.
 

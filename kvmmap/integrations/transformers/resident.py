@@ -63,6 +63,15 @@ class ResidentLayer(KvmmapLayer):
         return self._length
 
     @property
+    def is_initialized(self) -> bool:
+        """True from the first pass on: there are tensors."""
+        return self._buffers is not None
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """Ignored: it follows from the tensors."""
+
+    @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """All keys, [1, num_kv_heads, n, head_dim], valid until positions are truncated; None before the first pass."""
         return None if self._buffers is None else self._buffers[0][None, :, : self._length]

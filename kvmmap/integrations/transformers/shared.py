@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import cache_utils
 
@@ -43,7 +43,7 @@ class SharedLayer(_Base):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
         """Nothing to do."""
 
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse keys and values: the layer has another one's."""
         raise KvmmapError("the layer shares the keys and values of another one, and keeps none of its own")
 

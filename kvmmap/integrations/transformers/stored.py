@@ -20,7 +20,6 @@ from ...ranges import check_range
 from . import rope
 from .checked_weights import checked_weights, whole_of
 from .graphs import check_graphs, outside_graph
-from .illustrated import IllustratedSequence
 from .kinds import LayerKind
 from .layers import made_layers
 from .models import counting, text_config
@@ -32,6 +31,7 @@ from .resident import Resident, ResidentLayer
 from .rows import StoredRows
 from .sequence import MaskLength
 from .shared import SharedLayer
+from .sourced import SourcedSequence
 from .steps import Steps
 from .tensors import autocast_dtype
 from .versions import argument_of
@@ -39,7 +39,7 @@ from .weights import Weights, compared_weights, weights_of
 from .write_behind import WriteBehind
 
 
-class StoredSequence(IllustratedSequence):
+class StoredSequence(SourcedSequence):
     """Keys and values of one sequence as transformers' models use them."""
 
     def _attach(
@@ -179,7 +179,7 @@ class StoredSequence(IllustratedSequence):
                 self._note_complete(layer)
             return layer, layer
         if isinstance(layer, SharedLayer):
-            layer.update(key_states, value_states)
+            return layer.update(key_states, value_states)  # type: ignore[no-any-return]
         self._masks_asked = False
         if self._behind is not None:
             self._behind.check()
@@ -276,14 +276,14 @@ class StoredSequence(IllustratedSequence):
         """
         if not self._pass.active and (self._dirty or any(len(rows) != self._length for rows in self._rows)):
             self._take_back(self._complete())
-        if self._pass.begin(model, given, self._length, self._has_placeholder):
+        if self._pass.begin(model, self._own_part(model, given), self._length, self._has_placeholder):
             self._weights = checked_weights(whole_of(model, self._model()), self._weights, self._source)
             self._begin_states(model, given)
 
     def check_mask(self, module: Any, mask: Any) -> None:
         """Look at the mask that an attention module gets: token ids are not recorded if it is not plainly causal."""
         kind = self._kinds[module.layer_idx]
-        if kind.geometry is not None or not kind.states:
+        if kind.geometry is not None or not (kind.states or kind.crosses):
             for one in mask.values() if isinstance(mask, Mapping) else (mask,):  # Zaya's layers get two, by name
                 self._pass.check_mask(module, one, kind)
 
@@ -368,7 +368,7 @@ class StoredSequence(IllustratedSequence):
         self._length = length
         self._told = self._told[:length]
         self._regimes = rope.cut(self._regimes, length)
-        self._media.cut(length)
+        self._cut_notes(length)
 
     def valid_prefix(self, length: int) -> int:
         """Return how many of the stored positions are valid in a prompt of `length` tokens.
