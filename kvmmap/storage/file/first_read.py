@@ -76,10 +76,9 @@ class UnreadBlocks:
         """
         blocks, slot, verified = self._blocks, self._snapshot.slot, self._snapshot.verified
         assert verified is not None
-        first = int(blocks[0])
-        expected = self._mapped.checksums(slot, first, int(blocks[-1]) + 1)[blocks - first, self._layer]
-        wrong = self._found != expected
-        if wrong.any():
+        expected = self._expected()
+        if self._found.tobytes() != expected.tobytes():  # in a third of the time that numpy takes for it
+            wrong = self._found != expected
             verified.note_all(self._layer, blocks[~wrong], slot.seq_len)
             rows = self._mapped.slabs(self._layer)
             for i in np.flatnonzero(wrong).tolist():
@@ -89,6 +88,17 @@ class UnreadBlocks:
                 )
         verified.note_all(self._layer, blocks, slot.seq_len)
         verified.sum_up(self._layer, min(slot.seq_len, self._holder.inherited_len))
+
+    def _expected(self) -> NDArray[np.uint64]:
+        """Return the file's checksums of the blocks."""
+        blocks, slot = self._blocks, self._snapshot.slot
+        total = -(-slot.seq_len // self._mapped.geometry.block_tokens)
+        if 2 * len(blocks) > total:
+            sums = self._mapped.layer_checksums(slot, self._layer)
+            return sums if len(blocks) == len(sums) else sums[blocks]
+        first = int(blocks[0])
+        some: NDArray[np.uint64] = self._mapped.checksums(slot, first, int(blocks[-1]) + 1)[blocks - first, self._layer]
+        return some
 
 
 def unread_blocks(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges) -> UnreadBlocks | None:

@@ -59,6 +59,7 @@ class MappedFile:
         memory = self._map(rows_needed)
         expect_few_pages(memory, min(superblock.section(Section.TOKEN_IDS).offset, len(memory)))
         self._memory: mmap.mmap | None = memory
+        self._checksums: tuple[Slot, NDArray[np.uint64]] | None = None
         self._slots: Slots | None = Slots(memory, superblock, self.path)
         live = superblock.section(Section.LIVE).offset
         self._live: LiveRecord | None = (
@@ -143,6 +144,16 @@ class MappedFile:
         sums = np.ndarray((max(0, complete - first), layers), np.dtype("<u8"), self.rows_memory, offset).copy()
         if stop > complete:
             sums = np.concatenate([sums, np.array([slot.tail_checksums[:-1]], np.uint64)])
+        return sums
+
+    def layer_checksums(self, slot: Slot, layer: int) -> NDArray[np.uint64]:
+        """Return the checksums of all blocks of a layer of a commit, u64 [blocks]. Those of all layers are read
+        at once, and kept for the next one."""
+        kept = self._checksums
+        if kept is None or kept[0] is not slot:
+            every = self.checksums(slot, 0, -(-slot.seq_len // self.geometry.block_tokens))
+            kept = self._checksums = slot, np.ascontiguousarray(every.T)
+        sums: NDArray[np.uint64] = kept[1][layer]
         return sums
 
     def token_checksums(self, slot: Slot) -> NDArray[np.uint64]:

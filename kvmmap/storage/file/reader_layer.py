@@ -75,7 +75,9 @@ class MappedLayer(ReadOnlyLayer):
     def slabs(self) -> Rows:
         slabs = self._slabs
         if slabs is None:
-            slabs = self._slabs = self._mapped.slabs(self.index)
+            mapped = self._mapped
+            capacity = mapped.geometry.capacity
+            slabs = self._slabs = Rows.over(self.geometry, mapped.rows_memory, capacity, self._offsets)
             if self._mapped.closed:  # meanwhile, by another thread: it must not keep the map
                 self._slabs = None
         return slabs

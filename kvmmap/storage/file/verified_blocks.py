@@ -25,6 +25,7 @@ class VerifiedBlocks:
         self._blocks = -(-capacity // block_tokens)
         self._block_tokens = block_tokens
         self._rows: dict[int, NDArray[np.int64]] = {}
+        """By track, once there are gaps: before, `below` says it all."""
         self.below = [0] * (num_layers + 1)
         """By track: positions, from 0, that are verified without a gap."""
 
@@ -38,8 +39,13 @@ class VerifiedBlocks:
         """
         size = self._block_tokens
         if len(ranges) == 1:  # the usual case: everything below some length, or a window
-            start, stop = int(ranges[0, 0]), min(int(ranges[0, 1]), covered)
-            blocks = np.arange(start // size, -(-stop // size) if start < stop else start // size)
+            start, stop = ranges[0].tolist()
+            stop = min(stop, covered)
+            first, end = start // size, -(-stop // size) if start < stop else 0
+            if track not in self._rows:
+                below = self.below[track]
+                return np.arange(max(first, below // size), end if below < covered else 0)
+            blocks = np.arange(first, end)
             return blocks[self._of(track)[blocks] < self._wanted_of(blocks, covered)]
         some = ranges[ranges[:, 0] < np.minimum(ranges[:, 1], covered)]
         edges = np.zeros(self._blocks + 1, np.int64)
@@ -52,11 +58,24 @@ class VerifiedBlocks:
         self._of(track)[block] = rows
 
     def note_all(self, track: int, blocks: NDArray[np.int64], covered: int) -> None:
-        """Remember that some blocks are verified as far as checksums cover them: positions below `covered`."""
+        """Remember that some blocks, in ascending order, are verified as far as checksums cover them: positions below
+        `covered`."""
+        if not len(blocks):
+            return
+        first, last = int(blocks[0]), int(blocks[-1])
+        if (
+            track not in self._rows
+            and last - first + 1 == len(blocks)
+            and first * self._block_tokens <= self.below[track]
+        ):
+            self.below[track] = max(self.below[track], min(covered, (last + 1) * self._block_tokens))
+            return
         self._of(track)[blocks] = self._wanted_of(blocks, covered)
 
     def sum_up(self, track: int, covered: int) -> None:
         """Update `below` from what was noted."""
+        if track not in self._rows:
+            return
         short = np.flatnonzero(self._of(track) < self._wanted(covered))
         self.below[track] = min(covered, int(short[0]) * self._block_tokens) if len(short) else covered
 
@@ -81,5 +100,6 @@ class VerifiedBlocks:
 
     def _of(self, track: int) -> NDArray[np.int64]:
         if track not in self._rows:
-            self._rows[track] = np.zeros(self._blocks, np.int64)
+            starts = np.arange(self._blocks) * self._block_tokens
+            self._rows[track] = np.clip(self.below[track] - starts, 0, self._block_tokens)
         return self._rows[track]
