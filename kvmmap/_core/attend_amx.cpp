@@ -1,6 +1,7 @@
 // Attention with AMX where there are enough rows of queries, and as with AVX-512 elsewhere.
 #include "attend_chunks_amx.h"
 #include "attend_few_amx.h"
+#include "attend_streams_amx.h"
 #include "attend_tiles_amx.h"
 
 namespace kvmmap {
@@ -39,7 +40,8 @@ void walk_codes(const AttendJob& job, const AttendRange& range, int64_t coming, 
     const CodedRows keys{int8, static_cast<const char*>(job.key_rows), reinterpret_cast<const char*>(job.key_scales)};
     const CodedRows values{int8, static_cast<const char*>(job.value_rows), reinterpret_cast<const char*>(job.value_scales)};
     AttendRange rest = range;
-    rest.start = walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
+    if (digits == 2 && AmxStreams::suit(job)) rest.start = walk_amx_streams(job, keys, values, range, coming, prepared, state);
+    else rest.start = walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
     if (rest.start < rest.stop) avx512<digits>().walk(job, rest, coming, prepared, state);
 }
 

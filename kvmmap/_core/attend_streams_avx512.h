@@ -118,6 +118,8 @@ class Streams : public StreamsShape {
         kept_ = reinterpret_cast<__m512i*>(inverses_ + heads_ * span);
     }
 
+    virtual ~Streams() = default;
+
     // Every query sees all of the span that starts at row `start`.
     bool see_all(int64_t start) const {
         for (int64_t i = 0; i < job_.n; ++i)
@@ -144,7 +146,7 @@ class Streams : public StreamsShape {
         }
     }
 
-  private:
+  protected:
     using Sums = HalfSums<digits>;
     static constexpr int64_t most_rows = 16;               // of weights that are kept at a time, a head
     static constexpr int part_registers = 2 * Sums::registers;  // of sums over 64 numbers
@@ -182,7 +184,7 @@ class Streams : public StreamsShape {
     static constexpr int64_t scale_size = Rows::half_scales ? 2 : 4;
 
     // Products of queries and keys, in place of the weights they will become.
-    void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
+    virtual void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
         const char* key_scales = stored_keys_.scales + (start + span) * heads_ * scale_size<Keys>;
         const char* value_scales = stored_values_.scales + (start + span) * heads_ * scale_size<Values>;
         for (int64_t j = 0, step = 0; j < length; ++j) {
