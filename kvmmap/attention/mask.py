@@ -150,7 +150,7 @@ def visible_ranges(ranges: NDArray[np.int64], mask: Mask, n: int) -> list[tuple[
     end = mask.query_start + n if mask.causal else int(ranges[:, 3].max(initial=0))
     begin = 0 if mask.window is None else max(0, mask.query_start - mask.window + 1)
     seen: list[tuple[int, int]] = []
-    for start, stop in sorted({(int(start), min(int(stop), end)) for start, stop in ranges[:, 2:]}):
+    for start, stop in sorted({(start, min(stop, end)) for start, stop in ranges[:, 2:].tolist()}):
         for low, high in ((start, min(stop, mask.sinks, begin)), (max(start, begin), stop)):
             if low < high and seen and low <= seen[-1][1]:
                 seen[-1] = seen[-1][0], max(seen[-1][1], high)
