@@ -22,13 +22,16 @@ from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 ARGUMENTS = {
+    "append": ["--rounds", "5"],
     "attention": ["--rounds", "7"],
+    "cli": ["--rounds", "7"],
     "codec": ["--mib", "64", "--rounds", "9"],
     "library": ["--rounds", "9"],
     "reopen": ["--rounds", "11"],
     "segments": ["--rounds", "21"],
     "streaming": ["--gb", "1.2", "--rounds", "2"],
     "transformers": ["--contexts", "8000", "--rounds", "5"],
+    "verify": ["--rounds", "3"],
     "zarr": ["s3", "--mib", "128", "--rounds", "3"],
 }
 """What a topic is run with, so that all together take no longer; what else its program can do is left out here."""
