@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from corpus import Text
 from model import Model
-from reading import Reader
+from reading import OTHERS, Reader
 from recipes import F32
 from results import Store, key_of, read_on
 from torch.nn.functional import cross_entropy
@@ -21,7 +21,7 @@ PASSKEY_TEXT = "licence"
 PASSKEYS = {"early": (0.1, "71432"), "middle": (0.5, "58096"), "late": (0.8, "20917")}
 """How deep in the text a number is hidden, as a part of its length; and the number."""
 
-GREEDY_PROMPT, GREEDY_TOKENS = 512, 256
+GREEDY_PROMPT, GREEDY_TOKENS = 513, 256  # HQQ packs even numbers of positions, and the last one is read
 GREEDY_TEXTS = ("manual", "python", "html", "licence", "german")
 
 
@@ -45,7 +45,13 @@ def passkey_task(store: Store, reader: Reader, model: Model, found: Sequence[Tex
                 continue
             prompt, expected = reader.prompt(ids), torch.tensor(answer)
             for recipe in missing:
-                logits = read_on(reader, prompt, read, recipe)[-len(answer) :]
+                try:
+                    logits = read_on(reader, prompt, read, recipe)[-len(answer) :]
+                except RuntimeError as error:
+                    if recipe not in OTHERS:
+                        raise
+                    print(f"passkey: {hidden.name}: {recipe}: fails: {error}", flush=True)  # HQQ, at odd lengths
+                    continue
                 correct = bool((logits.argmax(-1) == expected).all())
                 loss = float(cross_entropy(logits, expected))
                 facts = {"found": correct, "loss": loss, "tokens": len(ids) + len(read) + 1}

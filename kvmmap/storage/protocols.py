@@ -49,7 +49,6 @@ Durability = Literal["publish", "commit"]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
 
-
 STAGE_BYTES = 2 * 1024 * 1024
 """Rows that `LayerStore.stage` allocates at most, by default."""
 
@@ -358,8 +357,7 @@ class Storage(ABC):
         self._truncations += 1
 
     def close(self) -> None:
-        """Commit, if this handle writes, and release everything. Views that were returned stay valid. Closing twice is
-        allowed."""
+        """Commit, if this handle writes, and release everything but views; does nothing the second time."""
         with self.lock:
             if not self.closed:
                 try:
@@ -394,8 +392,7 @@ class Storage(ABC):
     # Description
 
     def identity(self) -> str | None:
-        """Return a name of the cache and its generation: while it stays the same, committed positions do. None if
-        there is no such name."""
+        """Return a name of the cache and its generation, if it has one: as long as it is the same, so are positions."""
         return None
 
     def facts(self) -> dict[str, Any]:
