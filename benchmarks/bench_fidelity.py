@@ -30,7 +30,7 @@ from fidelity_tasks import greedy_task, passkey_task  # noqa: E402
 from model import Model  # noqa: E402
 from reading import OTHERS, Reader, losses  # noqa: E402
 from recipes import CACHES, F32, RECIPES  # noqa: E402
-from results import Store, bits_of, key_of, read_on  # noqa: E402
+from results import Store, bits_of, key_of, tried  # noqa: E402
 from small_model import small_model  # noqa: E402
 
 TASKS = ("loss", "passkey", "greedy", "small")
@@ -97,7 +97,10 @@ def measure(
         expected = reader.read_on(prompt, rest, F32)
         for name in missing:
             start = time.process_time()
-            result = losses(read_on(reader, prompt, rest, name), expected, following)
+            logits = tried(reader, prompt, rest, name)
+            if logits is None:
+                continue
+            result = losses(logits, expected, following)
             facts = {"bits": bits_of(name, reader.net.config.head_dim), "tokens": tokens, "read": read}
             store.put(task, text, name, keys[name], result | facts)
             print(f"{task}: {text.name}: {name}: {result['kl']:.3g}, {time.process_time() - start:.1f} s", flush=True)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from corpus import Text
 from model import Model
-from reading import OTHERS, Reader
+from reading import Reader
 from recipes import F32
-from results import Store, key_of, read_on
+from results import Store, key_of, tried
 from torch.nn.functional import cross_entropy
 
 PASSKEY_TOKENS = 7000
@@ -45,13 +45,10 @@ def passkey_task(store: Store, reader: Reader, model: Model, found: Sequence[Tex
                 continue
             prompt, expected = reader.prompt(ids), torch.tensor(answer)
             for recipe in missing:
-                try:
-                    logits = read_on(reader, prompt, read, recipe)[-len(answer) :]
-                except RuntimeError as error:
-                    if recipe not in OTHERS:
-                        raise
-                    print(f"passkey: {hidden.name}: {recipe}: fails: {error}", flush=True)  # HQQ, at odd lengths
+                whole = tried(reader, prompt, read, recipe)
+                if whole is None:
                     continue
+                logits = whole[-len(answer) :]
                 correct = bool((logits.argmax(-1) == expected).all())
                 loss = float(cross_entropy(logits, expected))
                 facts = {"found": correct, "loss": loss, "tokens": len(ids) + len(read) + 1}
@@ -73,7 +70,10 @@ def greedy_task(store: Store, reader: Reader, model: Model, found: Sequence[Text
         generated, _ = model.greedy(ids[-1], model.prefill(ids[:-1]), GREEDY_TOKENS)
         prompt, fed = reader.prompt(ids[:-1]), [ids[-1], *generated[:-1]]
         for recipe in missing:
-            same = read_on(reader, prompt, fed, recipe).argmax(-1) == torch.tensor(generated)
+            logits = tried(reader, prompt, fed, recipe)
+            if logits is None:
+                continue
+            same = logits.argmax(-1) == torch.tensor(generated)
             agree = len(generated) if bool(same.all()) else int(same.int().argmin())
             facts = {"agree": agree, "generated": len(generated), "same": float(same.double().mean())}
             store.put("greedy", text, recipe, keys[recipe], facts)

@@ -15,7 +15,7 @@ import torch
 from corpus import Text
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-STEPS, BATCH, LENGTH = 80, 4, 512
+STEPS, BATCH, LENGTH = 600, 4, 512
 
 CONFIG = Qwen3Config(
     vocab_size=256,
@@ -61,7 +61,7 @@ def small_model(folder: Path, found: Sequence[Text], held_out: int = 16_384) -> 
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 20 == 19:
+        if step % 100 == 99:
             print(
                 f"small model: step {step + 1}, loss {float(loss):.2f}, {time.process_time() - started:.0f} s",
                 flush=True,
