@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from reading import perplexity_change
-from recipes import F32
+from reading import OTHERS, perplexity_change
+from recipes import CACHES, F32, RECIPES
 from results import Store
 
 
@@ -20,6 +20,8 @@ def show(store: Store, path: Path) -> None:
     exact = by_recipe.pop(F32.name)
     rows = []
     for name, found in by_recipe.items():
+        if name not in _shown():
+            continue
         changes = [perplexity_change(one["loss"], exact[text]["loss"]) for text, one in found.items()]
         median = {
             key: statistics.median(one[key] for one in found.values()) for key in ("kl", "kl_p99", "top1", "bits")
@@ -30,6 +32,12 @@ def show(store: Store, path: Path) -> None:
     for row in rows:
         print(f"{row['recipe']:32} {row['bits']:6.2f} bits  {row['kl']:8.2g}, worst {row['worst']:8.2g}")
     path.write_text(json.dumps({"texts": sorted(exact), "rows": rows}, indent=1) + "\n")
+
+
+def _shown() -> set[str]:
+    """The recipes of the table: one of those that are the same."""
+    kept = {repr(recipe.settings): recipe.name for recipe in reversed(CACHES)}
+    return {*kept.values(), *(recipe.name for recipe in RECIPES), *OTHERS}
 
 
 def by_recipe(store: Store, task: str) -> dict[str, list[dict[str, Any]]]:
