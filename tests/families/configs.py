@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families.patches import PATCHES
+from families.sources import START
 
 WHOLE = ("mllama",)
 """Types of which AutoModelForCausalLM makes the text part alone; they are tried with their images."""
@@ -88,7 +89,7 @@ _NO_TOKEN = frozenset(
 _OF_SOURCES = ("encoder_attn.out_proj.weight", "crossattention.output.dense.weight")
 """Weights that are small, lest a decoder says the same of whatever its tokens are."""
 
-_SMALL = {"pp_formulanet": 1e-4}
+_SMALL = {"pp_formulanet": 1e-4, "sequences/speecht5": 0.01, "sequences/speech-encoder-decoder": 0.05}
 """How small they are where an encoder's output is large."""
 
 
@@ -97,8 +98,23 @@ def types() -> list[str]:
     return sorted({kind for table in _tables() for kind in table._model_mapping})
 
 
-def _tables() -> tuple[Any, ...]:
-    return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+SEQUENCES = "sequences/"
+"""What a type's name begins with where its encoder-decoder is meant, and not its decoder alone."""
+
+
+def encoder_decoders() -> list[str]:
+    """Every encoder-decoder that AutoModelForSeq2SeqLM or AutoModelForSpeechSeq2Seq makes, and no other auto class."""
+    names = {kind for table in _tables(SEQUENCES) for kind in table._model_mapping}
+    others = {kind for table in _tables()[1:] for kind in table._model_mapping}
+    made = (kind for kind in names - others if getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False))
+    return [SEQUENCES + kind for kind in sorted(made)]
+
+
+def _tables(kind: str = "") -> tuple[Any, ...]:
+    if kind.startswith(SEQUENCES):
+        return modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    tables = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return tables[::-1] if kind in WHOLE else tables
 
 
 def settings(cls: Any, patch: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -152,14 +168,14 @@ def config(kind: str, patch: dict[str, Any] | None = None) -> Any:
     """Return a type's small config, with a patch in place of what `PATCHES` has for it."""
     if patch is None:
         patch = PATCHES.get(kind)
-    cls = CONFIG_MAPPING[kind]
+    cls = CONFIG_MAPPING[kind.removeprefix(SEQUENCES)]
     return cls(**settings(cls, patch))
 
 
 def model(made: Any, kind: str, seed: int = 0, attention: str | None = None) -> Any:
     """Return a random model of a config."""
-    tables = _tables()[::-1] if kind in WHOLE else _tables()
-    name = next(table._model_mapping[kind] for table in tables if kind in table._model_mapping)
+    plain = kind.removeprefix(SEQUENCES)
+    name = next(table._model_mapping[plain] for table in _tables(kind) if plain in table._model_mapping)
     cls = getattr(transformers, name[0] if isinstance(name, tuple) else name)
     text = made.get_text_config(decoder=True)
     if not isinstance(made, cls.config_class) and isinstance(text, cls.config_class):
@@ -176,6 +192,6 @@ def model(made: Any, kind: str, seed: int = 0, attention: str | None = None) -> 
             torch.nn.init.normal_(weight, std=_SMALL.get(kind, 0.03) if name.endswith(_OF_SOURCES) else 0.3)
     for part in net.modules():
         if isinstance(part, transformers.PreTrainedModel) and part.can_generate():
-            start = {"decoder_start_token_id": 0} if part.config.is_encoder_decoder else {}
+            start = {"decoder_start_token_id": START} if part.config.is_encoder_decoder else {}
             part.generation_config = type(part.generation_config)(pad_token_id=0, **start)
     return net

@@ -11,6 +11,7 @@ _MHA = {"num_key_value_heads": 4}
 _MLA = {**_MHA, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 _DECODER = {"is_decoder": True}
 _BART = {"encoder_layers": 3}
+_CROSSED = {"decoder": {"is_decoder": True, "add_cross_attention": True}}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 _MOSTLY_FULL = ["full_attention", "linear_attention", "full_attention"]
 _LINEAR = ["linear_attention", "linear_attention", "full_attention"]
@@ -44,6 +45,11 @@ _QWEN4 = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+
+_LIKE_BART = (
+    *("bart", "blenderbot", "blenderbot-small", "fsmt", "led", "m2m_100", "marian", "mbart", "mvp", "nllb-moe"),
+    *("pegasus", "pegasus_x", "plbart", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "speecht5"),
+)
 
 PATCHES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -246,7 +252,12 @@ PATCHES: dict[str, dict[str, Any]] = {
     "evolla": {"aligner_num_add_layers": 1},
     "idefics": {"cross_layer_interval": 1},
     "blip": {"text_config": {"bos_token_id": 1, "sep_token_id": 2}},
-    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "vision-encoder-decoder": _CROSSED,
+    "sequences/encoder-decoder": _CROSSED,
+    "sequences/speech-encoder-decoder": _CROSSED,
+    "sequences/bigbird_pegasus": {**_BART, "attention_type": "original_full"},
+    "sequences/whisper": {**_BART, "num_mel_bins": 32, "max_source_positions": 64},
+    **dict.fromkeys((f"sequences/{kind}" for kind in _LIKE_BART), _BART),
     "florence2": {"text_config": {"encoder_layers": 3}},
     "pp_formulanet": {"text_config": {"encoder_layers": 3}},
     "mllama": {

@@ -45,6 +45,10 @@ def _tiles(seed: int) -> Arguments:
     }
 
 
+def _waves(seed: int) -> Arguments:
+    return {"input_values": _numbers(seed, 1, 4000)}
+
+
 _SOURCES: dict[str, Callable[[int], Arguments]] = {
     "blip": lambda seed: {"pixel_values": _image(seed)},
     "evolla": _protein,
@@ -56,10 +60,15 @@ _SOURCES: dict[str, Callable[[int], Arguments]] = {
     "t5gemma2": lambda seed: {"input_ids": _text(seed)},
     "udop": _boxes,
     "vision-encoder-decoder": lambda seed: {"pixel_values": _image(seed)},
+    "moonshine": _waves,
+    "speech-encoder-decoder": _waves,
+    "speecht5": _waves,
+    "speech_to_text": lambda seed: {"input_features": _numbers(seed, 1, 24, 80)},
+    "whisper": lambda seed: {"input_features": _numbers(seed, 1, 32, 128)},
 }
 
-START = 0
-"""The first of a decoder's tokens."""
+START = 3
+"""The first of a decoder's tokens; not the one of padding, which some models give no position."""
 
 BOS, SEP = 1, 2
 """BLIP's first token, and the one that its `generate` leaves out at the end of a prompt."""
@@ -68,7 +77,9 @@ BOS, SEP = 1, 2
 def source_of(config: Any, count: int, seed: int = 0) -> Arguments:
     """Return what a model is given besides `count` tokens; none of these arguments, if it has no source."""
     kind = config.model_type
-    found = _SOURCES[kind](seed) if kind in _SOURCES else {}
+    found = (
+        _SOURCES[kind](seed) if kind in _SOURCES else {"input_ids": _text(seed)} if config.is_encoder_decoder else {}
+    )
     if kind == "idefics":
         seen = torch.ones(1, count, 1, dtype=torch.long)
         seen[:, :2] = 0

@@ -17,7 +17,7 @@ from typing import Any, Literal
 Attends = Literal["interface", "tensors", "own"]
 """What a model does with the keys and values that a cache's `update` returns: it passes them to the attention interface
 and does nothing else with them; it uses them besides, or passes arguments that attention in place does not know; or it
-computes attention itself, with masks as "eager" has them."""
+computes attention itself, or relies on a mask, and gets masks as "eager" has them."""
 
 _ORDER: tuple[Attends, ...] = ("interface", "tensors", "own")
 
@@ -106,9 +106,41 @@ _sources: dict[str, str] = {}
 @cache
 def _attends(source: str) -> Attends:
     """Parse a module: once a process, some 20 ms."""
-    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
-    found = (use for function in functions for use in _uses(function))
-    return max(found, key=_ORDER.index, default="interface")
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = (node for node in nodes if isinstance(node, ast.FunctionDef))
+    uses = (use for function in functions for use in _uses(function))
+    found: Attends = max(uses, key=_ORDER.index, default="interface")
+    return "own" if found == "interface" and _causal_by_mask(nodes) else found
+
+
+def _causal_by_mask(nodes: Iterable[ast.AST]) -> bool:
+    """Whether layers of a decoder attend with modules that are causal by their mask alone: they always need one."""
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    plain = set()
+    for name, made in classes.items():
+        init = next((one for one in made.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
+        arguments = init.args.args if init is not None else []
+        defaults = init.args.defaults if init is not None else []
+        given = zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
+        if any(one.arg == "is_causal" and getattr(value, "value", None) is False for one, value in given):
+            plain.add(name)
+    calls = [
+        node.value
+        for name, made in classes.items()
+        if name.endswith("DecoderLayer")
+        for node in ast.walk(made)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _is_self_attention(node.targets[0])
+    ]
+    return any(
+        isinstance(call.func, ast.Name)
+        and call.func.id in plain
+        and "is_causal" not in {word.arg for word in call.keywords}
+        for call in calls
+    )
+
+
+def _is_self_attention(target: ast.AST) -> bool:
+    return isinstance(target, ast.Attribute) and target.attr == "self_attn"
 
 
 def _uses(function: ast.FunctionDef) -> Iterator[Attends]:

@@ -34,6 +34,7 @@ _REFUSED = {
     "blt": "caches bytes and patches in several transformers of its own, not one row a token",
     "cpmant": "puts positions of its own before the tokens, and attends to them in both directions",
     "diffusion_gemma": "generates blocks of tokens by denoising, attending in both directions",
+    "fsmt": "masks nothing in a pass with a cache: what it attends to depends on how the tokens are split into passes",
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,
     "openai-gpt": _NO_CACHE,
@@ -85,6 +86,9 @@ def layer_kinds(config: Any) -> list[LayerKind]:
     Raises:
         UnsupportedModelError: the model keeps something else than keys and values for every layer and position.
     """
+    for part in (config, config.get_text_config(decoder=True)):
+        if part.model_type in _REFUSED:
+            raise UnsupportedModelError(f"{part.model_type} {_REFUSED[part.model_type]}", actual=part.model_type)
     # What a model's code says counts as well, once it is loaded.
     key = type(config), repr(config.to_dict()), source_known(text_config(config))
     found = _found.get(key)
@@ -102,9 +106,6 @@ _MOST = 256  # configs that are remembered
 def _layer_kinds(config: Any) -> list[LayerKind]:
     whole, config = config, text_config(config)
     name = config.model_type
-    for part in (whole, config):
-        if part.model_type in _REFUSED:
-            raise UnsupportedModelError(f"{part.model_type} {_REFUSED[part.model_type]}", actual=part.model_type)
     if _sees_ahead(config) and not config.is_encoder_decoder and whole.model_type not in _MASKED:
         raise UnsupportedModelError(
             f"{name} attends in both directions as configured (is_decoder=False, or use_bidirectional_attention): "
