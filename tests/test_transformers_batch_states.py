@@ -15,6 +15,7 @@ from families.configs import config, model
 from families.outcomes import RELEASE
 from families.trial import BOUND, _reference, generate, past, prompt
 from helpers.failing import failing
+from helpers.support import sweep
 
 import kvmmap
 from kvmmap.errors import ShapeMismatchError, UnknownTokensError, UnsupportedModelError
@@ -24,7 +25,7 @@ from kvmmap.integrations.transformers.versions import argument_of
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 torch.set_num_threads(1)
 
-KINDS = ("qwen3_5_text", "falcon_h1", "zamba2", "lfm2", "minimax", "deepseek_v32")
+KINDS = ("qwen3_5_text", "deepseek_v32", *sweep("falcon_h1", "zamba2", "lfm2", "minimax"))
 
 
 def made(kind: str) -> Any:
@@ -83,7 +84,7 @@ def test_two_turns(kind: str, attention: str) -> None:
     assert not check_batch(net, kind, lambda: _reference(net), argument_of(net), BOUND)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("kind", ["lfm2", *sweep("qwen3_5_text")])
 def test_files_are_continued_alone_and_in_other_batches(tmp_path: Path, kind: str) -> None:
     net, ids = made(kind), prompt(40)[0]
     prompts = [ids[:14], ids[5:14], ids[20:31]]
@@ -118,7 +119,7 @@ def test_what_a_sequence_has_left_beyond_others_is_fed_by_itself() -> None:
         assert batch.get_seq_length() == 20
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "minimax", "mamba2", "deepseek_v32"])
+@pytest.mark.parametrize("kind", ["mamba2", "deepseek_v32", *sweep("qwen3_5_text", "minimax")])
 def test_beam_search(kind: str, path: Path) -> None:
     net, ids = made(kind), prompt(24)
     settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}

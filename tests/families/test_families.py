@@ -27,9 +27,9 @@ FEW = [
     "gemma4_text",  # shared layers, windows of two kinds
     "jamba",  # states; takes one token a pass after the first
     "llama4_text",  # chunks
-    "mimo_v2_flash",  # heads differ by layer
-    "qwen2_5_vl",  # M-RoPE
     *sweep(
+        "mimo_v2_flash",  # heads differ by layer
+        "qwen2_5_vl",  # M-RoPE
         "deepseek_v3",  # latents
         "gemma3_text",  # windows of two kinds
         "git",  # attends itself
