@@ -77,9 +77,11 @@ BOS, SEP = 1, 2
 def source_of(config: Any, count: int, seed: int = 0) -> Arguments:
     """Return what a model is given besides `count` tokens; none of these arguments, if it has no source."""
     kind = config.model_type
-    found = (
-        _SOURCES[kind](seed) if kind in _SOURCES else {"input_ids": _text(seed)} if config.is_encoder_decoder else {}
-    )
+    found: Arguments = {}
+    if kind in _SOURCES and (config.is_encoder_decoder or kind != "whisper"):  # there is a decoder of its name, too
+        found = _SOURCES[kind](seed)
+    elif config.is_encoder_decoder:
+        found = {"input_ids": _text(seed)}
     if kind == "idefics":
         seen = torch.ones(1, count, 1, dtype=torch.long)
         seen[:, :2] = 0
