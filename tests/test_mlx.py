@@ -124,6 +124,16 @@ def test_quantised_caches_are_decoded(group: int, layout: str, bits: int, tmp_pa
         assert np.abs(found - expected(1, 0)[:-1]).max() < bound
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_scales_are_refused_without_a_warning(tmp_path: Path) -> None:
+    parts = [quantize(rows(0, part), 32, 8) for part in (0, 1)]
+    parts[1][1][:] = np.inf
+    path = write(tmp_path / "p.safetensors", [("QuantizedKVCache", parts, [COUNT, 32, 8])], "scalars")
+    with pytest.raises(kvmmap.NonFiniteError):
+        kvmmap.import_mlx(path, tmp_path / "p.kvm")
+    assert not (tmp_path / "p.kvm").exists()
+
+
 def test_rings_are_put_in_order(tmp_path: Path) -> None:
     """Two always kept, and eight of which the newest two lie before the oldest."""
     order = np.r_[0:2, 8:10, 2:8]

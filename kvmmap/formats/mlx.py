@@ -106,7 +106,8 @@ class MlxLayer:
         bits = np.unpackbits(np.ascontiguousarray(found, "<u4").view(np.uint8), axis=-1, bitorder="little")
         codes = (bits.reshape(*found.shape[:2], -1, self.bits) << np.arange(self.bits, dtype=np.uint8)).sum(-1)
         grouped = codes.reshape(*found.shape[:2], -1, self.group).astype(np.float32)
-        numbers: NDArray[Any] = grouped * scales[..., None] + biases[..., None]
+        with np.errstate(all="ignore"):  # infinities and NaN are refused where rows are encoded
+            numbers: NDArray[Any] = grouped * scales[..., None] + biases[..., None]
         return numbers.reshape(*found.shape[:2], -1)
 
 
