@@ -146,36 +146,10 @@ class AmxChunks : AmxSpans {
     // Adds values of a span, weighed, to a block's sums.
     void add(const Block& block, int64_t at, int64_t count, const float* worth) {
         const int64_t step = 64 * job_.value_dim;  // bytes of values that 64 positions take
-        float* sums[tile_rows];
-        for (int64_t r = 0; r < block.rows; ++r) sums[r] = state_.sums + block.row[r] * width_;
         for (int64_t t = 0; t < job_.value_dim / 16; t += 2) {
-            const char *values = values_ + at * job_.value_dim + t * tile_bytes, *weights = weights_;
-            stored_before();
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int64_t j = 0; j < count; j += 64, values += step, weights += digits * tile_bytes) {
-                _tile_loadd(4, weights, 64);
-                _tile_stream_loadd(6, values, 64);
-                _tile_dpbusd(0, 4, 6);
-                _tile_loadd(5, weights + tile_bytes, 64);
-                _tile_dpbusd(1, 5, 6);
-                _tile_stream_loadd(7, values + tile_bytes, 64);
-                _tile_dpbusd(2, 4, 7);
-                _tile_dpbusd(3, 5, 7);
-            }
-            _tile_stored(0, products_, 64);
-            _tile_stored(1, products_ + 256, 64);
-            _tile_stored(2, products_ + 512, 64);
-            _tile_stored(3, products_ + 768, 64);
-            stored_before();
+            multiply_two<true>(values_ + at * job_.value_dim + t * tile_bytes, step, count);
             for (int64_t r = 0; r < block.rows; ++r)
-                for (int64_t i = 0; i < 2; ++i) {
-                    float* out = sums[r] + (t + i) * 16;
-                    const __m512 more = sum_of(products_ + 512 * i + 16 * r);
-                    _mm512_store_ps(out, _mm512_fmadd_ps(more, _mm512_set1_ps(worth[r]), _mm512_load_ps(out)));
-                }
+                for (int64_t i = 0; i < 2; ++i) add_to(block.row[r], (t + i) * 16, sum_of(products_ + 512 * i + 16 * r), worth[r]);
         }
     }
 

@@ -115,15 +115,11 @@ class AmxFew : AmxSpans {
             _tile_loadd(7, values + 3 * tile_bytes, 64);
             _tile_dpbusd(3, 4, 7);
         }
-        _tile_stored(0, products_, 64);
-        _tile_stored(1, products_ + 256, 64);
-        _tile_stored(2, products_ + 512, 64);
-        _tile_stored(3, products_ + 768, 64);
-        stored_before();
+        store_four();
         for (int64_t r = 0; r < rows_; ++r)
             for (int64_t i = 0; i < 4; ++i) {
                 const int32_t* sums = products_ + 256 * i + 16 * r;
-                add_to(block, r, d + 16 * i, put_together(_mm512_load_si512(sums), _mm512_load_si512(sums + 16 * rows_)), worth[r]);
+                add_to(block.row[r], d + 16 * i, put_together(_mm512_load_si512(sums), _mm512_load_si512(sums + 16 * rows_)), worth[r]);
             }
     }
 
@@ -131,36 +127,11 @@ class AmxFew : AmxSpans {
     void add_wide(const Block& block, int64_t row, int64_t count, int64_t d, const float* worth, Ahead& ahead) {
         for (int64_t j = 0; j < count; j += 64) pack(row, count, j, d, values_ + j * 64, ahead);
         for (int64_t half = 0; half < 64; half += 32) {
-            stored_before();
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            const char *weights = weights_, *values = values_ + half / 16 * tile_bytes;
-            for (int64_t j = 0; j < count; j += 64, weights += digits * tile_bytes, values += 4 * tile_bytes) {
-                _tile_loadd(4, weights, 64);
-                _tile_loadd(6, values, 64);
-                _tile_dpbusd(0, 4, 6);
-                _tile_loadd(5, weights + tile_bytes, 64);
-                _tile_dpbusd(1, 5, 6);
-                _tile_loadd(7, values + tile_bytes, 64);
-                _tile_dpbusd(2, 4, 7);
-                _tile_dpbusd(3, 5, 7);
-            }
-            _tile_stored(0, products_, 64);
-            _tile_stored(1, products_ + 256, 64);
-            _tile_stored(2, products_ + 512, 64);
-            _tile_stored(3, products_ + 768, 64);
-            stored_before();
+            multiply_two<false>(values_ + half / 16 * tile_bytes, 4 * tile_bytes, count);
             for (int64_t r = 0; r < rows_; ++r)
-                for (int64_t i = 0; i < 2; ++i) add_to(block, r, d + half + 16 * i, sum_of(products_ + 512 * i + 16 * r), worth[r]);
+                for (int64_t i = 0; i < 2; ++i)
+                    add_to(block.row[r], d + half + 16 * i, sum_of(products_ + 512 * i + 16 * r), worth[r]);
         }
-    }
-
-    // 16 sums of a row, in units of `worth`.
-    void add_to(const Block& block, int64_t r, int64_t d, __m512 more, float worth) const {
-        float* sums = state_.sums + block.row[r] * width_ + d;
-        _mm512_store_ps(sums, _mm512_fmadd_ps(more, _mm512_set1_ps(worth), _mm512_load_ps(sums)));
     }
 
     template <bool capped>

@@ -228,6 +228,45 @@ class AmxSpans {
     }
 
   protected:
+    // Multiplies weights with two tiles of values for every 64 positions, `step` bytes apart: two digits of each tile's products,
+    // in four tiles of `products_`. Values beyond the second-level cache are streamed.
+    template <bool streamed>
+    void multiply_two(const char* values, int64_t step, int64_t count) {
+        const char* weights = weights_;
+        stored_before();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t j = 0; j < count; j += 64, values += step, weights += digits * tile_bytes) {
+            _tile_loadd(4, weights, 64);
+            if constexpr (streamed) _tile_stream_loadd(6, values, 64);
+            else _tile_loadd(6, values, 64);
+            _tile_dpbusd(0, 4, 6);
+            _tile_loadd(5, weights + tile_bytes, 64);
+            _tile_dpbusd(1, 5, 6);
+            if constexpr (streamed) _tile_stream_loadd(7, values + tile_bytes, 64);
+            else _tile_loadd(7, values + tile_bytes, 64);
+            _tile_dpbusd(2, 4, 7);
+            _tile_dpbusd(3, 5, 7);
+        }
+        store_four();
+    }
+
+    void store_four() {
+        _tile_stored(0, products_, 64);
+        _tile_stored(1, products_ + 256, 64);
+        _tile_stored(2, products_ + 512, 64);
+        _tile_stored(3, products_ + 768, 64);
+        stored_before();
+    }
+
+    // Adds 16 sums to a row's, in units of `worth`.
+    void add_to(int64_t row, int64_t d, __m512 more, float worth) const {
+        float* sums = state_.sums + row * width_ + d;
+        _mm512_store_ps(sums, _mm512_fmadd_ps(more, _mm512_set1_ps(worth), _mm512_load_ps(sums)));
+    }
+
     const AttendJob& job_;
     CodedRows stored_keys_, stored_values_;
     const Packing &key_packing_, &value_packing_;
