@@ -16,32 +16,13 @@
 #endif
 
 #include "bindings.h"
+#include "buffers.h"
 #include "step.h"
 
-namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvmmap;
 
 namespace {
-
-// A Python buffer that is held as long as this lives.
-class Held {
-  public:
-    Held(nb::handle object, int flags) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
-    }
-    ~Held() { PyBuffer_Release(&view_); }
-    Held(const Held&) = delete;
-    Held& operator=(const Held&) = delete;
-
-    char* data() const { return static_cast<char*>(view_.buf); }
-    int64_t bytes() const { return view_.len; }
-
-  private:
-    Py_buffer view_{};
-};
-
-constexpr int reading = PyBUF_C_CONTIGUOUS, writing = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE;
 
 // What tells that an object is a tensor that can be read as it lies; given by whoever has the tensors' library.
 struct TensorKind {
@@ -126,9 +107,9 @@ class Step {
     nb::object attend(nb::handle query_object, const nb::tuple& slabs, int64_t length, float scale, float softcap, int64_t window) {
         const RowGrid query = rows_of(query_object, kind_, layer_.dim);
         if (!query.data || query.inner % layer_.kv_heads || slabs.size() != row_bytes_.size()) return nb::none();
-        std::vector<std::unique_ptr<Held>> held;
+        std::vector<std::unique_ptr<Buffer>> held;
         for (size_t i = 0; i < slabs.size(); ++i) {
-            const Held& array = *held.emplace_back(std::make_unique<Held>(slabs[i], reading));
+            const Buffer& array = *held.emplace_back(std::make_unique<Buffer>(slabs[i], contiguous));
             if (array.bytes() < length * row_bytes_[i]) throw nb::value_error("slabs: too small");
         }
         const size_t split = scale_bytes(layer_.keys.codec) ? 2 : 1;
@@ -160,7 +141,7 @@ class Step {
         const int64_t sizes[] = {8, 2 * layer_.kv_heads * layer_.dim, 2 * layer_.kv_heads * layer_.value_dim};
         int64_t slots = 0;
         for (size_t i = 0; i < 3; ++i) {
-            const Held& array = *rings_.emplace_back(std::make_unique<Held>(parts[first + i], writing));
+            const Buffer& array = *rings_.emplace_back(std::make_unique<Buffer>(parts[first + i], writing));
             data[i] = array.data();
             if (i == 0) slots = array.bytes() / 8;
             if (array.bytes() != slots * sizes[i]) throw nb::value_error("ring: sizes differ");
@@ -172,7 +153,7 @@ class Step {
     StepLayer layer_{};
     std::vector<int64_t> row_bytes_;
     std::unique_ptr<char[]> scratch_;
-    std::vector<std::unique_ptr<Held>> rings_;
+    std::vector<std::unique_ptr<Buffer>> rings_;
     TensorKind kind_;
 };
 
