@@ -12,7 +12,6 @@ cache.layers[0].read_keys(0, 16)               # f32 [16, num_kv_heads, head_dim
 from typing import TYPE_CHECKING
 
 from . import _core, report
-from .attention.merge import merge_attention
 from .cache import QuantizedKvCache
 from .errors import (
     AccessDeniedError,
@@ -47,19 +46,19 @@ from .errors import (
     UnsupportedModelError,
     VersionMismatchError,
 )
-from .files import compact, fork, repair, resize
 from .geometry import CacheGeometry, LayerGeometry
 from .layer import QuantizedKvLayer
 from .lazy import lazy_names
 from .metadata import ModelInfo
 from .opening import create, remove
 from .opening import open_cache as open
-from .quantize import dequantize_rows, quantization_error, quantize_rows
 from .state_spec import StateSpec
 from .storage.checkpoints import Checkpoint
 from .storage.protocols import Damage, VerifyReport
 
 if TYPE_CHECKING:
+    from .attention.merge import merge_attention
+    from .files import compact, fork, repair, resize
     from .finding import find, find_temporary, remove_temporary
     from .formats.llama_cpp.exporting import export_llama_cpp
     from .formats.llama_cpp.importing import import_llama_cpp
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
     from .formats.safetensors_import import import_tensors
     from .fp8 import Fp8KvCache, Fp8KvLayer
     from .library import Library, Namespace
+    from .quantize import dequantize_rows, quantization_error, quantize_rows
     from .sizing import Size, bytes_per_token, sizes
     from .storage.file.repair import RepairReport
     from .transfer.copying import CopyReport, copy, fetch
@@ -88,10 +88,16 @@ _LATER = {
     "RepairReport": "storage.file.repair",
     "Size": "sizing",
     "bytes_per_token": "sizing",
+    "compact": "files",
     "copy": "transfer.copying",
+    "dequantize_rows": "quantize",
     "fetch": "transfer.copying",
     "find": "finding",
     "find_temporary": "finding",
+    "fork": "files",
+    "merge_attention": "attention.merge",
+    "quantization_error": "quantize",
+    "quantize_rows": "quantize",
     "remove_temporary": "finding",
     "export_llama_cpp": "formats.llama_cpp.exporting",
     "export_mlx": "formats.mlx_export",
@@ -99,6 +105,8 @@ _LATER = {
     "import_llama_cpp": "formats.llama_cpp.importing",
     "import_mlx": "formats.mlx_import",
     "import_tensors": "formats.safetensors_import",
+    "repair": "files",
+    "resize": "files",
     "sizes": "sizing",
 }
 

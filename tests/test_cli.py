@@ -598,7 +598,8 @@ def test_start_up_loads_only_what_it_needs(path: Path) -> None:
 import sys, atexit
 from kvmmap_cli.main import main
 unwanted = ("rich", "torch", "zarr", "matplotlib", "tokenizers", "transformers", "hashlib", "ml_dtypes")
-unwanted += ("concurrent.futures", "kvmmap.transfer.copying")
+unwanted += ("concurrent.futures", "kvmmap.transfer.copying", "shutil", "traceback")
+unwanted += ("kvmmap.storage.file.writer", "kvmmap.storage.file.chain", "kvmmap.storage.file.resize", "kvmmap.quantize")
 atexit.register(lambda: print([m for m in unwanted if m in sys.modules], file=sys.stderr))
 sys.argv = ["kvmmap", "inspect", "--json", {str(path)!r}]
 main()

@@ -11,7 +11,6 @@ import io
 import os
 import signal
 import sys
-import traceback
 from typing import Any, NoReturn
 
 import click
@@ -84,6 +83,8 @@ def _told(error: BaseException) -> tuple[int, str]:
         return failure(error)
     except BaseException:
         if os.environ.get(TRACEBACK):
+            import traceback
+
             traceback.print_exception(error)
         return CRASHED, crash(error, TRACEBACK)
 

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -127,7 +126,11 @@ def show(*parts: RenderableType) -> None:
 
 def width() -> int:
     """Return the width for pictures and wide tables, in columns."""
-    return max(shutil.get_terminal_size().columns, NARROWEST) if sys.stdout.isatty() else NARROW
+    if not sys.stdout.isatty():
+        return NARROW
+    import shutil  # which loads compressors
+
+    return max(shutil.get_terminal_size().columns, NARROWEST)
 
 
 def can_colour() -> bool:

@@ -1,11 +1,15 @@
-"""`.kvm` files as a kind of storage: any path on this machine that is no other kind's."""
+"""`.kvm` files as a kind of storage: any path on this machine that is no other kind's.
+
+Opening a file for reading is what most programs do, and for a command all that it does. What else there is, writing,
+chains and copies, is imported when it is first used, since it takes as long to load as reading does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...geometry import CacheGeometry
 from ...metadata import Document
@@ -14,10 +18,11 @@ from ..protocols import Storage
 from ..receiving import CopyOptions, Incoming, Receiver
 from ..registry import CreateOptions, OpenOptions, Place, refuse_compressor, register
 from ..temporary import partial_path
-from .child import create_child, open_chain
 from .placement import METADATA_ROOM, place_file, place_of, remove_file
 from .reader import MappedReader
-from .writer import MappedWriter
+
+if TYPE_CHECKING:
+    from .writer import MappedWriter
 
 
 class FilePlace(Place):
@@ -34,6 +39,8 @@ class FilePlace(Place):
                 self.file_path, recover=options.recover, verify=options.verify, record_use=options.record_use
             )
         else:
+            from .writer import MappedWriter
+
             own = MappedWriter.open_locked(
                 self.file_path,
                 timeout=options.timeout,
@@ -44,9 +51,13 @@ class FilePlace(Place):
             )
         if own.parent is None:
             return own
+        from .child import open_chain
+
         return open_chain(own, verify=options.verify, record_use=options.record_use)
 
     def create(self, geometry: CacheGeometry, document: Document, options: CreateOptions) -> MappedWriter:
+        from .writer import MappedWriter
+
         refuse_compressor(options.compressor, self.url)
         return MappedWriter.create(
             self.file_path,
@@ -67,6 +78,8 @@ class FilePlace(Place):
         document: Document | None,
         options: CreateOptions,
     ) -> Storage:
+        from .child import create_child
+
         refuse_compressor(options.compressor, self.url)
         return create_child(
             self.file_path,
@@ -87,6 +100,8 @@ class FilePlace(Place):
     @contextlib.contextmanager
     def replace(self, geometry: CacheGeometry, document: Document, options: CreateOptions) -> Iterator[Storage]:
         """Fill a file beside the path, which takes the path when the block ends."""
+        from .writer import MappedWriter
+
         refuse_compressor(options.compressor, self.url)
         place = place_of(self.file_path, overwrite=options.overwrite)
         partial = partial_path(place)
@@ -102,7 +117,7 @@ class FilePlace(Place):
             raise
 
     def receive(self, incoming: Incoming, options: CopyOptions) -> Receiver:
-        from .receiver import FileReceiver  # threads take long to load, and few programs copy
+        from .receiver import FileReceiver
 
         refuse_compressor(options.compressor, self.url)
         return FileReceiver.begin(self.file_path, incoming, options)
