@@ -169,7 +169,7 @@ NAME = "checkpoints.20.0.float32.0"
         (lambda tensors, facts: facts["states"]["checkpoints"].insert(0, [-1, False]), "is invalid"),
         (lambda tensors, facts: facts["states"]["tensors"].append(facts["states"]["tensors"][0]), "is invalid"),
         (lambda tensors, facts: facts["states"]["tensors"][0].__setitem__(2, "complex64"), "is invalid"),
-        (lambda tensors, facts: facts.update(version=3), "a later kvmmap"),
+        (lambda tensors, facts: facts.update(version=4), "a later kvmmap"),
     ],
 )
 def test_damaged_states_are_refused_and_nothing_is_left(tmp_path: Path, change: Any, match: str) -> None:

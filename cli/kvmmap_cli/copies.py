@@ -96,6 +96,19 @@ def codec_names(text: str | None) -> str | list[str] | None:
     return names[0] if names is not None and len(names) == 1 else names
 
 
+def named_codecs(
+    codec: str | None, key_codec: str | None, value_codec: str | None, preset: str | None
+) -> dict[str, Any]:
+    """Return `key_codec` and `value_codec` as functions take them.
+
+    Raises:
+        UsageError: --codec beside another option that names codecs.
+    """
+    if codec is not None and (key_codec is not None or value_codec is not None or preset is not None):
+        raise click.UsageError("--codec names the codec of keys and of values: leave the other options on codecs out")
+    return {"key_codec": codec_names(key_codec or codec), "value_codec": codec_names(value_codec or codec)}
+
+
 def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -125,13 +138,8 @@ def copied(
     """Copy, with the options of `kvmmap.copy`, and print to stderr what was done; to stdout, what other codecs cost."""
     import kvmmap
 
-    if codec is not None and (key_codec is not None or value_codec is not None or options.get("preset") is not None):
-        raise click.UsageError("--codec names the codec of keys and of values: leave the other options on codecs out")
+    codecs = named_codecs(codec, key_codec, value_codec, options.get("preset"))
     confirm_ending(target, yes)
-    codecs: dict[str, Any] = {
-        "key_codec": codec_names(key_codec or codec),
-        "value_codec": codec_names(value_codec or codec),
-    }
     with progress("copying", no_progress) as advance:
         report = kvmmap.copy(source, target, progress=advance, **codecs, **options)
     resumed = f", {count(report.resumed)} of them by an earlier run" if report.resumed else ""

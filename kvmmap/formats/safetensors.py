@@ -28,11 +28,15 @@ from ..storage.posix import PosixFile
 from ..storage.protocols import Progress
 from ..transfer.copying import opened
 from .new_file import new_file, resolved
-from .safetensors_states import DTYPES, ExportedStates
+from .safetensors_rows import DTYPES as ROW_DTYPES
+from .safetensors_rows import VERSION as ROWS_VERSION
+from .safetensors_rows import ExportedRows, KeptRows
+from .safetensors_states import DTYPES as STATE_DTYPES
 from .safetensors_states import VERSION as STATES_VERSION
+from .safetensors_states import ExportedStates
 
-TensorDtype = Literal["float32", "float16", "bfloat16", "int8"]
-"""What an export holds: rows as numbers, or codes and scales as they are stored."""
+TensorDtype = Literal["float32", "float16", "bfloat16", "stored", "int8"]
+"""What an export holds: rows as numbers, or as they are stored; "int8" is that of int8 rows alone."""
 
 STEP_TOKENS = 4096
 """Positions of a layer that are converted at once."""
@@ -45,6 +49,10 @@ VERSION = 1
 
 IDS = "token_ids"
 """The tensor that holds the token ids."""
+
+
+DTYPES = ROW_DTYPES | STATE_DTYPES
+"""What safetensors calls dtypes."""
 
 
 class _Tensor(NamedTuple):
@@ -73,15 +81,18 @@ def export_tensors(
 ) -> None:
     """Write a cache as a safetensors file: `layers.I.keys` and `layers.I.values`, [n, num_kv_heads, head_dim].
 
-    With "int8" they are `layers.I.key_codes`, `key_scales`, `value_codes` and `value_scales`, bit by bit. `token_ids`,
-    int32 [n], come along, and model and metadata in the header. Of a cache with states the checkpoints come along, as
-    `checkpoints.POSITION.LAYER.NAME`, and positions up to the last one that is not beyond `stop`.
+    With "stored" they are the arrays that the codecs make, such as `layers.I.key_codes`, `key_scales`, `value_codes`
+    and `value_scales`, bit by bit, and what is kept in 16 bits besides as `recent.I.keys` and the like: an import makes
+    the same cache of it. `token_ids`, int32 [n], come along, and model and metadata in the header. Of
+    a cache with states the checkpoints come along, as `checkpoints.POSITION.LAYER.NAME`, and positions up to the last
+    one that is not beyond `stop`.
 
     Args:
         source: path or URL of a cache, or an open one.
         path: where; the file appears when it is whole, with mode 0600. A pipe or a device (but no disk) is written to
             and stays what it is.
-        dtype: "float32", "float16", "bfloat16" or "int8".
+        dtype: "float32", "float16" or "bfloat16"; or "stored"; or "int8", which is "stored" for a cache of int8 rows,
+            without what it keeps in 16 bits besides, and refused for others.
         start, stop: positions; all that are stored by default.
         layers: indices of the layers; all by default, numbered anew from 0.
         overwrite: replace a file that is there.
@@ -105,7 +116,16 @@ def export_tensors(
             stop = _last_checkpoint(cache, start, stop)
         chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
         states = ExportedStates.of(cache, chosen, stop)
-        tensors = _plan(cache, chosen, stop - start, dtype, states)
+        rows = ExportedRows.of(cache, chosen)
+        if not any(layer.has_rows for layer in rows.layers):
+            raise ShapeMismatchError(
+                "no layer that is to be exported has rows: at least one must", expected=1, actual=0
+            )
+        stored = isinstance(dtype, str) and dtype in ("stored", "int8")
+        if stored and dtype == "int8":
+            rows = _only_int8(rows)
+        kept = _kept(cache, chosen, rows, start, stop) if stored else {}
+        tensors = _plan(rows, stop - start, None if stored else dtype, kept, states)
         facts = {
             "version": VERSION if states is None else STATES_VERSION,
             "capacity": cache.capacity,
@@ -113,14 +133,17 @@ def export_tensors(
         }
         if states is not None:
             facts["states"] = states.facts()
+        if stored and not rows.plain:
+            facts |= {"version": ROWS_VERSION, "rows": rows.facts()}
+        export = _Export(cache, chosen, start, stop, tensors, facts, kept, states, progress)
         cache.storage.verify_rows(start, stop)
         if stream:
             with _scratch_file() as file:
-                _write(file, cache, chosen, (start, stop), tensors, facts, states, progress)
+                export.write(file)
                 _send(file, path)
             return
         with new_file(path, overwrite=overwrite) as file:
-            _write(file, cache, chosen, (start, stop), tensors, facts, states, progress)
+            export.write(file)
 
 
 @contextlib.contextmanager
@@ -165,94 +188,127 @@ def _last_checkpoint(cache: QuantizedKvCache, start: int, stop: int) -> int:
     return cache.storage.checkpoints.last(stop)
 
 
-def _plan(
-    cache: QuantizedKvCache, layers: Sequence[int], count: int, dtype: str, states: ExportedStates | None
-) -> list[_Tensor]:
-    found = []
-    for number, layer in enumerate(layers):
-        geometry = cache.geometry.layers[layer]
-        if not geometry.has_rows:
-            continue
-        if dtype != "int8":
-            kind, heads = output_array((0,), dtype).dtype, geometry.num_kv_heads
-            found.append(_Tensor(f"layers.{number}.keys", kind, (count, heads, geometry.head_dim)))
-            found.append(_Tensor(f"layers.{number}.values", kind, (count, heads, geometry.value_head_dim)))
-            continue
-        for codec in (geometry.key_codec, geometry.value_codec):
+def _only_int8(rows: ExportedRows) -> ExportedRows:
+    """Return rows without what is kept in 16 bits besides.
+
+    Raises:
+        DtypeError: they are not all int8.
+    """
+    for number, layer in enumerate(rows.layers):
+        for codec in (layer.key_codec, layer.value_codec):
             if codec is not INT8:
                 raise DtypeError(
-                    f'dtype "int8" exports codes as they are stored, and layer {layer} stores {codec.name}: export '
-                    '"float32", "float16" or "bfloat16"',
+                    f'dtype "int8" exports int8 rows as they are stored, and layer {number} of the export stores '
+                    f'{codec.name}: export "stored", or numbers: "float32", "float16" or "bfloat16"',
                     expected=INT8.name,
                     actual=codec.name,
-                    layer=layer,
+                    layer=number,
                 )
-        found += [_Tensor(f"layers.{number}.{slab.name}", slab.dtype, (count, *slab.shape)) for slab in geometry.slabs]
-    if not found:
-        raise ShapeMismatchError("no layer that is to be exported has rows: at least one must", expected=1, actual=0)
+    return ExportedRows(rows.layers)
+
+
+def _kept(
+    cache: QuantizedKvCache, chosen: Sequence[int], rows: ExportedRows, start: int, stop: int
+) -> dict[int, KeptRows]:
+    """Return what each layer of an export keeps in 16 bits of positions [start, stop)."""
+    if not rows.keeps_recent:
+        return {}
+    found = {}
+    for number, layer in enumerate(chosen):
+        source = cache.storage.layers[layer].recent_rows()
+        if source is not None:
+            found[number] = KeptRows.of(rows, number, source, start, stop)
+    return found
+
+
+def _plan(
+    rows: ExportedRows, count: int, dtype: str | None, kept: Mapping[int, KeptRows], states: ExportedStates | None
+) -> list[_Tensor]:
+    """Return the tensors of an export: numbers of a dtype, or arrays of the codecs."""
+    found = []
+    for number, layer in enumerate(rows.layers):
+        if not layer.has_rows:
+            continue
+        if dtype is not None:
+            kind, heads = output_array((0,), dtype).dtype, layer.num_kv_heads
+            found.append(_Tensor(f"layers.{number}.keys", kind, (count, heads, layer.head_dim)))
+            found.append(_Tensor(f"layers.{number}.values", kind, (count, heads, layer.value_head_dim)))
+            continue
+        found += [_Tensor(f"layers.{number}.{slab.name}", slab.dtype, (count, *slab.shape)) for slab in layer.slabs]
     found.append(_Tensor(IDS, np.dtype("<i4"), (count,)))
+    for number, one in kept.items():
+        found += [_Tensor(name, array.dtype, array.shape) for name, array in one.named(number)]
     if states is not None:
         found += [_Tensor(name, spec.numpy_dtype, spec.shape) for _, spec, name in states.places()]
     return found
 
 
-def _write(
-    file: PosixFile,
-    cache: QuantizedKvCache,
-    layers: Sequence[int],
-    span: tuple[int, int],
-    tensors: Sequence[_Tensor],
-    facts: Mapping[str, Any],
-    states: ExportedStates | None,
-    progress: Progress | None,
-) -> None:
-    start, stop = span
-    header: dict[str, Any] = {"__metadata__": {MARK: json.dumps(facts)}}
-    places, end = {}, 0
-    for tensor in tensors:
-        size = tensor.row_bytes * tensor.shape[0]
-        header[tensor.name] = {
-            "dtype": DTYPES[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + size],
-        }
-        places[tensor.name] = tensor, end
-        end += size
-    data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)
-    base = 8 + len(data)
-    file.write((0, 8), (len(data).to_bytes(8, "little"), data))
-    done = 0
-    for number, layer in enumerate(layers):
-        if not cache.geometry.layers[layer].has_rows:
-            continue
-        for first, last in steps(start, stop):
-            for name, rows in _converted(cache, layer, first, last, tensors[0].dtype):
-                tensor, offset = places[f"layers.{number}.{name}"]
-                file.write((base + offset + (first - start) * tensor.row_bytes,), (rows,))
-                done += rows.nbytes
-            cache.storage.check()
-            if progress:
-                progress(done, end)
-    file.write((base + places[IDS][1],), (cache.token_ids[start:stop].astype("<i4"),))
-    for name, data_of_state in states.arrays(cache, layers) if states is not None else ():
-        file.write((base + places[name][1],), (data_of_state,))
-    if progress:
-        progress(end, end)
+class _Export(NamedTuple):
+    """What is written to a file."""
 
+    cache: QuantizedKvCache
+    layers: Sequence[int]
+    """Numbers of the layers in the cache."""
+    start: int
+    stop: int
+    tensors: Sequence[_Tensor]
+    facts: Mapping[str, Any]
+    kept: Mapping[int, KeptRows]
+    states: ExportedStates | None
+    progress: Progress | None
 
-def _converted(
-    cache: QuantizedKvCache, layer: int, start: int, stop: int, dtype: np.dtype[Any]
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield the arrays of positions of a layer, with their names."""
-    if dtype == np.int8:
-        for name, array in cache.storage.layers[layer].rows(start, stop).named():
-            yield name, np.ascontiguousarray(array)
-        return
-    # As bits, because the buffer protocol knows no bfloat16.
-    bits = f"u{dtype.itemsize}"
-    yield "keys", cache.layers[layer].read_keys(start, stop, dtype=dtype).view(bits)
-    yield "values", cache.layers[layer].read_values(start, stop, dtype=dtype).view(bits)
+    def write(self, file: PosixFile) -> None:
+        """Write the header, and the tensors behind it."""
+        header: dict[str, Any] = {"__metadata__": {MARK: json.dumps(self.facts)}}
+        places, end = {}, 0
+        for tensor in self.tensors:
+            size = tensor.row_bytes * tensor.shape[0]
+            header[tensor.name] = {
+                "dtype": DTYPES[tensor.dtype.name],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + size],
+            }
+            places[tensor.name] = tensor, end
+            end += size
+        data = json.dumps(header).encode()
+        data += b" " * (-len(data) % 8)
+        base = 8 + len(data)
+        file.write((0, 8), (len(data).to_bytes(8, "little"), data))
+        done = 0
+        for number, layer in enumerate(self.layers):
+            if not self.cache.geometry.layers[layer].has_rows:
+                continue
+            for first, last in steps(self.start, self.stop):
+                for name, rows in self._rows(layer, first, last):
+                    tensor, offset = places[f"layers.{number}.{name}"]
+                    file.write((base + offset + (first - self.start) * tensor.row_bytes,), (rows,))
+                    done += rows.nbytes
+                self.cache.storage.check()
+                if self.progress:
+                    self.progress(done, end)
+        ids = self.cache.token_ids[self.start : self.stop].astype("<i4")
+        for name, array in itertools.chain([(IDS, ids)], self._kept_and_states()):
+            file.write((base + places[name][1],), (array,))
+        if self.progress:
+            self.progress(end, end)
+
+    def _kept_and_states(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        for number, kept in self.kept.items():
+            yield from kept.named(number)
+        if self.states is not None:
+            yield from self.states.arrays(self.cache, self.layers)
+
+    def _rows(self, layer: int, start: int, stop: int) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the arrays of positions of a layer, with their names."""
+        tensor = self.tensors[0]
+        if not tensor.name.endswith(".keys"):
+            for name, array in self.cache.storage.layers[layer].rows(start, stop).named():
+                yield name, np.ascontiguousarray(array)
+            return
+        # As bits, because the buffer protocol knows no bfloat16.
+        bits = f"u{tensor.dtype.itemsize}"
+        yield "keys", self.cache.layers[layer].read_keys(start, stop, dtype=tensor.dtype).view(bits)
+        yield "values", self.cache.layers[layer].read_values(start, stop, dtype=tensor.dtype).view(bits)
 
 
 def steps(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -29,12 +29,19 @@ class TensorFile:
 
     def __init__(self, file: Any, path: str) -> None:
         self._file = file
+        self._names: frozenset[str] | None = None
         self.path = path
 
     def names(self) -> list[str]:
         """Names of all tensors, in order."""
         with _errors_of(self.path):
             return sorted(self._file.keys())
+
+    def has(self, name: str) -> bool:
+        """True if there is a tensor of that name."""
+        if self._names is None:
+            self._names = frozenset(self.names())
+        return name in self._names
 
     def metadata(self) -> dict[str, str]:
         """The header's metadata."""

@@ -90,6 +90,27 @@ PROMPTS: tuple[tuple[tuple[tuple[str, str, list[int], Any], ...], dict[str, str]
 )
 """Prompt caches of mlx-lm: tensors, and their metadata."""
 
+STORED = (
+    *(("layers.0.key_codes", "I8", [5, 1, 8], "ones"), ("layers.0.key_scales", "F32", [5, 1], "ones")),
+    *(("layers.0.value_codes", "U8", [5, 1, 4], "ones"), ("layers.0.value_scales", "F16", [5, 1], "ones")),
+    *(("recent.0.positions", "I64", [1], 4), ("recent.0.dtypes", "U8", [1, 2], 1)),
+    *(("recent.0.keys", "U16", [1, 1, 8], 1), ("recent.0.values", "U16", [1, 1, 8], 1)),
+)
+ROWS = (
+    '{"layers":[[1,8,8,"int8-rotated","int4-rotated"]],"recent_window":2,"sinks":1}',
+    '{"layers":[[1,8,8,"int8","int8"]],"recent_window":2,"sinks":1}',
+    '{"layers":[[1,8,8,"int8-rotated","int4-rotated"],[1,8,8,"bf16","f16"]],"recent_window":65536,"sinks":65536}',
+    '{"layers":[[65535,65535,65535,"int8","q4_0"]],"recent_window":0,"sinks":0}',
+    '{"layers":[[0,8,8,"int8-rotated","int4-rotated"]],"recent_window":1,"sinks":0}',
+    '{"layers":[[1,8,8,"","int4-rotated"]],"recent_window":2,"sinks":1}',
+    '{"layers":[[1,8]],"recent_window":2,"sinks":1}',
+    '{"layers":[],"recent_window":1e9,"sinks":1}',
+    '{"layers":[[1,8,8,"int8-rotated","int4-rotated"]],"recent_window":-2,"sinks":true}',
+    "[]",
+    "null",
+)
+"""Rows as they were stored: tensors, and what the header says of them."""
+
 NOTES = (
     *("", "KVCache", "RotatingKVCache", "QuantizedKVCache", "ArraysCache", "CacheList", "XCacheX", "Cache", "x" * 5000),
     *("0", "5", "-1", "9" * 5000, "1e3", "٣", "null", '{"token_ids":[]}', '{"token_ids":[-1,1,2,3,4]}', "[" * 9000),
@@ -107,10 +128,16 @@ def recipes() -> list[Recipe]:
         for ids, text in ((False, None), (True, FACTS[0])):
             more = [["token_ids", "I32", [seed[0][2][0 if len(seed[0][2]) == 3 else 2]], "ones"]] if ids else []
             found.append({"tensors": [*tensors, *more], "text": text, "edits": [], "offsets": [], "cut": None})
+    tensors = [list(tensor) for tensor in STORED]
+    found.append({"tensors": tensors, "text": _stored_text(ROWS[0]), "edits": [], "offsets": [], "cut": None})
     for prompt, notes in PROMPTS:
         sound = {"tensors": [list(tensor) for tensor in prompt], "text": None, "edits": [], "offsets": [], "cut": None}
         found.append(sound | {"notes": notes})
     return found
+
+
+def _stored_text(rows: str) -> str:
+    return '{"version":3,"capacity":9,"document":{"model":null,"metadata":{}},"rows":' + rows + "}"
 
 
 def mutate(random: Random, recipe: Recipe) -> Recipe:
@@ -176,7 +203,11 @@ def _add(random: Random, recipe: Recipe) -> None:
 
 def _text(random: Random, recipe: Recipe) -> None:
     recipe["text"] = random.choice(
-        (*FACTS, *(f'{{"version":1,"capacity":9,"document":{document}}}' for document in DOCUMENTS))
+        (
+            *FACTS,
+            *map(_stored_text, ROWS),
+            *(f'{{"version":1,"capacity":9,"document":{document}}}' for document in DOCUMENTS),
+        )
     )
 
 
@@ -256,6 +287,8 @@ def _data(dtype: str, shape: list[int], fill: str | int) -> bytes:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
+        if dtype in ("U8", "U16"):
+            return numbers.astype(np.int64).astype(f"<u{SIZES[dtype]}").tobytes()
         kind = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I32": "<i4", "I64": "<i8"}.get(dtype)
         if dtype == "BF16":
             return numbers.astype(bfloat16).tobytes()

@@ -75,6 +75,8 @@ def whole_files(path: Path, url: str) -> None:
     assert_type(kvmmap.fetch(url, path, overwrite=True, storage_options={"region": "eu-north-1"}), QuantizedKvCache)
     assert_type(kvmmap.fork(path, path.with_name("fork.kvm"), length=10), QuantizedKvCache)
     kvmmap.export_tensors(path, "a.safetensors", dtype="int8", layers=[0])
+    kvmmap.export_tensors(path, "a.safetensors", dtype="stored", overwrite=True)
+    kvmmap.import_tensors("a.safetensors", "b.kvm", preset="fidelity", sinks=2)
     kvmmap.resize(path, 32)
     kvmmap.compact(path)
     kvmmap.remove(path)

@@ -12,7 +12,7 @@ from ..output import plain
 from ..progress import no_progress_option, progress
 
 KINDS = ("slot", "session", "sequence", "context")
-DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"}
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "stored": "stored", "int8": "int8"}
 
 
 @click.command("export")
@@ -26,7 +26,7 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": "int8"
     type=click.Choice(list(DTYPES)),
     default="f16",
     show_default=True,
-    help="For .safetensors: rows as numbers, or as the codes and scales that are stored.",
+    help="For .safetensors: rows as numbers, or as they are stored, from which import makes the same cache again.",
 )
 @gguf_option("that is to load DST: makes DST a file of llama.cpp")
 @click.option(
@@ -67,6 +67,7 @@ def command(
       kvmmap export prompt.kvm prompt.zarr
       kvmmap export prompt.kvm s3://bucket/prompt.zarr
       kvmmap export --dtype bf16 prompt.kvm prompt.safetensors
+      kvmmap export --dtype stored prompt.kvm prompt.safetensors
       kvmmap export prompt.kvm slot.bin --gguf model.gguf
       kvmmap export prompt.kvm chat.safetensors --mlx --dtype bf16
     """
@@ -78,7 +79,12 @@ def command(
             "--gguf is for files of llama.cpp, and --mlx for prompt caches of mlx-lm: give one of them"
         )
     if mlx:
-        if options["start"] or options["stop"] is not None or options["layers"] is not None or dtype == "int8":
+        if (
+            options["start"]
+            or options["stop"] is not None
+            or options["layers"] is not None
+            or dtype in ("stored", "int8")
+        ):
             raise click.UsageError("--mlx exports all positions and layers, as f32, f16 or bf16")
         with progress("exporting", no_progress) as advance:
             kvmmap.export_mlx(
