@@ -11,12 +11,13 @@
 #include "cpu.h"
 #include "first_read.h"
 #include "parallel.h"
+#include "room.h"
 
 namespace kvmmap {
 namespace {
 
 // Of each instruction set, by what rows are made of, and whether queries were given in 16 bits.
-const AttendKernel& attend_kernel(Numbers numbers, bool short_queries) {
+const AttendKernel& attend_kernel(Numbers numbers, [[maybe_unused]] bool short_queries) {
     const auto choose = [numbers](const AttendKernel& codes, const AttendKernel& floats, const AttendKernel& f16,
                                   const AttendKernel& bf16) -> const AttendKernel& {
         return numbers == Numbers::codes ? codes : numbers == Numbers::floats ? floats : numbers == Numbers::f16 ? f16 : bf16;
@@ -48,12 +49,11 @@ constexpr int64_t part_positions = 4352;
 constexpr int64_t thread_bytes = 256 * 1024;
 
 struct State {
-    std::unique_ptr<char[]> memory;
+    Room memory;
     AttendState view;
 
-    State(int64_t rows, int64_t width) : memory(new char[(rows * (width + 2) + 16) * sizeof(float)]) {
-        auto address = reinterpret_cast<uintptr_t>(memory.get());
-        float* start = reinterpret_cast<float*>(address + (64 - address % 64));
+    State(int64_t rows, int64_t width) : memory(rows * (width + 2) * 4) {
+        float* start = memory.floats();
         view = {start + rows * width, start + rows * width + rows, start};
     }
 };
@@ -295,9 +295,8 @@ void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threa
 
     constexpr float log2_e = 1.44269504088896341f;
     const float factor = job.softcap > 0 ? job.scale : job.scale * log2_e;
-    std::unique_ptr<char[]> memory(new char[job.rows() * query_bytes + 64]);
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
-    char* prepared = reinterpret_cast<char*>(address + (64 - address % 64));
+    const Room memory(job.rows() * query_bytes);
+    char* prepared = memory.data();
     for (int64_t row = 0; row < job.rows(); ++row)
         kernel.prepare(job.queries + row * job.dim, job.dim, factor, prepared + row * query_bytes);
 

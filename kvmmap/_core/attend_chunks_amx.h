@@ -88,14 +88,15 @@ class AmxChunks : AmxSpans {
     }
 
     void run_block(const Block& block, int64_t start, int64_t at, int64_t count) {
-        bool none, whole;
-        look(block, start, count, none, whole);
-        if (none) return;
+        const Seen seen = look(block, start, start + count);
+        if (seen.start >= seen.stop) return;
+        at += seen.start - start, count = seen.stop - seen.start;
+        const int64_t padded = (count + 63) / 64 * 64;
         begin_scores();
-        if (job_.softcap > 0) score<true>(block, at, (count + 63) / 64 * 64);
-        else score<false>(block, at, (count + 63) / 64 * 64);
+        if (job_.softcap > 0) score<true>(block, at, padded);
+        else score<false>(block, at, padded);
         alignas(64) float worth[tile_rows];
-        if (weigh_scores(block, start, at, count, whole, worth)) add(block, at, (count + 63) / 64 * 64, worth);
+        if (weigh_scores(block, seen.start, at, count, seen.whole, worth)) add(block, at, padded, worth);
     }
 
     // Exponents of a block's weights, less what is common to a row.

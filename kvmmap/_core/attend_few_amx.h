@@ -64,9 +64,9 @@ class AmxFew : AmxSpans {
 
     void run_head(int64_t head, int64_t start, int64_t count, Ahead ahead) {
         const Block block = block_at(head, 0);
-        bool none, whole;
-        look(block, start, count, none, whole);
-        if (none) return;
+        const Seen seen = look(block, start, start + count);
+        if (seen.start >= seen.stop) return;
+        const bool whole = seen.whole && seen.start == start && seen.stop == start + count;
         const int64_t row = start * job_.kv_heads + head;
         take_scales(row, count);
         begin_scores();

@@ -89,13 +89,23 @@ class AmxSpans {
         return rest_;
     }
 
-    // Sees whether a block sees any of rows [start, start + count), or all.
-    void look(const Block& block, int64_t start, int64_t count, bool& none, bool& whole) const {
-        none = whole = true;
+    // What a block sees of some rows: [start, stop), and whether all of its queries see all of those.
+    struct Seen {
+        int64_t start, stop;
+        bool whole;
+    };
+
+    // Of rows [start, stop); it starts whole 64 behind `start`.
+    Seen look(const Block& block, int64_t start, int64_t stop) const {
+        Seen seen{stop, start, true};
         for (int64_t i = block.first_query; i <= block.last_query; ++i) {
-            none &= sights_[i].none(start, start + count);
-            whole &= sights_[i].whole(start, start + count);
+            if (sights_[i].none(start, stop)) continue;
+            seen.start = std::min(seen.start, sights_[i].first(start, stop));
+            seen.stop = std::max(seen.stop, sights_[i].last(stop));
         }
+        seen.start = start + (seen.start - start) / 64 * 64;
+        for (int64_t i = block.first_query; i <= block.last_query; ++i) seen.whole &= sights_[i].whole(seen.start, seen.stop);
+        return seen;
     }
 
     // Scores of rows [start, start + count), whose scales lie from `at` on, become weights, and what a unit of a row's is worth;
@@ -153,8 +163,8 @@ class AmxSpans {
     __m512 hide(const Block& block, int64_t start, int64_t count, int64_t padded) {
         return change_scores(block.rows, padded, [&](int64_t r, int64_t j, __m512 scores) {
             const Sight& sight = sights_[(block.number * tile_rows + r) / job_.group()];
-            __mmask16 seen = 0;
-            for (int64_t i = 0; i < 16; ++i) seen |= (j + i < count && sight.sees(start + j + i)) << i;
+            __mmask16 seen = static_cast<__mmask16>(sight.seen(start + j));
+            if (j + 16 > count) seen &= static_cast<__mmask16>((1 << std::max<int64_t>(count - j, 0)) - 1);
             return _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seen, scores);
         });
     }

@@ -40,7 +40,20 @@ struct Sight {
 
     bool whole(int64_t start, int64_t stop) const { return stop <= high && start >= floor && (start >= low || stop <= sinks); }
     bool none(int64_t start, int64_t stop) const { return start >= high || stop <= floor || (stop <= low && start >= sinks); }
-    bool sees(int64_t row) const { return row < high && row >= floor && (row >= low || row < sinks); }
+
+    // Whether row start + i is seen, in bit i, of 64 rows.
+    uint64_t seen(int64_t start) const {
+        const auto below = [start](int64_t row) {
+            return row <= start ? 0 : row >= start + 64 ? ~uint64_t{0} : (uint64_t{1} << (row - start)) - 1;
+        };
+        return below(high) & ~below(floor) & (~below(low) | below(sinks));
+    }
+
+    // The part of rows [start, stop) outside of which none is seen.
+    int64_t first(int64_t start, int64_t stop) const {
+        return std::max(std::min(start < sinks ? start : std::max(start, low), stop), floor);
+    }
+    int64_t last(int64_t stop) const { return std::min(stop, high); }
 };
 
 // What comes next in memory, to be fetched into the second-level cache a few lines at a time, between other work: a
@@ -169,8 +182,9 @@ class Walk {
     }
 
     static void hide(float* scores, const Sight& sight, int64_t start, int64_t count) {
+        const uint64_t seen = sight.seen(start);
         for (int64_t j = 0; j < tile; ++j)
-            if (j >= count || !sight.sees(start + j)) scores[j] = -std::numeric_limits<float>::infinity();
+            if (j >= count || !(seen >> j & 1)) scores[j] = -std::numeric_limits<float>::infinity();
     }
 
     const AttendJob& job_;

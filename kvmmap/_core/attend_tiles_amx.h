@@ -113,29 +113,49 @@ class AmxWalk {
 
         const int64_t end = last * job_.group();
         for (int64_t from = first * job_.group() / tile_rows * tile_rows; from < end; from += tile_rows)
-            run_rows(head, start, count, from, std::min(tile_rows, rows_ - from));
+            run_seen(head, start, count, from, std::min(tile_rows, rows_ - from));
     }
 
-    void run_rows(int64_t head, int64_t start, int64_t count, int64_t from, int64_t rows) {
-        score(head, count, from, rows);
+    // Without the whole 64 positions before and behind what rows of queries see.
+    void run_seen(int64_t head, int64_t start, int64_t count, int64_t from, int64_t rows) {
+        int64_t first = start + count, last = start;
+        for (int64_t i = from / job_.group(); i <= (from + rows - 1) / job_.group(); ++i) {
+            if (sights_[i].none(start, start + count)) continue;
+            first = std::min(first, sights_[i].first(start, start + count));
+            last = std::max(last, sights_[i].last(start + count));
+        }
+        if (first >= last) return;
+        const int64_t at = (first - start) / 64 * 64;
+        run_rows(head, start + at, at, (last - start - at + 63) / 64 * 64, from, rows);
+    }
+
+    // `at`: where these positions begin of those in order.
+    void run_rows(int64_t head, int64_t start, int64_t at, int64_t count, int64_t from, int64_t rows) {
+        score(head, at, count, from, rows);
         float worth[tile_rows];
         bool any = false;
         for (int64_t r = 0; r < rows; ++r) {
             float* weights = weights_ + r * amx_span;
             const Sight& sight = sights_[(from + r) / job_.group()];
-            softmax_.scale(weights, key_scales_, count);
-            if (!sight.whole(start, start + count))
-                for (int64_t j = 0; j < count; ++j)
-                    if (!sight.sees(start + j)) weights[j] = -std::numeric_limits<float>::infinity();
-            any |= softmax_.weigh(row_of(head, from + r), weights, value_scales_, count);
+            softmax_.scale(weights, key_scales_ + at, count);
+            if (!sight.whole(start, start + count)) hide(sight, start, count, weights);
+            any |= softmax_.weigh(row_of(head, from + r), weights, value_scales_ + at, count);
             worth[r] = store_weight_rows(weights, count, r);
         }
-        if (any) add(head, count, from, rows, worth);
+        if (any) add(head, at, count, from, rows, worth);
+    }
+
+    static void hide(const Sight& sight, int64_t start, int64_t count, float* scores) {
+        for (int64_t j = 0; j < count; j += 64) {
+            const uint64_t seen = sight.seen(start + j);
+            for (int64_t i = 0; i < 64; i += 16)
+                _mm512_mask_store_ps(scores + j + i, static_cast<__mmask16>(~seen >> i), _mm512_set1_ps(-std::numeric_limits<float>::infinity()));
+        }
     }
 
     // Products of queries and keys, in place of the weights they will become.
-    void score(int64_t head, int64_t count, int64_t from, int64_t rows) {
-        const char *queries = queries_of(head, from), *keys = keys_;
+    void score(int64_t head, int64_t at, int64_t count, int64_t from, int64_t rows) {
+        const char *queries = queries_of(head, from), *keys = keys_ + at * job_.dim;
         const int64_t dim = job_.dim, digit = tile_rows * dim;
         float worth[tile_rows];
         for (int64_t r = 0; r < rows; ++r)
@@ -184,13 +204,13 @@ class AmxWalk {
     }
 
     // sums += weights . values.
-    void add(int64_t head, int64_t count, int64_t from, int64_t rows, const float* worth) {
+    void add(int64_t head, int64_t at, int64_t count, int64_t from, int64_t rows, const float* worth) {
         const int64_t step = job_.value_dim * 64;  // bytes of values that 64 positions take
         constexpr int64_t digit = tile_rows * amx_span;
         float* sums[tile_rows];
         for (int64_t r = 0; r < rows; ++r) sums[r] = state_.sums + row_of(head, from + r) * width_;
         for (int64_t t = 0; t < job_.value_dim / 16; ++t) {
-            const char *values = values_ + t * tile_bytes, *weights = weight_digits_;
+            const char *values = values_ + at * job_.value_dim + t * tile_bytes, *weights = weight_digits_;
             stored_before();
             _tile_zero(0);
             _tile_zero(1);

@@ -24,6 +24,7 @@
 #include "merge.h"
 #include "parallel.h"
 #include "recent.h"
+#include "room.h"
 #include "rows_run.h"
 #include "sketch.h"
 
@@ -125,24 +126,28 @@ int64_t special_ggml(int type, nb::handle in_object) {
     return special_numbers(static_cast<Ggml>(type), in.data(), in.bytes());
 }
 
+// A row of numbers -> f32; false if some are not finite. By dtype outside of the loop, which compilers turn into vectors then.
+template <class Number, class Widen>
+bool widen_row(const char* in, int64_t dim, float* out, Widen&& widen) {
+    uint32_t top = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+        Number x;
+        std::memcpy(&x, in + d * static_cast<int64_t>(sizeof x), sizeof x);
+        out[d] = widen(x);
+        const uint32_t size = f32_bits(out[d]) & 0x7fffffffu;
+        top = size > top ? size : top;
+    }
+    return top < 0x7f800000u;
+}
+
 // Queries of any dtype and strides -> f32 side by side, or the first row that is not finite.
 int64_t widen_queries(const RowGrid& x, float* out) {
-    for (int64_t row = 0; row < x.outer * x.inner; ++row) {
+    for (int64_t row = 0; row < x.outer * x.inner; ++row, out += x.dim) {
         const char* in = static_cast<const char*>(x.data) + row / x.inner * x.outer_stride + row % x.inner * x.inner_stride;
-        uint32_t top = 0;
-        for (int64_t d = 0; d < x.dim; ++d) {
-            uint16_t half;
-            float value;
-            if (x.dtype == Dtype::f32) {
-                std::memcpy(&value, in + 4 * d, 4);
-            } else {
-                std::memcpy(&half, in + 2 * d, 2);
-                value = x.dtype == Dtype::f16 ? f16_to_f32(half) : bf16_to_f32(half);
-            }
-            *out++ = value;
-            top = std::max(top, f32_bits(value) & 0x7fffffffu);
-        }
-        if (top >= 0x7f800000u) return row;
+        const bool finite = x.dtype == Dtype::f32   ? widen_row<float>(in, x.dim, out, [](float value) { return value; })
+                            : x.dtype == Dtype::f16 ? widen_row<uint16_t>(in, x.dim, out, f16_to_f32)
+                                                    : widen_row<uint16_t>(in, x.dim, out, bf16_to_f32);
+        if (!finite) return row;
     }
     return -1;
 }
@@ -252,10 +257,10 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     }
 
     nb::gil_scoped_release released;
-    std::vector<float> wide(job.rows() * job.dim);
-    const int64_t bad = widen_queries(grid, wide.data());
+    const Room wide(job.rows() * job.dim * 4);
+    const int64_t bad = widen_queries(grid, wide.floats());
     if (bad >= 0) return bad;
-    job.queries = wide.data();
+    job.queries = wide.floats();
     const auto count_of_extents = static_cast<int64_t>(extents.size());
     if (parts.size()) attend_recent(job, extents.data(), count_of_extents, view, threads);
     else attend(job, extents.data(), count_of_extents, threads);
