@@ -1,6 +1,7 @@
 """The speed of `layer.attend` relative to reading the same bytes and to torch, by length and threads; and its error.
 
     python benchmarks/bench_attention.py [--rounds 15] [--length 32768] [--longest 1048576] [--json FILE]
+    python benchmarks/bench_attention.py --chunks [N...] [--processor]
 
 The limit of attention that reads every byte once is reading them: the sum of the same int8 codes and scales as 64-bit
 words, by numpy, in the same rounds. torch's `scaled_dot_product_attention` gets the same keys and values as f32 and as
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,6 +36,12 @@ BARS_16_BITS = {1: (0.75, None), 4: (0.65, 60.0), 8: (0.4, None)}
 CHUNKS = {64: 2.0, 512: 1.5, 2048: 1.5}
 """By queries in a chunk of a prompt: of torch's attention over the same dtype."""
 
+CHUNK_LENGTHS = {4096: 8, 8192: 8, 16_384: 4, 32_768: 2}
+"""Positions, and KV heads: fewer of them over many positions, so that torch takes no minutes."""
+
+CHUNK_GROUP = 4
+"""Query heads a KV head."""
+
 ERRORS = (2.0, 400.0)
 """Millionths of the output's largest number that are lost, of f32 queries and of bf16 ones."""
 
@@ -50,15 +59,20 @@ def main() -> None:
     parser = arguments("Benchmark attention.", rounds=15)
     parser.add_argument("--length", type=int, default=32_768, help="positions")
     parser.add_argument("--longest", type=int, default=1 << 20, help="positions, where cost by length is measured")
+    parser.add_argument("--chunks", type=int, nargs="*", help="chunks alone, over so many positions")
+    parser.add_argument("--processor", action="store_true", help="time chunks by processor time")
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = Report("attention")
-    report.note("shape", f"{args.length:,} positions, {HEADS} KV heads, head_dim {DIM}; one thread unless said")
-    layer = filled(args.length, HEADS, DIM)
-    decode(report, layer, args.rounds, processors(report))
-    prompt(report, layer, args.rounds)
-    quantized_caches(report, layer, args.rounds)
-    by_length(report, args.longest)
+    if args.chunks is None:
+        report.note("shape", f"{args.length:,} positions, {HEADS} KV heads, head_dim {DIM}; one thread unless said")
+        layer = filled(args.length, HEADS, DIM)
+        decode(report, layer, args.rounds, processors(report))
+        quantized_caches(report, layer, args.rounds)
+        by_length(report, args.longest)
+    report.note("chunks", f"{CHUNK_GROUP} query heads a KV head, head_dim {DIM}; one thread")
+    for length in args.chunks or CHUNK_LENGTHS:
+        prompt(report, length, args.rounds, time.process_time if args.processor else time.perf_counter)
     report.finish(args.json)
 
 
@@ -143,29 +157,28 @@ def error(layer: kvmmap.QuantizedKvLayer, queries: np.ndarray, out: np.ndarray) 
     return float(np.abs(out - expected).max() / np.abs(expected).max())
 
 
-def prompt(report: Report, layer: kvmmap.QuantizedKvLayer, rounds: int) -> None:
-    """Chunks of a prompt, causal, over a quarter of the length."""
-    length, group = len(layer) // 4, 4
-    keys, values = (
-        torch.from_numpy(x[:length].swapaxes(0, 1).copy())[None]
-        for x in (layer.read_keys(0, length), layer.read_values(0, length))
-    )
+def prompt(report: Report, length: int, rounds: int, clock: Callable[[], float]) -> None:
+    """Chunks of a prompt, causal: the last queries of so many positions."""
+    heads = CHUNK_LENGTHS.get(length, 2)
+    layer = filled(length, heads, DIM)
+    keys, values = (torch.from_numpy(x.swapaxes(0, 1).copy())[None] for x in (layer.read_keys(), layer.read_values()))
+    keys_and_values = [x.bfloat16() for x in (keys, values)]
     for n, required in CHUNKS.items():
-        queries = gaussian(n, HEADS * group, DIM, seed=3)
+        queries = gaussian(n, heads * CHUNK_GROUP, DIM, seed=3)
         halved, out = queries.astype(bfloat16), np.empty_like(queries)
-        theirs = [torch.from_numpy(queries.swapaxes(0, 1).copy())[None], keys, values]
-        half = [x.bfloat16() for x in theirs]
+        theirs = torch.from_numpy(queries.swapaxes(0, 1).copy())[None]
         mask = torch.arange(length)[None] <= torch.arange(length - n, length)[:, None]
-        options = {"positions": (0, length), "query_start": length - n, "out": out, "threads": 1}
+        options = {"query_start": length - n, "out": out, "threads": 1}
+        inputs, half = [theirs, keys, values], [theirs.bfloat16(), *keys_and_values]
         tasks = [
             Task(name="attend", run=lambda q=queries, o=options: layer.attend(q, **o)),
             Task(name="attend, bf16", run=lambda q=halved, o=options: layer.attend(q, **o)),
-            Task(name="torch f32", run=lambda t=theirs, m=mask: masked(t, m)),
+            Task(name="torch f32", run=lambda t=inputs, m=mask: masked(t, m)),
             Task(name="torch bf16", run=lambda t=half, m=mask: masked(t, m)),
         ]
         title = f"a chunk of {n:,} queries over {length:,} positions"
-        found = measure(tasks, min(rounds, 3))
-        report.show(title, found, ["torch f32", "torch bf16"])
+        found = measure(tasks, min(rounds, 3), clock)
+        report.show(f"{title}, {heads} KV heads", found, ["torch f32", "torch bf16"])
         for name, rival in (("attend", "torch f32"), ("attend, bf16", "torch bf16")):
             report.bars.append(Bar(f"{title}: of {rival}", required, found.ratio(name, rival).median, "x"))
 

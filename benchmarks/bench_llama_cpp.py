@@ -1,7 +1,7 @@
 """Attention, saving and reopening compared with llama.cpp, for the same context: SmolLM2-135M, 7,900 tokens.
 
     make bench-llama-cpp
-    python benchmarks/bench_llama_cpp.py [--rounds 40] [--prompt FILE] [--json FILE]
+    python benchmarks/bench_llama_cpp.py [--rounds 40] [--only PART] [--prompt FILE] [--json FILE]
 
 llama.cpp computes the prompt once, with keys and values in f16. Its saved state is loaded into a second
 context, as q8_0, and into a kvmmap file: all three hold the same rows, so all measured tasks do the same work.
@@ -10,7 +10,8 @@ Attention within llama.cpp can't be timed from outside, but nothing else of a to
 token is computed after 7,900 others and after 32, and removed at once, so that the next step is as long; the difference
 of the two, in one round, is the time of attention over the other 7,868 positions. (It includes the mask, which grows,
 too. The short step attends over 32.) kvmmap's is `attend` in all 30 layers, over all 7,900 positions of a mapped
-file, which has been compared with its checksums before.
+file, which has been compared with its checksums before: with queries in f32, and in f16, to which llama.cpp rounds them
+where keys are in f16 (it rounds them to 8 bits where keys are in q8_0).
 
 llama.cpp's files are those of a sequence, as llama-server saves a slot. It leaves them in the page cache; kvmmap's
 `flush` and `copy` return when everything is on the disk, so they are compared with its time including an fsync. It
@@ -18,7 +19,8 @@ loads into an existing context; kvmmap opens a new one. Files are in the page ca
 then only on the disk, as a day later.
 
 Computing the prompt takes a minute, and several where other processes want the processors too; `--prompt` keeps the
-result for the next run.
+result for the next run. `--only attention`, `saving` or `reopening` measures that part alone, within two minutes once
+the prompt is kept. llama.cpp's two threads wait for each other in loops: anything else that runs slows them down.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ LENGTH, SHORT, CAPACITY = 7900, 32, 8192
 LAYERS, QUERY_HEADS, KV_HEADS, DIM = 30, 9, 3, 64
 SHAPE = {"num_layers": LAYERS, "capacity": CAPACITY, "num_kv_heads": KV_HEADS, "head_dim": DIM}
 QUERIES = gaussian(LAYERS, 1, QUERY_HEADS, DIM, seed=2)
+QUERIES_16_BITS = QUERIES.astype(np.float16)
+PARTS = ("attention", "saving", "reopening")
 THREADS = (2, 1)
 TOKEN = 5
 BARS = {"f16": 5.0, "q8_0": 8.0}
@@ -58,16 +62,20 @@ REOPEN = 100.0
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0], rounds=40)
     parser.add_argument("--prompt", type=Path, help="llama.cpp's file of the prompt: taken if it is there, else made")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     args = parser.parse_args()
     report = Report("llama_cpp")
     report.note("llama.cpp", f"llama-cpp-python {VERSION}: {api.llama_print_system_info().decode()}")
     with workspace(args.dir) as folder:
         same = fill(report, folder, args.prompt or folder / "f16")
-        for threads in THREADS:
-            attention(report, same, threads, args.rounds)
-        saving(report, same, folder, min(args.rounds, 7))
-        loading(report, same, "in the page cache", settle, min(args.rounds, 15))
-        loading(report, same, "on the disk alone", partial(cold, same), min(args.rounds, 7))
+        if args.only in (None, "attention"):
+            for threads in THREADS:
+                attention(report, same, threads, args.rounds)
+        if args.only in (None, "saving"):
+            saving(report, same, folder, min(args.rounds, 7))
+        if args.only in (None, "reopening"):
+            loading(report, same, "in the page cache", settle, min(args.rounds, 15))
+            loading(report, same, "on the disk alone", partial(cold, same), min(args.rounds, 7))
     report.finish(args.json)
 
 
@@ -142,7 +150,10 @@ def attention(report: Report, same: Same, threads: int, rounds: int) -> None:
     """One token's, in all layers."""
     with kvmmap.open(same.kept) as cache:
         layers = list(cache.layers)
-        tasks = [Task(name="kvmmap", run=partial(attend, layers, threads), before=settle)]
+        tasks = [
+            Task(name="kvmmap", run=partial(attend, layers, QUERIES, threads), before=settle),
+            Task(name="kvmmap, f16 queries", run=partial(attend, layers, QUERIES_16_BITS, threads), before=settle),
+        ]
         for kind in BARS:
             for length, contexts in ((LENGTH, same.long), (SHORT, same.short)):
                 context = contexts[kind]
@@ -154,13 +165,15 @@ def attention(report: Report, same: Same, threads: int, rounds: int) -> None:
     report.show(f"attention of a token, {count}, {LENGTH:,} positions, {LAYERS} layers", found, baselines)
     if threads == max(THREADS):
         for (kind, required), baseline in zip(BARS.items(), baselines, strict=True):
-            ratio = found.ratio("kvmmap", baseline).median
-            report.bars.append(Bar(f"attention at {LENGTH:,} tokens: of llama.cpp's ({kind})", required, ratio, "x"))
+            what = f"attention at {LENGTH:,} tokens: of llama.cpp's ({kind})"
+            for name, queries in (("kvmmap", ""), ("kvmmap, f16 queries", ", f16 queries")):
+                ratio = found.ratio(name, baseline).median
+                report.bars.append(Bar(what + queries, required, ratio, "x"))
 
 
-def attend(layers: Sequence[kvmmap.QuantizedKvLayer], threads: int) -> None:
-    for layer, queries in zip(layers, QUERIES, strict=True):
-        layer.attend(queries, threads=threads)
+def attend(layers: Sequence[kvmmap.QuantizedKvLayer], queries: np.ndarray, threads: int) -> None:
+    for layer, of_layer in zip(layers, queries, strict=True):
+        layer.attend(of_layer, threads=threads)
 
 
 def settle() -> None:
@@ -224,7 +237,7 @@ def loading(report: Report, same: Same, where: str, before: Callable[[], object]
 
     def first() -> None:
         with kvmmap.open(same.kept) as cache:
-            attend(cache.layers, max(THREADS))
+            attend(cache.layers, QUERIES, max(THREADS))
 
     tasks = [
         Task(name="kvmmap, open", run=lambda: kvmmap.open(same.kept).close(), before=before),
