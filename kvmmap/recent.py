@@ -10,6 +10,7 @@ compiled. Nothing that must be right depends on them: a position without one has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,9 +24,18 @@ from .rows import Rows
 
 _POSITION = np.uint64((1 << 40) - 1)
 _BF16 = 2
+_LINE = 64
 
 SOUND, DAMAGED, STALE = 1, 2, 3
 """What `_core.take_recent_records` says of a record: it counts; its checksum does not match; it is of another row."""
+
+
+def _aligned(shape: tuple[int, int, int]) -> NDArray[np.uint16]:
+    """Return zeros that start with a cache line, as rows of most models do then: each takes fewer lines."""
+    size = math.prod(shape)
+    memory = np.zeros(size + _LINE // 2, np.uint16)
+    start = -memory.ctypes.data % _LINE // 2
+    return memory[start : start + size].reshape(shape)
 
 
 class RecentRing:
@@ -41,8 +51,8 @@ class RecentRing:
     def __init__(self, layer: LayerGeometry, slots: int) -> None:
         self.slots = slots
         self.tags = np.zeros(slots, np.uint64)
-        self.keys = np.zeros((slots, layer.num_kv_heads, layer.head_dim), np.uint16)
-        self.values = np.zeros((slots, layer.num_kv_heads, layer.value_head_dim), np.uint16)
+        self.keys = _aligned((slots, layer.num_kv_heads, layer.head_dim))
+        self.values = _aligned((slots, layer.num_kv_heads, layer.value_head_dim))
         self.parts: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] = (self.tags, self.keys, self.values)
         """As the compiled functions take them."""
 

@@ -15,12 +15,13 @@ namespace {
 
 uint64_t load_tag(const uint64_t* tag) { return __atomic_load_n(tag, __ATOMIC_ACQUIRE); }
 
-// A slot while it is written: empty, and full again only after all else.
+// A slot while it is written: empty, and full again only after all else. Who has seen what is written, and then looks at the
+// tag, finds it empty or new: the fence orders stores among each other, and waits for none.
 class Filling {
   public:
     explicit Filling(uint64_t* tag) : tag_(tag) {
-        __atomic_store_n(tag_, 0, __ATOMIC_RELEASE);
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        __atomic_store_n(tag_, 0, __ATOMIC_RELAXED);
+        __atomic_thread_fence(__ATOMIC_RELEASE);
     }
     void done(uint64_t tag) { __atomic_store_n(tag_, tag, __ATOMIC_RELEASE); }
 
