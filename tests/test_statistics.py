@@ -11,7 +11,7 @@ import pytest
 from helpers.support import make_file, rows
 
 import kvmmap
-from kvmmap import report
+from kvmmap import codecs, report
 from kvmmap.report import RowStatistics, gathering, tally
 
 
@@ -255,3 +255,23 @@ def test_the_public_names_are_all_there() -> None:
         assert name in dir(report)
     with pytest.raises(AttributeError):
         _ = report.nothing
+
+
+@pytest.mark.parametrize("name", codecs.names())
+def test_caches_of_two_codecs_are_compared_by_their_numbers(tmp_path: Path, name: str) -> None:
+    keys, values = rows(300, 1, 64), rows(300, 1, 64, seed=1)
+    with kvmmap.create(
+        tmp_path / "a.kvm", num_layers=1, capacity=300, num_kv_heads=1, head_dim=64, key_codec="f32", value_codec="f32"
+    ) as a:
+        a.extend([keys], [values])
+        kvmmap.copy(a, tmp_path / "b.kvm", key_codec=name)
+        with kvmmap.open(tmp_path / "b.kvm") as b:
+            told = report.compare(a, b)
+            off = np.abs(b.layers[0].read_keys().astype(np.float64) - keys)
+    (layer,) = told.layers
+    assert told.same == (not off.any()) == (name == "f32")
+    assert layer.keys.different_rows == off.any(axis=-1).sum()
+    assert layer.keys.largest == off.max()
+    assert layer.keys.mean == pytest.approx(off.mean())
+    assert layer.keys.relative == pytest.approx(np.sqrt((off**2).sum() / (keys.astype(np.float64) ** 2).sum()))
+    assert layer.values.different_rows == 0

@@ -1,4 +1,7 @@
-"""How two caches differ: where first, and by how much. Compares stored bytes; numbers only where bytes differ."""
+"""How two caches differ: where first, and by how much.
+
+Rows of one codec are compared as stored bytes, and as numbers only where bytes differ; rows of two codecs as numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import QuantizedKvCache
-from ..codecs import INT8, RowCodec
+from ..codecs import RowCodec
 from ..errors import ShapeMismatchError
+from ..geometry import LayerGeometry
 from ..storage.protocols import Progress
 from .gathering import read_parts
 from .states import first_different_checkpoint
@@ -23,13 +27,13 @@ class PartDifference:
     """Keys, or values, of one layer."""
 
     first: int | None
-    """The first position whose codes or scales differ; None if none does."""
+    """The first position whose codes or scales differ, or numbers where codecs differ; None if none does."""
 
     rows: int
     """Rows compared: positions times heads."""
 
     different_rows: int
-    """Rows whose codes or scale differ."""
+    """Rows whose codes or scale differ, or numbers where codecs differ."""
 
     largest: float
     """The largest absolute difference of two numbers."""
@@ -107,22 +111,24 @@ class CacheDifference:
 def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | None = None) -> CacheDifference:
     """Compare what two caches hold, as far as both go, in bounded memory.
 
-    Capacity, storage and commits don't count: a cache and its resized copy are the same.
+    Capacity, storage, commits and rows in 16 bits don't count: a cache and its resized copy are the same. Caches of
+    other codecs are compared by the numbers that their rows stand for: what `kvmmap.copy` has lost, for example.
 
     Raises:
         ShapeMismatchError: their layers have other numbers of heads, or other dimensions.
         CacheChangedError: a writer truncated meanwhile: refresh, and compare again.
         ClosedError: one of them is closed.
     """
-    if (a.geometry.layers, a.states) != (b.geometry.layers, b.states):
+    dims = [[layer.dims for layer in cache.geometry.layers] for cache in (a, b)]
+    if dims[0] != dims[1] or a.states != b.states:
         raise _unlike(a, b)
     length = min(a.seq_len, b.seq_len)
     total = length * sum(layer.position_bytes for layer in a.geometry.layers)
     done, layers = 0, []
     for number in range(a.num_layers):
-        geometry = a.geometry.layers[number]
-        keys = _Differences(geometry.key_codec, geometry.num_kv_heads, geometry.head_dim)
-        values = _Differences(geometry.value_codec, geometry.num_kv_heads, geometry.value_head_dim)
+        geometry, other = a.geometry.layers[number], b.geometry.layers[number]
+        keys = _Differences((geometry.key_codec, other.key_codec), geometry.num_kv_heads, geometry.head_dim)
+        values = _Differences((geometry.value_codec, other.value_codec), geometry.num_kv_heads, geometry.value_head_dim)
         mine, others = (read_parts(cache.layers[number], length) for cache in (a, b))
         for (start, x), (_, y) in zip(mine, others, strict=True) if geometry.has_rows else ():
             keys.add(start, x.keys, y.keys)
@@ -145,8 +151,8 @@ def compare(a: QuantizedKvCache, b: QuantizedKvCache, *, progress: Progress | No
 class _Differences:
     """What differs in one part of one layer, counted part by part."""
 
-    def __init__(self, codec: RowCodec, heads: int, dim: int) -> None:
-        self.codec = codec
+    def __init__(self, codecs: tuple[RowCodec, RowCodec], heads: int, dim: int) -> None:
+        self.codecs = codecs
         self.heads = heads
         self.dim = dim
         self.first: int | None = None
@@ -159,19 +165,27 @@ class _Differences:
         self.power = 0.0
 
     def add(self, start: int, mine: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> None:
-        numbers = self.codec.decoded(mine, self.dim)
+        codec, other_codec = self.codecs
+        numbers = codec.decoded(mine, self.dim)
         self.positions += len(numbers)
         self.numbers += numbers.size
         self.power += float(np.square(numbers, dtype=np.float64).sum())
-        different = np.zeros(numbers.shape[:2], bool)
-        for one, other in zip(mine, others, strict=True):
-            different |= (_as_bytes(one) != _as_bytes(other)).any(axis=-1)
+        theirs = None
+        if codec is other_codec:
+            different = np.zeros(numbers.shape[:2], bool)
+            for one, other in zip(mine, others, strict=True):
+                different |= (_as_bytes(one) != _as_bytes(other)).any(axis=-1)
+        else:
+            theirs = other_codec.decoded(others, self.dim)
+            different = (numbers != theirs).any(axis=-1)
         if not different.any():
             return
+        if theirs is None:
+            theirs = codec.decoded(others, self.dim)
         if self.first is None:
             self.first = start + int(different.any(axis=1).argmax())
         self.different += int(different.sum())
-        off = np.subtract(numbers, self.codec.decoded(others, self.dim), dtype=np.float64)
+        off = np.subtract(numbers, theirs, dtype=np.float64)
         np.abs(off, out=off)
         self.largest = max(self.largest, float(off.max()))
         self.sum += float(off.sum())
@@ -210,15 +224,11 @@ def _unlike(a: QuantizedKvCache, b: QuantizedKvCache) -> ShapeMismatchError:
 
 
 def _shapes(a: QuantizedKvCache, b: QuantizedKvCache) -> Iterator[str]:
-    if a.geometry.layers == b.geometry.layers:
-        yield f"they have {len(a.states)} states, and {len(b.states)}, or others"
     for number, (mine, others) in enumerate(zip(a.geometry.layers, b.geometry.layers, strict=True)):
-        if mine != others:
+        if mine.dims != others.dims:
             yield f"layer {number} has {_shape(mine)}, and {_shape(others)}"
+    yield f"they have {len(a.states)} states, and {len(b.states)}, or others"
 
 
-def _shape(layer: Any) -> str:
-    shape = f"{layer.num_kv_heads} KV heads x {layer.head_dim} (values {layer.value_head_dim})"
-    if layer.key_codec is layer.value_codec is INT8:
-        return shape
-    return f"{shape}, codecs {layer.key_codec.name} and {layer.value_codec.name}"
+def _shape(layer: LayerGeometry) -> str:
+    return f"{layer.num_kv_heads} KV heads x {layer.head_dim} (values {layer.value_head_dim})"

@@ -29,7 +29,8 @@ DIFFERENT = 1
 def command(a: str, b: str, as_json: bool, no_progress: bool) -> None:
     """Compare what the caches A and B hold: lengths, token ids, every row, and the states of checkpoints.
 
-    Capacity, storage and commits don't count. Exit code 0: the same. 1: different. 2: usage, they have different
+    Capacity, storage and commits don't count. Rows of different codecs are compared as the numbers that they stand
+    for. Exit code 0: the same. 1: different. 2: usage, they have different
     shapes, or one can't be read.
 
     \b
