@@ -436,3 +436,11 @@ def test_presets_that_there_are_not(tmp_path: Path) -> None:
     with pytest.raises(kvmmap.DtypeError, match="no preset 'huge': choose one of int8, fidelity"):
         kvmmap.create(tmp_path / "a.kvm", **SHAPE, preset="huge")
     assert not list(tmp_path.iterdir())
+
+
+def test_inspect_names_codecs_as_create_does(tmp_path: Path) -> None:
+    for name in codecs.names():
+        path = tmp_path / f"{name}.kvm"
+        kvmmap.create(path, num_layers=1, capacity=1, num_kv_heads=1, head_dim=64, key_codec=name).close()
+        shown = click_run("inspect", str(path)).output.splitlines()[-1].split()
+        assert shown[3].rstrip(",") == ("int8-row" if name == "int8" else name)

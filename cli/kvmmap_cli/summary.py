@@ -192,14 +192,11 @@ def _layers(report: CacheReport) -> RenderableType:
 
 def _shape(layer: LayerReport) -> tuple[str, ...]:
     """Return the cells that describe a layer's shape; values' only where they differ from keys'."""
+    from kvmmap import codecs
+
     dim = _pair(str(layer.head_dim), str(layer.value_head_dim))
-    keys, values = (
-        codec if transform == "none" else f"{codec} after {transform}"
-        for codec, transform in (
-            (layer.key_codec, layer.key_transform),
-            (layer.value_codec, layer.value_transform),
-        )
-    )
+    keys = codecs.shown_name(layer.key_codec, layer.key_transform)
+    values = codecs.shown_name(layer.value_codec, layer.value_transform)
     return str(layer.num_kv_heads), dim, _pair(keys, values)
 
 

@@ -74,3 +74,11 @@ def known_ids() -> dict[int, str]:
 def known_transforms(id: int) -> dict[int, str]:
     """Return the transform bytes that are known beside a codec byte, with their names."""
     return {codec.transform: codec.transform_name for codec in _by_name.values() if codec.id == id}
+
+
+def shown_name(id_name: str, transform_name: str) -> str:
+    """Return what to call a codec of which a report has the names of its two bytes: its own if rows are transformed."""
+    if transform_name == "none":
+        return id_name
+    known = {(codec.id_name, codec.transform_name): codec.name for codec in _by_name.values()}
+    return known.get((id_name, transform_name), f"{id_name} after {transform_name}")
