@@ -40,6 +40,8 @@ def check(path: str, option: str, endings: Sequence[str], source: str, *, overwr
     """
     if not path:
         raise click.UsageError(f"{option} is empty: give a file")
+    if "\0" in path:  # what Python says of it differs from version to version
+        raise click.UsageError(f"{plain(path)}: a path can't hold a null byte: give a file as {option}")
     path = os.path.expanduser(path) if path[0] == "~" and not os.path.lexists(path) else path
     try:
         status = os.stat(path)
