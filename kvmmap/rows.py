@@ -7,6 +7,7 @@ codec's business.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self
@@ -18,6 +19,15 @@ from .codecs import RowCodec
 from .geometry import LayerGeometry
 
 _new = tuple.__new__
+
+_LINE = 64
+"""Bytes of a cache line. numpy starts large arrays 16 bytes behind one: each load of 64 bytes would touch two."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    memory = np.zeros(math.prod(shape) * dtype.itemsize + _LINE, np.uint8)
+    start: int = -memory.__array_interface__["data"][0] % _LINE
+    return np.ndarray(shape, dtype, memory, start)
 
 
 class Rows(tuple[NDArray[Any], ...]):
@@ -46,8 +56,8 @@ class Rows(tuple[NDArray[Any], ...]):
 
     @staticmethod
     def allocate(geometry: LayerGeometry, count: int) -> Rows:
-        """Make zeroed arrays for `count` positions."""
-        return Rows.of(geometry, [np.zeros((count, *slab.shape), slab.dtype) for slab in geometry.slabs])
+        """Make zeroed arrays for `count` positions, each at the start of a cache line."""
+        return Rows.of(geometry, [_zeros((count, *slab.shape), slab.dtype) for slab in geometry.slabs])
 
     @staticmethod
     def empty(geometry: LayerGeometry, count: int) -> Rows:

@@ -37,6 +37,16 @@ def test_dimensions() -> None:
     assert wide.fp32_memory_bytes == 10 * 4 * (128 + 64) * 4
 
 
+def test_arrays_in_memory_start_at_cache_lines() -> None:
+    for codecs in ({}, {"key_codec": "int5-rotated", "value_codec": "bf16"}):
+        for capacity in (1, 17, 3000):
+            layer = QuantizedKvLayer(capacity, 3, 64, **codecs)
+            layer.extend(rows(1, 3, 64), rows(1, 3, 64))
+            for array in layer._store.slabs():
+                assert array.ctypes.data % 64 == 0
+                assert array.flags.c_contiguous
+
+
 def test_storage_is_reserved_up_front() -> None:
     import tracemalloc
 

@@ -27,6 +27,67 @@ struct Int8Rows {
     }
 };
 
+// Bytes of any rows, as they lie: of packed ones two codes each.
+struct PackedRows {
+    [[gnu::always_inline]] __m512i load(const char* row, int64_t d) const { return _mm512_loadu_si512(row + d); }
+};
+
+// The levels of 4 or 5 bits, for 64 codes whose lower four bits are the lower or the upper ones of 64 bytes. Of 5 bits, `fifth` are
+// the 64 bits that belong to them.
+template <int bits>
+class LevelTable {
+    static_assert(bits == 4 || bits == 5);
+
+  public:
+#if defined(__AVX512VBMI__)
+    // Looks at six bits: those that are none of a code do not matter, as the table is there two or four times.
+    LevelTable()
+        : table_(_mm512_inserti64x4(_mm512_castsi256_si512(half()), half(), 1)),
+          places_(_mm512_add_epi8(_mm512_set1_epi64(0x03020100fffefdfc),  // 8 q + j - 4 for byte j of quadword q, modulo 64
+                                  _mm512_set_epi64(56 * ones, 48 * ones, 40 * ones, 32 * ones, 24 * ones, 16 * ones, 8 * ones, 0))) {}
+
+    [[gnu::always_inline]] __m512i lower(__m512i bytes, [[maybe_unused]] const char* fifth = nullptr) const {
+        if constexpr (bits == 5) {
+            int64_t plane;
+            std::memcpy(&plane, fifth, 8);
+            // Each byte gets its bit at place 4, in between others.
+            const __m512i above = _mm512_multishift_epi64_epi8(places_, _mm512_set1_epi64(plane));
+            bytes = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), bytes, above, 0xca);
+        }
+        return _mm512_permutexvar_epi8(bytes, table_);
+    }
+#else
+    LevelTable() = default;
+
+    [[gnu::always_inline]] __m512i lower(__m512i bytes, [[maybe_unused]] const char* fifth = nullptr) const {
+        const __m512i codes = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+        const __m512i found = _mm512_shuffle_epi8(first_, codes);
+        if constexpr (bits == 4) return found;
+        uint64_t plane;
+        std::memcpy(&plane, fifth, 8);
+        return _mm512_mask_shuffle_epi8(found, plane, second_, codes);
+    }
+#endif
+    [[gnu::always_inline]] __m512i upper(__m512i bytes, const char* fifth = nullptr) const {
+        return lower(_mm512_srli_epi16(bytes, 4), fifth);
+    }
+
+  private:
+    static __m128i sixteen(int first) {
+        static constexpr Register lowest = level_register<bits>(0), highest = level_register<bits>((1 << bits) - 16);
+        return _mm_load_si128(reinterpret_cast<const __m128i*>((first ? highest : lowest).values));
+    }
+#if defined(__AVX512VBMI__)
+    static constexpr int64_t ones = 0x0101010101010101;
+
+    static __m256i half() { return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(1), 1); }
+
+    __m512i table_, places_;
+#else
+    const __m512i first_ = _mm512_broadcast_i32x4(sixteen(0)), second_ = _mm512_broadcast_i32x4(sixteen(1));
+#endif
+};
+
 // Rows of levels: of 64 numbers if `narrow`, else of a multiple of 128. In a plane of four bits, 64 numbers are then the
 // lower or the upper halves of 64 bytes, or of 32 bytes both; in one of two bits a quarter of each of 64 bytes, or half of
 // each of 32, or all of 16.

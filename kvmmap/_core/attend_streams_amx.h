@@ -110,7 +110,7 @@ inline int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, con
     int64_t start = range.start;
     if (!AmxStreams::suit(job) || !StreamsShape::suit(job, range) || start + span > range.stop) return start;
     AmxStreams streams(job, keys, values, prepared, state);
-    for (; start + span <= range.stop && streams.see_all(start); start += span) streams.run(start, start + 2 * span <= coming);
+    for (; start + span <= range.stop && StreamsShape::see_all(job, start); start += span) streams.run(start, start + 2 * span <= coming);
     return start;
 }
 

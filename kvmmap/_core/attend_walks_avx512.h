@@ -2,6 +2,7 @@
 // where a mask, an odd shape or the end of the rows asks for them, and else 16 streams side by side.
 #pragma once
 
+#include "attend_few_streams_avx512.h"
 #include "attend_streams_avx512.h"
 
 namespace kvmmap {
@@ -17,7 +18,7 @@ int64_t walk_streams(const AttendJob& job, const Rows& keys, const Rows& values,
     int64_t start = range.start;
     if (!StreamsShape::suit(job, range) || start + span > range.stop) return start;
     Streams<digits, Keys, Values> streams(job, keys, values, prepared, state);
-    for (; start + span <= range.stop && streams.see_all(start); start += span) streams.run(start, start + 2 * span <= coming);
+    for (; start + span <= range.stop && StreamsShape::see_all(job, start); start += span) streams.run(start, start + 2 * span <= coming);
     return start;
 }
 
@@ -28,7 +29,8 @@ void walk_streams_and_tiles(const AttendJob& job, const AttendRange& range, int6
     const Rows keys{int8, static_cast<const char*>(job.key_rows), reinterpret_cast<const char*>(job.key_scales)};
     const Rows values{int8, static_cast<const char*>(job.value_rows), reinterpret_cast<const char*>(job.value_scales)};
     AttendRange rest = range;
-    rest.start = walk_streams<digits, Int8Rows, Int8Rows>(job, keys, values, range, coming, prepared, state);
+    if (StreamsShape::few(job)) rest.start = walk_few<digits, FewStreams<digits>, false>(job, keys, values, range, coming, prepared, state);
+    else rest.start = walk_streams<digits, Int8Rows, Int8Rows>(job, keys, values, range, coming, prepared, state);
     if (rest.start < rest.stop) walk<Bytes<digits>>(job, rest, coming, prepared, state);
 }
 
@@ -79,6 +81,7 @@ WalkStreams by_pair(Codec keys, int64_t dim, Codec values, int64_t value_dim) {
 template <int digits>
 int64_t walk_stored(const AttendJob& job, const Rows& keys, const Rows& values, const AttendRange& range, int64_t coming,
                     const char* prepared, AttendState state) {
+    if (StreamsShape::few(job)) return walk_few<digits, FewStreams<digits>, false>(job, keys, values, range, coming, prepared, state);
     const WalkStreams run = by_pair<digits>(keys.format.codec, job.dim, values.format.codec, job.value_dim);
     return run ? run(job, keys, values, range, coming, prepared, state) : range.start;
 }

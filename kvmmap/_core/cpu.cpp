@@ -49,7 +49,8 @@ bool isa_available(Isa isa) {
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vnni");
 #if defined(__linux__) && defined(KVMMAP_AMX)
-    if (isa == Isa::amx) return isa_available(Isa::avx512) && tiles_available();
+    // Every processor with tiles has VBMI, which its kernels use besides.
+    if (isa == Isa::amx) return isa_available(Isa::avx512) && __builtin_cpu_supports("avx512vbmi") && tiles_available();
 #endif
 #elif defined(__aarch64__)
     if (isa == Isa::neon) return true;  // Advanced SIMD is part of every AArch64

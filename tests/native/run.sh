@@ -35,7 +35,8 @@ compile() {
                 *_avx2) isa="-mavx2 -mfma -mf16c" ;;
                 *_avx512) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c \
                     -Wno-maybe-uninitialized -Wno-uninitialized" ;;
-                *_amx) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mamx-tile -mamx-int8 \
+                *_amx) isa="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi -mfma -mf16c \
+                    -mamx-tile -mamx-int8 \
                     -Wno-maybe-uninitialized -Wno-uninitialized" ;;
                 *_check) isa=-fno-tree-vectorize ;;  # GCC 12 for AArch64 fails on it, and nothing here is measured
                 *) isa= ;;

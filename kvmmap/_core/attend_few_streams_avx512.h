@@ -1,0 +1,283 @@
+// Attention of one or two rows of queries a KV head over 272 positions at a time, as 16 streams side by side (attend_streams_avx512.h
+// says why): a decoding step without many query heads a KV head. Reading bounds it over int8 codes, and computing over codes of
+// fewer bits.
+//
+// Keys and values are walked in order, so that every stream is read in order, with the sums of all heads in memory, and rows are
+// fetched ahead in their stream. How rows of a codec are multiplied is behind a pointer to a function that takes a position of
+// every stream, so that any codec of keys goes with any of values.
+#pragma once
+
+#include <memory>
+
+#include "attend_bytes_avx512.h"
+#include "attend_streams_shape_avx512.h"
+
+namespace kvmmap {
+namespace {
+
+// How rows of a codec take part, a position of every stream at a time; rows are `stride` bytes apart.
+template <int digits>
+struct FewRows {
+    int64_t row_bytes = 0;
+    bool half_scales = false;
+    // Adds 16 values times their weights to sums: of 64 numbers after 64 numbers, as HalfSums keeps them.
+    void (*add)(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) = nullptr;
+    // Without AMX: products of a prepared query and 16 keys.
+    void (*multiply)(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) = nullptr;
+    // For AMX: 16 keys as int8, one after the other; none where they are stored so.
+    void (*plain)(const char* keys, int64_t stride, int64_t dim, char* out) = nullptr;
+};
+
+struct NothingAhead {
+    void fetch(int) {}
+};
+
+template <int digits, class Rows>
+void multiply_16(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) {
+    NothingAhead nothing;
+    multiply_keys<digits, 1>(Rows(dim), keys, stride, dim, &query, out, 0, nothing);
+}
+
+template <int digits, class Rows>
+void add_each_64(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
+    using Sums = HalfSums<digits>;
+    const Rows stored(dim);
+    for (int64_t d = 0; d < dim; d += 64, sums += 2 * Sums::registers) {
+        Sums first(sums), second(sums + Sums::registers);
+        const char *p = values, *w = weights;
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q, p += 4 * stride, w += step_bytes<digits>) {
+            const FourRows four(stored, p, stride, d);
+            __m512i a, b;
+            four.half<false>(a, b);
+            first.add(a, b, w);
+            four.half<true>(a, b);
+            second.add(a, b, w);
+        }
+        first.keep(sums), second.keep(sums + Sums::registers);
+    }
+}
+
+// A half of what add_halves adds.
+template <int digits, bool second>
+[[gnu::always_inline]] inline void add_half(const LevelTable<4>& table, const char* values, int64_t stride, const char* weights, __m512i* lower, __m512i* upper) {
+    HalfSums<digits> low(lower), high(upper);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q, values += 4 * stride, weights += step_bytes<digits>) {
+        const FourRows four(PackedRows{}, values, stride, 0);
+        __m512i a, b;
+        four.half<second>(a, b);
+        low.add(table.lower(a), table.lower(b), weights);
+        high.add(table.upper(a), table.upper(b), weights);
+    }
+    low.keep(lower), high.keep(upper);
+}
+
+// Of 4 bits and a multiple of 128 numbers: bytes are put in order before they are looked up, half as many.
+template <int digits>
+void add_halves(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
+    constexpr int registers = HalfSums<digits>::registers;
+    const LevelTable<4> table;
+    __m512i* upper = sums + dim / 128 * 2 * registers;
+    for (int64_t d = 0; d < dim / 2; d += 64, sums += 2 * registers, upper += 2 * registers) {
+        add_half<digits, false>(table, values + d, stride, weights, sums, upper);
+        add_half<digits, true>(table, values + d, stride, weights, sums + registers, upper + registers);
+    }
+}
+
+template <class Rows>
+void plain_16(const char* keys, int64_t stride, int64_t dim, char* out) {
+    const Rows stored(dim);
+    for (int64_t i = 0; i < 16; ++i, keys += stride)
+        for (int64_t d = 0; d < dim; d += 64, out += 64) _mm512_store_si512(out, stored.load(keys, d));
+}
+
+// The same of 4 or 5 bits and a multiple of 128 numbers, two registers from each 64 bytes.
+template <int bits>
+void plain_halves(const char* keys, int64_t stride, int64_t dim, char* out) {
+    const LevelTable<bits> table;
+    const int64_t half = dim / 2;
+    for (int64_t i = 0; i < 16; ++i, keys += stride, out += dim)
+        for (int64_t d = 0; d < half; d += 64) {
+            const __m512i both = _mm512_loadu_si512(keys + d);
+            const char* fifth = keys + half + d / 8;
+            _mm512_store_si512(out + d, table.lower(both, fifth));
+            _mm512_store_si512(out + half + d, table.upper(both, fifth + half / 8));
+        }
+}
+
+template <int digits, class Rows, bool amx>
+FewRows<digits> few_rows_of(int64_t dim) {
+    FewRows<digits> found{Rows(dim).row_bytes, Rows::half_scales};
+    if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.add = add_halves<digits>;
+    else found.add = add_each_64<digits, Rows>;
+    if constexpr (!amx) found.multiply = multiply_16<digits, Rows>;
+    else if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.plain = plain_halves<4>;
+    else if constexpr (std::is_same_v<Rows, LevelRows<5, false>>) found.plain = plain_halves<5>;
+    else if constexpr (Rows::half_scales) found.plain = plain_16<Rows>;
+    return found;
+}
+
+template <int digits, int bits, bool amx>
+FewRows<digits> few_level_rows(int64_t dim) {
+    if (LevelRows<bits, true>::suit(dim)) return few_rows_of<digits, LevelRows<bits, true>, amx>(dim);
+    if (LevelRows<bits, false>::suit(dim)) return few_rows_of<digits, LevelRows<bits, false>, amx>(dim);
+    return {};
+}
+
+// With rows of 0 bytes where the kernel can't read them.
+template <int digits, bool amx>
+FewRows<digits> few_rows(Codec codec, int64_t dim) {
+    switch (codec) {
+        case Codec::int8: return few_rows_of<digits, Int8Rows, amx>(dim);
+        case Codec::int3: return few_level_rows<digits, 3, amx>(dim);
+        case Codec::int4: return few_level_rows<digits, 4, amx>(dim);
+        case Codec::int5: return few_level_rows<digits, 5, amx>(dim);
+        case Codec::int6: return few_level_rows<digits, 6, amx>(dim);
+        default: return {};
+    }
+}
+
+template <int digits>
+class FewStreams : public StreamsShape {
+  public:
+    FewStreams(const AttendJob& job, const CodedRows& keys, const FewRows<digits>& key_rows, const CodedRows& values,
+               const FewRows<digits>& value_rows, const char* prepared, AttendState state)
+        : job_(job), keys_(key_rows), values_(value_rows), stored_keys_(keys), stored_values_(values), heads_(job.kv_heads),
+          rows_(job.n * job.group()), parts_(job.value_dim / 64), key_row_(heads_ * keys_.row_bytes),
+          value_row_(heads_ * values_.row_bytes), softmax_(job.softcap, state, Bytes<digits>::width(job.value_dim)),
+          worth_(heads_ * rows_), queries_(heads_ * rows_), sums_(heads_ * rows_) {
+        // Not push_back: what it grows by is a function that other objects share, and this one's needs AVX-512.
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t r = 0; r < rows_; ++r) {
+                queries_[h * rows_ + r] = prepared + row_of(h, r) * Bytes<digits>::query_bytes(job.dim);
+                sums_[h * rows_ + r] = state.sums + row_of(h, r) * Bytes<digits>::width(job.value_dim);
+            }
+        memory_.reset(new char[64 + 4 * span * heads_ * (rows_ + 2) + heads_ * rows_ * parts_ * part_registers * 64]);
+        weights_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+        key_scales_ = weights_ + heads_ * rows_ * span;
+        value_scales_ = key_scales_ + heads_ * span;
+        kept_ = reinterpret_cast<__m512i*>(value_scales_ + heads_ * span);
+    }
+    virtual ~FewStreams() = default;
+
+    // Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+    int64_t walk(const AttendRange& range, int64_t coming) {
+        int64_t start = range.start;
+        for (; start + span <= range.stop && see_all(job_, start); start += span) run(start, start + 2 * span <= coming);
+        return start;
+    }
+
+  protected:
+    using Sums = HalfSums<digits>;
+    static constexpr int part_registers = 2 * Sums::registers;  // of sums over 64 numbers
+
+    // Products of queries and the keys of a span, in place of the weights they will become.
+    virtual void score(const Slab& keys, const Slab& next, const char* const (&scales)[2]) {
+        for (int64_t step = 0; step < length * heads_; ++step) {
+            fetch_scales(scales, step);
+            const int64_t h = step % heads_, j = step / heads_, at = step * keys_.row_bytes;
+            fetch(keys, next, at, keys_.row_bytes);
+            for (int64_t r = 0; r < rows_; ++r)
+                keys_.multiply(keys.codes + at, keys.stream(), job_.dim, queries_[h * rows_ + r], weights_of(h, r) + j * lanes);
+        }
+    }
+
+    float* weights_of(int64_t h, int64_t r) const { return weights_ + (h * rows_ + r) * span; }
+
+    // A line of the scales of the next span, if there is one: it holds those of 16 positions and heads, or of 32.
+    static void fetch_scales(const char* const (&scales)[2], int64_t step) {
+        if (!scales[0]) return;
+        for (const char* some : scales) __builtin_prefetch(some + step * 64, 0, 2);
+    }
+
+    // All lines that are ahead of a row of every stream.
+    static void fetch(const Slab& now, const Slab& next, int64_t at, int64_t row_bytes) {
+        Lines ahead = streams_ahead(now, next, at, row_bytes);
+        while (ahead.left > 0) ahead.fetch(16);
+    }
+
+    const AttendJob& job_;
+    FewRows<digits> keys_, values_;
+    CodedRows stored_keys_, stored_values_;
+    int64_t heads_, rows_, parts_, key_row_, value_row_;
+    Softmax<Bytes<digits>> softmax_;
+    std::vector<float> worth_;          // [head][row] of one unit of a weight
+    std::vector<const char*> queries_;  // [head][row], as prepared
+    std::vector<float*> sums_;          // [head][row], in the state
+    std::unique_ptr<char[]> memory_;    // of the four below
+    float* weights_;                    // [head][row][position within its stream][stream]; digits, in the end
+    float *key_scales_, *value_scales_; // [head][position within its stream][stream]
+    __m512i* kept_;                     // [head][row][64 numbers][sums] of whole numbers
+
+  private:
+    // Row r of a head's queries, as the state counts them: over queries, and within a query over its query heads.
+    int64_t row_of(int64_t head, int64_t r) const {
+        return r / job_.group() * job_.q_heads + head * job_.group() + r % job_.group();
+    }
+
+    // Adds the span at row `start` to the state. `more`: the span behind it is next.
+    void run(int64_t start, bool more) {
+        take(stored_keys_, keys_, start, 1.0f, key_scales_);
+        take(stored_values_, values_, start, sums_scale, value_scales_);
+        const Slab keys{stored_keys_.codes + start * key_row_, key_row_};
+        const Slab values{stored_values_.codes + start * value_row_, value_row_};
+        // Values come right behind the keys, and keys behind the values.
+        score(keys, values, {more ? scales_at(stored_keys_, keys_, start + span) : nullptr,
+                             more ? scales_at(stored_values_, values_, start + span) : nullptr});
+        weigh();
+        add(values, more ? Slab{keys.codes + span * key_row_, key_row_} : Slab{});
+    }
+
+    const char* scales_at(const CodedRows& stored, const FewRows<digits>& rows, int64_t start) const {
+        return stored.scales + start * heads_ * (rows.half_scales ? 2 : 4);
+    }
+
+    void take(const CodedRows& stored, const FewRows<digits>& rows, int64_t start, float factor, float* out) const {
+        const char* scales = scales_at(stored, rows, start);
+        rows.half_scales ? take_scales<true>(scales, heads_, factor, out)
+                          : take_scales<false>(scales, heads_, factor, out);
+    }
+
+    void weigh() {
+        for (int64_t h = 0; h < heads_; ++h)
+            for (int64_t r = 0; r < rows_; ++r) {
+                float* weights = weights_of(h, r);
+                softmax_.scale(weights, key_scales_ + h * span, span);
+                softmax_.weigh(row_of(h, r), weights, value_scales_ + h * span, span);
+                worth_[h * rows_ + r] = store_weights<digits>(weights, span, reinterpret_cast<char*>(weights));
+            }
+    }
+
+    void add(const Slab& values, const Slab& next) {
+        std::fill_n(kept_, heads_ * rows_ * parts_ * part_registers, _mm512_setzero_si512());
+        for (int64_t step = 0; step < length * heads_; ++step) {
+            const int64_t h = step % heads_, j = step / heads_, at = step * values_.row_bytes;
+            fetch(values, next, at, values_.row_bytes);
+            for (int64_t r = 0; r < rows_; ++r)
+                values_.add(values.codes + at, values.stream(), job_.value_dim,
+                            reinterpret_cast<const char*>(weights_of(h, r)) + j * 4 * step_bytes<digits>,
+                            kept_ + (h * rows_ + r) * parts_ * part_registers);
+        }
+        const __m512i* sums = kept_;
+        for (int64_t i = 0; i < heads_ * rows_; ++i)
+            for (int64_t d = 0; d < job_.value_dim; d += 64, sums += part_registers) {
+                Sums(sums).add_to(sums_[i] + d, worth_[i]);
+                Sums(sums + Sums::registers).add_to(sums_[i] + d + 32, worth_[i]);
+            }
+    }
+};
+
+// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+template <int digits, class Walk, bool amx>
+int64_t walk_few(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range, int64_t coming,
+                 const char* prepared, AttendState state) {
+    if (!StreamsShape::suit(job, range) || range.start + StreamsShape::span > range.stop) return range.start;
+    const FewRows<digits> key_rows = few_rows<digits, amx>(keys.format.codec, job.dim);
+    const FewRows<digits> value_rows = few_rows<digits, amx>(values.format.codec, job.value_dim);
+    if (!key_rows.row_bytes || !value_rows.row_bytes) return range.start;
+    return Walk(job, keys, key_rows, values, value_rows, prepared, state).walk(range, coming);
+}
+
+}  // namespace
+}  // namespace kvmmap

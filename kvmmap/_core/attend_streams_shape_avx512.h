@@ -1,0 +1,97 @@
+// What walks over streams share that does not depend on how rows are stored: where streams lie, what is fetched ahead of them, and
+// their scales.
+#pragma once
+
+#include "attend_digits_avx512.h"
+#include "attend_tiles.h"
+
+namespace kvmmap {
+namespace {
+
+struct StreamsShape {
+    static constexpr int64_t lanes = 16, length = 17, span = lanes * length;
+    static constexpr int64_t second_level = 640 * 1024;  // what may be fetched into that cache and stay there
+
+    static bool few(const AttendJob& job) { return job.n * job.group() <= 2; }
+
+    static bool suit(const AttendJob& job, const AttendRange& range) {
+        return job.dim % 64 == 0 && job.value_dim % 64 == 0 && range.head == 0 && range.head_end == job.kv_heads &&
+               (few(job) || span * job.kv_heads * std::max(job.dim, job.value_dim) <= second_level);
+    }
+
+    static constexpr int64_t distance = 1024;  // to fetch ahead within a stream
+
+    // One slab's share of a span.
+    struct Slab {
+        const char* codes = nullptr;
+        int64_t row = 0;  // bytes, of all heads
+
+        int64_t stream() const { return length * row; }
+        int64_t bytes() const { return lanes * stream(); }
+    };
+
+    // 16 lines to fetch at a time: one of each stream, or one after the other.
+    struct Lines {
+        const char* first;
+        int64_t apart, step;
+        int64_t left;  // times that there is something to fetch
+
+        // Inlined by force, as Ahead's.
+        [[gnu::always_inline]] void fetch(int) {
+            if (left <= 0) return;
+            --left;
+            for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(first + i * apart, 0, 2);
+            first += step;
+        }
+    };
+
+    // What is `distance` ahead of byte `at` of each stream, as much as a row has; behind the end of the streams come those of
+    // `then`.
+    static Lines streams_ahead(const Slab& now, const Slab& then, int64_t at, int64_t row_bytes) {
+        const int64_t lines = (row_bytes + 63) / 64;
+        at += distance;
+        if (at < now.stream()) return {now.codes + at, now.stream(), 64, lines};
+        at -= now.stream();
+        if (at < then.stream()) return {then.codes + at, then.stream(), 64, lines};
+        return {nullptr, 0, 0, 0};
+    }
+
+    // From byte `at` of a slab on, line by line, `times` 16 of them.
+    static Lines lines_at(const Slab& slab, int64_t at, int64_t times) {
+        if (at >= slab.bytes()) return {nullptr, 0, 0, 0};
+        return {slab.codes + at, 64, 64 * lanes, times};
+    }
+
+    // Every query sees all of the span that starts at row `start`.
+    static bool see_all(const AttendJob& job, int64_t start) {
+        for (int64_t i = 0; i < job.n; ++i)
+            if (!Sight(job, i).whole(start, start + span)) return false;
+        return true;
+    }
+
+    // Scales of the span that they start with, times `factor`: [position][head] -> [head][position within its stream][stream].
+    template <bool half>
+    static void take_scales(const char* scales, int64_t heads, float factor, float* out) {
+        constexpr int64_t bytes = half ? 2 : 4;
+        const int64_t stream = length * heads;
+        const __m512 by = _mm512_set1_ps(factor);
+        int64_t h = 0, j = 0;
+        for (int64_t f = 0; f < stream; f += 16) {
+            const __mmask16 mask = stream - f >= 16 ? 0xffff : (1 << (stream - f)) - 1;
+            __m512i v[16];
+            for (int64_t i = 0; i < 16; ++i) {
+                const char* some = scales + (i * stream + f) * bytes;
+                if constexpr (half) v[i] = _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, some)));
+                else v[i] = _mm512_maskz_loadu_epi32(mask, some);
+            }
+            transpose_16(v);
+            for (int64_t i = 0; i < 16 && f + i < stream; ++i) {
+                _mm512_store_ps(out + h * span + j * lanes, _mm512_mul_ps(_mm512_castsi512_ps(v[i]), by));
+                if (++h == heads) h = 0, ++j;
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace kvmmap
