@@ -264,6 +264,23 @@ def test_many_queries_over_each_pair_of_codes(kernel: str, codecs: tuple[str, st
         check(layer, queries, tolerance=TOLERANCE if dtype is np.float32 else TOLERANCE_16_BITS, **more)
 
 
+INTEGER_CODECS = ["int8", "int3-rotated", "int4-rotated", "int5-rotated", "int6-rotated"]
+
+
+@pytest.mark.parametrize("keys", INTEGER_CODECS)
+def test_one_and_two_query_heads_over_each_pair_of_codes(kernel: str, keys: str) -> None:
+    # Whole spans of 272 positions and a rest; rows of one register, of halves of one, and of more.
+    dims = itertools.cycle([(128, 128, 3), (64, 128, 2), (128, 64, 1), (256, 128, 2), (64, 64, 5), (384, 256, 1)])
+    for values, (dim, value_dim, heads) in zip(INTEGER_CODECS * 2, dims, strict=False):
+        layer = QuantizedKvLayer(600, heads, dim, value_dim, key_codec=keys, value_codec=values)
+        layer.extend(rows(600, heads, dim), rows(600, heads, value_dim, seed=1))
+        queries = rows(2, heads * 2, dim, seed=9)
+        check(layer, queries[:1, :heads])
+        check(layer, queries[:, :heads], causal=False, softcap=5.0)
+        check(layer, queries[:1].astype(bfloat16), window=580, tolerance=TOLERANCE_16_BITS)
+        check(layer, queries[:1, :heads].astype(bfloat16), threads=2, tolerance=TOLERANCE_16_BITS)
+
+
 def test_precision_is_one_of_two() -> None:
     with pytest.raises(kvmmap.KvmmapError, match="precision"):
         filled(10).attend(rows(1, 2, 16), precision="fast")  # type: ignore[arg-type]
