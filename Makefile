@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= auto
 
-.PHONY: help demo test test-sweeps test-pythons test-model test-bridges test-vllm test-transformers soak fuzz sanitize lint format \
+.PHONY: help demo test test-sweeps test-pythons test-model test-bridges test-vllm test-transformers soak fuzz check-aarch64 sanitize lint format \
 	bench bench-llama-cpp figures picture docs wheels check-wheels clean env-test
 
 help:  ## list the targets
@@ -37,6 +37,8 @@ soak: env-test  ## 200,000 simulated power losses, 1,000 writers and users of a 
 	IMAGES=$(IMAGES) KILLS=$(KILLS) tests/soak/all.sh $(VENV)/bin/python
 fuzz: env-test  ## a million hostile files, and hostile Zarr groups: only typed errors may result (EXECUTIONS=)
 	EXECUTIONS=$(EXECUTIONS) tests/fuzz/all.sh $(VENV)/bin/python
+check-aarch64:  ## the kernels of AArch64, compiled for it and run under an emulator, and how many instructions they take
+	tests/native/run.sh build/native-aarch64 aarch64
 sanitize: env-sanitize  ## the compiled core under the address, undefined-behaviour and thread sanitizers
 	tests/native/sanitize.sh .venv-sanitized/bin/python
 

@@ -33,6 +33,12 @@ const AttendKernel& attend_kernel(Numbers numbers, [[maybe_unused]] bool short_q
             return choose(short_queries ? attend_short_amx : attend_amx, attend_floats_avx512, attend_f16_avx512, attend_bf16_avx512);
 #endif
 #elif defined(__aarch64__)
+#if defined(KVMMAP_BYTE_PRODUCTS)
+        case Isa::dotprod:
+            return choose(short_queries ? attend_short_dotprod : attend_dotprod, attend_floats_neon, attend_f16_neon, attend_bf16_neon);
+        case Isa::i8mm:
+            return choose(short_queries ? attend_short_i8mm : attend_dotprod, attend_floats_neon, attend_f16_neon, attend_bf16_neon);
+#endif
         case Isa::neon: return choose(attend_neon, attend_floats_neon, attend_f16_neon, attend_bf16_neon);
 #endif
         default: return choose(attend_portable, attend_floats_portable, attend_f16_portable, attend_bf16_portable);

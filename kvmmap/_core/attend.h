@@ -125,6 +125,7 @@ extern const AttendKernel attend_avx512, attend_short_avx512, attend_floats_avx5
 extern const AttendKernel attend_amx, attend_short_amx;  // where the compiler knows the instructions: KVMMAP_AMX
 #elif defined(__aarch64__)
 extern const AttendKernel attend_neon, attend_floats_neon, attend_f16_neon, attend_bf16_neon;
+extern const AttendKernel attend_dotprod, attend_short_dotprod, attend_short_i8mm;  // KVMMAP_BYTE_PRODUCTS
 #endif
 
 }  // namespace kvmmap

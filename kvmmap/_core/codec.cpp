@@ -14,7 +14,9 @@ const CodecKernels& codec_kernels() {
         case Isa::avx512:
         case Isa::amx: return codec_avx512;
 #elif defined(__aarch64__)
-        case Isa::neon: return codec_neon;
+        case Isa::neon:
+        case Isa::dotprod:
+        case Isa::i8mm: return codec_neon;
 #endif
         default: return codec_portable;
     }

@@ -10,12 +10,22 @@
 #include <unistd.h>
 #endif
 
+#if defined(__aarch64__) && defined(KVMMAP_BYTE_PRODUCTS)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
+
 namespace kvmmap {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
         case Isa::portable: return "portable";
         case Isa::neon: return "neon";
+        case Isa::dotprod: return "dotprod";
+        case Isa::i8mm: return "i8mm";
         case Isa::avx2: return "avx2";
         case Isa::avx512: return "avx512";
         case Isa::amx: return "amx";
@@ -37,6 +47,23 @@ static bool tiles_available() {
 }
 #endif
 
+#if defined(__aarch64__) && defined(KVMMAP_BYTE_PRODUCTS)
+// True if the processor has the products of bytes: SDOT, or SMMLA.
+static bool byte_products(Isa isa) {
+#if defined(__linux__)
+    constexpr unsigned long dot_product = 1ul << 20, matrices = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+    return isa == Isa::dotprod ? (getauxval(AT_HWCAP) & dot_product) != 0 : (getauxval(AT_HWCAP2) & matrices) != 0;
+#elif defined(__APPLE__)
+    int present = 0;
+    size_t size = sizeof present;
+    const char* name = isa == Isa::dotprod ? "hw.optional.arm.FEAT_DotProd" : "hw.optional.arm.FEAT_I8MM";
+    return sysctlbyname(name, &present, &size, nullptr, 0) == 0 && present;
+#else
+    return (void)isa, false;
+#endif
+}
+#endif
+
 bool isa_available(Isa isa) {
     if (isa == Isa::portable) return true;
 #if defined(__x86_64__)
@@ -54,6 +81,9 @@ bool isa_available(Isa isa) {
 #endif
 #elif defined(__aarch64__)
     if (isa == Isa::neon) return true;  // Advanced SIMD is part of every AArch64
+#if defined(KVMMAP_BYTE_PRODUCTS)
+    if (isa == Isa::dotprod || isa == Isa::i8mm) return byte_products(isa);
+#endif
 #endif
     return false;
 }

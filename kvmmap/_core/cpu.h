@@ -4,9 +4,9 @@
 
 namespace kvmmap {
 
-// amx has kernels of its own where tiles of bytes help, and those of avx512 elsewhere.
-enum class Isa : int { portable = 0, neon = 1, avx2 = 2, avx512 = 3, amx = 4 };
-constexpr int isa_count = 5;
+// amx has kernels of its own where tiles of bytes help, and those of avx512 elsewhere; so have dotprod and i8mm those of neon.
+enum class Isa : int { portable = 0, neon = 1, dotprod = 2, i8mm = 3, avx2 = 4, avx512 = 5, amx = 6 };
+constexpr int isa_count = 7;
 
 const char* isa_name(Isa isa);
 

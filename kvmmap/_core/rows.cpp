@@ -13,7 +13,9 @@ const RowKernels& row_kernels() {
         case Isa::avx512:
         case Isa::amx: return rows_avx512;
 #elif defined(__aarch64__)
-        case Isa::neon: return rows_neon;
+        case Isa::neon:
+        case Isa::dotprod:
+        case Isa::i8mm: return rows_neon;
 #endif
         default: return rows_portable;
     }
