@@ -230,6 +230,31 @@ def test_attention_computes_the_checksums_of_any_blocks(threads: int, count: int
         assert found.tolist() == row_digests(slabs, 5, blocks, size, stop).tolist()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_compares_checksums_with_a_table(threads: int) -> None:
+    """Of several layers one after the other, or of some blocks alone; a difference is told, in whatever block."""
+    rng = np.random.default_rng(1)
+    slabs = (rng.integers(-127, 128, (1000, 1, 8), np.int8), rng.random((1000, 1), np.float32)) * 2
+    ranges, out, lse = np.array([[0, 1, 0, 1000]]), np.empty((1, 1, 8), np.float32), np.empty((1, 1), np.float32)
+    blocks = np.array([1, 2, 5, 9])
+    sums = np.zeros(10, np.uint64)
+    sums[blocks] = row_digests(slabs, 3, blocks, 100, 950)
+    query = rows(1, 1, 8)
+
+    def attend(table: np.ndarray, first: int) -> int:
+        arguments = (query, 0, slabs, 1, 8, 0, ranges, 1.0, 0.0, 1000, True, 0, 0, out, lse, threads)
+        return _core.attend(*arguments, unread=((3, blocks, 100, 950, table, first),))
+
+    assert attend(np.concatenate([np.ones(7, np.uint64), sums]), 7) == -1
+    assert attend(sums[1:].copy(), -1) == -1
+    for block in blocks:
+        wrong = sums.copy()
+        wrong[block] ^= np.uint64(1 << 63)
+        assert attend(wrong, 0) == -2
+    sums[0] = 1  # of no block that is read
+    assert attend(sums, 0) == -1
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -241,6 +266,9 @@ def test_attention_computes_the_checksums_of_any_blocks(threads: int, count: int
         ({"unread": ((0, np.array([0]), 100, 301, np.empty(1, np.uint64)),)}, "positions"),
         ({"unread": ((0, np.array([0]), 100, 300, np.empty(0, np.uint64)),)}, "too small"),
         ({"unread": ((0, np.array([0]), 100, -1, np.empty(1, np.uint64)),)}, "negative"),
+        ({"unread": ((0, np.array([0]), 100, 300, np.empty(1, np.uint64), 0, 0),)}, "track"),
+        ({"unread": ((0, np.array([0, 2]), 100, 300, np.empty(2, np.uint64), 0),)}, "not all blocks"),
+        ({"unread": ((0, np.array([0, 1]), 100, 300, np.empty(2, np.uint64), -1),)}, "not all blocks"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(change: dict[str, Any], what: str) -> None:

@@ -13,10 +13,10 @@
 
 #include "attend.h"
 #include "bindings.h"
+#include "blocks.h"
 #include "buffers.h"
 #include "codec_run.h"
 #include "cpu.h"
-#include "first_read.h"
 #include "ggml.h"
 #include "half.h"
 #include "hash.h"
@@ -152,34 +152,10 @@ int64_t widen_queries(const RowGrid& x, float* out) {
     return -1;
 }
 
-// The shape of one call of attend, as Python hands it over.
-// Blocks of contiguous arrays [positions, bytes], and where their checksums go.
-class Blocks {
-  public:
-    Blocks(const nb::tuple& arrays, uint32_t track, nb::handle numbers, int64_t size, int64_t stop, nb::handle sums)
-        : numbers_(numbers, contiguous), sums_(sums, writing) {
-        if (arrays.size() > most_hashed_arrays) throw nb::value_error("too many arrays");
-        if (size <= 0 || stop < 0) throw nb::value_error("size must be positive, and stop not negative");
-        const int64_t count = numbers_.bytes() / 8;
-        view = {{}, static_cast<int>(arrays.size()), track, numbers_.at_least<int64_t>(0, "blocks: not aligned"), count, size, stop,
-                sums_.at_least<uint64_t>(count * 8, "out: too small or not aligned")};
-        for (size_t i = 0; i < arrays.size(); ++i) {
-            const Buffer& rows = *arrays_.emplace_back(std::make_unique<Buffer>(arrays[i], contiguous));
-            if (rows.ndim() < 2 || rows.shape(0) < stop)
-                throw nb::value_error("arrays must be [positions, bytes], or have more axes, of `stop` positions or more");
-            view.arrays[i] = {rows.data(), rows.bytes() / std::max<int64_t>(1, rows.shape(0))};
-        }
-        for (int64_t i = 0; i < count; ++i)
-            if (view.numbers[i] < 0 || view.numbers[i] > (stop - 1) / size) throw nb::value_error("a block is beyond `stop`");
-    }
+// What attend returns where a block does not have the checksum that it should have.
+constexpr int64_t block_differs = -2;
 
-    HashedBlocks view;
-
-  private:
-    Buffer numbers_, sums_;
-    std::vector<std::unique_ptr<Buffer>> arrays_;
-};
-
+// Returns the number of the first row of queries that holds a NaN or an infinity; -1 if there is none.
 int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
                     int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
                     bool causal, int64_t window, int64_t sinks, nb::handle out_object, nb::handle lse_object,
@@ -239,8 +215,7 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     }
 
     // An entry an extent: None, or its blocks that were not read before.
-    std::vector<std::unique_ptr<Blocks>> blocks;
-    std::vector<std::unique_ptr<FirstRead>> first_reads;
+    std::vector<std::unique_ptr<UnreadBlocks>> first;
     if (!unread.is_none()) {
         const nb::tuple entries = nb::cast<nb::tuple>(unread);
         if (entries.size() != count) throw nb::value_error("unread: an entry an extent");
@@ -248,11 +223,8 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
             if (entries[i].is_none()) continue;
             const nb::tuple arrays_here = apart ? nb::cast<nb::tuple>(nb::cast<nb::tuple>(slabs[i])[1]) : slabs;
             const nb::tuple entry = nb::cast<nb::tuple>(entries[i]);
-            if (entry.size() != 5) throw nb::value_error("unread: track, blocks, size, stop, sums");
-            const Blocks& some = *blocks.emplace_back(std::make_unique<Blocks>(
-                arrays_here, nb::cast<uint32_t>(entry[0]), entry[1], nb::cast<int64_t>(entry[2]), nb::cast<int64_t>(entry[3]), entry[4]));
-            if (!std::is_sorted(some.view.numbers, some.view.numbers + some.view.count)) throw nb::value_error("unread: blocks must ascend");
-            extents[i].first_read = first_reads.emplace_back(std::make_unique<FirstRead>(some.view)).get();
+            if (!UnreadBlocks::fits(entry)) throw nb::value_error("unread: track, blocks, size, stop, sums; or checksums and their first");
+            extents[i].first_read = &first.emplace_back(std::make_unique<UnreadBlocks>(arrays_here, entry))->first_read;
         }
     }
 
@@ -264,8 +236,8 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
     const auto count_of_extents = static_cast<int64_t>(extents.size());
     if (parts.size()) attend_recent(job, extents.data(), count_of_extents, view, threads);
     else attend(job, extents.data(), count_of_extents, threads);
-    for (const auto& first_read : first_reads) first_read->finish(threads);
-    return -1;
+    for (const auto& blocks : first) blocks->first_read.finish(threads);
+    return std::all_of(first.begin(), first.end(), [](const auto& blocks) { return blocks->match(); }) ? -1 : block_differs;
 }
 
 // The arrays of merged attention: its state, and a part, or what comes of all parts.

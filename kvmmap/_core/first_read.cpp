@@ -16,7 +16,7 @@ namespace {
 
 // Bytes of rows that are attended over before they are hashed. Second-level caches have 512 KiB and more, and attention
 // fetches ahead into them.
-constexpr int64_t step_bytes = 256 * 1024;
+constexpr int64_t step_bytes = 128 * 1024;
 
 // Bytes of rows whose pages are mapped at a time.
 constexpr int64_t mapped_bytes = int64_t{8} << 20;

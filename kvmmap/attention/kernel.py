@@ -26,6 +26,9 @@ from .source import Unread
 
 _F32 = np.dtype(np.float32)
 
+_BLOCK_DIFFERS = -2
+"""What a kernel returns where an unread block does not match its checksum."""
+
 Kernel = Callable[..., int]
 """A function with the arguments of `_core.attend`."""
 
@@ -80,10 +83,14 @@ def attend_rows(
         layer: its index, for messages.
         recent: rows in 16 bits that stand for some of the coded ones, if the layer keeps them.
         exact: with the arithmetic of f32 queries, whatever the dtype of these.
-        unread: blocks whose checksums are computed meanwhile, where `hashes_blocks`; the caller compares them.
+        unread: blocks whose checksums are compared meanwhile, where `hashes_blocks`.
 
     Returns:
         The log-sum-exp of the scores, f32 [n, num_q_heads].
+
+    Raises:
+        NonFiniteError: the queries hold a NaN or an infinity.
+        CorruptCacheError, CacheChangedError: an unread block does not match its checksum. `out` holds anything then.
     """
     n, q_heads, _ = queries.shape
     lse = np.empty((n, q_heads), _F32)
@@ -199,9 +206,19 @@ def _call(
     more: dict[str, Any] = {}
     if recent is not None:
         more["recent"] = recent.rows.arguments(recent.length)
-    if unread:
-        more["unread"] = tuple([None if blocks is None else blocks.arguments for blocks in unread])
-    return kernel(*arguments, exact=exact, **more)
+    if not unread:
+        return kernel(*arguments, exact=exact, **more)
+    blocks = [some for some in unread if some is not None]
+    of_extents = tuple([None if some is None else some.arguments for some in unread])
+    bad = kernel(*arguments, exact=exact, unread=of_extents, **more)
+    if bad == _BLOCK_DIFFERS:
+        for some in blocks:
+            some.verify(threads)
+        return kernel(*arguments, exact=exact, **more)  # it was right when it was read again
+    if bad < 0:
+        for some in blocks:
+            some.note()
+    return bad
 
 
 def _non_finite(bad: int, q_heads: int, layer: int | None) -> NonFiniteError:

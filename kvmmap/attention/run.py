@@ -6,7 +6,7 @@ kind of store it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -20,7 +20,7 @@ from .kernel import attend_extents, attend_rows, hashes_blocks
 from .mask import Mask, check_mask, check_positions, visible_ranges
 from .merge import Merging
 from .queries import check_queries
-from .source import RowSource, Unread
+from .source import RowSource
 
 Precision = Literal["queries", "exact"]
 """Which arithmetic attention computes with: that of the queries' dtype, or that of f32 whatever their dtype."""
@@ -90,23 +90,18 @@ def attend_store(
         "exact": precision == "exact",
     }
     if resident == "keep" and (store.in_memory or store.in_extents):
-        unread: Sequence[Unread | None] = ()
         if not store.is_verified(length):
-            visible = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
-            seen = np.array(visible, np.int64).reshape(-1, 2)
+            seen = visible_ranges(ranges, mask, len(rows)) if len(ranges) == 1 else ranges[:, 2:]
             if hashes_blocks(geometry):
-                unread = options["unread"] = store.unread_blocks(seen)
+                options["unread"] = store.unread_blocks(seen)
                 if out is not None:
                     result = np.empty_like(wanted)  # what comes of damaged rows reaches nobody
             else:
-                store.ensure_verified(seen, options["threads"])
+                store.ensure_verified(np.array(seen, np.int64).reshape(-1, 2), options["threads"])
         if store.in_memory:
             lse = attend_rows(rows, dtype, store.slabs(), ranges, mask, geometry, result, **options)
         else:
             lse = attend_extents(rows, dtype, store.extents(), ranges, mask, geometry, result, **options)
-        for blocks in unread:
-            if blocks is not None:
-                blocks.compare()
         if result is not wanted:
             wanted[...] = result
     else:

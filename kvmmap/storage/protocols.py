@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention.source import Unread
+from ..attention.source import Ranges, Unread
 from ..format import NO_TOKEN
 from ..geometry import CacheGeometry, LayerGeometry
 from ..metadata import Document
@@ -156,9 +156,9 @@ class LayerStore(RecentStore, StepStore, ABC):
             CorruptCacheError: a block does not match.
         """
 
-    def unread_blocks(self, ranges: NDArray[np.int64]) -> Sequence[Unread | None]:
-        """Return what `ensure_verified` would compare, for attention to compute the checksums as it reads the rows.
-        The caller compares them afterwards, and discards what it has computed if that raises.
+    def unread_blocks(self, ranges: Ranges) -> Sequence[Unread | None]:
+        """Return what `ensure_verified` would compare, for attention to compare the checksums as it reads the rows.
+        The caller notes what matched; where something differs it verifies, and discards what it has computed.
 
         Args:
             ranges: [k, 2], each (start, stop).

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...attention.source import Unread
+from ...attention.source import Ranges, Unread, UnreadArguments
 from ...ranges import check_room
 from ...recent import RecentRows
 from ..protocols import LayerStore, Rows, Storage
@@ -38,12 +38,15 @@ class UnreadOfFile(NamedTuple):
     """The position in the chain of the file's first."""
 
     @property
-    def arguments(self) -> tuple[int, NDArray[np.int64], int, int, NDArray[np.uint64]]:
+    def arguments(self) -> UnreadArguments:
         return self.blocks.arguments
 
-    def compare(self) -> None:
+    def note(self) -> None:
+        self.blocks.note()
+
+    def verify(self, threads: int) -> None:
         with counted_from(self.base):
-            self.blocks.compare()
+            self.blocks.verify(threads)
 
 
 class ChainLayer(LayerStore):
@@ -215,7 +218,8 @@ class ChainLayer(LayerStore):
         with counted_from(self._base):
             self._own.ensure_verified(np.maximum(ranges - self._base, 0), threads)
 
-    def unread_blocks(self, ranges: NDArray[np.int64]) -> list[Unread | None]:
+    def unread_blocks(self, ranges: Ranges) -> list[Unread | None]:
+        ranges = np.array(ranges, np.int64).reshape(-1, 2)
         found: list[Unread | None] = []
         for ancestor, store in zip(self._ancestors, self._stores, strict=False):
             mine = self._needed_of(ancestor, ranges)

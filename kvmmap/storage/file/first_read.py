@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...attention.source import Ranges, UnreadArguments
 from ...errors import CorruptCacheError
 from ..checksums import Track, digest, row_digests
 from .mapped_file import MappedFile
 from .page_cache import map_pages
 from .snapshot import Snapshot, SnapshotHolder
-from .verified_blocks import Ranges
 
 _BLOCKS_AT_ONCE = 64
 """Blocks whose pages are mapped before they are hashed."""
@@ -39,7 +39,7 @@ class UnreadBlocks:
         blocks: their numbers, ascending.
     """
 
-    __slots__ = ("_blocks", "_found", "_holder", "_layer", "_mapped", "_snapshot")
+    __slots__ = ("_blocks", "_holder", "_layer", "_mapped", "_snapshot")
 
     def __init__(
         self, mapped: MappedFile, holder: SnapshotHolder, snapshot: Snapshot, layer: int, blocks: NDArray[np.int64]
@@ -49,56 +49,61 @@ class UnreadBlocks:
         self._snapshot = snapshot
         self._layer = layer
         self._blocks = blocks
-        self._found = np.empty(len(blocks), np.uint64)
 
     @property
-    def arguments(self) -> tuple[int, NDArray[np.int64], int, int, NDArray[np.uint64]]:
-        """What `_core.attend` takes to compute their checksums: track, blocks, positions of a block, where the last one
-        ends, and the array for the checksums."""
+    def arguments(self) -> UnreadArguments:
         size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
-        return self._layer, self._blocks, size, stop, self._found
+        return self._layer, self._blocks, size, stop, *self._expected()
 
-    def hash(self, threads: int) -> None:
-        """Compute the checksums, from the map."""
-        rows = self._mapped.slabs(self._layer)
-        size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
-        for first in range(0, len(self._blocks), _BLOCKS_AT_ONCE):
-            some = self._blocks[first : first + _BLOCKS_AT_ONCE]
-            _map_pages(self._mapped, self._layer, some, stop)
-            self._found[first : first + len(some)] = row_digests(rows, self._layer, some, size, stop, threads)
+    def note(self) -> None:
+        """Remember that the blocks match their checksums."""
+        slot, verified = self._snapshot.slot, self._snapshot.verified
+        assert verified is not None
+        verified.note_all(self._layer, self._blocks, slot.seq_len)
+        verified.sum_up(self._layer, min(slot.seq_len, self._holder.inherited_len))
 
-    def compare(self) -> None:
-        """Compare the checksums that were computed with the file's, and remember the blocks as verified.
+    def verify(self, threads: int) -> None:
+        """Hash the blocks, from the map, compare the checksums with the file's, and remember those that match.
 
         Raises:
             CorruptCacheError: a block does not match its checksum.
             CacheChangedError: its rows were truncated meanwhile.
         """
-        blocks, slot, verified = self._blocks, self._snapshot.slot, self._snapshot.verified
-        assert verified is not None
-        expected = self._expected()
-        if self._found.tobytes() != expected.tobytes():  # in a third of the time that numpy takes for it
-            wrong = self._found != expected
-            verified.note_all(self._layer, blocks[~wrong], slot.seq_len)
-            rows = self._mapped.slabs(self._layer)
-            for i in np.flatnonzero(wrong).tolist():
-                _compare(
-                    *(self._mapped, self._holder, self._snapshot, rows),
-                    *(self._layer, int(blocks[i]), slot.seq_len, int(expected[i])),
-                )
-        verified.note_all(self._layer, blocks, slot.seq_len)
-        verified.sum_up(self._layer, min(slot.seq_len, self._holder.inherited_len))
+        rows = self._mapped.slabs(self._layer)
+        size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
+        found = np.empty(len(self._blocks), np.uint64)
+        for first in range(0, len(self._blocks), _BLOCKS_AT_ONCE):
+            some = self._blocks[first : first + _BLOCKS_AT_ONCE]
+            _map_pages(self._mapped, self._layer, some, stop)
+            found[first : first + len(some)] = row_digests(rows, self._layer, some, size, stop, threads)
+        self._compare(found)
+        self.note()
 
-    def _expected(self) -> NDArray[np.uint64]:
-        """Return the file's checksums of the blocks."""
+    def _compare(self, found: NDArray[np.uint64]) -> None:
+        """Raise for the first block whose checksum is another than the file's."""
+        sums, of_first = self._expected()
+        expected = sums[of_first + self._blocks]
+        wrong = found != expected
+        if not wrong.any():
+            return
+        slot, verified = self._snapshot.slot, self._snapshot.verified
+        assert verified is not None
+        verified.note_all(self._layer, self._blocks[~wrong], slot.seq_len)
+        rows = self._mapped.slabs(self._layer)
+        for i in np.flatnonzero(wrong).tolist():
+            _compare(
+                *(self._mapped, self._holder, self._snapshot, rows),
+                *(self._layer, int(self._blocks[i]), slot.seq_len, int(expected[i])),
+            )
+
+    def _expected(self) -> tuple[NDArray[np.uint64], int]:
+        """Return the file's checksums of the blocks, and which of these is, or would be, that of block 0."""
         blocks, slot = self._blocks, self._snapshot.slot
         total = -(-slot.seq_len // self._mapped.geometry.block_tokens)
         if 2 * len(blocks) > total:
-            sums = self._mapped.layer_checksums(slot, self._layer)
-            return sums if len(blocks) == len(sums) else sums[blocks]
+            return self._mapped.all_checksums(slot), self._layer * total
         first = int(blocks[0])
-        some: NDArray[np.uint64] = self._mapped.checksums(slot, first, int(blocks[-1]) + 1)[blocks - first, self._layer]
-        return some
+        return self._mapped.checksums(slot, first, int(blocks[-1]) + 1)[:, self._layer].copy(), -first
 
 
 def unread_blocks(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges) -> UnreadBlocks | None:
@@ -120,8 +125,7 @@ def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: 
     """
     unread = unread_blocks(mapped, holder, layer, ranges)
     if unread is not None:
-        unread.hash(threads)
-        unread.compare()
+        unread.verify(threads)
 
 
 def _map_pages(mapped: MappedFile, layer: int, blocks: NDArray[np.int64], covered: int) -> None:

@@ -36,6 +36,11 @@ _LARGEST_HEAD = 256 << 20
 """Bytes before the rows that are mapped by themselves where there is no address space for the file."""
 
 
+_LAYERS_AT_ONCE = 16
+"""Layers whose views are made with those of one. Attention over a layer evicts the interpreter from the processor's
+caches; views of a layer take five times as long to make after it as they do after those of another one."""
+
+
 class MappedFile:
     """The sections of an open file.
 
@@ -60,6 +65,7 @@ class MappedFile:
         expect_few_pages(memory, min(superblock.section(Section.TOKEN_IDS).offset, len(memory)))
         self._memory: mmap.mmap | None = memory
         self._checksums: tuple[Slot, NDArray[np.uint64]] | None = None
+        self._slabs: list[Rows | None] = [None] * self.geometry.num_layers
         self._slots: Slots | None = Slots(memory, superblock, self.path)
         live = superblock.section(Section.LIVE).offset
         self._live: LiveRecord | None = (
@@ -126,9 +132,23 @@ class MappedFile:
 
     def slabs(self, layer: int) -> Rows:
         """Return views of a layer's slabs, over the whole capacity."""
-        geometry = self.geometry.layers[layer]
-        offsets = [self.superblock.sections[kind, layer].offset for kind in slab_sections(geometry)]
-        return Rows.over(geometry, self.rows_memory, self.geometry.capacity, offsets)
+        rows = self._slabs[layer]
+        if rows is None:
+            memory, found = self.rows_memory, self._slabs
+            for number in range(layer, min(layer + _LAYERS_AT_ONCE, len(found))):
+                rows = found[number]
+                if rows is None:
+                    geometry = self.geometry.layers[number]
+                    offsets = [self.superblock.sections[kind, number].offset for kind in slab_sections(geometry)]
+                    found[number] = Rows.over(geometry, memory, self.geometry.capacity, offsets)
+            rows = found[layer]
+            assert rows is not None
+            if self.closed:  # meanwhile, by another thread: no view must keep the map
+                self._forget_slabs()
+        return rows
+
+    def _forget_slabs(self) -> None:
+        self._slabs = [None] * self.geometry.num_layers
 
     def token_ids(self) -> NDArray[np.int32]:
         """Return a view of the token ids, over the whole capacity."""
@@ -146,15 +166,14 @@ class MappedFile:
             sums = np.concatenate([sums, np.array([slot.tail_checksums[:-1]], np.uint64)])
         return sums
 
-    def layer_checksums(self, slot: Slot, layer: int) -> NDArray[np.uint64]:
-        """Return the checksums of all blocks of a layer of a commit, u64 [blocks]. Those of all layers are read
-        at once, and kept for the next one."""
+    def all_checksums(self, slot: Slot) -> NDArray[np.uint64]:
+        """Return the checksums of all blocks of a commit, u64 [num_layers * blocks], layer by layer. They are kept for
+        the next layer that is read."""
         kept = self._checksums
         if kept is None or kept[0] is not slot:
             every = self.checksums(slot, 0, -(-slot.seq_len // self.geometry.block_tokens))
-            kept = self._checksums = slot, np.ascontiguousarray(every.T)
-        sums: NDArray[np.uint64] = kept[1][layer]
-        return sums
+            kept = self._checksums = slot, every.T.ravel()
+        return kept[1]
 
     def token_checksums(self, slot: Slot) -> NDArray[np.uint64]:
         """Return the checksums of all blocks of token ids of a commit, u64 [blocks]."""
@@ -231,6 +250,7 @@ class MappedFile:
     def close(self) -> None:
         """Drop the map and close the file. Arrays over the map keep it until they are dropped themselves."""
         self._memory = self._slots = self._live = None
+        self._forget_slabs()
         self.file.close()
 
 

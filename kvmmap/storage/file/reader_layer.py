@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ...attention.source import Ranges
 from ...format import slab_sections
 from ...recent import RecentRows
 from ..protocols import Rows
@@ -75,9 +76,7 @@ class MappedLayer(ReadOnlyLayer):
     def slabs(self) -> Rows:
         slabs = self._slabs
         if slabs is None:
-            mapped = self._mapped
-            capacity = mapped.geometry.capacity
-            slabs = self._slabs = Rows.over(self.geometry, mapped.rows_memory, capacity, self._offsets)
+            slabs = self._slabs = self._mapped.slabs(self.index)
             if self._mapped.closed:  # meanwhile, by another thread: it must not keep the map
                 self._slabs = None
         return slabs
@@ -92,7 +91,7 @@ class MappedLayer(ReadOnlyLayer):
     def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
         verify_rows(self._mapped, self._holder, self.index, ranges, threads)
 
-    def unread_blocks(self, ranges: NDArray[np.int64]) -> tuple[UnreadBlocks | None]:
+    def unread_blocks(self, ranges: Ranges) -> tuple[UnreadBlocks | None]:
         return (unread_blocks(self._mapped, self._holder, self.index, ranges),)
 
     def rows(self, start: int, stop: int) -> Rows:

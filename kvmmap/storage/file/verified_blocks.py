@@ -11,8 +11,7 @@ import copy
 import numpy as np
 from numpy.typing import NDArray
 
-Ranges = NDArray[np.int64]
-"""[k, 2]: start and stop of ranges of positions."""
+from ...attention.source import Ranges
 
 
 class VerifiedBlocks:
@@ -28,6 +27,9 @@ class VerifiedBlocks:
         """By track, once there are gaps: before, `below` says it all."""
         self.below = [0] * (num_layers + 1)
         """By track: positions, from 0, that are verified without a gap."""
+        self._last = 0, 0, np.empty(0, np.int64)
+        """The first of consecutive blocks that were missing last, one past the last of them, and their numbers. Mostly,
+        the same ones are missing of the next layer."""
 
     def missing(self, track: int, ranges: Ranges, covered: int) -> NDArray[np.int64]:
         """Return the blocks that are touched by ranges and are not yet verified as far as they are covered.
@@ -39,19 +41,28 @@ class VerifiedBlocks:
         """
         size = self._block_tokens
         if len(ranges) == 1:  # the usual case: everything below some length, or a window
-            start, stop = ranges[0].tolist()
-            stop = min(stop, covered)
+            start, stop = int(ranges[0][0]), min(int(ranges[0][1]), covered)
             first, end = start // size, -(-stop // size) if start < stop else 0
             if track not in self._rows:
                 below = self.below[track]
-                return np.arange(max(first, below // size), end if below < covered else 0)
+                return self._consecutive(max(first, below // size), end if below < covered else 0)
             blocks = np.arange(first, end)
             return blocks[self._of(track)[blocks] < self._wanted_of(blocks, covered)]
-        some = ranges[ranges[:, 0] < np.minimum(ranges[:, 1], covered)]
+        every = np.array(ranges, np.int64).reshape(-1, 2)
+        some = every[every[:, 0] < np.minimum(every[:, 1], covered)]
         edges = np.zeros(self._blocks + 1, np.int64)
         np.add.at(edges, some[:, 0] // size, 1)
         np.add.at(edges, -(-np.minimum(some[:, 1], covered) // size), -1)
         return np.flatnonzero((np.cumsum(edges[:-1]) > 0) & (self._of(track) < self._wanted(covered)))
+
+    def _consecutive(self, first: int, end: int) -> NDArray[np.int64]:
+        """Return blocks [first, end)."""
+        start, stop, blocks = self._last
+        if (start, stop) != (first, end):
+            blocks = np.arange(first, end)
+            blocks.flags.writeable = False
+            self._last = first, end, blocks
+        return blocks
 
     def note(self, track: int, block: int, rows: int) -> None:
         """Remember that the first `rows` rows of a block are verified."""
@@ -62,13 +73,12 @@ class VerifiedBlocks:
         `covered`."""
         if not len(blocks):
             return
-        first, last = int(blocks[0]), int(blocks[-1])
-        if (
-            track not in self._rows
-            and last - first + 1 == len(blocks)
-            and first * self._block_tokens <= self.below[track]
-        ):
-            self.below[track] = max(self.below[track], min(covered, (last + 1) * self._block_tokens))
+        start, stop, known = self._last
+        if blocks is not known:
+            start, stop = int(blocks[0]), int(blocks[-1]) + 1
+        size, below = self._block_tokens, self.below[track]
+        if track not in self._rows and stop - start == len(blocks) and start * size <= below:
+            self.below[track] = max(below, min(covered, stop * size))
             return
         self._of(track)[blocks] = self._wanted_of(blocks, covered)
 
