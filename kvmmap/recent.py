@@ -217,7 +217,15 @@ class RecentRows:
 
     # Records of a file
 
-    def records(self, ring: RecentRing, coded: Rows, first: int, start: int, stop: int) -> NDArray[np.uint8]:
+    def records(
+        self,
+        ring: RecentRing,
+        coded: Rows,
+        first: int,
+        start: int,
+        stop: int,
+        out: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
         """Return the records of positions [start, stop), uint8 [n, record bytes]; zeros for those that are not held.
 
         Args:
@@ -226,11 +234,13 @@ class RecentRows:
             first: the position of the first of these.
             start: the first position.
             stop: one past the last.
+            out: uint8 [n, record bytes], C-contiguous, to write them to.
         """
-        numbers = ring.keys[:1].size + ring.values[:1].size
-        made = np.empty((stop - start, 24 + -(-2 * numbers // 8) * 8), np.uint8)
-        _core.make_recent_records(ring.parts, tuple(coded), first, start, stop, made)
-        return made
+        if out is None:
+            numbers = ring.keys[:1].size + ring.values[:1].size
+            out = np.empty((stop - start, 24 + -(-2 * numbers // 8) * 8), np.uint8)
+        self.rings.records(ring is self.first, coded, first, start, stop, out)
+        return out
 
 
 class RecentView(NamedTuple):

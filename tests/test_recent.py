@@ -260,6 +260,53 @@ def test_a_reopened_cache_continues_as_if_never_closed(
             np.testing.assert_array_equal(mine.read_values(), other.read_values())
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_pushes_among_other_appends_lose_no_row(path: Path, seed: int) -> None:
+    """What a reader finds after a commit is what the writer has, and what a layer in memory has."""
+    random = np.random.default_rng(seed)
+    shape = {"num_kv_heads": 2, "head_dim": 8, "recent_window": 40, "sinks": SINKS}
+    memory = kvmmap.QuantizedKvLayer(1200, **shape)
+    with kvmmap.create(path, num_layers=1, capacity=1200, **shape) as cache:
+        layers = cache.layers[0], memory
+        for step in range(30):
+            length, count = len(memory), int(random.choice([1, 2, 7, 16, 33]))
+            new = random.standard_normal((count, 2, 8)).astype(np.float32)
+            kind = random.choice(["push", "push", "push", "extend", "coded", "truncate", "flush"])
+            if kind == "coded" and length > count:
+                coded = [array.copy() for array in memory.read_quantized(length - count, length)]
+                for layer in layers:
+                    layer.extend_quantized(*coded)
+            elif kind == "truncate":
+                cache.truncate(max(0, length - count))
+                memory.truncate(max(0, length - count))
+            for layer in layers:
+                if kind == "extend":
+                    layer.extend(new, -new)
+                for row in new if kind == "push" else ():
+                    layer.push(row, -row)
+            if kind == "flush" or step == 29:
+                cache.flush()
+                with kvmmap.open(path) as reader:
+                    assert holding(reader.layers[0]) == holding(cache.layers[0])
+                    np.testing.assert_array_equal(reader.layers[0].read_values(), cache.layers[0].read_values())
+        np.testing.assert_array_equal(cache.layers[0].read_keys(), memory.read_keys())
+
+
+@pytest.mark.parametrize(("many", "more"), [(18, 2), (16, 15), (3, 1), (0, 5)])
+def test_pushes_behind_others_that_were_not_saved_yet(path: Path, many: int, more: int) -> None:
+    """At a multiple of 16 positions all are in the file, without a commit."""
+    shape = {"num_layers": 1, "capacity": 100, "num_kv_heads": 2, "head_dim": 8}
+    new = rows(48, 2, 8)
+    with kvmmap.create(path, **shape, recent_window=40, sinks=SINKS) as cache:
+        for start, stop in ((0, many), (many, many + more)):
+            cache.layers[0].extend(new[start:stop], new[start:stop])
+        for row in new[many + more :]:
+            cache.layers[0].push(row, row)
+        with kvmmap.open(path) as reader:
+            assert holding(reader.layers[0]) == holding(cache.layers[0]) == 40 + SINKS
+            np.testing.assert_array_equal(reader.layers[0].read_keys(), cache.layers[0].read_keys())
+
+
 def test_a_process_that_is_killed_leaves_a_few_rows_coded(path: Path) -> None:
     code = """
 import os, sys

@@ -88,12 +88,14 @@ void read_recent(nb::tuple ring_parts, bool of_keys, int64_t start, int64_t stop
     read_rows(ring.view, of_keys, start, stop, kind, rows);
 }
 
-void make_recent_records(nb::tuple ring_parts, nb::tuple arrays, int64_t first, int64_t start, int64_t stop, nb::handle out_object) {
-    const Ring ring(ring_parts, contiguous);
+// Writes the records of positions [start, stop) of the sinks, or of the ring.
+void make_recent_records(const Rings& rings, bool sinks, const nb::tuple& arrays, int64_t first, int64_t start, int64_t stop,
+                         nb::handle out_object) {
+    const RecentRing ring = sinks ? rings.view().first : rings.view().ring;
     const Coded coded(arrays, first);
     Buffer out(out_object, writing);
     if (start < 0 || start > stop) throw nb::value_error("no such positions");
-    make_records(ring.view, coded.view, start, stop, out.at_least<char>((stop - start) * record_bytes(ring.view), "out: too small"));
+    make_records(ring, coded.view, start, stop, out.at_least<char>((stop - start) * record_bytes(ring), "out: too small"));
 }
 
 // Reads the records of positions [start, stop) from all of a ring's records; what the ring holds already is left alone.
@@ -131,8 +133,8 @@ void bind_recent(nb::module_& m) {
              "rings"_a.none(), "start"_a);
     nb::class_<Rings>(m, "RecentRings")
         .def(nb::init<const nb::tuple&, const nb::tuple&>(), "ring"_a, "first"_a)
-        .def("keep", &keep, "start"_a, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a);
+        .def("keep", &keep, "start"_a, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a)
+        .def("records", &make_recent_records, "sinks"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a, "out"_a);
     m.def("read_recent", &read_recent, "ring"_a, "keys"_a, "start"_a, "stop"_a, "out"_a, "dtype"_a);
-    m.def("make_recent_records", &make_recent_records, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a, "out"_a);
     m.def("take_recent_records", &take_recent_records, "records"_a, "ring"_a, "arrays"_a, "first"_a, "start"_a, "stop"_a);
 }

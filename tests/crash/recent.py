@@ -47,7 +47,11 @@ class RecentHistory(History):
                 halves_of(after.tags, number, shape.num_kv_heads, dim, part)[start:]
                 for part, dim in enumerate((shape.head_dim, shape.value_head_dim))
             ]
-            self.writer.layers[number].keep(start, parts[0], 1, parts[1], 1)
+            layer = self.writer.layers[number]
+            if len(after.tags) == start + 1:  # as a push does
+                layer.stage(start, 1).fill(layer.slabs().part(start, start + 1))
+                parts = [part[0] for part in parts]
+            layer.keep(start, parts[0], 1, parts[1], 1)
 
     def close(self) -> None:
         assert self.writer

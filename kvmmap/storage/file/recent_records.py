@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...format import RECENT_SECTIONS, Superblock
 from ...recent import DAMAGED, RecentRing, RecentRows, take_records
@@ -20,8 +21,8 @@ from ..protocols import Damage, Rows, damaged_record
 from .mapped_file import MappedFile
 
 SAVED_TOGETHER = 16
-"""Positions that are appended one by one before their records are written: one write instead of as many. A process that
-dies leaves at most so many without; a commit writes them all."""
+"""Positions that are appended one by one before their records are written, at multiples of it: one write instead of as
+many. A process that dies leaves fewer than that without; a commit writes them all."""
 
 Read = Callable[[int, int], Any]
 """Returns bytes of the file from an offset on."""
@@ -55,6 +56,8 @@ class LayerRecords:
             superblock.sections[kind, layer].offset if slots else -1
             for kind, slots in zip(RECENT_SECTIONS, (geometry.recent_window, geometry.sinks), strict=True)
         ]
+        self._room: NDArray[np.uint8] | None = None
+        """To make records in: memory that is new each time would be cleared by the system each time."""
 
     def load(self, rows: RecentRows, coded: Callable[[int, int], Rows], length: int, read: Read) -> list[BadRecord]:
         """Read what is not in memory yet of the first `length` positions.
@@ -82,28 +85,39 @@ class LayerRecords:
                         damaged.append(BadRecord(position, offset + position % ring.slots * self._size, self._size))
         return damaged
 
-    def save(self, rows: RecentRows, coded: Callable[[int, int], Rows], start: int, stop: int, file: PosixFile) -> None:
+    def save(self, rows: RecentRows, coded: Rows, first: int, start: int, stop: int, file: PosixFile) -> None:
         """Write the records of positions [start, stop); empty ones for those that have none.
+
+        Args:
+            rows: where they are.
+            coded: the layer's coded rows of these positions.
+            first: the position of the first of these rows.
+            start: the first position.
+            stop: one past the last.
+            file: the file.
 
         Raises:
             OSError: the disk is full or failing.
         """
-        for ring, offset, first, last in self._rings(rows, start, stop):
-            while first < last:
-                slot = first % ring.slots
-                end = min(last, first + ring.slots - slot)  # the ring's end
-                records = rows.records(ring, coded(first, end), first, first, end)
-                file.write((offset + slot * self._size,), (records,))
-                first = end
+        if self._room is None:
+            self._room = np.empty((SAVED_TOGETHER, self._size), np.uint8)
+        for ring, offset, low, last in self._rings(rows, start, stop):
+            while low < last:
+                slot = low % ring.slots
+                end = min(last, low + ring.slots - slot, low + SAVED_TOGETHER)  # the ring's end
+                room = self._room if end - low == SAVED_TOGETHER else self._room[: end - low]
+                file.write((offset + slot * self._size,), (rows.records(ring, coded, first, low, end, room),))
+                low = end
 
     def _rings(self, rows: RecentRows, start: int, stop: int) -> list[tuple[RecentRing, int, int, int]]:
         """Return each ring with the offset of its records, and which of positions [start, stop) may be in it."""
         ring, first = self._offsets
-        found = [
-            (rows.ring, ring, max(start, stop - rows.window), stop),
-            (rows.first, first, start, min(stop, rows.sinks)),
-        ]
-        return [(one, at, low, high) for one, at, low, high in found if at >= 0 and low < high]
+        found = []
+        if ring >= 0:
+            found.append((rows.ring, ring, max(start, stop - rows.window), stop))
+        if start < rows.sinks:
+            found.append((rows.first, first, start, min(stop, rows.sinks)))
+        return found
 
 
 def check_records(mapped: MappedFile, length: int) -> Iterator[Damage]:

@@ -64,6 +64,11 @@ class WriterLayer(MappedLayer):
         self._scratch: tuple[Rows, Rows] | None = None
         self._unsaved: tuple[int, int] | None = None
         """Positions [start, stop) whose rows in 16 bits are in memory alone."""
+        self._pushed: tuple[Rows, list[Rows]] | None = None
+        """Coded rows of the last positions that were pushed, by their number modulo SAVED_TOGETHER, and views of each:
+        records have digests of them, and in the map they would be read from pages that no one else has touched yet."""
+        self._pushes: tuple[int, int] = -1, -1
+        """Positions [start, stop), pushed one by one, of which `_pushed` has the last."""
 
     def begin(self, count: int) -> int:
         self._storage.check_writable()
@@ -80,8 +85,17 @@ class WriterLayer(MappedLayer):
             self._scratch = self._scratch_rows.of(self.geometry)
         scratch, one = self._scratch
         if count == 1:
-            return one
+            pushed = self._pushed
+            if pushed is None:
+                if self._records is None or SAVED_TOGETHER * self.geometry.position_bytes > SCRATCH_BYTES:
+                    return one
+                pushed = self._pushed = self._allocate_pushed()
+            return pushed[1][start % SAVED_TOGETHER]
         return scratch if count >= len(scratch[0]) else scratch.part(0, count)
+
+    def _allocate_pushed(self) -> tuple[Rows, list[Rows]]:
+        rows = Rows.empty(self.geometry, SAVED_TOGETHER)
+        return rows, [rows.part(row, row + 1) for row in range(SAVED_TOGETHER)]
 
     def write(self, start: int, rows: Rows) -> None:
         at, size = self._offsets, self._row_bytes
@@ -133,7 +147,16 @@ class WriterLayer(MappedLayer):
         recent = self._recent if self._loaded is not None else super().recent_rows()
         assert recent is not None
         recent.keep(start, keys, key_dtype, values, value_dtype)
-        self._note_unsaved(start, start + (len(keys) if keys.ndim == 3 else 1))
+        if keys.ndim == 3:
+            self._note_unsaved(start, start + len(keys))
+            return
+        stop = start + 1
+        pushes = self._pushes
+        self._pushes = (pushes[0] if pushes[1] == start else start), stop  # as `stage` has it
+        unsaved = self._unsaved
+        self._unsaved = (start if unsaved is None else unsaved[0]), stop
+        if not stop % SAVED_TOGETHER:
+            self.save_recent()
 
     def take_recent(self, source: RecentRows, start: int, stop: int, at: int = 0) -> None:
         if self._records is not None:
@@ -143,6 +166,7 @@ class WriterLayer(MappedLayer):
             self._note_unsaved(at, at + stop - start)
 
     def forget_recent(self, length: int) -> None:
+        self._pushes = -1, -1
         if self._loaded is not None:
             super().forget_recent(length)
         if self._unsaved is not None:
@@ -154,6 +178,7 @@ class WriterLayer(MappedLayer):
             self._unsaved = max(0, length - self.recent.window), stop
 
     def _note_unsaved(self, start: int, stop: int) -> None:
+        self._pushes = -1, -1
         if self._unsaved is not None:
             start = min(start, self._unsaved[0])
         self._unsaved = start, stop
@@ -178,7 +203,12 @@ class WriterLayer(MappedLayer):
             record.empty(file)
         self._torn = []
         if self._unsaved is not None:
-            records.save(recent, self.slabs().part, *self._unsaved, file)
+            start, stop = self._unsaved
+            first, pushed = start - start % SAVED_TOGETHER, self._pushed
+            if pushed and self._pushes[0] <= start and self._pushes[1] == stop <= first + SAVED_TOGETHER:
+                records.save(recent, pushed[0], first, start, stop, file)
+            else:
+                records.save(recent, self.slabs(), 0, start, stop, file)
             self._unsaved = None
 
     def settle_recent(self) -> None:
