@@ -4,7 +4,8 @@
 
 Prints processor time without and with them, in alternation, and the ratio; means over lengths, since kernels work in
 tiles and one length may suit one of the two better. One thread, one query. Cases are (KV heads, query heads a KV head,
-head_dim).
+head_dim). Behind the ratio of a push stands what it would be if the rows in 16 bits had only to be copied: to memory,
+or to memory and to a mapped file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import kvmmap
 CASES = ((3, 3, 64), (8, 1, 128), (8, 4, 128))
 CODECS = ("int8", "int8-rotated", "int4-rotated")
 LENGTHS = 8
+TOGETHER = 16
+"""Positions whose rows are written to a file at once."""
 ROUNDS = 12
 DEFAULT = "int8-rotated"
 """The codec of the default preset, which is what the bars are for."""
@@ -41,14 +44,19 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=4)
     args = parser.parse_args()
     report = Report("recent")
-    print(f"{'case':12} {'codec':14} {'attention':>24} {'push':>22} {'push to a file':>22}   us without, with, ratio")
+    print(f"{'case':12} {'codec':14} {'attention':>24} {'push':>29} {'push to a file':>29}   us without, with, ratio")
     for heads, group, dim in CASES:
         for codec in CODECS:
             kinds = ((0, 0), (args.window, args.sinks))
             found = [attention(heads, group, dim, codec, kinds, args.positions, args.rounds)]
             found += [pushes(heads, dim, codec, kinds, args.rounds, to_file=to_file) for to_file in (False, True)]
             case = f"{heads}x{dim} g{group}"
-            print(f"{case:12} {codec:14} " + " ".join(cell(*pair) for pair in found), flush=True)
+            copied = [
+                None,
+                *(copying(heads, dim, args.window, args.rounds, to_file=to_file) for to_file in (False, True)),
+            ]
+            cells = [cell(*pair, copy) for pair, copy in zip(found, copied, strict=True)]
+            print(f"{case:12} {codec:14} " + " ".join(cells), flush=True)
             report.notes[f"{case}, {codec}"] = dict(zip(WHAT, found, strict=True))
             if (heads, group, codec) == (8, 1, DEFAULT):
                 for what, (without, with_) in zip(WHAT, found, strict=True):
@@ -95,6 +103,22 @@ def pushes(heads: int, dim: int, codec: str, kinds: Any, rounds: int, *, to_file
     return times
 
 
+def copying(heads: int, dim: int, window: int, rounds: int, *, to_file: bool) -> float:
+    """Return the microseconds of copying a position's rows in 16 bits alone into a ring, and into one in a file."""
+    numbers, slots = 2 * heads * dim, -(-window // TOGETHER) * TOGETHER
+    rows = np.zeros((TOGETHER, numbers), np.uint16)
+    with tempfile.TemporaryDirectory() as folder:
+        rings = [np.zeros((slots // TOGETHER, *rows.shape), np.uint16)]
+        if to_file:
+            rings.append(np.memmap(Path(folder) / "ring", np.uint16, "w+", shape=rings[0].shape))
+
+        def copy() -> None:
+            for ring in rings:
+                ring[...] = rows
+
+        return alternately([copy, copy], 4, rounds)[0] / slots
+
+
 def alternately(runs: list[Callable[[], Any]], repeat: int, rounds: int) -> Pair:
     """Return the shortest processor time of both, in microseconds, over rounds of both."""
     found: list[list[float]] = [[] for _ in runs]
@@ -107,8 +131,10 @@ def alternately(runs: list[Callable[[], Any]], repeat: int, rounds: int) -> Pair
     return min(found[0]), min(found[1])
 
 
-def cell(without: float, with_: float) -> str:
-    return f"{without:8.2f} {with_:8.2f} {with_ / without:5.3f}"
+def cell(without: float, with_: float, copied: float | None) -> str:
+    """Return the figures of a pair, and the ratio if the rows in 16 bits were only copied, in so many microseconds."""
+    floor = "" if copied is None else f" ({1 + copied / without:.2f})"
+    return f"{without:8.2f} {with_:8.2f} {with_ / without:5.3f}{floor}"
 
 
 if __name__ == "__main__":
