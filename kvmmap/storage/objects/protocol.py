@@ -59,7 +59,7 @@ class Objects(Protocol):
         """Fill buffers from offsets in an object. Raises EOFError if it is too short."""
 
     def pieces(self, key: str, size: int) -> Iterator[Buffer]:
-        """Yield an object in pieces of about so many bytes; each is to be used before the next."""
+        """Yield an object in pieces of about so many bytes, or as they arrive; each is to be used before the next."""
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """Store the parts, one after the other, as an object."""
