@@ -15,7 +15,8 @@ namespace kvmmap {
 class Blocks {
   public:
     // With room for the checksums in `sums`; in here where that is none.
-    Blocks(const nb::tuple& arrays, uint32_t track, nb::handle numbers, int64_t size, int64_t stop, nb::handle sums) : numbers_(numbers, contiguous) {
+    Blocks(const nb::tuple& arrays, uint32_t track, nb::handle numbers, int64_t size, int64_t stop, nb::handle sums)
+        : numbers_(numbers, contiguous) {
         if (arrays.size() > most_hashed_arrays) throw nb::value_error("too many arrays");
         if (size <= 0 || stop < 0) throw nb::value_error("size must be positive, and stop not negative");
         const int64_t count = numbers_.bytes() / 8;
