@@ -106,6 +106,41 @@ def test_what_a_step_does_not_take_changes_nothing(tmp_path: Path) -> None:
         step.attend(fine, 1.0, None, None)
 
 
+def test_each_step_returns_a_tensor_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with created(tmp_path / "a.kvm") as cache:
+        step = cache.layers[0].decode_step(torch.Tensor, DTYPES)
+        assert step is not None
+        keys, values = rows(torch.float32), rows(torch.float32, dim=VALUE_DIM)
+        step.prepare(keys)  # nothing is known of the queries yet
+        assert step.push(keys, values)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for heads, dtype, like, inference in [
+            (2, torch.float32, keys, False),
+            (2, torch.float32, keys, True),
+            (4, torch.float32, keys, False),  # prepared for two
+            (4, torch.bfloat16, keys, False),  # prepared in f32
+            (4, torch.bfloat16, keys.bfloat16(), False),
+            (4, torch.bfloat16, keys.double(), False),  # of which no step is made
+            (4, torch.float32, keys.to("meta"), False),  # nor elsewhere
+            (4, torch.bfloat16, None, False),
+        ]:
+            query = rows(dtype, heads * HEADS)
+            with torch.inference_mode(inference):
+                if like is not None:
+                    step.prepare(like)
+                found = step.attend(query, 0.2, None, None)
+                assert step.attend(query * torch.nan, 0.2, None, None) is None
+            assert found.is_inference() == inference
+            assert found.dtype is dtype
+            assert found.shape == (1, 1, heads * HEADS, VALUE_DIM)
+            expected = cache.layers[0].attend(as_array(query)[0].swapaxes(0, 1), scale=0.2)
+            assert torch.equal(found[0], torch.from_numpy(expected).to(dtype))
+            kept.append((found, found.clone()))
+        assert len({found.data_ptr() for found, _ in kept}) == len(kept)
+        assert all(torch.equal(found, copy) for found, copy in kept)
+
+
 def test_there_are_no_steps_where_there_is_no_shorter_way(tmp_path: Path) -> None:
     with created(tmp_path / "a.kvm") as cache:
         cache.push_step([np.ones((HEADS, DIM), np.float32)], [np.ones((HEADS, VALUE_DIM), np.float32)])

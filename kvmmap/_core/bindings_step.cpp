@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -24,11 +26,45 @@ using namespace kvmmap;
 
 namespace {
 
+// A name that is looked up often. Python finds attributes by the identity of an interned name; one made of characters at each
+// look-up it would search for in the dictionaries of all base classes.
+struct Name {
+    nb::object text;
+
+    explicit Name(const char* characters) : text(nb::steal(PyUnicode_InternFromString(characters))) {}
+    nb::object of(nb::handle object) const { return checked(PyObject_GetAttr(object.ptr(), text.ptr())); }
+    nb::object call(nb::handle object) const {
+        PyObject* arguments[] = {object.ptr()};
+        return checked(PyObject_VectorcallMethod(text.ptr(), arguments, 1, nullptr));
+    }
+
+  private:
+    static nb::object checked(PyObject* found) {
+        if (!found) throw nb::python_error();
+        return nb::steal(found);
+    }
+};
+
 // What tells that an object is a tensor that can be read as it lies; given by whoever has the tensors' library.
 struct TensorKind {
     nb::object type;
     std::vector<nb::object> dtypes;  // in the order of Dtype
+    Name dtype{"dtype"}, is_cpu{"is_cpu"}, requires_grad{"requires_grad"}, is_neg{"is_neg"}, shape{"shape"}, stride{"stride"},
+        data_ptr{"data_ptr"}, new_empty{"new_empty"};
 };
+
+// Whether an object is a tensor, of no subclass, in the processor's memory.
+bool is_plain(nb::handle object, const TensorKind& kind) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == kind.type.ptr() && kind.is_cpu.of(object).is(Py_True);
+}
+
+// The number of a tensor's dtype, -1 if it is none of these.
+int dtype_of(nb::handle tensor, const TensorKind& kind) {
+    const nb::object dtype = kind.dtype.of(tensor);
+    for (int i = 0; i < dtype_count; ++i)
+        if (kind.dtypes[i].is(dtype)) return i;
+    return -1;
+}
 
 int64_t whole(nb::handle number) { return nb::cast<int64_t>(number); }
 
@@ -36,19 +72,18 @@ int64_t whole(nb::handle number) { return nb::cast<int64_t>(number); }
 // device, a lazy negation, a part of a graph of gradients, a subclass.
 RowGrid rows_of(nb::handle tensor, const TensorKind& kind, int64_t dim) {
     constexpr RowGrid none{};
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) != kind.type.ptr()) return none;
-    const nb::object dtype = tensor.attr("dtype");
-    const auto found = std::find_if(kind.dtypes.begin(), kind.dtypes.end(), [&](const nb::object& one) { return one.is(dtype); });
-    if (found == kind.dtypes.end() || !nb::cast<bool>(tensor.attr("is_cpu")) || nb::cast<bool>(tensor.attr("requires_grad")) ||
-        nb::cast<bool>(tensor.attr("is_neg")()))
+    if (!is_plain(tensor, kind)) return none;
+    const int dtype = dtype_of(tensor, kind);
+    if (dtype < 0 || !kind.requires_grad.of(tensor).is(Py_False) ||
+        !kind.is_neg.call(tensor).is(Py_False))
         return none;
-    const nb::object shape = tensor.attr("shape");
+    const nb::object shape = kind.shape.of(tensor);
     if (nb::len(shape) != 4 || whole(shape[0]) != 1 || whole(shape[2]) != 1 || whole(shape[3]) != dim) return none;
-    const nb::object strides = tensor.attr("stride")();
+    const nb::object strides = kind.stride.call(tensor);
     if (dim > 1 && whole(strides[3]) != 1) return none;
-    const auto type = static_cast<Dtype>(found - kind.dtypes.begin());
+    const auto type = static_cast<Dtype>(dtype);
     const int64_t item = dtype_bytes(type), heads = whole(shape[1]), stride = item * whole(strides[1]);
-    const auto address = nb::cast<uintptr_t>(tensor.attr("data_ptr")());
+    const auto address = nb::cast<uintptr_t>(kind.data_ptr.call(tensor));
     return {reinterpret_cast<const void*>(address), 1, heads, dim, heads * stride, stride, type};
 }
 
@@ -104,31 +139,54 @@ class Step {
         return error == 0;
     }
 
+    // Makes the tensor that the next attention returns, if there was one before: those of all layers one after the other take an
+    // eighth of what each takes where it is needed, because torch's code is in the caches then.
+    void prepare(nb::handle like) {
+        next_ = {};
+        if (!heads_ || !is_plain(like, kind_)) return;
+        const int dtype = dtype_of(like, kind_);
+        if (dtype >= 0) next_ = output(like, static_cast<Dtype>(dtype), heads_);
+    }
+
     nb::object attend(nb::handle query_object, const nb::tuple& slabs, int64_t length, float scale, float softcap, int64_t window) {
         const RowGrid query = rows_of(query_object, kind_, layer_.dim);
         if (!query.data || query.inner % layer_.kv_heads || slabs.size() != row_bytes_.size()) return nb::none();
-        std::vector<std::unique_ptr<Buffer>> held;
-        for (size_t i = 0; i < slabs.size(); ++i) {
-            const Buffer& array = *held.emplace_back(std::make_unique<Buffer>(slabs[i], contiguous));
-            if (array.bytes() < length * row_bytes_[i]) throw nb::value_error("slabs: too small");
-        }
+        std::optional<Buffer> held[4];  // at most codes and scales of both sides
+        for (size_t i = 0; i < row_bytes_.size(); ++i)
+            if (held[i].emplace(slabs[i], contiguous).bytes() < length * row_bytes_[i]) throw nb::value_error("slabs: too small");
         const size_t split = scale_bytes(layer_.keys.codec) ? 2 : 1;
         const auto rows = [&](RowFormat form, size_t first) {
             return CodedRows{form, held[first]->data(), scale_bytes(form.codec) ? held[first + 1]->data() : nullptr};
         };
         const AttendExtent extent{0, rows(layer_.keys, 0), rows(layer_.values, split)};
-        nb::object out = query_object.attr("new_empty")(nb::make_tuple(1, 1, query.inner, layer_.value_dim));
-        const auto address = nb::cast<uintptr_t>(out.attr("data_ptr")());
-        const StepQuery asked{query, scale, softcap, window, all_processors(), reinterpret_cast<void*>(address)};
+        Output made = std::exchange(next_, {});
+        if (!made.tensor.is_valid() || made.dtype != query.dtype || made.heads != query.inner) {
+            heads_ = query.inner;
+            made = output(query_object, query.dtype, query.inner);
+        }
+        const StepQuery asked{query, scale, softcap, window, all_processors(), made.data};
         bool finite;
         {
             nb::gil_scoped_release released;
             finite = attend_step(layer_, asked, extent, length);
         }
-        return finite ? out : nb::none();
+        return finite ? made.tensor : nb::none();
     }
 
   private:
+    struct Output {
+        nb::object tensor;  // [1, 1, heads, value_dim]
+        Dtype dtype;
+        int64_t heads;
+        void* data;
+    };
+
+    Output output(nb::handle like, Dtype dtype, int64_t heads) const {
+        nb::object tensor = kind_.new_empty.of(like)(nb::make_tuple(1, 1, heads, layer_.value_dim));
+        void* data = reinterpret_cast<void*>(nb::cast<uintptr_t>(kind_.data_ptr.call(tensor)));
+        return {std::move(tensor), dtype, heads, data};
+    }
+
     static RowFormat format(int codec, int transform, int64_t dim) {
         const RowFormat made{static_cast<Codec>(codec), transform == 1};
         if (codec < 1 || codec > static_cast<int>(Codec::int6) || transform < 0 || transform > 1 || dim < 1 || !made.takes(dim))
@@ -155,6 +213,8 @@ class Step {
     std::unique_ptr<char[]> scratch_;
     std::vector<std::unique_ptr<Buffer>> rings_;
     TensorKind kind_;
+    int64_t heads_ = 0;  // of the last queries
+    Output next_{};
 };
 
 }  // namespace
@@ -163,6 +223,7 @@ void bind_step(nb::module_& m) {
     nb::class_<Step>(m, "Step")
         .def(nb::init<const std::vector<int>&, int64_t, int64_t, int64_t, const std::vector<int64_t>&, nb::tuple, nb::object, nb::tuple>(),
              "codecs"_a, "kv_heads"_a, "dim"_a, "value_dim"_a, "offsets"_a, "recent"_a, "tensor"_a, "dtypes"_a)
+        .def("prepare", &Step::prepare, "like"_a)
         .def("append", &Step::append, "fd"_a, "position"_a, "keys"_a, "values"_a)
         .def("attend", &Step::attend, "query"_a, "slabs"_a, "length"_a, "scale"_a, "softcap"_a, "window"_a);
 }

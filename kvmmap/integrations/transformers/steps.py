@@ -37,18 +37,20 @@ class Steps:
         """Positions that the last layer has."""
         return 0 if self._last is None else self._last.length
 
-    def check(self, layers: Sequence[object], rows: Sequence[StoredRows], dtype: torch.dtype) -> None:
+    def check(self, layers: Sequence[object], rows: Sequence[StoredRows], keys: torch.Tensor) -> None:
         """Have the other layers of a pass take the shorter way, if all of the cache can.
 
         Args:
             layers: those of the model.
             rows: all stores of rows.
-            dtype: that of the pass's keys.
+            keys: the first ones of the pass.
         """
         if self._steps is None:
             self._steps = _made(layers, len(rows))
             self._last = next(reversed(self._steps.values()), None)
-        self.checked, self._dtype = self._last is not None, dtype
+        for step in self._steps.values():
+            step.prepare(keys)
+        self.checked, self._dtype = self._last is not None, keys.dtype
 
     def push(self, number: int, length: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Append a position to a layer that has `length`; False if nothing was done.

@@ -197,7 +197,7 @@ class StoredSequence(SourcedSequence):
         self._check_announced()
         result: tuple[Any, Any] = layer.update(key_states, value_states, *args, **kwargs)
         if result[0] is layer and key_states.shape[2] == 1:
-            self._steps.check(self._layers, self._rows, key_states.dtype)
+            self._steps.check(self._layers, self._rows, key_states)
         self._note_complete(layer)
         return result
 
