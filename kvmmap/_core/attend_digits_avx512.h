@@ -162,11 +162,9 @@ inline float power_of_two(int exponent) {
 // a number of as many bits as the digits have, by a power of two: with three digits that is its own 24 bits, and there is
 // nothing to divide by. `count` is a multiple of 16.
 template <int digits>
-inline float store_weights(const float* weights, int64_t count, char* out) {
+inline float store_weights(const float* weights, int64_t count, float largest, char* out) {
     constexpr int bits = 8 * digits;
-    __m512 most = _mm512_load_ps(weights);
-    for (int64_t j = 16; j < count; j += 16) most = _mm512_max_ps(most, _mm512_load_ps(weights + j));
-    const int exponent = std::max(exponent_of(highest(most)), least_exponent);
+    const int exponent = std::max(exponent_of(largest), least_exponent);
     const __m512 factor = _mm512_set1_ps(power_of_two(bits - exponent));
     for (int64_t j = 0; j < count; j += 16, out += 4 * step_bytes<digits>) {
         __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(weights + j), factor));
@@ -175,6 +173,13 @@ inline float store_weights(const float* weights, int64_t count, char* out) {
         store_digits<digits>(whole, out);
     }
     return power_of_two(exponent - bits);
+}
+
+template <int digits>
+inline float store_weights(const float* weights, int64_t count, char* out) {
+    __m512 most = _mm512_load_ps(weights);
+    for (int64_t j = 16; j < count; j += 16) most = _mm512_max_ps(most, _mm512_load_ps(weights + j));
+    return store_weights<digits>(weights, count, highest(most), out);
 }
 
 }  // namespace

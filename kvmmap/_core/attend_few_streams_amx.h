@@ -1,8 +1,9 @@
-// Streams of one or two rows of queries whose keys are multiplied with AMX: any codes that the kernel reads.
+// Streams of one or two rows of queries whose keys are multiplied with AMX.
 //
 // A tile's rows are the 16 streams, and its second operand has the digits of the rows of queries as columns. So 64 numbers of a
 // position of every stream cost a product of 16 cycles, where interleaving keys takes 64 shuffles and their products 48
-// instructions for each row of queries. Codes of fewer bits become int8 in memory that stays in the first-level cache.
+// instructions for each row of queries. Over int8 codes in cache that is 0.8 of the time. 4 and 5 bits are multiplied without
+// AMX, which would need them as int8 in memory: multiply_halves takes as long as writing them.
 #pragma once
 
 #include "attend_few_streams_avx512.h"
@@ -20,7 +21,8 @@ class AmxFewStreams : public FewStreams<digits> {
   public:
     AmxFewStreams(const AttendJob& job, const CodedRows& keys, const FewRows<digits>& key_rows, const CodedRows& values,
                   const FewRows<digits>& value_rows, const char* prepared, AttendState state)
-        : Base(job, keys, key_rows, values, value_rows, prepared, state), query_bytes_(job.dim * columns) {
+        : Base(job, keys, key_rows, values, value_rows, prepared, state), columns_(digits * rows_ > 4 ? 8 : 4),
+          query_bytes_(job.dim * columns_) {
         const int64_t plain_bytes = keys_.plain ? lanes * job.dim : 0;
         packed_.reset(new char[64 + heads_ * query_bytes_ + ring * (product_bytes + plain_bytes)]);
         packed_queries_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(packed_.get()) + 63) / 64 * 64);
@@ -30,11 +32,12 @@ class AmxFewStreams : public FewStreams<digits> {
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < rows_; ++r)
                 for (int64_t d = 0; d < job.dim; d += 4)
-                    std::memcpy(packed_queries_ + h * query_bytes_ + d * columns + 4 * digits * r,
+                    std::memcpy(packed_queries_ + h * query_bytes_ + d * columns_ + 4 * digits * r,
                                 queries_[h * rows_ + r] + query_header + d / 4 * step_bytes<digits>, 4 * digits);
         alignas(64) uint8_t config[64] = {1};
         for (int i = 0; i < 8; ++i) {
-            config[16 + 2 * i] = i < 4 ? 4 * columns : 64;  // bytes of a row; tiles 0 to 3 are sums and queries, the others keys
+            // Bytes of a row; tiles 0 to 3 are sums and queries, the others keys.
+            config[16 + 2 * i] = static_cast<uint8_t>(i < 4 ? 4 * columns_ : 64);
             config[48 + i] = 16;
         }
         stored_before();
@@ -44,68 +47,97 @@ class AmxFewStreams : public FewStreams<digits> {
 
   protected:
     void score(const Slab& keys, const Slab& next, const char* const (&scales)[2]) override {
+        if (keys_.multiply) return Base::score(keys, next, scales);
         const int64_t steps = length * heads_, products_after = keys_.plain ? lag : 0, all = steps + products_after;
+        int64_t multiplied = 0, h = 0, j = 0;  // the head to be multiplied next; the head and position whose products are taken next
         for (int64_t step = 0; step <= all + lag; ++step) {
+            const int64_t now = step - products_after, before = now - lag - 1;
+            if (now >= 0 && now <= steps) {
+                const char* codes = keys_.plain ? plain_of(now) : keys.codes + now * keys_.row_bytes;
+                const int64_t stride = keys_.plain ? job_.dim : keys.stream(), dim = now < steps ? job_.dim : 0;
+                const char* queries = packed_queries_ + multiplied * query_bytes_;
+                char* products = now ? products_of(now - 1) : nullptr;
+                if (now % 2) multiply<true>(codes, stride, dim, queries, products);
+                else multiply<false>(codes, stride, dim, queries, products);
+                if (++multiplied == heads_) multiplied = 0;
+            }
+            if (before >= 0) {
+                take(products_of(before), h, j);
+                if (++h == heads_) h = 0, ++j;
+            }
             if (step < steps) {
                 Base::fetch_scales(scales, step);
                 Base::fetch(keys, next, step * keys_.row_bytes, keys_.row_bytes);
                 if (keys_.plain) keys_.plain(keys.codes + step * keys_.row_bytes, keys.stream(), job_.dim, plain_of(step));
             }
-            const int64_t now = step - products_after, before = now - lag - 1;
-            if (now >= 0 && now <= steps) now % 2 ? multiply<true>(keys, now, steps) : multiply<false>(keys, now, steps);
-            if (before >= 0) take(before);
         }
     }
 
   private:
-    static constexpr int64_t columns = 8;  // digits of both rows, in the order of rows
-    static constexpr int64_t lag = 6;      // steps until what was stored is read: before it is in the cache, reading waits
-    static constexpr int64_t ring = 8, product_bytes = 16 * columns * 4;
+    static constexpr int64_t lag = 6;  // steps until what was stored is read: before it is in the cache, reading waits
+    static constexpr int64_t ring = 8, product_bytes = 16 * 8 * 4;
 
     char* plain_of(int64_t step) const { return plain_ + step % ring * lanes * job_.dim; }
+    char* products_of(int64_t step) const { return products_ + step % ring * product_bytes; }
 
-    // Sums of a step are stored a step later, when they are there.
+    // Stores the sums of the step before, which are there by now, to `products`.
     template <bool odd>
-    [[gnu::always_inline]] void multiply(const Slab& keys, int64_t step, int64_t steps) {
-        const char* codes = keys_.plain ? plain_of(step) : keys.codes + step * keys_.row_bytes;
-        const char* queries = packed_queries_ + step % heads_ * query_bytes_;
-        const int64_t stride = keys_.plain ? job_.dim : keys.stream();
+    [[gnu::always_inline]] void multiply(const char* keys, int64_t stride, int64_t dim, const char* queries, char* products) {
         stored_before();
         if constexpr (odd) _tile_zero(1);
         else _tile_zero(0);
-        for (int64_t d = 0; step < steps && d < job_.dim; d += 64) {
+        for (int64_t d = 0; d < dim; d += 64) {
             if constexpr (odd) {
-                _tile_loadd(3, queries + d * columns, 4 * columns);
-                _tile_loadd(5, codes + d, stride);
+                _tile_loadd(3, queries + d * columns_, 4 * columns_);
+                _tile_loadd(5, keys + d, stride);
                 _tile_dpbssd(1, 5, 3);
             } else {
-                _tile_loadd(2, queries + d * columns, 4 * columns);
-                _tile_loadd(4, codes + d, stride);
+                _tile_loadd(2, queries + d * columns_, 4 * columns_);
+                _tile_loadd(4, keys + d, stride);
                 _tile_dpbssd(0, 4, 2);
             }
         }
-        if (!step) return;
-        char* products = products_ + (step - 1) % ring * product_bytes;
-        if constexpr (odd) _tile_stored(0, products, 4 * columns);
-        else _tile_stored(1, products, 4 * columns);
+        if (!products) return;
+        if constexpr (odd) _tile_stored(0, products, 4 * columns_);
+        else _tile_stored(1, products, 4 * columns_);
     }
 
     // Products of a step, [stream][column], to where weights will be.
-    void take(int64_t step) {
+    void take(const char* products, int64_t h, int64_t j) {
         stored_before();
-        const char* products = products_ + step % ring * product_bytes;
-        const int64_t h = step % heads_, j = step / heads_;
-        const __m512i order = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+        __m512i v[8];
+        // Columns of streams, those with the same number modulo 4 side by side.
+        by_columns(products, columns_, v);
+        if (columns_ == 8) by_columns(products + 16, columns_, v + 4);
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         for (int64_t r = 0; r < rows_; ++r) {
-            const char* p = products + 4 * digits * r;
-            const __m512i low = _mm512_i32gather_epi32(order, p, 4), middle = _mm512_i32gather_epi32(order, p + 4, 4);
-            const __m512i high = digits == 3 ? _mm512_i32gather_epi32(order, p + 8, 4) : middle;
-            const __m512 sum = digits == 3 ? put_together(low, middle, high) : put_together(low, high);
-            const float worth = reinterpret_cast<const Digits*>(queries_[h * rows_ + r])->worth;
-            _mm512_store_ps(Base::weights_of(h, r) + j * lanes, _mm512_mul_ps(sum, _mm512_set1_ps(worth)));
+            const __m512i* row = v + digits * r;
+            const __m512 sum = digits == 3 ? put_together(row[0], row[1], row[2]) : put_together(row[0], row[1]);
+            const __m512 worth = _mm512_set1_ps(reinterpret_cast<const Digits*>(queries_[h * rows_ + r])->worth);
+            _mm512_store_ps(Base::weights_of(h, r) + j * lanes, _mm512_mul_ps(_mm512_permutexvar_ps(order, sum), worth));
         }
     }
 
+    // Four columns of 16 rows of so many; lane l of a register has rows l, 4 + l, 8 + l and 12 + l.
+    [[gnu::always_inline]] static void by_columns(const char* products, int64_t columns, __m512i* out) {
+        __m512i v[4];
+        for (int i = 0; i < 4; ++i) {
+            if (columns == 4) {
+                v[i] = _mm512_load_si512(products + 64 * i);
+            } else {
+                const auto* p = reinterpret_cast<const __m128i*>(products + 128 * i);
+                const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(p)), _mm_load_si128(p + 2), 1);
+                const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(p + 4)), _mm_load_si128(p + 6), 1);
+                v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+            }
+        }
+        const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+        const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+        out[0] = _mm512_unpacklo_epi64(a, b), out[1] = _mm512_unpackhi_epi64(a, b);
+        out[2] = _mm512_unpacklo_epi64(c, d), out[3] = _mm512_unpackhi_epi64(c, d);
+    }
+
+    int64_t columns_;  // digits of the rows, in the order of rows
     int64_t query_bytes_;
     std::unique_ptr<char[]> packed_;
     char* packed_queries_;  // [head][four numbers][column][4]

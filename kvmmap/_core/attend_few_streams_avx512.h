@@ -20,13 +20,30 @@ template <int digits>
 struct FewRows {
     int64_t row_bytes = 0;
     bool half_scales = false;
-    // Adds 16 values times their weights to sums: of 64 numbers after 64 numbers, as HalfSums keeps them.
-    void (*add)(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) = nullptr;
-    // Without AMX: products of a prepared query and 16 keys.
+    // Adds `count` times 16 values, `step` bytes apart, times their weights to sums: of 64 numbers after 64 numbers, as HalfSums
+    // keeps them.
+    void (*add)(const char* values, int64_t stride, int64_t step, int64_t count, int64_t dim, const char* weights, __m512i* sums) = nullptr;
+    // Products of a prepared query and 16 keys; none where AMX multiplies them.
     void (*multiply)(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) = nullptr;
-    // For AMX: 16 keys as int8, one after the other; none where they are stored so.
+    // 16 keys as int8, one after the other, for AMX; none where they are stored so.
     void (*plain)(const char* keys, int64_t stride, int64_t dim, char* out) = nullptr;
 };
+
+// 2^x for x <= 0, and 0 below -126: Lanes::exp2, by fewer instructions.
+[[gnu::always_inline]] inline __m512 exact_power(__m512 x) {
+    const __m512 least = _mm512_set1_ps(-126.0f);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+    const __m512 kept = _mm512_max_ps(least, x), whole = _mm512_roundscale_ps(kept, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(kept, whole);
+    __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.339887440266574e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618437357674640e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550332471162809e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402264791363012e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028550421e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(normal, p, whole);
+}
 
 struct NothingAhead {
     void fetch(int) {}
@@ -39,20 +56,23 @@ void multiply_16(const char* keys, int64_t stride, int64_t dim, const char* quer
 }
 
 template <int digits, class Rows>
-void add_each_64(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
+void add_each_64(const char* values, int64_t stride, int64_t step, int64_t count, int64_t dim, const char* weights, __m512i* sums) {
     using Sums = HalfSums<digits>;
     const Rows stored(dim);
     for (int64_t d = 0; d < dim; d += 64, sums += 2 * Sums::registers) {
         Sums first(sums), second(sums + Sums::registers);
-        const char *p = values, *w = weights;
+        const char* w = weights;
+        for (int64_t i = 0; i < count; ++i) {
+            const char* p = values + i * step;
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q, p += 4 * stride, w += step_bytes<digits>) {
-            const FourRows four(stored, p, stride, d);
-            __m512i a, b;
-            four.half<false>(a, b);
-            first.add(a, b, w);
-            four.half<true>(a, b);
-            second.add(a, b, w);
+            for (int q = 0; q < 4; ++q, p += 4 * stride, w += step_bytes<digits>) {
+                const FourRows four(stored, p, stride, d);
+                __m512i a, b;
+                four.half<false>(a, b);
+                first.add(a, b, w);
+                four.half<true>(a, b);
+                second.add(a, b, w);
+            }
         }
         first.keep(sums), second.keep(sums + Sums::registers);
     }
@@ -60,28 +80,32 @@ void add_each_64(const char* values, int64_t stride, int64_t dim, const char* we
 
 // A half of what add_halves adds.
 template <int digits, bool second>
-[[gnu::always_inline]] inline void add_half(const LevelTable<4>& table, const char* values, int64_t stride, const char* weights, __m512i* lower, __m512i* upper) {
+[[gnu::always_inline]] inline void add_half(const LevelTable<4, false>& table, const char* values, int64_t stride, int64_t step, int64_t count,
+                                            const char* weights, __m512i* lower, __m512i* upper) {
     HalfSums<digits> low(lower), high(upper);
+    for (int64_t i = 0; i < count; ++i, values += step) {
+        const char* p = values;
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q, values += 4 * stride, weights += step_bytes<digits>) {
-        const FourRows four(PackedRows{}, values, stride, 0);
-        __m512i a, b;
-        four.half<second>(a, b);
-        low.add(table.lower(a), table.lower(b), weights);
-        high.add(table.upper(a), table.upper(b), weights);
+        for (int q = 0; q < 4; ++q, p += 4 * stride, weights += step_bytes<digits>) {
+            const FourRows four(PackedRows{}, p, stride, 0);
+            __m512i a, b;
+            four.half<second>(a, b);
+            low.add(table.lower(a), table.lower(b), weights);
+            high.add(table.upper(a), table.upper(b), weights);
+        }
     }
     low.keep(lower), high.keep(upper);
 }
 
 // Of 4 bits and a multiple of 128 numbers: bytes are put in order before they are looked up, half as many.
 template <int digits>
-void add_halves(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
+void add_halves(const char* values, int64_t stride, int64_t step, int64_t count, int64_t dim, const char* weights, __m512i* sums) {
     constexpr int registers = HalfSums<digits>::registers;
-    const LevelTable<4> table;
+    const LevelTable<4, false> table;
     __m512i* upper = sums + dim / 128 * 2 * registers;
     for (int64_t d = 0; d < dim / 2; d += 64, sums += 2 * registers, upper += 2 * registers) {
-        add_half<digits, false>(table, values + d, stride, weights, sums, upper);
-        add_half<digits, true>(table, values + d, stride, weights, sums + registers, upper + registers);
+        add_half<digits, false>(table, values + d, stride, step, count, weights, sums, upper);
+        add_half<digits, true>(table, values + d, stride, step, count, weights, sums + registers, upper + registers);
     }
 }
 
@@ -92,18 +116,59 @@ void plain_16(const char* keys, int64_t stride, int64_t dim, char* out) {
         for (int64_t d = 0; d < dim; d += 64, out += 64) _mm512_store_si512(out, stored.load(keys, d));
 }
 
-// The same of 4 or 5 bits and a multiple of 128 numbers, two registers from each 64 bytes.
-template <int bits>
-void plain_halves(const char* keys, int64_t stride, int64_t dim, char* out) {
-    const LevelTable<bits> table;
-    const int64_t half = dim / 2;
-    for (int64_t i = 0; i < 16; ++i, keys += stride, out += dim)
-        for (int64_t d = 0; d < half; d += 64) {
-            const __m512i both = _mm512_loadu_si512(keys + d);
-            const char* fifth = keys + half + d / 8;
-            _mm512_store_si512(out + d, table.lower(both, fifth));
-            _mm512_store_si512(out + half + d, table.upper(both, fifth + half / 8));
+// Fifth bits of 128 codes of 16 keys, transposed: a register has 32 of each key.
+struct FifthBits {
+    __m512i lower[2], upper[2];
+
+    // Those of the lower halves at `plane`, of the upper ones `apart` bytes behind.
+    [[gnu::always_inline]] FifthBits(const char* plane, int64_t stride, int64_t apart) {
+        __m512i v[4];
+        for (int64_t i = 0; i < 4; ++i, plane += stride) {
+            const __m256i low = _mm256_set_m128i(both(plane + 4 * stride, apart), both(plane, apart));
+            const __m256i high = _mm256_set_m128i(both(plane + 12 * stride, apart), both(plane + 8 * stride, apart));
+            v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
         }
+        const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+        const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+        lower[0] = _mm512_unpacklo_epi64(a, b), lower[1] = _mm512_unpackhi_epi64(a, b);
+        upper[0] = _mm512_unpacklo_epi64(c, d), upper[1] = _mm512_unpackhi_epi64(c, d);
+    }
+    [[gnu::always_inline]] static __m128i both(const char* plane, int64_t apart) {
+        const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(plane));
+        return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), reinterpret_cast<const double*>(plane + apart)));
+    }
+};
+
+// Of 4 or 5 bits and a multiple of 128 numbers: bytes are put in order before they are looked up, half as many.
+template <int digits, int bits>
+void multiply_halves(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) {
+    constexpr int64_t step = step_bytes<digits>;
+    const LevelTable<bits, true> table;
+    const auto& row = *reinterpret_cast<const Digits*>(query);
+    KeySums<digits> lower(row), upper;
+    const int64_t half = dim / 2;
+    const char *first = query + query_header, *second = first + half / 4 * step;
+    for (int64_t d = 0; d < half; d += 64, first += 16 * step, second += 16 * step) {
+        __m512i v[16];
+        for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(keys + i * stride + d);
+        transpose_16(v);
+        if constexpr (bits == 5) {
+            const FifthBits fifth(keys + half + d / 8, stride, half / 8);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                lower.add(table.lower(v[i], table.from_lanes(fifth.lower[i / 8], i % 8)), first + i * step);
+                upper.add(table.upper(v[i], table.from_lanes(fifth.upper[i / 8], i % 8)), second + i * step);
+            }
+        } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                lower.add(table.lower(v[i]), first + i * step);
+                upper.add(table.upper(v[i]), second + i * step);
+            }
+        }
+    }
+    lower.add(upper);
+    lower.store(row.worth, out);
 }
 
 template <int digits, class Rows, bool amx>
@@ -111,9 +176,9 @@ FewRows<digits> few_rows_of(int64_t dim) {
     FewRows<digits> found{Rows(dim).row_bytes, Rows::half_scales};
     if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.add = add_halves<digits>;
     else found.add = add_each_64<digits, Rows>;
-    if constexpr (!amx) found.multiply = multiply_16<digits, Rows>;
-    else if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.plain = plain_halves<4>;
-    else if constexpr (std::is_same_v<Rows, LevelRows<5, false>>) found.plain = plain_halves<5>;
+    if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.multiply = multiply_halves<digits, 4>;
+    else if constexpr (std::is_same_v<Rows, LevelRows<5, false>>) found.multiply = multiply_halves<digits, 5>;
+    else if constexpr (!amx) found.multiply = multiply_16<digits, Rows>;
     else if constexpr (Rows::half_scales) found.plain = plain_16<Rows>;
     return found;
 }
@@ -145,7 +210,7 @@ class FewStreams : public StreamsShape {
                const FewRows<digits>& value_rows, const char* prepared, AttendState state)
         : job_(job), keys_(key_rows), values_(value_rows), stored_keys_(keys), stored_values_(values), heads_(job.kv_heads),
           rows_(job.n * job.group()), parts_(job.value_dim / 64), key_row_(heads_ * keys_.row_bytes),
-          value_row_(heads_ * values_.row_bytes), softmax_(job.softcap, state, Bytes<digits>::width(job.value_dim)),
+          value_row_(heads_ * values_.row_bytes), state_(state), softmax_(job.softcap, state, Bytes<digits>::width(job.value_dim)),
           worth_(heads_ * rows_), queries_(heads_ * rows_), sums_(heads_ * rows_) {
         // Not push_back: what it grows by is a function that other objects share, and this one's needs AVX-512.
         for (int64_t h = 0; h < heads_; ++h)
@@ -174,9 +239,9 @@ class FewStreams : public StreamsShape {
 
     // Products of queries and the keys of a span, in place of the weights they will become.
     virtual void score(const Slab& keys, const Slab& next, const char* const (&scales)[2]) {
-        for (int64_t step = 0; step < length * heads_; ++step) {
+        for (int64_t step = 0, j = 0, h = 0; j < length; ++step, h + 1 == heads_ ? h = 0, ++j : ++h) {
             fetch_scales(scales, step);
-            const int64_t h = step % heads_, j = step / heads_, at = step * keys_.row_bytes;
+            const int64_t at = step * keys_.row_bytes;
             fetch(keys, next, at, keys_.row_bytes);
             for (int64_t r = 0; r < rows_; ++r)
                 keys_.multiply(keys.codes + at, keys.stream(), job_.dim, queries_[h * rows_ + r], weights_of(h, r) + j * lanes);
@@ -201,6 +266,7 @@ class FewStreams : public StreamsShape {
     FewRows<digits> keys_, values_;
     CodedRows stored_keys_, stored_values_;
     int64_t heads_, rows_, parts_, key_row_, value_row_;
+    AttendState state_;
     Softmax<Bytes<digits>> softmax_;
     std::vector<float> worth_;          // [head][row] of one unit of a weight
     std::vector<const char*> queries_;  // [head][row], as prepared
@@ -241,24 +307,53 @@ class FewStreams : public StreamsShape {
 
     void weigh() {
         for (int64_t h = 0; h < heads_; ++h)
-            for (int64_t r = 0; r < rows_; ++r) {
-                float* weights = weights_of(h, r);
-                softmax_.scale(weights, key_scales_ + h * span, span);
-                softmax_.weigh(row_of(h, r), weights, value_scales_ + h * span, span);
-                worth_[h * rows_ + r] = store_weights<digits>(weights, span, reinterpret_cast<char*>(weights));
+            for (int64_t r = 0; r < rows_; ++r)
+                worth_[h * rows_ + r] = weigh(row_of(h, r), weights_of(h, r), key_scales_ + h * span, value_scales_ + h * span);
+    }
+
+    // Products of a span become digits of weights, in their place; returns what one unit is worth. As Softmax does it, in three
+    // walks over the 17 registers in place of five.
+    float weigh(int64_t row, float* scores, const float* key_scales, const float* value_scales) {
+        if (job_.softcap > 0) softmax_.scale(scores, key_scales, span);
+        const __m512 most = _mm512_set1_ps(0x1p126f), least = _mm512_set1_ps(-0x1p126f);
+        __m512 best = least;
+        for (int64_t j = 0; j < span; j += lanes) {
+            __m512 score = _mm512_load_ps(scores + j);
+            if (!(job_.softcap > 0)) {
+                // A NaN is the second operand, and stays one.
+                score = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_mul_ps(score, _mm512_load_ps(key_scales + j))));
+                _mm512_store_ps(scores + j, score);
             }
+            best = _mm512_max_ps(best, score);
+        }
+        const float highest_score = highest(best);
+        if (highest_score > state_.top[row]) softmax_.rescale(row, highest_score);
+        const __m512 top = _mm512_set1_ps(state_.top[row]);
+        __m512 total = _mm512_setzero_ps(), largest = total;
+        for (int64_t j = 0; j < span; j += lanes) {
+            const __m512 p = exact_power(_mm512_sub_ps(_mm512_load_ps(scores + j), top));
+            const __m512 weight = _mm512_mul_ps(p, _mm512_load_ps(value_scales + j));
+            total = _mm512_add_ps(total, p);
+            largest = _mm512_max_ps(largest, weight);
+            _mm512_store_ps(scores + j, weight);
+        }
+        state_.total[row] += _mm512_reduce_add_ps(total);
+        return store_weights<digits>(scores, span, highest(largest), reinterpret_cast<char*>(scores));
     }
 
     void add(const Slab& values, const Slab& next) {
         std::fill_n(kept_, heads_ * rows_ * parts_ * part_registers, _mm512_setzero_si512());
-        for (int64_t step = 0; step < length * heads_; ++step) {
-            const int64_t h = step % heads_, j = step / heads_, at = step * values_.row_bytes;
-            fetch(values, next, at, values_.row_bytes);
-            for (int64_t r = 0; r < rows_; ++r)
-                values_.add(values.codes + at, values.stream(), job_.value_dim,
-                            reinterpret_cast<const char*>(weights_of(h, r)) + j * 4 * step_bytes<digits>,
-                            kept_ + (h * rows_ + r) * parts_ * part_registers);
-        }
+        // Sums are loaded and stored half as often with two positions of every stream at a time. Of int8, that is slower.
+        const int64_t at_once = values_.half_scales ? 2 : 1;
+        for (int64_t j = 0; j < length; j += at_once)
+            for (int64_t h = 0; h < heads_; ++h) {
+                const int64_t at = j * values.row + h * values_.row_bytes, count = std::min(at_once, length - j);
+                for (int64_t i = 0; i < count; ++i) fetch(values, next, at + i * values.row, values_.row_bytes);
+                for (int64_t r = 0; r < rows_; ++r)
+                    values_.add(values.codes + at, values.stream(), values.row, count, job_.value_dim,
+                                reinterpret_cast<const char*>(weights_of(h, r)) + j * 4 * step_bytes<digits>,
+                                kept_ + (h * rows_ + r) * parts_ * part_registers);
+            }
         const __m512i* sums = kept_;
         for (int64_t i = 0; i < heads_ * rows_; ++i)
             for (int64_t d = 0; d < job_.value_dim; d += 64, sums += part_registers) {

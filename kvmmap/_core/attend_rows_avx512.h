@@ -32,59 +32,84 @@ struct PackedRows {
     [[gnu::always_inline]] __m512i load(const char* row, int64_t d) const { return _mm512_loadu_si512(row + d); }
 };
 
-// The levels of 4 or 5 bits, for 64 codes whose lower four bits are the lower or the upper ones of 64 bytes. Of 5 bits, `fifth` are
-// the 64 bits that belong to them.
-template <int bits>
+// The levels of 4 or 5 bits, for 64 codes whose lower four bits are the lower or the upper ones of 64 bytes; `raised`: plus 128,
+// unsigned.
+template <int bits, bool raised>
 class LevelTable {
     static_assert(bits == 4 || bits == 5);
 
   public:
 #if defined(__AVX512VBMI__)
-    // Looks at six bits: those that are none of a code do not matter, as the table is there two or four times.
-    LevelTable()
-        : table_(_mm512_inserti64x4(_mm512_castsi256_si512(half()), half(), 1)),
-          places_(_mm512_add_epi8(_mm512_set1_epi64(0x03020100fffefdfc),  // 8 q + j - 4 for byte j of quadword q, modulo 64
-                                  _mm512_set_epi64(56 * ones, 48 * ones, 40 * ones, 32 * ones, 24 * ones, 16 * ones, 8 * ones, 0))) {}
+    // Fifth bits of 64 codes, at place 4 of each byte; what is at other places does not matter.
+    using Fifth = __m512i;
 
-    [[gnu::always_inline]] __m512i lower(__m512i bytes, [[maybe_unused]] const char* fifth = nullptr) const {
-        if constexpr (bits == 5) {
-            int64_t plane;
-            std::memcpy(&plane, fifth, 8);
-            // Each byte gets its bit at place 4, in between others.
-            const __m512i above = _mm512_multishift_epi64_epi8(places_, _mm512_set1_epi64(plane));
-            bytes = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), bytes, above, 0xca);
-        }
-        return _mm512_permutexvar_epi8(bytes, table_);
+    LevelTable() : table_(_mm512_inserti64x4(_mm512_castsi256_si512(half()), half(), 1)) {}
+
+    [[gnu::always_inline]] static Fifth from_plane(const char* plane) {
+        int64_t all;
+        std::memcpy(&all, plane, 8);
+        // Byte j of quadword q gets bit 8 q + j: it is shifted by 8 q + j - 4, modulo 64.
+        const __m512i eights = _mm512_set_epi64(56 * ones, 48 * ones, 40 * ones, 32 * ones, 24 * ones, 16 * ones, 8 * ones, 0);
+        const __m512i places = _mm512_add_epi8(_mm512_set1_epi64(0x03020100fffefdfc), eights);
+        return _mm512_multishift_epi64_epi8(places, _mm512_set1_epi64(all));
+    }
+    // Of four codes a lane, bits 4 i to 4 i + 3 of the lane.
+    [[gnu::always_inline]] static Fifth from_lanes(__m512i lanes, int i) {
+        const __m512i places = _mm512_add_epi8(_mm512_set1_epi64(0x1f1e1d1cfffefdfc), _mm512_set1_epi8(static_cast<char>(4 * i)));
+        return _mm512_multishift_epi64_epi8(places, lanes);
+    }
+
+    // Looks at six bits: those that are none of a code do not matter, as the table is there two or four times.
+    [[gnu::always_inline]] __m512i lower(__m512i bytes) const { return _mm512_permutexvar_epi8(bytes, table_); }
+    [[gnu::always_inline]] __m512i lower(__m512i bytes, Fifth fifth) const {
+        return lower(_mm512_ternarylogic_epi32(_mm512_set1_epi8(15), bytes, fifth, 0xca));
     }
 #else
+    using Fifth = __mmask64;
+
     LevelTable() = default;
 
-    [[gnu::always_inline]] __m512i lower(__m512i bytes, [[maybe_unused]] const char* fifth = nullptr) const {
-        const __m512i codes = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
-        const __m512i found = _mm512_shuffle_epi8(first_, codes);
-        if constexpr (bits == 4) return found;
-        uint64_t plane;
-        std::memcpy(&plane, fifth, 8);
-        return _mm512_mask_shuffle_epi8(found, plane, second_, codes);
+    [[gnu::always_inline]] static Fifth from_plane(const char* plane) {
+        uint64_t all;
+        std::memcpy(&all, plane, 8);
+        return all;
     }
-#endif
-    [[gnu::always_inline]] __m512i upper(__m512i bytes, const char* fifth = nullptr) const {
-        return lower(_mm512_srli_epi16(bytes, 4), fifth);
+    [[gnu::always_inline]] static Fifth from_lanes(__m512i lanes, int i) {
+        const __m512i lowest_byte = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+        const __m512i spread = _mm512_shuffle_epi8(_mm512_srli_epi32(lanes, 4 * i), lowest_byte);
+        return _mm512_test_epi8_mask(spread, _mm512_set1_epi32(0x08040201));
     }
 
+    [[gnu::always_inline]] __m512i lower(__m512i bytes) const {
+        return _mm512_shuffle_epi8(first_, _mm512_and_si512(bytes, _mm512_set1_epi8(15)));
+    }
+    [[gnu::always_inline]] __m512i lower(__m512i bytes, Fifth fifth) const {
+        const __m512i codes = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+        return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(first_, codes), fifth, second_, codes);
+    }
+#endif
+    [[gnu::always_inline]] __m512i upper(__m512i bytes) const { return lower(_mm512_srli_epi16(bytes, 4)); }
+    [[gnu::always_inline]] __m512i upper(__m512i bytes, Fifth fifth) const { return lower(_mm512_srli_epi16(bytes, 4), fifth); }
+
   private:
-    static __m128i sixteen(int first) {
-        static constexpr Register lowest = level_register<bits>(0), highest = level_register<bits>((1 << bits) - 16);
-        return _mm_load_si128(reinterpret_cast<const __m128i*>((first ? highest : lowest).values));
+    static constexpr Register levels(int first) {
+        Register found = level_register<bits>(first);
+        if (raised)
+            for (int8_t& value : found.values) value = static_cast<int8_t>(value ^ -128);
+        return found;
+    }
+    static __m128i sixteen(bool highest) {
+        static constexpr Register first = levels(0), last = levels((1 << bits) - 16);
+        return _mm_load_si128(reinterpret_cast<const __m128i*>((highest ? last : first).values));
     }
 #if defined(__AVX512VBMI__)
     static constexpr int64_t ones = 0x0101010101010101;
 
-    static __m256i half() { return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(0)), sixteen(1), 1); }
+    static __m256i half() { return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(false)), sixteen(true), 1); }
 
-    __m512i table_, places_;
+    __m512i table_;
 #else
-    const __m512i first_ = _mm512_broadcast_i32x4(sixteen(0)), second_ = _mm512_broadcast_i32x4(sixteen(1));
+    const __m512i first_ = _mm512_broadcast_i32x4(sixteen(false)), second_ = _mm512_broadcast_i32x4(sixteen(true));
 #endif
 };
 
