@@ -79,7 +79,12 @@ def narrowed_and_widened(net: Any) -> None:
     net.half().float()
 
 
+def bias_added(net: Any) -> None:
+    net.model.layers[1].self_attn.k_proj.bias = torch.nn.Parameter(torch.full((16,), 0.1), requires_grad=False)
+
+
 CHANGES = [
+    bias_added,
     data,
     data_of_the_last_norm,
     data_of_one_number,
@@ -112,6 +117,25 @@ def test_changed_weights_are_refused(path: Path, change: Any) -> None:
     other = KvmmapCache(net)
     net(ids, **past(other))
     assert reuse(other, ids) == 19
+
+
+@pytest.mark.parametrize("how", ["none", "deleted", "registered"])
+def test_a_bias_that_is_removed_is_a_change(path: Path, how: str) -> None:
+    net = model("llama", "kvmmap", attention_bias=True)
+    with KvmmapCache.create(path, net) as cache:
+        net(prompt(20), **past(cache))
+        projection = net.model.layers[1].self_attn.k_proj
+        assert projection.bias is not None
+        if how == "none":
+            projection.bias = None
+        elif how == "deleted":
+            del projection.bias
+        else:
+            projection.register_parameter("bias", None)
+        with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+            net(prompt(2), **past(cache))
+    with pytest.raises(kvmmap.ModelMismatchError, match="weights"):
+        KvmmapCache.open(path, net)
 
 
 def test_a_change_that_is_undone_is_none(path: Path) -> None:

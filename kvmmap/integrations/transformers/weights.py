@@ -44,13 +44,15 @@ class Weights:
         """Numbers and parts that its config does not give, by name; known once the digest is."""
         self.random = RandomParts(body)
         self._modules = [(module._modules, dict(module._modules)) for module in body.modules() if module._modules]
-        self._tensors: list[tuple[dict[str, Any], str]] = [
+        named: list[tuple[dict[str, Any], str]] = [
             (held, name)
             for module in body.modules()
             for held, names in ((module._parameters, [*module._parameters]), (module._buffers, watched_buffers(module)))
             for name in names
-            if held[name] is not None
         ]
+        self._tensors = [(held, name) for held, name in named if held[name] is not None]
+        self._absent = [(held, name) for held, name in named if held[name] is None]
+        """Such as the bias of a layer without one, which may get one."""
         self._packed = [
             (vars(module), name)
             for module in body.modules()
@@ -68,6 +70,8 @@ class Weights:
         for held, children in self._modules:
             if held != children:
                 return False
+        if any(held.get(name) is not None for held, name in self._absent):
+            return False
         try:
             return self._behavior.unchanged() and self._look() == self._marks and self._bytes.unchanged(thorough)
         except KeyError:
@@ -82,7 +86,7 @@ class Weights:
 
     def _look(self) -> list[Any]:
         tensors = [held[name] for held, name in self._tensors]
-        marks: list[Any] = [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]
+        marks: list[Any] = [tensor if tensor is None else (tensor.data_ptr(), _version(tensor)) for tensor in tensors]
         marks += [id(held[name]) for held, name in self._packed]
         marks += [scalings(module) for module in self._rotary]
         marks += [_settings(module) for module in self._tuners]
