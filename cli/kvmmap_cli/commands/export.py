@@ -78,13 +78,9 @@ def command(
         raise click.UsageError(
             "--gguf is for files of llama.cpp, and --mlx for prompt caches of mlx-lm: give one of them"
         )
+    part = bool(options["start"]) or options["stop"] is not None or options["layers"] is not None
     if mlx:
-        if (
-            options["start"]
-            or options["stop"] is not None
-            or options["layers"] is not None
-            or dtype in ("stored", "int8")
-        ):
+        if part or dtype in ("stored", "int8"):
             raise click.UsageError("--mlx exports all positions and layers, as f32, f16 or bf16")
         with progress("exporting", no_progress) as advance:
             kvmmap.export_mlx(
@@ -97,7 +93,7 @@ def command(
         click.echo(f"{plain(target)}: written", err=True)
         return
     if gguf is not None:
-        if options["start"] or options["stop"] is not None or options["layers"] is not None:
+        if part:
             raise click.UsageError("--gguf exports all positions and layers: leave out --start, --stop and --layers")
         keys, colon, values = (kv_type or "").partition(":")
         about_states |= {"key_type": keys or None, "value_type": (values if colon else keys) or None}
