@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import kvmmap
 from kvmmap import codecs, report
-from kvmmap.codecs import RowArray, RowCodec
+from kvmmap.codecs import RowArray, RowCodec, registry
 from kvmmap.codecs.base import Arrays
 from kvmmap.format import Section, Superblock
 from kvmmap.row_arrays import widened
@@ -93,8 +93,19 @@ class HalvedBytes(RowCodec):
         PlainFloats().decode([codes * step + limits[..., :1]], dim, out, dtype, threads)
 
 
-PLAIN = codecs.register(PlainFloats())
-PAIRS = codecs.register(HalvedBytes())
+PLAIN, PAIRS = PlainFloats(), HalvedBytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """Register the codecs of this file while its tests run: those of other files sweep over all that are known."""
+    with pytest.MonkeyPatch.context() as patch:
+        for table in ("_by_name", "_by_id"):
+            patch.setattr(registry, table, dict(getattr(registry, table)))
+        for codec in (PLAIN, PAIRS):
+            codecs.register(codec)
+        yield
+
 
 LAYERS, HEADS, DIM, VALUE_DIM, LENGTH = 2, 2, 8, 16, 600
 SHAPE: dict[str, Any] = {
@@ -355,8 +366,6 @@ def test_unknown_codecs_of_a_file_are_refused_by_name(tmp_path: Path, monkeypatc
     for suffix in (".kvm", ".zarr"):
         kvmmap.create(tmp_path / f"a{suffix}", **SHAPE, key_codec="test-f32").close()
         kvmmap.open(tmp_path / f"a{suffix}").close()  # whatever is remembered of it does not outlive its codec
-    from kvmmap.codecs import registry
-
     monkeypatch.setattr(registry, "_by_id", {(1, 0): codecs.INT8})
     monkeypatch.setattr(registry, "_by_name", {"int8": codecs.INT8})
     with pytest.raises(kvmmap.VersionMismatchError, match="layer 0 has key codec 201, and this kvmmap knows"):
