@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .codecs import INT8, RowCodec, by_name
+from .codecs import INT8, RowCodec, chosen
 from .codecs.presets import Codecs, chosen_codecs, chosen_recent
 from .codecs.registry import MAX_ARRAYS
-from .errors import ShapeMismatchError
+from .errors import DtypeError, ShapeMismatchError
 from .ranges import index
 from .state_spec import CHECKPOINT_SLOTS, MAX_CHECKPOINT_SLOTS, StateSpec, aligned, check_states
 
@@ -60,6 +60,35 @@ def one_a_layer(value: T | Sequence[T], count: int, name: str) -> list[T]:
             actual=len(value),
         )
     return list(value)
+
+
+def _one_for_all(value: object) -> bool:
+    return isinstance(value, str | bytes) or not isinstance(value, Sequence)  # bytes are no list of numbers here
+
+
+def codecs_a_layer(names: Codecs, count: int, name: str) -> list[RowCodec]:
+    """Return the codec of each of `count` layers, from the name of one for all or a sequence of as many names.
+
+    Raises:
+        DtypeError: there is no such codec; of a sequence, says in which layer.
+        ShapeMismatchError: a sequence of another length.
+    """
+    if _one_for_all(names):
+        return [chosen(names)] * count  # type: ignore[arg-type]
+    found = []
+    for layer, one in enumerate(one_a_layer(names, count, name)):
+        try:
+            found.append(chosen(one))
+        except DtypeError as error:
+            raise DtypeError(
+                f"{name} of layer {layer}: {error}", expected=error.expected, actual=error.actual, layer=layer
+            ) from None
+    return found
+
+
+def in_layer(error: ShapeMismatchError, layer: int) -> ShapeMismatchError:
+    """Return an error that says as well which layer it is about."""
+    return ShapeMismatchError(f"layer {layer}: {error}", expected=error.expected, actual=error.actual, layer=layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +298,8 @@ class CacheGeometry:
         """Build a geometry from numbers and names of codecs: one for all layers, or a sequence with one a layer.
 
         Raises:
-            ShapeMismatchError: a number out of bounds, or a sequence that is not `num_layers` long.
+            ShapeMismatchError: a number out of bounds, a codec that can't have rows of a layer, or a sequence that is
+                not `num_layers` long. Names the layer where layers differ.
             DtypeError: there is no such codec.
         """
         count = _bounded(num_layers, "num_layers", 1, MAX_LAYERS)
@@ -277,15 +307,21 @@ class CacheGeometry:
         heads = one_a_layer(num_kv_heads, count, "num_kv_heads")
         dims = one_a_layer(head_dim, count, "head_dim")
         value_dims = dims if value_head_dim is None else one_a_layer(value_head_dim, count, "value_head_dim")
-        names = one_a_layer(key_codec, count, "key_codec"), one_a_layer(value_codec, count, "value_codec")
-        key_codecs, value_codecs = ([by_name(name) for name in part] for part in names)
+        key_codecs = codecs_a_layer(key_codec, count, "key_codec")
+        value_codecs = codecs_a_layer(value_codec, count, "value_codec")
+        alike = all(map(_one_for_all, (num_kv_heads, head_dim, value_head_dim, key_codec, value_codec)))
         shapes = zip(heads, dims, value_dims, key_codecs, value_codecs, strict=True)
         # Most layers have the shape of the one before; building each anew took much of the time of opening a cache.
         layers: list[LayerGeometry] = []
         last: tuple[Any, ...] | None = None
         for shape in shapes:
             if last is None or any(one is not other for one, other in zip(shape, last, strict=True)):
-                layers.append(LayerGeometry(*shape))
+                try:
+                    layers.append(LayerGeometry(*shape))
+                except ShapeMismatchError as error:
+                    if alike:
+                        raise
+                    raise in_layer(error, len(layers)) from None
             else:
                 layers.append(layers[-1])
             last = shape

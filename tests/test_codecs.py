@@ -453,3 +453,103 @@ def test_inspect_names_codecs_as_create_does(tmp_path: Path) -> None:
         kvmmap.create(path, num_layers=1, capacity=1, num_kv_heads=1, head_dim=64, key_codec=name).close()
         shown = click_run("inspect", str(path)).output.splitlines()[-1].split()
         assert shown[3].rstrip(",") == ("int8-row" if name == "int8" else name)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["int8"], {"int8": 1}, {"int8"}, np.array("int8"), b"int8", 8, True, "", "int8-rotated"]
+)
+def test_presets_that_are_no_names_of_one(tmp_path: Path, wrong: Any) -> None:
+    shape = {"num_kv_heads": 1, "head_dim": 64}
+    for use in (
+        lambda: kvmmap.create(tmp_path / "a.kvm", num_layers=1, capacity=1, **shape, preset=wrong),
+        lambda: kvmmap.QuantizedKvCache(1, 1, 1, 64, preset=wrong),
+        lambda: kvmmap.QuantizedKvLayer(1, 1, 64, preset=wrong),
+        lambda: kvmmap.bytes_per_token(num_layers=1, **shape, preset=wrong),
+        lambda: kvmmap.copy(kvmmap.QuantizedKvCache(1, 1, 1, 64), tmp_path / "a.kvm", preset=wrong),
+    ):
+        with pytest.raises(kvmmap.DtypeError, match=r"there is no preset .*: choose one of int8, fidelity"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"int8", {"int8": 1}, np.array(["int8", "f16"]), 8, ["int8", ["f16"]], ["int8", None]]
+)
+def test_codecs_that_are_no_names(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(kvmmap.DtypeError, match="a codec is named by a string, or codecs by a list of one a layer"):
+        kvmmap.create(tmp_path / "a.kvm", num_layers=2, capacity=1, num_kv_heads=1, head_dim=64, value_codec=wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_name_the_layer_of_a_codec_where_layers_differ(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"num_layers": 3, "capacity": 1, "num_kv_heads": 1}
+    with pytest.raises(kvmmap.DtypeError, match=r"^key_codec of layer 1: there is no codec 'int9'") as wrong:
+        kvmmap.create(tmp_path / "a.kvm", **shape, head_dim=64, key_codec=["int8", "int9", "f16"])
+    assert wrong.value.layer == 1
+    for more in ({"head_dim": [64, 64, 17]}, {"head_dim": 64, "value_head_dim": [64, 64, 17]}):
+        with pytest.raises(kvmmap.ShapeMismatchError, match=r"^layer 2: codec int8-rotated takes rows") as odd:
+            kvmmap.create(tmp_path / "a.kvm", **shape, **more, preset="fidelity")
+        assert odd.value.layer == 2
+    with pytest.raises(kvmmap.ShapeMismatchError, match=r"^codec int8-rotated takes rows") as all_alike:
+        kvmmap.create(tmp_path / "a.kvm", **shape, head_dim=17, preset="fidelity")
+    assert all_alike.value.layer is None
+    source = kvmmap.QuantizedKvCache(3, 1, 1, [64, 17, 64])
+    with pytest.raises(kvmmap.ShapeMismatchError, match=r"^layer 1: codec int4-rotated takes rows") as copied:
+        kvmmap.copy(source, tmp_path / "a.kvm", preset="tiny")
+    assert copied.value.layer == 1
+    with pytest.raises(kvmmap.DtypeError, match=r"^value_codec of layer 2: there is no codec 'int9'"):
+        kvmmap.copy(source, tmp_path / "a.kvm", value_codec=["int8", "int8", "int9"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_reports_show_are_taken(tmp_path: Path) -> None:
+    for name in codecs.names():
+        path = tmp_path / f"{name}.kvm"
+        kvmmap.create(path, num_layers=1, capacity=1, num_kv_heads=1, head_dim=64, value_codec=name).close()
+        (layer,) = json.loads(click_run("inspect", "--json", str(path)).output)["layers"]
+        assert (layer["key_codec_name"], layer["value_codec_name"]) == ("int8", name)
+        shown = click_run("inspect", str(path)).output.splitlines()[-1].split()
+        shown = shown[5 if name != "int8" else 3]
+        again = tmp_path / f"{name}-again.kvm"
+        kvmmap.create(again, num_layers=1, capacity=1, num_kv_heads=1, head_dim=64, value_codec=shown).close()
+        with kvmmap.open(again) as cache:
+            assert cache.geometry.layers[0].value_codec.name == name
+
+
+def test_statistics_say_that_they_are_those_of_int8(tmp_path: Path) -> None:
+    note = "Rows of int4-rotated, bf16 are decoded, and scales, codes and errors are those that int8 would give them."
+    for path, names in ((tmp_path / "a.kvm", ("int8", "int8")), (tmp_path / "b.kvm", ("int4-rotated", "bf16"))):
+        with kvmmap.create(
+            path,
+            num_layers=2,
+            capacity=9,
+            num_kv_heads=1,
+            head_dim=64,
+            key_codec=[names[0], "int8"],
+            value_codec=names[1],
+        ) as cache:
+            cache.extend(*np.random.default_rng(0).standard_normal((2, 2, 9, 1, 64), dtype=np.float32))
+        told = names[0] != "int8"
+        for arguments in (("--stats",), ("--heatmap",), ("--layer", "0")):
+            assert (note in " ".join(click_run("inspect", *arguments, str(path)).output.split())) == told
+        second = click_run("inspect", "--layer", "1", str(path)).output
+        assert ("Rows of bf16 are decoded" in second) == told
+        assert "are decoded" not in click_run("inspect", str(path)).output
+
+
+@pytest.mark.parametrize("preset", ["int8", "compact"])
+def test_the_report_page_names_codecs_and_window(tmp_path: Path, preset: str) -> None:
+    path = tmp_path / "a.kvm"
+    with kvmmap.create(path, num_layers=2, capacity=9, num_kv_heads=1, head_dim=64, preset=preset, sinks=3) as cache:
+        cache.extend(*np.random.default_rng(0).standard_normal((2, 2, 9, 1, 64), dtype=np.float32))
+    assert click_run("report", path, "-o", tmp_path / "a.html").exit_code == 0
+    page = (tmp_path / "a.html").read_text()
+    if preset == "compact":
+        assert "int8-rotated, values int4-rotated" in page
+        assert "What int8 would cost" in page
+        assert "Rows of int8-rotated, int4-rotated are decoded" in page
+        assert "the last 256 positions and the first 3, " in page
+    else:
+        assert "What int8 costs" in page
+        assert "are decoded" not in page
+        assert "the first 3 positions, " in page

@@ -40,8 +40,9 @@ def test_presets_and_codecs(path: Path, preset: str) -> None:
         assert [layer.value_codec.name for layer in cache.geometry.layers] == names
         assert {layer.key_codec.name for layer in cache.geometry.layers} == {PRESETS[preset][0]}
         assert (cache.geometry.recent_window, cache.geometry.sinks) == (5, preset_recent(preset)[1])
-    with pytest.raises(kvmmap.DtypeError, match="no preset 'huge'"):
-        KvmmapCache(net, preset="huge")
+    for wrong in ("huge", "", [preset]):
+        with pytest.raises(kvmmap.DtypeError, match="no preset"):
+            KvmmapCache(net, preset=wrong)
     with pytest.raises(kvmmap.DtypeError, match="no codec 'int9'"):
         KvmmapCache(net, key_codec="int9")
 

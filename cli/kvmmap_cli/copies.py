@@ -106,7 +106,10 @@ def named_codecs(
     """
     if codec is not None and (key_codec is not None or value_codec is not None or preset is not None):
         raise click.UsageError("--codec names the codec of keys and of values: leave the other options on codecs out")
-    return {"key_codec": codec_names(key_codec or codec), "value_codec": codec_names(value_codec or codec)}
+    return {
+        "key_codec": codec_names(codec if key_codec is None else key_codec),
+        "value_codec": codec_names(codec if value_codec is None else value_codec),
+    }
 
 
 def _parse_layers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:

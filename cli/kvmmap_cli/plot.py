@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from . import outfile
 from .output import plain
+from .summary import int8_note
 
 if TYPE_CHECKING:
     from kvmmap.report import CacheReport, CacheStatistics, ScaleGrid
@@ -58,6 +60,9 @@ def draw(path: str, report: CacheReport, statistics: CacheStatistics, grids: Seq
         figure = Figure(figsize=INCHES, layout="constrained")
         name = _drawable(os.path.basename(report.path or "in memory"))
         about = f"{name}: {report.num_layers} layers, {report.seq_len:,} positions"
+        note = int8_note(report, [layer.index for layer in statistics.layers])
+        if note is not None:
+            about += f"\n{textwrap.fill(note, MOST_TITLE)}"
         figure.suptitle(about, weight="bold", parse_math=False)
         _fill(figure, statistics, grids)
         written = io.BytesIO()

@@ -67,9 +67,7 @@ def _fields(report: CacheReport) -> Table:
         add("states", states_text(report.states))
         add("checkpoints", checkpoints_text(report.states))
     if report.recent_bytes:
-        kept = f"the last {count(report.recent_window, 'position')}" if report.recent_window else ""
-        first = f"the first {report.sinks:,}" if report.sinks else ""
-        add("in 16 bits", f"{' and '.join(filter(None, (kept, first)))}, {size(report.recent_bytes)}")
+        add("in 16 bits", recent_text(report))
     if report.file_bytes is not None and report.disk_bytes is not None:
         add("on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}")
     for number, parent in enumerate(report.parents):
@@ -84,6 +82,27 @@ def _fields(report: CacheReport) -> Table:
     for name, value in _about(report):
         add(name, value)
     return table
+
+
+def recent_text(report: CacheReport) -> str:
+    """Return which positions are kept in 16 bits besides, and what they take."""
+    last = f"the last {count(report.recent_window, 'position')}" if report.recent_window else ""
+    first = f"the first {count(report.sinks, 'position') if not last else f'{report.sinks:,}'}" if report.sinks else ""
+    return f"{' and '.join(filter(None, (last, first)))}, {size(report.recent_bytes)}"
+
+
+def int8_note(report: CacheReport, layers: list[int] | None = None) -> str | None:
+    """Return how rows are stored if not as int8: statistics are those of int8 whatever the codec, and have to say so.
+
+    Args:
+        layers: those that the statistics are of; all by default.
+    """
+    chosen = report.layers if layers is None else [report.layers[layer] for layer in layers]
+    names = [name for layer in chosen for name in (layer.key_codec_name, layer.value_codec_name)]
+    others = [name for name in dict.fromkeys(names) if name not in ("int8", "none")]
+    if not others:
+        return None
+    return f"Rows of {', '.join(others)} are decoded, and scales, codes and errors are those that int8 would give them."
 
 
 def states_text(states: StatesReport) -> str:
@@ -192,12 +211,16 @@ def _layers(report: CacheReport) -> RenderableType:
 
 def _shape(layer: LayerReport) -> tuple[str, ...]:
     """Return the cells that describe a layer's shape; values' only where they differ from keys'."""
+    return str(layer.num_kv_heads), _pair(str(layer.head_dim), str(layer.value_head_dim)), codecs_text(layer)
+
+
+def codecs_text(layer: LayerReport) -> str:
+    """Return the names of a layer's codecs: that of values only where it is another."""
     from kvmmap import codecs
 
-    dim = _pair(str(layer.head_dim), str(layer.value_head_dim))
     keys = codecs.shown_name(layer.key_codec, layer.key_transform)
     values = codecs.shown_name(layer.value_codec, layer.value_transform)
-    return str(layer.num_kv_heads), dim, _pair(keys, values)
+    return _pair(keys, values)
 
 
 def _pair(keys: str, values: str) -> str:

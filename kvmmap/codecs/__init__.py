@@ -7,7 +7,7 @@ from .ggml import BLOCKS, PLAIN_F32
 from .int8 import INT8
 from .int8_rotated import INT8_ROTATED
 from .lloyd_max import LEVELS
-from .registry import by_id, by_name, known_ids, known_transforms, names, register, shown_name
+from .registry import by_id, by_name, chosen, known_ids, known_transforms, names, register, shown_name
 
 COMPILED: tuple[RowCodec, ...] = (INT8, INT8_ROTATED, BF16, F16, *FP8, *LEVELS)
 """Codecs that the compiled core knows; each of them has attention with each other one in place."""
@@ -22,6 +22,7 @@ __all__ = [
     "RowCodec",
     "by_id",
     "by_name",
+    "chosen",
     "known_ids",
     "known_transforms",
     "names",

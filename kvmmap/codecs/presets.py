@@ -38,7 +38,7 @@ def preset_codecs(preset: str) -> tuple[str, str]:
     Raises:
         DtypeError: there is no such preset.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise DtypeError(
             f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}",
             expected=tuple(PRESETS),
@@ -52,7 +52,12 @@ UNROTATED = {"int8-rotated": "int8"}
 
 
 def preset_recent(preset: str) -> tuple[int, int]:
-    """Return how many of the last and of the first positions a preset keeps in 16 bits besides."""
+    """Return how many of the last and of the first positions a preset keeps in 16 bits besides.
+
+    Raises:
+        DtypeError: there is no such preset.
+    """
+    preset_codecs(preset)
     return RECENT.get(preset, (0, 0))
 
 
@@ -67,6 +72,10 @@ def chosen_codecs(preset: str, key_codec: Codecs | None, value_codec: Codecs | N
 
 
 def chosen_recent(preset: str, recent_window: int | None, sinks: int | None) -> tuple[int, int]:
-    """Return how many of the last and of the first positions a caller asks for: a preset's unless others are named."""
+    """Return how many of the last and of the first positions a caller asks for: a preset's unless others are named.
+
+    Raises:
+        DtypeError: there is no such preset.
+    """
     preset_window, preset_sinks = preset_recent(preset)
     return preset_window if recent_window is None else recent_window, preset_sinks if sinks is None else sinks

@@ -43,12 +43,31 @@ def by_name(name: str) -> RowCodec:
     Raises:
         DtypeError: there is none.
     """
-    codec = _by_name.get(name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise DtypeError(
+            f"a codec is named by a string, or codecs by a list of one a layer, and not by {name!r}",
+            expected=offered(),
+            actual=str(name),
+        )
+    codec = _by_name.get(name)
     if codec is None:
         raise DtypeError(
             f"there is no codec {name!r}: this kvmmap has {', '.join(offered())}", expected=offered(), actual=str(name)
         )
     return codec
+
+
+def chosen(name: str) -> RowCodec:
+    """Return the codec that a user names: as `by_name`, or as reports name one whose rows are not transformed.
+
+    Raises:
+        DtypeError: there is none.
+    """
+    if isinstance(name, str) and name not in _by_name:
+        for codec in _by_name.values():
+            if (codec.id_name, codec.transform_name) == (name, "none"):
+                return codec
+    return by_name(name)
 
 
 def by_id(id: int, transform: int) -> RowCodec | None:

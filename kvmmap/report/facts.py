@@ -36,16 +36,22 @@ class LayerReport:
     """Numbers in a value row."""
 
     key_codec: str
-    """How key rows are quantised, by name."""
+    """How key rows are quantised, by the name of the codec's byte in a file; "none" without rows."""
 
     key_transform: str
     """What key rows go through before that, by name."""
 
     value_codec: str
-    """How value rows are quantised, by name."""
+    """How value rows are quantised, likewise."""
 
     value_transform: str
     """What value rows go through before that, by name."""
+
+    key_codec_name: str
+    """What `create` calls codec and transform of key rows together, such as "int8-rotated"; "none" without rows."""
+
+    value_codec_name: str
+    """What it calls those of value rows."""
 
     memory_bytes: int
     """Bytes of codes and scales over the whole capacity."""
@@ -244,6 +250,8 @@ def _layer(cache: QuantizedKvCache, index: int, length: int) -> LayerReport:
         key_transform=geometry.key_codec.transform_name,
         value_codec=geometry.value_codec.id_name if geometry.has_rows else "none",
         value_transform=geometry.value_codec.transform_name,
+        key_codec_name=geometry.key_codec.name if geometry.has_rows else "none",
+        value_codec_name=geometry.value_codec.name if geometry.has_rows else "none",
         memory_bytes=memory,
         stored_bytes=length * geometry.position_bytes,
         fp32_memory_bytes=fp32,

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..cache import QuantizedKvCache
-from ..codecs import by_name
 from ..codecs.presets import Codecs
-from ..errors import NoCheckpointError
-from ..geometry import LayerGeometry, one_a_layer
+from ..errors import NoCheckpointError, ShapeMismatchError
+from ..geometry import LayerGeometry, codecs_a_layer, in_layer
 from ..ranges import check_range, check_room, index
 from ..state_spec import StateSpec
 from ..storage.receiving import CopyRange, Incoming
@@ -37,15 +36,18 @@ class Recode:
 
         Raises:
             DtypeError: there is no such codec.
-            ShapeMismatchError: not one a layer, or a codec that can't have a layer's rows.
+            ShapeMismatchError: not one a layer, or a codec that can't have a layer's rows; names the layer.
         """
-        made = list(layers)
-        if self.key_codec is not None:
-            names = one_a_layer(self.key_codec, len(made), "key_codec")
-            made = [replace(layer, key_codec=by_name(name)) for layer, name in zip(made, names, strict=True)]
-        if self.value_codec is not None:
-            names = one_a_layer(self.value_codec, len(made), "value_codec")
-            made = [replace(layer, value_codec=by_name(name)) for layer, name in zip(made, names, strict=True)]
+        keys, values = (
+            [None] * len(layers) if codec is None else codecs_a_layer(codec, len(layers), name)
+            for codec, name in ((self.key_codec, "key_codec"), (self.value_codec, "value_codec"))
+        )
+        made = []
+        for number, (layer, key, value) in enumerate(zip(layers, keys, values, strict=True)):
+            try:
+                made.append(replace(layer, key_codec=key or layer.key_codec, value_codec=value or layer.value_codec))
+            except ShapeMismatchError as error:
+                raise in_layer(error, number) from None
         return tuple(made)
 
 

@@ -56,7 +56,8 @@ def command(path: str, overwrite: bool, dry_run: bool, timeout: float, yes: bool
 
     settings = _settings(given)
     if dry_run:
-        _show_sizes(path, settings)
+        parent = settings.get("parent")
+        _show_sizes(path, settings if parent is None else _of_cache(parent) | settings)
         return
     confirm_ending(path, yes)
     if overwrite and os.path.lexists(path):
@@ -78,12 +79,11 @@ def _show_sizes(path: str, settings: dict[str, Any]) -> None:
     shape: dict[str, Any] = {
         name: settings.get(name) for name in ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
     }
-    chosen: dict[str, Any] = {
-        name: settings[name] for name in ("key_codec", "value_codec", "preset") if name in settings
-    }
-    asked = kvmmap.bytes_per_token(**shape, **chosen)
-    geometry = kvmmap.CacheGeometry.build(**shape, capacity=settings["capacity"])  # refuses what `create` does
-    full = size(asked * geometry.capacity)
+    names = ("capacity", "key_codec", "value_codec", "recent_window", "sinks", "states", "checkpoint_slots")
+    chosen: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+    # Refuses what `create` does.
+    geometry = kvmmap.CacheGeometry.of_preset(settings.get("preset", "int8"), **shape, **chosen)
+    asked = sum(layer.position_bytes for layer in geometry.layers)
     table = Table(box=None, pad_edge=False)
     for name in ("preset", "keys", "values"):
         table.add_column(name)
@@ -92,7 +92,9 @@ def _show_sizes(path: str, settings: dict[str, Any]) -> None:
     for one in kvmmap.sizes(**shape):
         cells = (one.preset, one.key_codec, one.value_codec, f"{one.bits_per_number:.2f}", f"{one.bytes_per_token:,}")
         table.add_row(*cells, size(one.bytes_per_token * geometry.capacity), size(one.recent_bytes))
-    what = f"{count(asked, 'byte')} a token, {full} when full with {count(geometry.capacity, 'position')}"
+    full = f"{size(geometry.memory_bytes)} when full with {count(geometry.capacity, 'position')}"
+    besides = f", {size(geometry.recent_bytes)} in 16 bits besides" if geometry.keeps_recent else ""
+    what = f"{count(asked, 'byte')} a token, {full}{besides}"
     show(f"{plain(path)}: {what}; nothing was made", table)
 
 
@@ -138,8 +140,10 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def _of_parent(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments for a cache that continues another one."""
-    names = ("like", "config", "layers", "kv_heads", "head_dim", "value_head_dim", "preset", "key_codec", "value_codec")
-    both = [name for name in (*names, "model", "revision", "fingerprint", "dtype") if given[name] is not None]
+    shape = ("like", "config", "layers", "kv_heads", "head_dim", "value_head_dim")
+    codecs = ("preset", "key_codec", "value_codec", "recent_window", "sinks")
+    model = ("model", "revision", "fingerprint", "dtype")
+    both = [name for name in (*shape, *codecs, *model) if given[name] is not None]
     if both:
         raise click.UsageError(f"--{both[0].replace('_', '-')} is the parent's: give --parent alone")
     settings = {name: given[name] for name in ("parent", "parent_length", "capacity") if given[name] is not None}

@@ -204,10 +204,15 @@ class _Look:
         if tokens:
             yield ""
             yield from _tokens(self.token_ids, decode)
-        if self.statistics is not None and (stats or self.layers is not None):
+        drawn = heatmap and self.grids
+        measured = self.statistics is not None and (stats or self.layers is not None)
+        note = summary.int8_note(self.report, self.layers)
+        if note is not None and (drawn or measured):
+            yield note
+        if self.statistics is not None and measured:
             yield ""
             yield from _statistics(self.statistics)
-        if heatmap and self.grids:
+        if drawn:
             from ..pictures import heat_maps
 
             yield ""

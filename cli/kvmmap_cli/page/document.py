@@ -15,7 +15,7 @@ import numpy as np
 from ..figures import number, share
 from ..output import count, moment, ranges, size
 from ..pictures import shares_of
-from ..summary import checkpoints_text, percent, states_text
+from ..summary import checkpoints_text, codecs_text, int8_note, percent, recent_text, states_text
 from . import charts
 from .filemap import filemap, legend
 from .markup import Markup, element, facts, figure, folded, join, table, text, void
@@ -94,8 +94,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[Markup]]]:
     if facts.map is not None:
         yield "The file", list(filemap(facts.map))
     if facts.statistics.seq_len:
-        yield "Scales", list(_scales(facts.grids))
-        yield "What int8 costs", list(_costs(facts.statistics))
+        note = int8_note(facts.report)
+        yield "Scales", list(_scales(facts.grids, note))
+        yield "What int8 costs" if note is None else "What int8 would cost", list(_costs(facts.statistics, note))
         yield "What stands out", list(_outliers(facts.statistics))
     yield "Checksums", list(_checksums(facts.verified))
 
@@ -122,6 +123,8 @@ def _facts_of(report: CacheReport) -> Iterator[tuple[str, Markup | str]]:
         yield "states", states_text(report.states)
         yield "checkpoints", checkpoints_text(report.states)
     yield "compression", f"{report.compression_ratio:.2f}: f32 would reserve {size(report.fp32_memory_bytes)}"
+    if report.recent_bytes:
+        yield "in 16 bits", recent_text(report)
     if report.file_bytes is not None and report.disk_bytes is not None:
         yield "on disk", f"{size(report.disk_bytes)}, in a sparse file of {size(report.file_bytes)}"
     if report.commit is not None:
@@ -143,7 +146,7 @@ def _facts_of(report: CacheReport) -> Iterator[tuple[str, Markup | str]]:
 def _layers(report: CacheReport) -> Markup:
     shapes: dict[tuple[str, ...], list[int]] = {}
     for layer in report.layers:
-        shape = (f"{layer.num_kv_heads}", f"{layer.head_dim}", f"{layer.value_head_dim}", layer.key_codec)
+        shape = (f"{layer.num_kv_heads}", f"{layer.head_dim}", f"{layer.value_head_dim}", codecs_text(layer))
         shapes.setdefault(shape, []).append(layer.index)
     rows = [
         (ranges(indices), *shape, size(sum(report.layers[i].stored_bytes for i in indices)))
@@ -152,11 +155,13 @@ def _layers(report: CacheReport) -> Markup:
     return table("Layers by shape", ("layers", "KV heads", "head dim", "value head dim", "codec", "stored"), rows)
 
 
-def _scales(grids: Sequence[ScaleGrid]) -> Iterator[Markup]:
+def _scales(grids: Sequence[ScaleGrid], note: str | None) -> Iterator[Markup]:
     yield element(
         "p",
-        "Each row of a head is stored as int8 with one scale, its largest number over 127. Rows of the picture are the "
-        "heads of each layer, one after the other; columns are positions.",
+        "Each row of a head is stored as int8 with one scale, its largest number over 127. "
+        if note is None
+        else f"The scale of a row of int8 is its largest number over 127. {note} ",
+        "Rows of the picture are the heads of each layer, one after the other; columns are positions.",
     )
     length = int(grids[0].edges[-1])
     names = f"layer {grids[0].layer} at the top, {grids[-1].layer} at the bottom" if len(grids) > 1 else "head by head"
@@ -170,7 +175,9 @@ def _scales(grids: Sequence[ScaleGrid]) -> Iterator[Markup]:
     yield element("div", *pictures, class_="pair")
 
 
-def _costs(statistics: CacheStatistics) -> Iterator[Markup]:
+def _costs(statistics: CacheStatistics, note: str | None) -> Iterator[Markup]:
+    if note is not None:
+        yield element("p", note)
     yield legend([("keys", "keys"), ("values", "values")])
     layers = [layer.index for layer in statistics.layers]
 

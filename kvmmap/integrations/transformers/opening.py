@@ -80,7 +80,7 @@ def settings(
         **({"source": {}} if has_source(config) else {}),
         "max_positions": max_positions(config),
     }
-    preset = storing.preset or DEFAULT_PRESET
+    preset = DEFAULT_PRESET if storing.preset is None else storing.preset
     window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
     if states_alone(kinds):
         window = first = 0
