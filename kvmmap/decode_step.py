@@ -11,6 +11,7 @@ from typing import Any
 
 from ._core import Step
 from .storage.protocols import LayerStore, Storage
+from .threads import threads_of
 
 
 class DecodeStep:
@@ -20,26 +21,29 @@ class DecodeStep:
     do: of tensors elsewhere, of other shapes or dtypes, or with numbers that these refuse.
     """
 
-    __slots__ = ("_step", "_storage", "_store")
+    __slots__ = ("_step", "_storage", "_store", "_threads")
 
     def __init__(self, storage: Storage, store: LayerStore, step: Step) -> None:
         self._storage = storage
         self._store = store
         self._step = step
+        self._threads: int | None = None
 
     @property
     def length(self) -> int:
         """Positions stored."""
         return self._store.length
 
-    def prepare(self, like: Any) -> None:
+    def prepare(self, like: Any, threads: int | None = None) -> None:
         """Make the tensor that `attend` returns next, if it has returned one before.
 
         Called for all layers before a pass, that takes a fraction of the time that it takes in each.
 
         Args:
             like: a tensor of the device, dtype and mode (inference mode) that the queries will have.
+            threads: the most that `attend` takes from now on; by `threads_of` by default.
         """
+        self._threads = threads
         self._step.prepare(like)
 
     def push(self, keys: Any, values: Any) -> bool:
@@ -79,6 +83,9 @@ class DecodeStep:
         length = store.length
         if not length or not store.is_verified(length):
             return None
-        out = self._step.attend(query, store.slabs(), length, scale, softcap or 0.0, window or 0)
+        threads = self._threads
+        if threads is None:
+            threads = threads_of(None)
+        out = self._step.attend(query, store.slabs(), length, scale, softcap or 0.0, window or 0, threads)
         store.validate(version)  # the rows were still the cache's when they had been read
         return out

@@ -134,7 +134,8 @@ class QuantizedKvLayer(LayerWriter):
             return_lse: also return the log-sum-exp of the scores, for `merge_attention`.
             resident: "stream" reads a file larger than memory: range by range, releasing the memory of each range
                 after use. "keep" leaves rows in memory, for the next call. Has no effect on a cache in memory.
-            threads: the most threads to use; all processors by default. Results differ only by f32 rounding.
+            threads: the most threads to use; by default those of KVMMAP_NUM_THREADS, or all processors. Results differ
+                only by f32 rounding.
             chunk: what `chunk_rows` has returned of the queries' own positions. With a recent window, each query then
                 sees the last positions before itself in 16 bits. Without it, those that the window still has: of a
                 chunk longer than the window, only the last queries see them.

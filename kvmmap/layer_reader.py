@@ -17,9 +17,10 @@ from .geometry import LayerGeometry
 from .inputs import require_rows
 from .ranges import compression_ratio
 from .recent import RecentRows
-from .row_arrays import as_bits, output_array, target_dtype, thread_count
+from .row_arrays import as_bits, output_array, target_dtype
 from .rows import Rows
 from .storage.protocols import LayerStore, Storage
+from .threads import thread_count
 
 
 class _Part(NamedTuple):
@@ -210,7 +211,7 @@ class LayerReader:
             stop: one past the last; all that are stored by default.
             dtype: "float32", "float16" or "bfloat16".
             out: where to put them, C-contiguous [stop - start, num_kv_heads, head_dim] of that dtype; new by default.
-            threads: at most so many; as many as there are processors by default.
+            threads: at most so many; by default those of KVMMAP_NUM_THREADS, or all processors.
             length: positions of the whole sequence, where others that follow are kept elsewhere: the recent window ends
                 there. By default, as many as are stored.
 

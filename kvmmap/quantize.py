@@ -17,7 +17,8 @@ from . import _core
 from .arrays import in_plain_memory
 from .codecs.int8 import MIN_SCALE
 from .errors import DtypeError, NonFiniteError, ShapeMismatchError
-from .row_arrays import as_array, as_bits, as_rows, check_out, target_dtype, thread_count, widened
+from .row_arrays import as_array, as_bits, as_rows, check_out, target_dtype, widened
+from .threads import thread_count
 
 __all__ = ["MIN_SCALE", "as_rows", "dequantize_rows", "quantization_error", "quantize_rows", "widened"]
 
@@ -47,7 +48,7 @@ def quantize_rows(
         x: [..., head_dim]; f32, f16 or bf16, any strides; numpy, torch or any DLPack exporter on the CPU.
         codes: where to put the codes, int8 of x's shape, C-contiguous; new by default.
         scales: where to put the scales, f32 [...], C-contiguous; new by default.
-        threads: at most so many; as many as there are processors to run on by default.
+        threads: at most so many; by default those of KVMMAP_NUM_THREADS, or all processors.
 
     Returns:
         codes, int8 [..., head_dim], and scales, f32 [...], in C order; the arguments themselves if given.
@@ -88,7 +89,7 @@ def dequantize_rows(
         scales: f32 [...].
         dtype: "float32", "float16" or "bfloat16" (`ml_dtypes.bfloat16`), or the numpy dtype of one.
         out: where to put them, [..., head_dim] of that dtype, C-contiguous; new by default.
-        threads: at most so many; as many as there are processors to run on by default.
+        threads: at most so many; by default those of KVMMAP_NUM_THREADS, or all processors.
 
     Returns:
         [..., head_dim] in C order; `out` itself if given. In f16, what is beyond 65504 is infinite; in

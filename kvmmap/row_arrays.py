@@ -1,4 +1,4 @@
-"""Arrays of rows: which dtypes are taken and given, how rows come out of any array, and how many threads work on them.
+"""Arrays of rows: which dtypes are taken and given, and how rows come out of any array.
 
 Dtypes of rows are numbered, as the compiled core counts them: 0 for f32, 1 for f16, 2 for bf16, whose array is its raw
 bits, uint16. What does not live here: what rows are encoded to, and which arrays have their numbers in plain memory
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,6 @@ _UINT16 = np.dtype(np.uint16)
 _USUAL: dict[str, tuple[np.dtype[Any], int]] = {"float32": (_F32, 0), "float16": (_F16, 1)}
 _NAMES = ("float32", "float16", "bfloat16")
 _CPU = 1  # DLPack's kDLCPU
-
-# Below this many numbers a second thread never pays, and one need not ask how many processors there are.
-_ONE_THREAD = 1 << 18
 
 
 @functools.cache
@@ -132,17 +128,6 @@ def _dlpack_device(x: Any) -> int:
 def as_bits(array: NDArray[Any]) -> NDArray[Any]:
     """A view that has a buffer: bf16, which is not Python's, as its raw bits."""
     return array.view(_UINT16) if dtype_number(array.dtype) == 2 else array
-
-
-def thread_count(threads: int | None, numbers: int) -> int:
-    """Return how many threads work on so many numbers may take: `threads`, or as many as there are processors."""
-    if threads is None:
-        if numbers < _ONE_THREAD:
-            return 1
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}; None takes all processors")
-    return threads
 
 
 def output_array(shape: tuple[int, ...], dtype: Any, out: Any = None) -> NDArray[Any]:

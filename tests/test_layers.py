@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TABLE = (
     ("_core", "lazy", "errors", "paths", "closing"),
-    ("arrays", "ranges", "row_arrays"),
+    ("arrays", "ranges", "row_arrays", "threads"),
     ("codecs", "quantize"),
     ("geometry", "metadata", "state_spec", "sizing"),
     ("rows", "recent", "inputs"),

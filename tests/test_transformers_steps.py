@@ -13,7 +13,7 @@ from helpers.tiny_models import generate, model, prompt
 
 import kvmmap
 from kvmmap.integrations.transformers import KvmmapCache
-from kvmmap.integrations.transformers.steps import join_team
+from kvmmap.integrations.transformers.team import join_team
 from kvmmap.integrations.transformers.tensors import as_array
 
 pytestmark = pytest.mark.torch

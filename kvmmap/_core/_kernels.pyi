@@ -99,5 +99,12 @@ class Step:
     def append(self, fd: int, position: int, keys: Any, values: Any) -> bool: ...
     def prepare(self, like: Any) -> None: ...
     def attend(
-        self, query: Any, slabs: tuple[Any, ...], length: int, scale: float, softcap: float, window: int
+        self,
+        query: Any,
+        slabs: tuple[Any, ...],
+        length: int,
+        scale: float,
+        softcap: float,
+        window: int,
+        threads: int,
     ) -> Any: ...

@@ -11,12 +11,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sched.h>
-#else
-#include <thread>
-#endif
-
 #include "bindings.h"
 #include "buffers.h"
 #include "step.h"
@@ -87,16 +81,6 @@ RowGrid rows_of(nb::handle tensor, const TensorKind& kind, int64_t dim) {
     return {reinterpret_cast<const void*>(address), 1, heads, dim, heads * stride, stride, type};
 }
 
-int all_processors() {
-#if defined(__linux__)
-    cpu_set_t mine;
-    if (!sched_getaffinity(0, sizeof mine, &mine)) return CPU_COUNT(&mine);
-    return 1;
-#else
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-#endif
-}
-
 class Step {
   public:
     Step(const std::vector<int>& codecs, int64_t kv_heads, int64_t dim, int64_t value_dim, const std::vector<int64_t>& offsets,
@@ -148,7 +132,8 @@ class Step {
         if (dtype >= 0) next_ = output(like, static_cast<Dtype>(dtype), heads_);
     }
 
-    nb::object attend(nb::handle query_object, const nb::tuple& slabs, int64_t length, float scale, float softcap, int64_t window) {
+    nb::object attend(nb::handle query_object, const nb::tuple& slabs, int64_t length, float scale, float softcap, int64_t window,
+                      int threads) {
         const RowGrid query = rows_of(query_object, kind_, layer_.dim);
         if (!query.data || query.inner % layer_.kv_heads || slabs.size() != row_bytes_.size()) return nb::none();
         std::optional<Buffer> held[4];  // at most codes and scales of both sides
@@ -164,7 +149,7 @@ class Step {
             heads_ = query.inner;
             made = output(query_object, query.dtype, query.inner);
         }
-        const StepQuery asked{query, scale, softcap, window, all_processors(), made.data};
+        const StepQuery asked{query, scale, softcap, window, std::max(1, threads), made.data};
         bool finite;
         {
             nb::gil_scoped_release released;
@@ -225,5 +210,6 @@ void bind_step(nb::module_& m) {
              "codecs"_a, "kv_heads"_a, "dim"_a, "value_dim"_a, "offsets"_a, "recent"_a, "tensor"_a, "dtypes"_a)
         .def("prepare", &Step::prepare, "like"_a)
         .def("append", &Step::append, "fd"_a, "position"_a, "keys"_a, "values"_a)
-        .def("attend", &Step::attend, "query"_a, "slabs"_a, "length"_a, "scale"_a, "softcap"_a, "window"_a);
+        .def("attend", &Step::attend, "query"_a, "slabs"_a, "length"_a, "scale"_a, "softcap"_a, "window"_a,
+             "threads"_a);
 }

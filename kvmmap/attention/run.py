@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ..errors import KvmmapError
 from ..recent import RecentRows, RecentView
-from ..row_arrays import output_array, thread_count
+from ..row_arrays import output_array
 from ..rows import Rows
+from ..threads import thread_count
 from .kernel import attend_extents, attend_rows, hashes_blocks
 from .mask import Mask, check_mask, check_positions, visible_ranges
 from .merge import Merging

@@ -23,7 +23,7 @@ from .graphs import outside_graph
 from .layer import KvmmapLayer
 from .selection import selected_blocks, selected_keys
 from .sequence import MaskLength
-from .steps import join_team
+from .team import join_team
 from .tensors import as_array, from_array
 
 NAME = "kvmmap"

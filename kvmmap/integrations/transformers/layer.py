@@ -20,6 +20,7 @@ from ...errors import KvmmapError, UnsupportedModelError
 from ...layer import QuantizedKvLayer
 from .kinds import LayerKind
 from .rows import StoredRows
+from .team import model_threads
 
 
 @dataclass(slots=True)
@@ -152,7 +153,7 @@ class KvmmapLayer(StoredRows, CacheLayerMixin):
         """Attend with queries from position `first` on to positions from `oldest` on."""
         kept, stop = self.kept, first + len(queries)
         options |= {"query_start": first - kept, "positions": (max(oldest - kept, 0), stop - kept)}
-        options["chunk"] = self.chunk
+        options |= {"chunk": self.chunk, "threads": model_threads()}
         own = self.own.attend(queries, return_lse=True, **options)
         if self.saved is None or oldest >= kept:
             return own

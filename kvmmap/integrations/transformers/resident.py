@@ -16,6 +16,7 @@ from ...layer import QuantizedKvLayer
 from .device_codecs import can_decode, decode, to_device
 from .kinds import LayerKind
 from .layer import KvmmapLayer, Pattern
+from .team import model_threads
 from .tensors import as_array
 
 Resident = Literal["host", "device"]
@@ -224,6 +225,6 @@ def read_on_host(part: QuantizedKvLayer, start: int, stop: int, like: torch.Tens
     for read, dim in ((part.read_keys, shape.head_dim), (part.read_values, shape.value_head_dim)):
         host = torch.empty(stop - start, shape.num_kv_heads, dim, dtype=like.dtype)
         rows = as_array(host)
-        read(start, stop, dtype=rows.dtype, out=rows)
+        read(start, stop, dtype=rows.dtype, out=rows, threads=model_threads())
         found.append(host.to(like.device))
     return found

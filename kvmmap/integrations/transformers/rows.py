@@ -15,6 +15,7 @@ from ...layer import QuantizedKvLayer
 from ...ranges import check_room
 from ...recent import RecentRows
 from ...row_arrays import as_bits, target_dtype
+from .team import model_threads
 from .tensors import as_array, to_host
 
 
@@ -74,13 +75,13 @@ class StoredRows:
         keys = torch.empty(len(self), shape.num_kv_heads, shape.head_dim, dtype=dtype)
         values = torch.empty(len(self), shape.num_kv_heads, shape.value_head_dim, dtype=dtype)
         key_rows, value_rows = as_array(keys), as_array(values)
-        done = 0
+        done, threads = 0, model_threads()
         newest = len(self) if self.chunk is None else self._chunk_start  # where the recent window of saved rows ends
         for part, first, stop in self.parts(0, len(self)):
             place = slice(done, done + stop - first)
             length = newest if part is self.saved else None
-            part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place], length=length)
-            part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place], length=length)
+            part.read_keys(first, stop, dtype=key_rows.dtype, out=key_rows[place], threads=threads, length=length)
+            part.read_values(first, stop, dtype=value_rows.dtype, out=value_rows[place], threads=threads, length=length)
             done = place.stop
         if self.chunk is not None:  # what some query of these sees in 16 bits, all do: tensors are the same for all
             held, number = len(self.own), target_dtype(key_rows.dtype)[1]

@@ -1,23 +1,19 @@
-"""The shorter way that decoding takes: layers' compiled steps on tensors, and the threads that torch has running.
+"""The shorter way that decoding takes: layers' compiled steps on tensors.
 
-What lives here: which caches can take it, and torch's team. What else a pass must be is checked by `stored` and
-`attention`, and what a step does is `DecodeStep`'s business.
+What lives here: which caches can take it. What else a pass must be is checked by `stored` and `attention`, and what a
+step does is `DecodeStep`'s business.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from ..._core import use_team
 from ...decode_step import DecodeStep
 from .layer import KvmmapLayer
 from .rows import StoredRows
+from .team import model_threads
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -48,8 +44,9 @@ class Steps:
         if self._steps is None:
             self._steps = _made(layers, len(rows))
             self._last = next(reversed(self._steps.values()), None)
+        threads = model_threads()
         for step in self._steps.values():
-            step.prepare(keys)
+            step.prepare(keys, threads)
         self.checked, self._dtype = self._last is not None, keys.dtype
 
     def push(self, number: int, length: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -77,21 +74,3 @@ def _made(layers: Sequence[object], stores: int) -> dict[int, DecodeStep]:
     for layer, step in found.values():
         layer.step = step
     return {number: step for number, (_, step) in found.items()}
-
-
-def join_team() -> None:
-    """Have attention in this thread use torch's threads in place of its own, which would contend with them: after each
-    operation torch's threads spin for a while, waiting for the next."""
-    use_team(_entry(), torch.get_num_threads())
-
-
-@functools.cache
-def _entry() -> int:
-    """The address of the function by which torch's OpenMP runtime starts a parallel region; 0 if there is none."""
-    if sys.platform != "linux":
-        return 0
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # loaded already
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0

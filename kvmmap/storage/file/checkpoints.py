@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ...errors import CacheChangedError, CorruptCacheError
 from ...format import NO_CHECKPOINT, CheckpointEntry, CheckpointHeader, Section, Slot, checksum, checksum_of
 from ...state_spec import StateSpec, aligned
+from ...threads import threads_of
 from ..checkpoints import Checkpoint, ReadOnlyCheckpoints
 from .mapped_file import MappedFile
 from .snapshot import SnapshotHolder
@@ -238,7 +239,8 @@ class WriterCheckpoints(_CheckpointReader):
         large = sum(map(len, flat)) >= HASHED_BESIDE
         # The order within a slot does not matter: nothing names it before all of it is durable. So large tensors are
         # hashed while they are written, and the disk writes the first ones meanwhile.
-        checksums = _hashing(flat) if large else lambda: tuple([checksum(data) for data in flat])
+        beside = large and threads_of(None) > 1
+        checksums = _hashing(flat) if beside else lambda: tuple([checksum(data) for data in flat])
         try:
             for first in range(0, len(flat), WRITES):
                 offsets, buffers = self._layout.offsets[first : first + WRITES], flat[first : first + WRITES]
