@@ -347,7 +347,7 @@ class CacheGeometry:
     ) -> CacheGeometry:
         """Build a geometry as `build` does, with a preset's codecs, window and sinks where none are given."""
         keys, values = chosen_codecs(preset, key_codec, value_codec)
-        window, first = chosen_recent(preset, recent_window, sinks)
+        window, first = chosen_recent(preset, recent_window, sinks, keys, values)
         return cls.build(key_codec=keys, value_codec=values, recent_window=window, sinks=first, **shape)
 
     @property

@@ -68,7 +68,8 @@ def create(
             4), "small" (5 and 4), "tiny" (4), or "lossless" (bfloat16).
         recent_window: last positions to keep in 16 bits besides, 0 to 65,536: attention of a query goes over these for
             the positions up to this many before it, which is where a codec's loss counts most. The preset's unless
-            given: 128 for "fidelity", 256 for "compact" and "tiny", 512 for "small", else 0.
+            given: 128 for "fidelity", 256 for "compact" and "tiny", 512 for "small", else 0; and 0 where all codecs
+            are f16 or f32, whose rows are as exact.
         sinks: first positions to keep in 16 bits besides, 0 to 65,536; the preset's unless given: 4 for the same ones.
         states: tensors of fixed size that layers overwrite at every position, as recurrent layers do; see
             `write_states`.

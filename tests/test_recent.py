@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kvmmap
+from kvmmap.codecs.presets import preset_recent
 from kvmmap.format import Section
 
 WINDOW, SINKS = 16, 3
@@ -607,3 +608,34 @@ def test_presets_keep_them(tmp_path: Path) -> None:
         tmp_path / "own.kvm", num_layers=1, capacity=10, num_kv_heads=1, head_dim=8, preset="tiny", recent_window=0
     ) as cache:
         assert (cache.geometry.recent_window, cache.geometry.sinks) == (0, 4)
+
+
+@pytest.mark.parametrize("exact", ["f16", "f32", ["f32", "f16"]])
+def test_a_preset_with_codecs_as_exact_keeps_none_unasked(tmp_path: Path, exact: Any) -> None:
+    """A window would make rows of f32 less exact, and those of f16 take their place twice."""
+    shape: dict[str, Any] = {"num_layers": 2, "capacity": 20, "num_kv_heads": 1, "head_dim": 16}
+    both = {"key_codec": exact, "value_codec": exact}
+
+    def kept(cache: kvmmap.QuantizedKvCache) -> tuple[int, int]:
+        with cache:
+            return cache.geometry.recent_window, cache.geometry.sinks
+
+    for preset in ("fidelity", "tiny"):
+        window = preset_recent(preset)
+        memory = kvmmap.QuantizedKvCache(2, 20, 1, 16, preset=preset, **both)
+        kvmmap.copy(memory, tmp_path / "b.kvm", preset=preset, **both, overwrite=True)
+        assert kept(kvmmap.create(tmp_path / "a.kvm", **shape, preset=preset, **both, overwrite=True)) == (0, 0)
+        assert kept(kvmmap.open(tmp_path / "b.kvm")) == kept(memory) == (0, 0)
+        for more, there in (
+            ({"recent_window": 3}, (3, 0)),
+            ({"sinks": 2}, (0, 2)),
+            ({"key_codec": "int8"}, window),
+            ({"value_codec": ["f32", "bf16"]}, window),
+        ):
+            assert kept(kvmmap.QuantizedKvCache(2, 20, 1, 16, preset=preset, **both | more)) == there
+    rows = np.random.default_rng(0).standard_normal((2, 9, 1, 16), dtype=np.float32)
+    with kvmmap.create(
+        tmp_path / "a.kvm", **shape, preset="tiny", key_codec="f32", value_codec="f32", overwrite=True
+    ) as c:
+        c.extend(rows, rows)
+        assert all(np.array_equal(layer.read_keys(), one) for layer, one in zip(c.layers, rows, strict=True))

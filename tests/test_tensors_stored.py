@@ -223,3 +223,14 @@ def test_bfloat16_rows_stay_what_they_are(tmp_path: Path) -> None:
         kvmmap.import_tensors(tmp_path / "b.safetensors", tmp_path / "c.kvm")
         with kvmmap.open(tmp_path / "c.kvm") as other:
             assert_same(cache, other)
+
+
+@pytest.mark.parametrize("wrong", [None, "f32", "STORED", "", 3, ["float32"], float, np.int8, np.float64])
+def test_dtypes_that_there_are_not(tmp_path: Path, wrong: Any) -> None:
+    cache = kvmmap.QuantizedKvCache(1, 4, 1, 8, preset="tiny")
+    cache.extend(np.ones((1, 3, 1, 8), np.float32), np.ones((1, 3, 1, 8), np.float32))
+    with pytest.raises(
+        kvmmap.DtypeError, match='dtype must be "float32", "float16" or "bfloat16", "stored" or "int8", not'
+    ):
+        kvmmap.export_tensors(cache, tmp_path / "a.safetensors", dtype=wrong)
+    assert not list(tmp_path.iterdir())

@@ -40,6 +40,10 @@ def test_presets_and_codecs(path: Path, preset: str) -> None:
         assert [layer.value_codec.name for layer in cache.geometry.layers] == names
         assert {layer.key_codec.name for layer in cache.geometry.layers} == {PRESETS[preset][0]}
         assert (cache.geometry.recent_window, cache.geometry.sinks) == (5, preset_recent(preset)[1])
+    mixed = ["f16", "f32", "f16"]
+    KvmmapCache.create(path, net, preset=preset, key_codec="f32", value_codec=mixed, overwrite=True).close()
+    with kvmmap.open(path) as cache:
+        assert not cache.geometry.keeps_recent
     for wrong in ("huge", "", [preset]):
         with pytest.raises(kvmmap.DtypeError, match="no preset"):
             KvmmapCache(net, preset=wrong)

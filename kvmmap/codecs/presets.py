@@ -71,11 +71,31 @@ def chosen_codecs(preset: str, key_codec: Codecs | None, value_codec: Codecs | N
     return keys if key_codec is None else key_codec, values if value_codec is None else value_codec
 
 
-def chosen_recent(preset: str, recent_window: int | None, sinks: int | None) -> tuple[int, int]:
+AS_EXACT = ("f16", "f32")
+"""Codecs whose rows are at least as exact as those that are kept in 16 bits besides."""
+
+
+def chosen_recent(
+    preset: str, recent_window: int | None, sinks: int | None, key_codec: Codecs, value_codec: Codecs
+) -> tuple[int, int]:
     """Return how many of the last and of the first positions a caller asks for: a preset's unless others are named.
+
+    A preset's are left out where nothing would gain by them: rows of f32 would even lose.
+
+    Args:
+        preset: its name.
+        recent_window, sinks: what the caller asks for.
+        key_codec, value_codec: what `chosen_codecs` returned.
 
     Raises:
         DtypeError: there is no such preset.
     """
     preset_window, preset_sinks = preset_recent(preset)
+    if _as_exact(key_codec) and _as_exact(value_codec):
+        preset_window = preset_sinks = 0
     return preset_window if recent_window is None else recent_window, preset_sinks if sinks is None else sinks
+
+
+def _as_exact(codec: Codecs) -> bool:
+    names = codec if isinstance(codec, Sequence) and not isinstance(codec, str) else [codec]
+    return all(isinstance(name, str) and name in AS_EXACT for name in names)

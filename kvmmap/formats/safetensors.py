@@ -23,7 +23,7 @@ from ..codecs import INT8
 from ..errors import DtypeError, NoCheckpointError, ShapeMismatchError
 from ..paths import PathLike, place_text
 from ..ranges import check_range
-from ..row_arrays import output_array
+from ..row_arrays import output_array, target_dtype
 from ..storage.posix import PosixFile
 from ..storage.protocols import Progress
 from ..transfer.copying import opened
@@ -121,7 +121,7 @@ def export_tensors(
             raise ShapeMismatchError(
                 "no layer that is to be exported has rows: at least one must", expected=1, actual=0
             )
-        stored = isinstance(dtype, str) and dtype in ("stored", "int8")
+        stored = _is_stored(dtype)
         if stored and dtype == "int8":
             rows = _only_int8(rows)
         kept = _kept(cache, chosen, rows, start, stop) if stored else {}
@@ -186,6 +186,26 @@ def _last_checkpoint(cache: QuantizedKvCache, start: int, stop: int) -> int:
             path=cache.path,
         )
     return cache.storage.checkpoints.last(stop)
+
+
+def _is_stored(dtype: Any) -> bool:
+    """True if rows are to be exported as they are stored, False if as numbers of a dtype.
+
+    Raises:
+        DtypeError: there is no such dtype.
+    """
+    if isinstance(dtype, str) and dtype in ("stored", "int8"):
+        return True
+    try:
+        target_dtype(dtype)
+    except DtypeError as error:
+        names = "float32", "float16", "bfloat16", "stored", "int8"
+        raise DtypeError(
+            f'dtype must be "float32", "float16" or "bfloat16", "stored" or "int8", not {dtype!r}',
+            expected=names,
+            actual=error.actual,
+        ) from None
+    return False
 
 
 def _only_int8(rows: ExportedRows) -> ExportedRows:

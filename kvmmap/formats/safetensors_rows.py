@@ -129,7 +129,7 @@ class ExportedRows:
         """
         if preset is not None:
             key_codec, value_codec = chosen_codecs(preset, key_codec, value_codec)
-            recent_window, sinks = chosen_recent(preset, recent_window, sinks)
+            recent_window, sinks = chosen_recent(preset, recent_window, sinks, key_codec, value_codec)
         return ExportedRows(
             Recode(key_codec=key_codec, value_codec=value_codec).applied(self.layers),
             self.recent_window if recent_window is None else recent_window,

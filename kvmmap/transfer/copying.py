@@ -122,7 +122,7 @@ def copy(
     with opened(source, source_options) as cache:
         if preset is not None:
             key_codec, value_codec = chosen_codecs(preset, key_codec, value_codec)
-            recent_window, sinks = chosen_recent(preset, recent_window, sinks)
+            recent_window, sinks = chosen_recent(preset, recent_window, sinks, key_codec, value_codec)
         recode = Recode(key_codec=key_codec, value_codec=value_codec, recent_window=recent_window, sinks=sinks)
         plan = Plan.make(cache, start, stop, layers, capacity, recode)
         options = CopyOptions(

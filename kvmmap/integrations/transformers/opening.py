@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...cache import QuantizedKvCache
 from ...codecs import by_name
-from ...codecs.presets import UNROTATED, Codecs, chosen_recent, preset_codecs
+from ...codecs.presets import UNROTATED, Codecs, chosen_codecs, chosen_recent, preset_codecs
 from ...errors import MetadataError, ModelMismatchError, ShapeMismatchError, UnsupportedModelError
 from ...geometry import LayerGeometry, one_a_layer
 from ...metadata import ModelInfo
@@ -81,7 +81,8 @@ def settings(
         "max_positions": max_positions(config),
     }
     preset = DEFAULT_PRESET if storing.preset is None else storing.preset
-    window, first = chosen_recent(preset, storing.recent_window, storing.sinks)
+    chosen = chosen_codecs(preset, storing.key_codec, storing.value_codec)
+    window, first = chosen_recent(preset, storing.recent_window, storing.sinks, *chosen)
     if states_alone(kinds):
         window = first = 0
     shapes = spread(store_geometries(kinds), capacity, window, first) | {"states": states}
@@ -89,11 +90,11 @@ def settings(
         shapes["checkpoint_slots"] = storing.checkpoint_slots
     own = [kind for kind in kinds if states or kind.geometry is not None]
     asked = storing.key_codec, storing.value_codec
-    for part, chosen, codec in zip(("key", "value"), asked, preset_codecs(preset), strict=True):
+    for part, named, codec in zip(("key", "value"), asked, preset_codecs(preset), strict=True):
         dims = shapes["head_dim" if part == "key" else "value_head_dim"]
         fitting: Codecs = [_fitting(codec, dim, kind.latent) for dim, kind in zip(dims, own, strict=False)]
         name = f"{part}_codec"  # of rows of indexes, which follow, they are chosen already
-        shapes[name][: len(own)] = one_a_layer(fitting if chosen is None else chosen, len(own), name)
+        shapes[name][: len(own)] = one_a_layer(fitting if named is None else named, len(own), name)
     return kinds, shapes | {"metadata": own_notes(metadata or {}) | {NOTES: notes}, "model": info}
 
 
