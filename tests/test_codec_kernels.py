@@ -135,6 +135,18 @@ def test_error_bounds(name: str, data: st.DataObject) -> None:
         # The fitted scale is the one of least squared error: never worse than to store nothing, up to f16's rounding.
         length = np.sqrt((size**2).sum(-1))
         assert (np.sqrt((error**2).sum(-1)) <= length * (1 + 1e-3) + np.sqrt(dim) * 127 * 2**-25).all()
+        # Nor worse than with the scale by which the levels were chosen: each number is off by half a gap between
+        # levels, or by what it is beyond the last one.
+        rotated = np.abs(oracle.rotate(x).astype(np.float64))
+        if name == "int6-rotated":
+            limit = np.sqrt(dim) * rotated.max(-1) * 2.5 / 127
+        else:
+            gap, aim = {"int3-rotated": (24.5, 59), "int4-rotated": (15.5, 46.5), "int5-rotated": (11.5, 39)}[name]
+            unit = length / np.sqrt(dim) / aim
+            beyond = rotated / unit[:, None] - 127
+            limit = np.sqrt((np.maximum(gap, beyond) ** 2).sum(-1)) * unit
+        rounding = length * 2**-11 + np.sqrt(dim) * 127 * 2**-25
+        assert (np.sqrt((error**2).sum(-1)) <= limit * (1 + 1e-4) + rounding * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [
