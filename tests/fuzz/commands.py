@@ -415,12 +415,13 @@ def _limited() -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         raise LyingError(f"does not end within {SECONDS_EACH} seconds")
 
-    signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS_EACH)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def fuzz(
