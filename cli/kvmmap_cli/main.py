@@ -118,7 +118,7 @@ def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> No
 )
 @click.pass_context
 def kvmmap(ctx: click.Context) -> None:
-    """Look at kvmmap caches, look after them, copy and convert them: language models' keys and values, as int8.
+    """Look at kvmmap caches, look after them, copy and convert them: language models' keys and values, quantised.
 
     A cache is a .kvm file, or a Zarr group in a folder or an object store (prompt.zarr, s3://bucket/prompt.zarr).
     Data goes to stdout, all else to stderr. `kvmmap COMMAND --help` has examples.
