@@ -1,11 +1,13 @@
-"""Where a decoding step in transformers spends its time: a cache that costs nothing, and one piece at a time besides.
+"""A decoding step in transformers: kvmmap beside DynamicCache and a cache that costs nothing; with --pieces, in parts.
 
 Models have random weights, so that other shapes than SmolLM2's can be measured: speed does not depend on what they
-compute. All ways take turns, a token each a round; figures are medians of the rounds' differences.
+compute. All ways take turns, a token each a round. A token of the cache that costs nothing attends to itself alone: no
+cache can be faster, so it is the limit of every ratio. With --pieces, figures are medians of the rounds' differences.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Report, Task, arguments, measure, workspace
+from harness import Bar, Report, Task, arguments, measure, version_of, workspace
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvmmap.decode_step import DecodeStep
@@ -41,6 +43,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 """SmolLM2-135M; and few layers of Llama 3 8B's attention, with a smaller MLP and vocabulary."""
 
+PRESETS = ("fidelity", "int8")
+"""The default one, and int8 without a window."""
+
 Piece = dict[str, Callable[..., Any]]
 """What replaces methods of `DecodeStep`."""
 
@@ -55,33 +60,97 @@ class CostsNothing(DynamicCache):
         return query_length, 0
 
 
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+POSITIONS = (2000, 8000, 16000)
+
+DECODE = {"f32": 1.7, "bf16": 4.6}
+"""Of DynamicCache's tokens a second, with SmolLM2's shape from `FAR` positions on; elsewhere no fewer than its."""
+
+FAR = 8000
+AS_INT8 = 1.0
+"""The default preset, of int8 without a recent window."""
+
+BESIDE = version_of("transformers")
+
+
 def main() -> None:
     parser = arguments(__doc__.partition("\n")[0], rounds=15)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2", help="of the model")
-    parser.add_argument("--positions", type=int, default=8000, help="stored")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="of the model")
+    parser.add_argument("--positions", nargs="+", type=int, default=POSITIONS, help="stored")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the model")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--pieces", action="store_true", help="time a step with one piece at a time besides")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     report = Report("step")
-    config = LlamaConfig(max_position_embeddings=32768, tie_word_embeddings=True, **SHAPES[options.shape])
-    net = AutoModelForCausalLM.from_config(config).to(getattr(torch, options.dtype)).eval()
-    with workspace(options.dir) as folder:
-        pieces(report, net, options.positions, folder, options.rounds)
+    report.note("threads", torch.get_num_threads())
+    for shape, dtype in itertools.product(options.shapes, options.dtypes):
+        config = LlamaConfig(max_position_embeddings=32768, tie_word_embeddings=True, **SHAPES[shape])
+        net = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+        for positions in options.positions:
+            with workspace(options.dir) as folder:
+                decoding(report, net, f"{shape}, {dtype}", positions, folder, options.rounds)
+                if options.pieces:
+                    pieces(report, net, positions, folder, options.rounds)
     report.finish(options.json)
+
+
+def decoding(report: Report, net: Any, what: str, positions: int, folder: Path, rounds: int) -> None:
+    """Time a token with caches of all kinds in turn.
+
+    Not in place, a cache decodes all rows to tensors, which the model's own attention then reads.
+    """
+    caches = made(net, positions, folder)
+    ways = {
+        "kvmmap": ("kvmmap", caches["fidelity"]),
+        "kvmmap int8": ("kvmmap", caches["int8"]),
+        "kvmmap, not in place": ("sdpa", caches["fidelity"]),
+        "kvmmap int8, not in place": ("sdpa", caches["int8"]),
+        "DynamicCache": ("sdpa", caches["DynamicCache"]),
+        "a cache that costs nothing": ("sdpa", caches["nothing"]),
+    }
+    measured = measure([task(name, net, *way) for name, way in ways.items()], rounds)
+    report.show(f"a token at {positions:,} positions, {what}", measured, ["DynamicCache"])
+    shape, _, dtype = what.partition(", ")
+    required = DECODE[dtype] if shape == "smollm2" and positions >= FAR else 1.0
+    for rival, least, beside in (("DynamicCache", required, BESIDE), ("kvmmap int8", AS_INT8, "the preset int8")):
+        ratio, ceiling = (measured.ratio(way, rival).median for way in ("kvmmap", "a cache that costs nothing"))
+        report.bars.append(
+            Bar(f"decode at {positions:,}, {what}: kvmmap, to {rival}", least, ratio, "x", ceiling, beside)
+        )
+    for preset in PRESETS:
+        caches[preset].close()
+
+
+def made(net: Any, positions: int, folder: Path) -> dict[str, Any]:
+    """Make caches of all kinds that hold the same random rows."""
+    config = net.config
+    caches = {
+        preset: KvmmapCache.create(
+            folder / f"{preset}.kvm", config, capacity=positions + 1000, preset=preset, overwrite=True
+        )
+        for preset in PRESETS
+    }
+    caches["DynamicCache"] = DynamicCache(config=config)
+    for cache in caches.values():
+        fill(cache, net, positions)
+    return caches | {"nothing": CostsNothing(config=config)}
+
+
+def task(name: str, net: Any, attention: str, cache: Any, piece: Piece | None = None) -> Task:
+    return Task(
+        name=name,
+        run=partial(token, net, cache, piece or {}),
+        before=partial(net.set_attn_implementation, attention),
+    )
 
 
 def pieces(report: Report, net: Any, positions: int, folder: Path, rounds: int) -> None:
     """Time a token by all ways in turn, and print what each adds to a cache that costs nothing."""
-    config, layers = net.config, net.config.num_hidden_layers
-    nothing, dynamic = CostsNothing(config=config), DynamicCache(config=config)
-    default, int8 = (
-        KvmmapCache.create(folder / f"{preset}.kvm", config, capacity=positions + 1000, preset=preset)
-        for preset in ("fidelity", "int8")
-    )
-    for cache in (dynamic, default, int8):
-        fill(cache, net, positions)
+    layers = net.config.num_hidden_layers
+    caches = made(net, positions, folder)
+    nothing, default, int8 = caches["nothing"], caches["fidelity"], caches["int8"]
     ways: dict[str, tuple[str, Any, Piece]] = {
         "a cache that costs nothing": ("sdpa", nothing, {}),
         "int8, without attention": ("kvmmap", int8, {"attend": _zeros}),
@@ -89,21 +158,17 @@ def pieces(report: Report, net: Any, positions: int, folder: Path, rounds: int) 
         "int8": ("kvmmap", int8, {}),
         "the default preset, without attention": ("kvmmap", default, {"attend": _zeros}),
         "the default preset": ("kvmmap", default, {}),
-        "DynamicCache": ("sdpa", dynamic, {}),
+        "DynamicCache": ("sdpa", caches["DynamicCache"], {}),
     }
-    tasks = [
-        Task(name=name, run=partial(token, net, cache, piece), before=partial(net.set_attn_implementation, attention))
-        for name, (attention, cache, piece) in ways.items()
-    ]
+    tasks = [task(name, net, *way) for name, way in ways.items()]
     measured = measure(tasks, rounds)
-    title = f"a token at {positions} positions, {net.dtype}, {layers} layers"
-    report.show(title, measured, ["DynamicCache"])
+    report.show(f"a token at {positions:,} positions, {net.dtype}, piece by piece", measured, ["DynamicCache"])
     base = measured.seconds[tasks[0].name]
     for name, seconds in measured.seconds.items():
         added = statistics.median(one - other for one, other in zip(seconds, base, strict=True))
         report.note(f"{name}, over a cache that costs nothing", f"{added / layers * 1e6:.0f} us a layer")
-    for cache in (default, int8):
-        cache.close()
+    for preset in PRESETS:
+        caches[preset].close()
 
 
 def fill(cache: Any, net: Any, positions: int) -> None:
