@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_the_same_call_gives_the_same_bits(n: int) -> None:
     first = layer.attend(queries, threads=3)
     for _ in range(50):
         np.testing.assert_array_equal(layer.attend(queries, threads=3), first)
+
+
+@pytest.mark.parametrize("length", [1024, 4353, 9000])
+@pytest.mark.parametrize("options", [{}, {"window": 3000, "sinks": 4}, {"positions": (100, 1000)}])
+def test_no_number_of_threads_loses_a_position(length: int, options: dict[str, Any]) -> None:
+    layer = QuantizedKvLayer(length, 3, 64)
+    layer.extend(rows(length, 3, 64), rows(length, 3, 64, seed=1))
+    queries = rows(1, 9, 64, seed=3)
+    out, lse = layer.attend(queries, threads=1, return_lse=True, **options)
+    for threads in (2, 3, 7, 40):
+        found, others = layer.attend(queries, threads=threads, return_lse=True, **options)
+        np.testing.assert_allclose(found, out, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(others, lse, rtol=0, atol=1e-6)
 
 
 def wait_for_threads(count: int, between: Callable[[], object] = lambda: time.sleep(0.001)) -> None:

@@ -63,12 +63,14 @@ def test_one_thread_of_torch_is_one_of_attention(way: str, tmp_path: Path, monke
                 wait_for_helpers(threads, token)
                 assert way != "in place" or made.layers[0].step is not None
                 return
-        while True:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
             resident = "device" if way == "device" else "host"
             with KvmmapCache.open(path, config, mode="r", resident=resident) as opened:
                 between(make_token(opened))
             if threads(helpers()):
                 return
+        raise AssertionError(f"{helpers()} helpers")
 
     def make_token(cache: KvmmapCache) -> Callable[[], object]:
         if way == "batch":

@@ -141,10 +141,17 @@ std::vector<AttendRange> visible(const AttendJob& job, const Source& source) {
     return cut;
 }
 
-// Part p of ranges that are cut, between tiles, into parts of even work.
-std::vector<AttendRange> part_of(const std::vector<AttendRange>& ranges, int64_t p, int64_t parts, int64_t tile) {
+// Positions of ranges, each head's counted by itself: what parts are measured in.
+int64_t work_of(const std::vector<AttendRange>& ranges) {
     int64_t total = 0;
     for (const AttendRange& r : ranges) total += (r.head_end - r.head) * (r.stop - r.start);
+    return total;
+}
+
+// Part p of ranges that are cut, between tiles, into parts with these shares of the work.
+std::vector<AttendRange> part_of(const std::vector<AttendRange>& ranges, int64_t p, const std::vector<double>& shares, int64_t tile) {
+    const auto total = static_cast<double>(work_of(ranges));
+    const auto parts = static_cast<int64_t>(shares.size()) - 1;
     std::vector<AttendRange> mine;
     int64_t before = 0;  // work in the ranges before
     for (const AttendRange& r : ranges) {
@@ -152,7 +159,7 @@ std::vector<AttendRange> part_of(const std::vector<AttendRange>& ranges, int64_t
         // Where part q begins within this range.
         auto bound = [&](int64_t q) {
             if (q == parts) return count;
-            const int64_t position = (total * q / parts - before) / heads;
+            const int64_t position = (static_cast<int64_t>(total * shares[q]) - before) / heads;
             return std::max<int64_t>(0, std::min(count, (position + tile / 2) / tile * tile));
         };
         if (bound(p) < bound(p + 1)) mine.push_back({r.head, r.head_end, r.start + bound(p), r.start + bound(p + 1)});
@@ -164,22 +171,51 @@ std::vector<AttendRange> part_of(const std::vector<AttendRange>& ranges, int64_t
 // How a job is cut into pieces: by queries, which have rows of their own in a state, and where those are few by positions,
 // with a state for each part.
 struct Plan {
-    int64_t threads, blocks, parts;
+    int64_t threads, blocks;
+    std::vector<double> shares;  // where the parts begin, of the whole work; and 1
+
+    int64_t parts() const { return static_cast<int64_t>(shares.size()) - 1; }
 };
+
+// Positions that are worth a part of their own.
+constexpr int64_t shortest_part = 256;
+
+// Parts of even work.
+std::vector<double> even_shares(int64_t parts) {
+    std::vector<double> shares(parts + 1);
+    for (int64_t p = 0; p <= parts; ++p) shares[p] = static_cast<double>(p) / static_cast<double>(parts);
+    return shares;
+}
+
+// Parts that become smaller to the end, each a half of what there is left for a thread: all threads then end within one of
+// the smallest parts, and there are few places where a walk over rows begins anew.
+std::vector<double> falling_shares(double least, int64_t threads) {
+    std::vector<double> shares{0};
+    for (double left = 1; left > 0;) {
+        left -= std::max(least, left / static_cast<double>(2 * threads));
+        if (left < least / 2) left = 0;
+        shares.push_back(1 - left);
+    }
+    return shares;
+}
 
 // Query rows of a KV head that are worth a walk over the positions: as many as kernels work on at a time.
 constexpr int64_t block_rows = 16;
 
-Plan plan(const AttendJob& job, const std::vector<AttendRange>& ranges, int64_t threads) {
+Plan plan(const AttendJob& job, const std::vector<AttendRange>& ranges, int64_t tile, int64_t threads) {
     int64_t bytes = 0;
     for (const AttendRange& r : ranges)
         bytes += (r.head_end - r.head) * (r.stop - r.start) * (job.dim + job.value_dim + 8);
     const int64_t rows = job.n * job.group();
     threads = std::min(threads, bytes * std::max<int64_t>(1, rows / 4) / thread_bytes);
-    if (threads <= 1) return {1, 1, 1};
+    if (threads <= 1) return {1, 1, {0, 1}};
     const int64_t pieces = threads * pieces_each;
     const int64_t blocks = std::max<int64_t>(1, std::min({pieces, job.n, rows / block_rows}));
-    return {threads, blocks, (pieces + blocks - 1) / blocks};
+    if (blocks > 1) return {threads, blocks, even_shares((pieces + blocks - 1) / blocks)};
+    int64_t heads = 1;
+    for (const AttendRange& r : ranges) heads = std::max(heads, r.head_end - r.head);
+    const auto least = static_cast<double>(heads * std::max(tile, shortest_part));
+    return {threads, 1, falling_shares(least / static_cast<double>(work_of(ranges)), threads)};
 }
 
 // A job for queries [begin, end) of another's; the numbers of its rows start at begin * q_heads of the other's.
@@ -311,20 +347,22 @@ void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threa
     if (job.n * job.group() > block_rows)
         for (int64_t i = 0; i < count; ++i)
             if (extents[i].first_read) extents[i].first_read->finish(threads);
-    const Plan cuts = plan(job, ranges, threads);
+    const int64_t tile = kernel.tile_for(job);
+    const Plan cuts = plan(job, ranges, tile, threads);
+    const int64_t parts = cuts.parts();
     std::vector<State> states;
-    states.reserve(cuts.parts);
-    for (int64_t p = 0; p < cuts.parts; ++p) states.emplace_back(job.rows(), width);
-    parallel_pieces(cuts.blocks * cuts.parts, static_cast<int>(cuts.threads), [&](int64_t piece) {
+    states.reserve(parts);
+    for (int64_t p = 0; p < parts; ++p) states.emplace_back(job.rows(), width);
+    parallel_pieces(cuts.blocks * parts, static_cast<int>(cuts.threads), [&](int64_t piece) {
         // The last queries, which see most, come first.
-        const int64_t block = cuts.blocks - 1 - piece / cuts.parts, p = piece % cuts.parts;
+        const int64_t block = cuts.blocks - 1 - piece / parts, p = piece % parts;
         const int64_t begin = job.n * block / cuts.blocks, end = job.n * (block + 1) / cuts.blocks;
         const AttendJob mine = for_queries(job, begin, end);
         const std::vector<AttendRange> seen = cuts.blocks == 1 ? ranges : visible(mine, source);
-        run_part(mine, kernel, source, part_of(seen, p, cuts.parts, kernel.tile_for(job)), prepared + begin * job.q_heads * query_bytes,
+        run_part(mine, kernel, source, part_of(seen, p, cuts.shares, tile), prepared + begin * job.q_heads * query_bytes,
                  width, from_row(states[p].view, begin * job.q_heads, width));
     });
-    for (int64_t p = 1; p < cuts.parts; ++p)
+    for (int64_t p = 1; p < parts; ++p)
         for (int64_t row = 0; row < job.rows(); ++row) merge(states[0].view, states[p].view, row, width);
     finish(job, kernel, states[0].view, width);
     if (values.format.rotated) rotate(job.value_dim, job.rows(), job.out, codec_kernels().rotate_back);
