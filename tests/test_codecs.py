@@ -553,3 +553,27 @@ def test_the_report_page_names_codecs_and_window(tmp_path: Path, preset: str) ->
         assert "What int8 costs" in page
         assert "are decoded" not in page
         assert "the first 3 positions, " in page
+
+
+@pytest.mark.parametrize("name", ["f32", "test-f32"])
+def test_attention_over_numbers_whose_products_overflow(name: str) -> None:
+    """Without warnings, which are errors here: in codecs without a kernel of their own."""
+    keys, values = np.zeros((6, 1, 32), np.float32), np.full((6, 1, 32), 3.4e38, np.float32)
+    values[:, :, ::2] *= -1
+    values[3] = 1.0
+    queries = np.full((1, 2, 32), 3.0, np.float32)
+    layer = kvmmap.QuantizedKvLayer(6, 1, 32, key_codec=name, value_codec=name)
+    keys[2, :, ::2], keys[2, :, 1::2] = 3e38, -3e38  # the product is 0, and no sum of f32 gets there
+    layer.extend(keys, values)
+    found, lse = layer.attend(queries, return_lse=True)
+    mean = values.astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(found[0], [mean[0]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(lse, np.log(6), rtol=1e-6)
+    keys[3] = 3e37
+    keys[4] = -3e38
+    layer.truncate(0)
+    layer.extend(keys, values)
+    found, lse = layer.attend(queries, return_lse=True)
+    np.testing.assert_array_equal(found, np.ones((1, 2, 32)))
+    assert np.isfinite(lse).all()
+    assert np.isfinite(layer.attend(np.full((1, 2, 32), 3e38, np.float32), scale=1e5)).all()

@@ -5,6 +5,7 @@ For codecs that have no compiled kernel. It gives what the kernels give, up to f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from ..row_arrays import widened
 from ..rows import Rows
 from .mask import Mask
 from .merge import Merging
+
+LARGEST = float(np.finfo(np.float32).max)
+MOST_SCORE = LARGEST * math.log(2) / 4
+"""Scores beyond it count as this, as in the kernels: the difference of two must be a number."""
 
 PIECE_NUMBERS = 1 << 20
 """Numbers of keys and values that are decoded at a time."""
@@ -56,7 +61,9 @@ def attend_decoded(
     heads = geometry.num_kv_heads
     n, q_heads, dim = wide.shape
     scale = np.float32(dim**-0.5 if mask.scale is None else mask.scale)
-    grouped = (wide * scale).reshape(n, heads, q_heads // heads, dim)
+    with np.errstate(over="ignore"):
+        scaled = np.clip(wide * scale, -LARGEST, LARGEST)
+    grouped = scaled.reshape(n, heads, q_heads // heads, dim)
     step = max(1, PIECE_NUMBERS // (heads * (dim + geometry.value_head_dim)))
     merging = Merging(out.shape)
     for first, last, start, stop in ranges.tolist():
@@ -109,17 +116,25 @@ def _attend_piece(
     """Attend over a few rows [rows, heads, dim] of some heads; queries are scaled, [n, num_kv_heads, group, dim]."""
     out, lse = np.zeros(shape, np.float32), np.full(shape[:-1], -np.inf, np.float32)
     mine = queries[:, heads].transpose(1, 2, 0, 3)  # [heads, group, n, dim]
-    scores = (mine @ keys.transpose(1, 2, 0)[:, None]).astype(np.float64)
+    scores = np.clip(_products(mine, keys.transpose(1, 2, 0)[:, None]), -MOST_SCORE, MOST_SCORE)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
     total = weights.sum(axis=-1, keepdims=True)
-    found = weights.astype(np.float32) @ values.transpose(1, 0, 2)[:, None] / np.maximum(total, np.finfo(float).tiny)
+    shares = (weights / np.maximum(total, np.finfo(float).tiny)).astype(np.float32)
+    found = np.clip(_products(shares, values.transpose(1, 0, 2)[:, None]), -LARGEST, LARGEST)
     with np.errstate(divide="ignore"):
         logs = (np.log(total) + top)[..., 0]
     n, count, group = queries.shape[:3]
     out.reshape(n, count, group, -1)[:, heads] = found.transpose(2, 0, 1, 3)
     lse.reshape(n, count, group)[:, heads] = logs.transpose(2, 0, 1)
     return out, lse
+
+
+def _products(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return left @ right, computed in f64 if f32 overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = left @ right
+    return found.astype(np.float64) if np.isfinite(found).all() else left.astype(np.float64) @ right.astype(np.float64)
