@@ -32,13 +32,11 @@ DecodedRows::DecodedRows(const AttendJob& job, const CodedRows& keys, const Code
     values_.rows = values, values_.dim = job.value_dim, values_.form = forms.values;
     const int64_t position = job.kv_heads * (job.dim * number_bytes(forms.keys) + job.value_dim * number_bytes(forms.values));
     span_ = std::max<int64_t>(1, decoded_bytes / (tile * position + 1)) * tile;
-    const int64_t count = std::min(span_, most) * job.kv_heads;
-    keys_.reserve(count);
-    values_.reserve(count);
+    most_ = std::min(span_, most);
 }
 
 void DecodedRows::Side::reserve(int64_t count) {
-    if (form == Form::as_stored) return;
+    if (form == Form::as_stored || memory) return;
     memory.reset(new char[count * dim * number_bytes(form) + 64]);
     // A row of f32 numbers has no scale.
     scales.assign(count, 1.0f);
@@ -59,6 +57,7 @@ void DecodedRows::take(Side& side, const AttendRange& range, const void*& rows, 
         scales = reinterpret_cast<const float*>(side.rows.scales) + first;
         return;
     }
+    side.reserve(most_ * heads);
     char* out = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(side.memory.get()) + 63) / 64 * 64);
     const int64_t row_bytes = side.dim * number_bytes(side.form);
     if (range.head_end - range.head == heads) {

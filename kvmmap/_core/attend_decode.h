@@ -30,7 +30,8 @@ AttendForms forms_of(const CodedRows& keys, const CodedRows& values);
 
 class DecodedRows {
   public:
-    // `tile`: positions that the kernel works on at a time. Room for `most` positions at the most.
+    // `tile`: positions that the kernel works on at a time. Room for `most` positions at the most, from the first take() on:
+    // kernels that read rows as they are stored often leave nothing to decode.
     DecodedRows(const AttendJob& job, const CodedRows& keys, const CodedRows& values, int64_t tile, int64_t most);
 
     // Positions that are decoded at a time.
@@ -60,7 +61,7 @@ class DecodedRows {
 
     const AttendJob* job_;
     Side keys_, values_;
-    int64_t span_;
+    int64_t span_, most_;
 };
 
 }  // namespace kvmmap
