@@ -41,8 +41,8 @@ void walk_codes(const AttendJob& job, const AttendRange& range, int64_t coming, 
     const CodedRows keys{int8, static_cast<const char*>(job.key_rows), reinterpret_cast<const char*>(job.key_scales)};
     const CodedRows values{int8, static_cast<const char*>(job.value_rows), reinterpret_cast<const char*>(job.value_scales)};
     AttendRange rest = range;
-    if (StreamsShape::few(job)) rest.start = walk_few<digits, AmxFewStreams<digits>, true>(job, keys, values, range, coming, prepared, state);
-    else if (digits == 2 && AmxStreams::suit(job)) rest.start = walk_amx_streams(job, keys, values, range, coming, prepared, state);
+    if (StreamsShape::few(job)) rest.start = walk_few_amx<digits>(job, keys, values, range, coming, prepared, state);
+    else if (suits_amx_streams(job)) rest.start = walk_amx_streams<digits>(job, keys, values, range, coming, prepared, state);
     else rest.start = walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
     if (rest.start < rest.stop) avx512<digits>().walk(job, rest, coming, prepared, state);
 }
@@ -50,8 +50,12 @@ void walk_codes(const AttendJob& job, const AttendRange& range, int64_t coming, 
 template <int digits>
 int64_t walk_stored(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                     int64_t coming, const char* prepared, AttendState state) {
-    if (StreamsShape::few(job)) return walk_few<digits, AmxFewStreams<digits>, true>(job, keys, values, range, coming, prepared, state);
-    if (!suits<digits>(job)) return avx512<digits>().walk_stored(job, keys, values, range, coming, prepared, state);
+    if (StreamsShape::few(job)) return walk_few_amx<digits>(job, keys, values, range, coming, prepared, state);
+    if (!suits<digits>(job)) {
+        AttendRange rest = range;
+        if (suits_amx_streams(job)) rest.start = walk_amx_streams<digits>(job, keys, values, range, coming, prepared, state);
+        return rest.start < rest.stop ? avx512<digits>().walk_stored(job, keys, values, rest, coming, prepared, state) : rest.start;
+    }
     return walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
 }
 

@@ -2,8 +2,8 @@
 //
 // A tile's rows are the 16 streams, and its second operand has the digits of the rows of queries as columns. So 64 numbers of a
 // position of every stream cost a product of 16 cycles, where interleaving keys takes 64 shuffles and their products 48
-// instructions for each row of queries. Over int8 codes in cache that is 0.8 of the time. 4 and 5 bits are multiplied without
-// AMX, which would need them as int8 in memory: multiply_halves takes as long as writing them.
+// instructions for each row of queries. Over int8 codes in cache that is 0.8 of the time. Codes of fewer bits are made int8 in
+// the first-level cache, some steps before they are multiplied.
 #pragma once
 
 #include "attend_few_streams_avx512.h"
@@ -12,17 +12,21 @@
 namespace kvmmap {
 namespace {
 
-template <int digits>
+// `rows` of queries a KV head.
+template <int digits, int rows>
 class AmxFewStreams : public FewStreams<digits> {
     using Base = FewStreams<digits>;
     using typename Base::Slab;
-    using Base::heads_, Base::rows_, Base::queries_, Base::keys_, Base::job_, Base::length, Base::lanes;
+    using Base::heads_, Base::queries_, Base::keys_, Base::job_, Base::length, Base::lanes, Base::span;
+
+    static constexpr int64_t columns = digits * rows > 4 ? 8 : 4;  // digits of the rows, in the order of rows
+    static constexpr int64_t lag = 6;  // steps until what was stored is read: before it is in the cache, reading waits
+    static constexpr int64_t ring = 8, product_bytes = 16 * columns * 4;
 
   public:
     AmxFewStreams(const AttendJob& job, const CodedRows& keys, const FewRows<digits>& key_rows, const CodedRows& values,
                   const FewRows<digits>& value_rows, const char* prepared, AttendState state)
-        : Base(job, keys, key_rows, values, value_rows, prepared, state), columns_(digits * rows_ > 4 ? 8 : 4),
-          query_bytes_(job.dim * columns_) {
+        : Base(job, keys, key_rows, values, value_rows, prepared, state), query_bytes_(job.dim * columns) {
         const int64_t plain_bytes = keys_.plain ? lanes * job.dim : 0;
         packed_.reset(new char[64 + heads_ * query_bytes_ + ring * (product_bytes + plain_bytes)]);
         packed_queries_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(packed_.get()) + 63) / 64 * 64);
@@ -30,14 +34,14 @@ class AmxFewStreams : public FewStreams<digits> {
         plain_ = products_ + ring * product_bytes;
         std::memset(packed_queries_, 0, heads_ * query_bytes_);
         for (int64_t h = 0; h < heads_; ++h)
-            for (int64_t r = 0; r < rows_; ++r)
+            for (int64_t r = 0; r < rows; ++r)
                 for (int64_t d = 0; d < job.dim; d += 4)
-                    std::memcpy(packed_queries_ + h * query_bytes_ + d * columns_ + 4 * digits * r,
-                                queries_[h * rows_ + r] + query_header + d / 4 * step_bytes<digits>, 4 * digits);
+                    std::memcpy(packed_queries_ + h * query_bytes_ + d * columns + 4 * digits * r,
+                                queries_[h * rows + r] + query_header + d / 4 * step_bytes<digits>, 4 * digits);
         alignas(64) uint8_t config[64] = {1};
         for (int i = 0; i < 8; ++i) {
             // Bytes of a row; tiles 0 to 3 are sums and queries, the others keys.
-            config[16 + 2 * i] = static_cast<uint8_t>(i < 4 ? 4 * columns_ : 64);
+            config[16 + 2 * i] = static_cast<uint8_t>(i < 4 ? 4 * columns : 64);
             config[48 + i] = 16;
         }
         stored_before();
@@ -47,82 +51,89 @@ class AmxFewStreams : public FewStreams<digits> {
 
   protected:
     void score(const Slab& keys, const Slab& next, const char* const (&scales)[2]) override {
-        if (keys_.multiply) return Base::score(keys, next, scales);
-        const int64_t steps = length * heads_, products_after = keys_.plain ? lag : 0, all = steps + products_after;
+        if (keys_.plain) job_.dim == 128 ? walk_keys<true, 128>(keys, next, scales) : walk_keys<true, 0>(keys, next, scales);
+        else job_.dim == 128 ? walk_keys<false, 128>(keys, next, scales) : walk_keys<false, 0>(keys, next, scales);
+    }
+
+  private:
+    // `fixed`: the dimension, or 0 for any.
+    template <bool plain, int64_t fixed>
+    void walk_keys(const Slab& keys, const Slab& next, const char* const (&scales)[2]) {
+        const int64_t dim = fixed ? fixed : job_.dim, stride = plain ? dim : keys.stream(), row_bytes = keys_.row_bytes;
+        constexpr int64_t after = plain ? lag : 0;  // steps from making keys plain to multiplying them
+        const int64_t steps = length * heads_;
+        const auto plain_of = [this, dim](int64_t step) { return plain_ + step % ring * lanes * dim; };
+        const auto products_of = [this](int64_t step) { return products_ + step % ring * product_bytes; };
         int64_t multiplied = 0, h = 0, j = 0;  // the head to be multiplied next; the head and position whose products are taken next
-        for (int64_t step = 0; step <= all + lag; ++step) {
-            const int64_t now = step - products_after, before = now - lag - 1;
-            if (now >= 0 && now <= steps) {
-                const char* codes = keys_.plain ? plain_of(now) : keys.codes + now * keys_.row_bytes;
-                const int64_t stride = keys_.plain ? job_.dim : keys.stream(), dim = now < steps ? job_.dim : 0;
+        for (int64_t step = 0; step <= steps + after + lag; ++step) {
+            const int64_t now = step - after, before = now - lag - 1;
+            if (now >= 0 && now < steps) {
+                const char* codes = plain ? plain_of(now) : keys.codes + now * row_bytes;
                 const char* queries = packed_queries_ + multiplied * query_bytes_;
-                char* products = now ? products_of(now - 1) : nullptr;
-                if (now % 2) multiply<true>(codes, stride, dim, queries, products);
-                else multiply<false>(codes, stride, dim, queries, products);
+                if (now % 2) multiply<true>(codes, stride, dim, queries);
+                else multiply<false>(codes, stride, dim, queries);
                 if (++multiplied == heads_) multiplied = 0;
             }
+            if (now > 0 && now <= steps) store(now - 1, products_of(now - 1));
             if (before >= 0) {
                 take(products_of(before), h, j);
                 if (++h == heads_) h = 0, ++j;
             }
             if (step < steps) {
                 Base::fetch_scales(scales, step);
-                Base::fetch(keys, next, step * keys_.row_bytes, keys_.row_bytes);
-                if (keys_.plain) keys_.plain(keys.codes + step * keys_.row_bytes, keys.stream(), job_.dim, plain_of(step));
+                Base::fetch(keys, next, step * row_bytes, row_bytes);
+                if constexpr (plain) keys_.plain(keys.codes + step * row_bytes, keys.stream(), dim, plain_of(step));
             }
         }
     }
 
-  private:
-    static constexpr int64_t lag = 6;  // steps until what was stored is read: before it is in the cache, reading waits
-    static constexpr int64_t ring = 8, product_bytes = 16 * 8 * 4;
-
-    char* plain_of(int64_t step) const { return plain_ + step % ring * lanes * job_.dim; }
-    char* products_of(int64_t step) const { return products_ + step % ring * product_bytes; }
-
-    // Stores the sums of the step before, which are there by now, to `products`.
     template <bool odd>
-    [[gnu::always_inline]] void multiply(const char* keys, int64_t stride, int64_t dim, const char* queries, char* products) {
+    [[gnu::always_inline]] static void multiply(const char* keys, int64_t stride, int64_t dim, const char* queries) {
         stored_before();
         if constexpr (odd) _tile_zero(1);
         else _tile_zero(0);
         for (int64_t d = 0; d < dim; d += 64) {
             if constexpr (odd) {
-                _tile_loadd(3, queries + d * columns_, 4 * columns_);
+                _tile_loadd(3, queries + d * columns, 4 * columns);
                 _tile_loadd(5, keys + d, stride);
                 _tile_dpbssd(1, 5, 3);
             } else {
-                _tile_loadd(2, queries + d * columns_, 4 * columns_);
+                _tile_loadd(2, queries + d * columns, 4 * columns);
                 _tile_loadd(4, keys + d, stride);
                 _tile_dpbssd(0, 4, 2);
             }
         }
-        if (!products) return;
-        if constexpr (odd) _tile_stored(0, products, 4 * columns_);
-        else _tile_stored(1, products, 4 * columns_);
+    }
+
+    // Stores the sums of a step, a step later: they are there by then.
+    [[gnu::always_inline]] static void store(int64_t step, char* products) {
+        if (step % 2) _tile_stored(1, products, 4 * columns);
+        else _tile_stored(0, products, 4 * columns);
     }
 
     // Products of a step, [stream][column], to where weights will be.
-    void take(const char* products, int64_t h, int64_t j) {
+    [[gnu::always_inline]] void take(const char* products, int64_t h, int64_t j) const {
         stored_before();
         __m512i v[8];
         // Columns of streams, those with the same number modulo 4 side by side.
-        by_columns(products, columns_, v);
-        if (columns_ == 8) by_columns(products + 16, columns_, v + 4);
+        by_columns(products, v);
+        if constexpr (columns == 8) by_columns(products + 16, v + 4);
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        for (int64_t r = 0; r < rows_; ++r) {
+#pragma GCC unroll 2
+        for (int64_t r = 0; r < rows; ++r) {
             const __m512i* row = v + digits * r;
             const __m512 sum = digits == 3 ? put_together(row[0], row[1], row[2]) : put_together(row[0], row[1]);
-            const __m512 worth = _mm512_set1_ps(reinterpret_cast<const Digits*>(queries_[h * rows_ + r])->worth);
+            const __m512 worth = _mm512_set1_ps(reinterpret_cast<const Digits*>(queries_[h * rows + r])->worth);
             _mm512_store_ps(Base::weights_of(h, r) + j * lanes, _mm512_mul_ps(_mm512_permutexvar_ps(order, sum), worth));
         }
     }
 
     // Four columns of 16 rows of so many; lane l of a register has rows l, 4 + l, 8 + l and 12 + l.
-    [[gnu::always_inline]] static void by_columns(const char* products, int64_t columns, __m512i* out) {
+    [[gnu::always_inline]] static void by_columns(const char* products, __m512i* out) {
         __m512i v[4];
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            if (columns == 4) {
+            if constexpr (columns == 4) {
                 v[i] = _mm512_load_si512(products + 64 * i);
             } else {
                 const auto* p = reinterpret_cast<const __m128i*>(products + 128 * i);
@@ -137,13 +148,20 @@ class AmxFewStreams : public FewStreams<digits> {
         out[2] = _mm512_unpacklo_epi64(c, d), out[3] = _mm512_unpackhi_epi64(c, d);
     }
 
-    int64_t columns_;  // digits of the rows, in the order of rows
     int64_t query_bytes_;
     std::unique_ptr<char[]> packed_;
     char* packed_queries_;  // [head][four numbers][column][4]
     char* products_;        // of some steps
     char* plain_;           // keys of some steps
 };
+
+// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+template <int digits>
+int64_t walk_few_amx(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range, int64_t coming,
+                     const char* prepared, AttendState state) {
+    const auto run = job.n * job.group() == 1 ? walk_few<digits, AmxFewStreams<digits, 1>, true> : walk_few<digits, AmxFewStreams<digits, 2>, true>;
+    return run(job, keys, values, range, coming, prepared, state);
+}
 
 }  // namespace
 }  // namespace kvmmap

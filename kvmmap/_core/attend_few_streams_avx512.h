@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "attend_bytes_avx512.h"
+#include "attend_few_keys_avx512.h"
 #include "attend_streams_shape_avx512.h"
 
 namespace kvmmap {
@@ -20,10 +21,10 @@ template <int digits>
 struct FewRows {
     int64_t row_bytes = 0;
     bool half_scales = false;
-    // Adds `count` times 16 values, `step` bytes apart, times their weights to sums: of 64 numbers after 64 numbers, as HalfSums
-    // keeps them.
-    void (*add)(const char* values, int64_t stride, int64_t step, int64_t count, int64_t dim, const char* weights, __m512i* sums) = nullptr;
-    // Products of a prepared query and 16 keys; none where AMX multiplies them.
+    // Adds 16 values, times their weights, to sums: of 64 numbers after 64 numbers, as HalfSums keeps them.
+    void (*add)(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) = nullptr;
+    // Products of a prepared query and 16 keys; none where AMX multiplies them. `spread`: of one that spread_query has spread.
+    bool spread = false;
     void (*multiply)(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) = nullptr;
     // 16 keys as int8, one after the other, for AMX; none where they are stored so.
     void (*plain)(const char* keys, int64_t stride, int64_t dim, char* out) = nullptr;
@@ -56,23 +57,20 @@ void multiply_16(const char* keys, int64_t stride, int64_t dim, const char* quer
 }
 
 template <int digits, class Rows>
-void add_each_64(const char* values, int64_t stride, int64_t step, int64_t count, int64_t dim, const char* weights, __m512i* sums) {
+void add_each_64(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
     using Sums = HalfSums<digits>;
     const Rows stored(dim);
     for (int64_t d = 0; d < dim; d += 64, sums += 2 * Sums::registers) {
         Sums first(sums), second(sums + Sums::registers);
-        const char* w = weights;
-        for (int64_t i = 0; i < count; ++i) {
-            const char* p = values + i * step;
+        const char *p = values, *w = weights;
 #pragma GCC unroll 4
-            for (int q = 0; q < 4; ++q, p += 4 * stride, w += step_bytes<digits>) {
-                const FourRows four(stored, p, stride, d);
-                __m512i a, b;
-                four.half<false>(a, b);
-                first.add(a, b, w);
-                four.half<true>(a, b);
-                second.add(a, b, w);
-            }
+        for (int q = 0; q < 4; ++q, p += 4 * stride, w += step_bytes<digits>) {
+            const FourRows four(stored, p, stride, d);
+            __m512i a, b;
+            four.half<false>(a, b);
+            first.add(a, b, w);
+            four.half<true>(a, b);
+            second.add(a, b, w);
         }
         first.keep(sums), second.keep(sums + Sums::registers);
     }
@@ -80,32 +78,29 @@ void add_each_64(const char* values, int64_t stride, int64_t step, int64_t count
 
 // A half of what add_halves adds.
 template <int digits, bool second>
-[[gnu::always_inline]] inline void add_half(const LevelTable<4, false>& table, const char* values, int64_t stride, int64_t step, int64_t count,
-                                            const char* weights, __m512i* lower, __m512i* upper) {
+[[gnu::always_inline]] inline void add_half(const LevelTable<4, false>& table, const char* values, int64_t stride, const char* weights,
+                                            __m512i* lower, __m512i* upper) {
     HalfSums<digits> low(lower), high(upper);
-    for (int64_t i = 0; i < count; ++i, values += step) {
-        const char* p = values;
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q, p += 4 * stride, weights += step_bytes<digits>) {
-            const FourRows four(PackedRows{}, p, stride, 0);
-            __m512i a, b;
-            four.half<second>(a, b);
-            low.add(table.lower(a), table.lower(b), weights);
-            high.add(table.upper(a), table.upper(b), weights);
-        }
+    for (int q = 0; q < 4; ++q, values += 4 * stride, weights += step_bytes<digits>) {
+        const FourRows four(PackedRows{}, values, stride, 0);
+        __m512i a, b;
+        four.half<second>(a, b);
+        low.add(table.lower(a), table.lower(b), weights);
+        high.add(table.upper(a), table.upper(b), weights);
     }
     low.keep(lower), high.keep(upper);
 }
 
 // Of 4 bits and a multiple of 128 numbers: bytes are put in order before they are looked up, half as many.
 template <int digits>
-void add_halves(const char* values, int64_t stride, int64_t step, int64_t count, int64_t dim, const char* weights, __m512i* sums) {
+void add_halves(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
     constexpr int registers = HalfSums<digits>::registers;
     const LevelTable<4, false> table;
     __m512i* upper = sums + dim / 128 * 2 * registers;
     for (int64_t d = 0; d < dim / 2; d += 64, sums += 2 * registers, upper += 2 * registers) {
-        add_half<digits, false>(table, values + d, stride, step, count, weights, sums, upper);
-        add_half<digits, true>(table, values + d, stride, step, count, weights, sums + registers, upper + registers);
+        add_half<digits, false>(table, values + d, stride, weights, sums, upper);
+        add_half<digits, true>(table, values + d, stride, weights, sums + registers, upper + registers);
     }
 }
 
@@ -116,70 +111,41 @@ void plain_16(const char* keys, int64_t stride, int64_t dim, char* out) {
         for (int64_t d = 0; d < dim; d += 64, out += 64) _mm512_store_si512(out, stored.load(keys, d));
 }
 
-// Fifth bits of 128 codes of 16 keys, transposed: a register has 32 of each key.
-struct FifthBits {
-    __m512i lower[2], upper[2];
-
-    // Those of the lower halves at `plane`, of the upper ones `apart` bytes behind.
-    [[gnu::always_inline]] FifthBits(const char* plane, int64_t stride, int64_t apart) {
-        __m512i v[4];
-        for (int64_t i = 0; i < 4; ++i, plane += stride) {
-            const __m256i low = _mm256_set_m128i(both(plane + 4 * stride, apart), both(plane, apart));
-            const __m256i high = _mm256_set_m128i(both(plane + 12 * stride, apart), both(plane + 8 * stride, apart));
-            v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-        }
-        const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
-        const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-        lower[0] = _mm512_unpacklo_epi64(a, b), lower[1] = _mm512_unpackhi_epi64(a, b);
-        upper[0] = _mm512_unpacklo_epi64(c, d), upper[1] = _mm512_unpackhi_epi64(c, d);
-    }
-    [[gnu::always_inline]] static __m128i both(const char* plane, int64_t apart) {
-        const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(plane));
-        return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), reinterpret_cast<const double*>(plane + apart)));
-    }
-};
-
-// Of 4 or 5 bits and a multiple of 128 numbers: bytes are put in order before they are looked up, half as many.
-template <int digits, int bits>
-void multiply_halves(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) {
-    constexpr int64_t step = step_bytes<digits>;
-    const LevelTable<bits, true> table;
-    const auto& row = *reinterpret_cast<const Digits*>(query);
-    KeySums<digits> lower(row), upper;
-    const int64_t half = dim / 2;
-    const char *first = query + query_header, *second = first + half / 4 * step;
-    for (int64_t d = 0; d < half; d += 64, first += 16 * step, second += 16 * step) {
-        __m512i v[16];
-        for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(keys + i * stride + d);
-        transpose_16(v);
-        if constexpr (bits == 5) {
-            const FifthBits fifth(keys + half + d / 8, stride, half / 8);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) {
-                lower.add(table.lower(v[i], table.from_lanes(fifth.lower[i / 8], i % 8)), first + i * step);
-                upper.add(table.upper(v[i], table.from_lanes(fifth.upper[i / 8], i % 8)), second + i * step);
-            }
-        } else {
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) {
-                lower.add(table.lower(v[i]), first + i * step);
-                upper.add(table.upper(v[i]), second + i * step);
+// Of 4 or 5 bits and a multiple of 128 numbers.
+template <int bits>
+void plain_halves(const char* keys, int64_t stride, int64_t dim, char* out) {
+    const LevelTable<bits, false> table;
+    const auto run = [&](int64_t all) __attribute__((always_inline)) {
+        const int64_t half = all / 2;
+        for (int64_t d = 0; d < half; d += 64) {
+            const char *row = keys + d, *plane = keys + half + d / 8;
+            char* to = out + d;
+#pragma GCC unroll 8
+            for (int i = 0; i < 16; ++i, row += stride, plane += stride, to += all) {
+                const __m512i bytes = _mm512_loadu_si512(row);
+                if constexpr (bits == 5) {
+                    _mm512_store_si512(to, table.lower(bytes, table.from_plane(plane)));
+                    _mm512_store_si512(to + half, table.upper(bytes, table.from_plane(plane + half / 8)));
+                } else {
+                    _mm512_store_si512(to, table.lower(bytes));
+                    _mm512_store_si512(to + half, table.upper(bytes));
+                }
             }
         }
-    }
-    lower.add(upper);
-    lower.store(row.worth, out);
+    };
+    dim == 128 ? run(128) : run(dim);
 }
 
 template <int digits, class Rows, bool amx>
 FewRows<digits> few_rows_of(int64_t dim) {
     FewRows<digits> found{Rows(dim).row_bytes, Rows::half_scales};
-    if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.add = add_halves<digits>;
+    constexpr int halves = std::is_same_v<Rows, LevelRows<4, false>> ? 4 : std::is_same_v<Rows, LevelRows<5, false>> ? 5 : 0;
+    if constexpr (halves == 4) found.add = add_halves<digits>;
     else found.add = add_each_64<digits, Rows>;
-    if constexpr (std::is_same_v<Rows, LevelRows<4, false>>) found.multiply = multiply_halves<digits, 4>;
-    else if constexpr (std::is_same_v<Rows, LevelRows<5, false>>) found.multiply = multiply_halves<digits, 5>;
+    if constexpr (amx && halves) found.plain = plain_halves<halves>;
+    else if constexpr (amx && Rows::half_scales) found.plain = plain_16<Rows>;
+    else if constexpr (!amx && halves) found.multiply = multiply_halves<digits, halves>, found.spread = true;
     else if constexpr (!amx) found.multiply = multiply_16<digits, Rows>;
-    else if constexpr (Rows::half_scales) found.plain = plain_16<Rows>;
     return found;
 }
 
@@ -218,11 +184,15 @@ class FewStreams : public StreamsShape {
                 queries_[h * rows_ + r] = prepared + row_of(h, r) * Bytes<digits>::query_bytes(job.dim);
                 sums_[h * rows_ + r] = state.sums + row_of(h, r) * Bytes<digits>::width(job.value_dim);
             }
-        memory_.reset(new char[64 + 4 * span * heads_ * (rows_ + 2) + heads_ * rows_ * parts_ * part_registers * 64]);
+        const int64_t spread = keys_.spread ? spread_bytes<digits>(job.dim) : 0;
+        memory_.reset(new char[64 + 4 * span * heads_ * (rows_ + 2) + heads_ * rows_ * (parts_ * part_registers * 64 + spread)]);
         weights_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
         key_scales_ = weights_ + heads_ * rows_ * span;
         value_scales_ = key_scales_ + heads_ * span;
         kept_ = reinterpret_cast<__m512i*>(value_scales_ + heads_ * span);
+        char* free = reinterpret_cast<char*>(kept_ + heads_ * rows_ * parts_ * part_registers);
+        for (int64_t i = 0; spread && i < heads_ * rows_; ++i, free += spread)
+            spread_query<digits>(queries_[i], job.dim, free), queries_[i] = free;
     }
     virtual ~FewStreams() = default;
 
@@ -269,9 +239,9 @@ class FewStreams : public StreamsShape {
     AttendState state_;
     Softmax<Bytes<digits>> softmax_;
     std::vector<float> worth_;          // [head][row] of one unit of a weight
-    std::vector<const char*> queries_;  // [head][row], as prepared
+    std::vector<const char*> queries_;  // [head][row], as keys want them
     std::vector<float*> sums_;          // [head][row], in the state
-    std::unique_ptr<char[]> memory_;    // of the four below
+    std::unique_ptr<char[]> memory_;    // of the four below, and of spread queries
     float* weights_;                    // [head][row][position within its stream][stream]; digits, in the end
     float *key_scales_, *value_scales_; // [head][position within its stream][stream]
     __m512i* kept_;                     // [head][row][64 numbers][sums] of whole numbers
@@ -343,14 +313,13 @@ class FewStreams : public StreamsShape {
 
     void add(const Slab& values, const Slab& next) {
         std::fill_n(kept_, heads_ * rows_ * parts_ * part_registers, _mm512_setzero_si512());
-        // Sums are loaded and stored half as often with two positions of every stream at a time. Of int8, that is slower.
-        const int64_t at_once = values_.half_scales ? 2 : 1;
-        for (int64_t j = 0; j < length; j += at_once)
+        // A position at a time: with two of each stream at once, sums are loaded and stored half as often, but reading takes longer.
+        for (int64_t j = 0; j < length; ++j)
             for (int64_t h = 0; h < heads_; ++h) {
-                const int64_t at = j * values.row + h * values_.row_bytes, count = std::min(at_once, length - j);
-                for (int64_t i = 0; i < count; ++i) fetch(values, next, at + i * values.row, values_.row_bytes);
+                const int64_t at = j * values.row + h * values_.row_bytes;
+                fetch(values, next, at, values_.row_bytes);
                 for (int64_t r = 0; r < rows_; ++r)
-                    values_.add(values.codes + at, values.stream(), values.row, count, job_.value_dim,
+                    values_.add(values.codes + at, values.stream(), job_.value_dim,
                                 reinterpret_cast<const char*>(weights_of(h, r)) + j * 4 * step_bytes<digits>,
                                 kept_ + (h * rows_ + r) * parts_ * part_registers);
             }

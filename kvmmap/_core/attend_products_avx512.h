@@ -9,6 +9,8 @@
 // passes by reference, on the stack.
 #pragma once
 
+#include <type_traits>
+
 #include "attend_digits_avx512.h"
 #include "attend_rows_avx512.h"
 
@@ -172,8 +174,13 @@ template <int digits, int R, bool second, class Stored, class Fetch>
 template <int digits, int R, class Stored, class Fetch>
 [[gnu::noinline]] void multiply_values(const Stored& stored, const char* values, int64_t d, int64_t step, int64_t stride,
                                        int64_t count, const WeightRows& rows, Fetch& ahead) {
-    multiply_half<digits, R, false>(stored, values, d, step, stride, count, rows, &ahead);
-    multiply_half<digits, R, true, Stored, Fetch>(stored, values, d, step, stride, count, rows, nullptr);
+    const auto run = [&](const auto& some) __attribute__((always_inline)) {
+        multiply_half<digits, R, false>(some, values, d, step, stride, count, rows, &ahead);
+        multiply_half<digits, R, true, std::decay_t<decltype(some)>, Fetch>(some, values, d, step, stride, count, rows, nullptr);
+    };
+    // Whether numbers are the upper halves of bytes is known outside of the loops: to shift by a register takes two instructions.
+    if constexpr (std::is_same_v<Stored, LevelRows<4, false>>) d < stored.half() ? run(HalfRows<false>(stored)) : run(HalfRows<true>(stored));
+    else run(stored);
 }
 
 }  // namespace

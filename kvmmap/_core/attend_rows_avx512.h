@@ -62,7 +62,7 @@ class LevelTable {
     // Looks at six bits: those that are none of a code do not matter, as the table is there two or four times.
     [[gnu::always_inline]] __m512i lower(__m512i bytes) const { return _mm512_permutexvar_epi8(bytes, table_); }
     [[gnu::always_inline]] __m512i lower(__m512i bytes, Fifth fifth) const {
-        return lower(_mm512_ternarylogic_epi32(_mm512_set1_epi8(15), bytes, fifth, 0xca));
+        return lower(_mm512_ternarylogic_epi32(fifth, bytes, _mm512_set1_epi8(15), 0xd8));  // four bits of bytes
     }
 #else
     using Fifth = __mmask64;
@@ -126,6 +126,8 @@ struct LevelRows {
     explicit LevelRows(int64_t dim) : row_bytes(dim / 8 * bits), half_(dim / 2), quarter_(dim / 4) {}
 
     const int64_t row_bytes;
+
+    int64_t half() const { return half_; }
 
     [[gnu::always_inline]] __m512i load(const char* row, int64_t d) const {
         static constexpr Register first = level_register<bits>(0), second = level_register<bits>(16);
@@ -196,6 +198,23 @@ struct LevelRows {
     }
 
     int64_t half_, quarter_;
+};
+
+// The lower or the upper halves of rows of 4 bits and a multiple of 128 numbers.
+template <bool upper>
+class HalfRows {
+  public:
+    explicit HalfRows(const LevelRows<4, false>& rows) : before_(upper ? rows.half() : 0) {}
+
+    // Numbers d to d + 63 of a row, which are such halves.
+    [[gnu::always_inline]] __m512i load(const char* row, int64_t d) const {
+        const __m512i bytes = _mm512_loadu_si512(row + d - before_);
+        return upper ? table_.upper(bytes) : table_.lower(bytes);
+    }
+
+  private:
+    int64_t before_;
+    LevelTable<4, false> table_;
 };
 
 }  // namespace

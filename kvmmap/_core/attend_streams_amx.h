@@ -1,35 +1,46 @@
-// Streams of AVX-512 whose keys are multiplied with AMX: of three or four rows of queries that were given in 16 bits, over int8 codes.
+// Streams of AVX-512 whose keys are multiplied with AMX: of three or four rows of queries.
 //
 // A tile's rows are the 16 streams, as they lie; its second operand has the digits of all rows of queries as columns. So a
-// position of every stream costs two products of 16 cycles, and 24 shuffles to put what comes out in order, where interleaving
-// keys takes 128 and the products of their bytes 256 instructions. Values and weights go on as without AMX.
+// position of every stream costs two products of 16 cycles, and 24 shuffles to put what comes out in order (40 with three digits),
+// where interleaving keys takes 128 and the products of their bytes 256 instructions (384). Keys of 4 and 5 bits are made int8 in
+// the first-level cache some steps before. Values and weights go on as without AMX.
 #pragma once
 
+#include "attend_few_streams_avx512.h"
 #include "attend_packing_amx.h"
 #include "attend_streams_avx512.h"
 
 namespace kvmmap {
 namespace {
 
-class AmxStreams : public Streams<2, Int8Rows, Int8Rows> {
-    static constexpr int64_t columns = 8;  // low digits of four rows, high ones
-    static constexpr int64_t lag = 2;      // steps until products, which tiles store late, are taken
+template <int digits, class Keys, class Values>
+class AmxStreams : public StreamsOf<digits, Keys, Values, AmxStreams<digits, Keys, Values>> {
+    using Base = StreamsOf<digits, Keys, Values, AmxStreams>;
+    using typename Base::Lines, typename Base::Slab;
+    using Base::job_, Base::keys_, Base::stored_keys_, Base::stored_values_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
+        Base::weights_, Base::length, Base::lanes, Base::span;
+
+    static constexpr int64_t columns = digits == 2 ? 8 : 16;  // low digits of four rows, middle ones, high ones, and room
+    static constexpr bool plain = Keys::half_scales;          // keys are made int8 first
+    static constexpr int64_t after = plain ? 4 : 0;           // steps later
+    static constexpr int64_t lag = 2;                         // steps until products, which tiles store late, are taken
+    static constexpr int64_t ring = 4, product_bytes = 16 * columns * 4, plain_ring = 8;
 
   public:
-    static bool suit(const AttendJob& job) { return job.n * job.group() == 3 || job.n * job.group() == 4; }
-
     AmxStreams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const char* prepared, AttendState state)
-        : Streams(job, keys, values, prepared, state), query_bytes_(job.dim * columns) {
-        packed_.reset(new char[64 + heads_ * query_bytes_ + ring * product_bytes]);
+        : Base(job, keys, values, prepared, state), query_bytes_(job.dim * columns),
+          make_plain_(plain ? few_rows<digits, true>(keys.format.codec, job.dim).plain : nullptr) {
+        packed_.reset(new char[64 + heads_ * query_bytes_ + ring * product_bytes + (plain ? plain_ring * lanes * job.dim : 0)]);
         packed_queries_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(packed_.get()) + 63) / 64 * 64);
         products_ = packed_queries_ + heads_ * query_bytes_;
+        plain_ = products_ + ring * product_bytes;
         std::memset(packed_queries_, 0, heads_ * query_bytes_);
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < rows_; ++r)
                 for (int64_t d = 0; d < job.dim; d += 4) {
-                    const char* in = queries_[h * rows_ + r] + query_header + d / 4 * step_bytes<2>;
+                    const char* in = queries_[h * rows_ + r] + query_header + d / 4 * step_bytes<digits>;
                     char* out = packed_queries_ + h * query_bytes_ + d * columns + 4 * r;
-                    std::memcpy(out, in, 4), std::memcpy(out + 2 * columns, in + 4, 4);
+                    for (int g = 0; g < digits; ++g) std::memcpy(out + 16 * g, in + 4 * g, 4);
                 }
         alignas(64) uint8_t config[64] = {1};
         for (int i = 0; i < 8; ++i) {
@@ -39,41 +50,57 @@ class AmxStreams : public Streams<2, Int8Rows, Int8Rows> {
         stored_before();
         _tile_loadconfig(config);
     }
-    ~AmxStreams() override { _tile_release(); }
+    ~AmxStreams() { _tile_release(); }
 
-  protected:
-    void score(int64_t start, const Slab& keys, const Slab& values, int64_t, int64_t, bool more) override {
-        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * 4;
-        const char* value_scales = stored_values_.scales + (start + span) * heads_ * 4;
-        const int64_t steps = length * heads_, times = job_.dim / 64;
-        for (int64_t step = 0, h = 0; step < steps; ++step, h = h + 1 == heads_ ? 0 : h + 1) {
-            if (more) {
-                __builtin_prefetch(key_scales + step * 64, 0, 2);
-                __builtin_prefetch(value_scales + step * 64, 0, 2);
+    void score(int64_t start, const Slab& keys, const Slab& values, int64_t, int64_t, bool more) {
+        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * Base::template scale_size<Keys>;
+        const char* value_scales = stored_values_.scales + (start + span) * heads_ * Base::template scale_size<Values>;
+        const int64_t steps = length * heads_, times = job_.dim / 64, stride = plain ? job_.dim : keys.stream();
+        int64_t h = 0;  // to be multiplied next
+        for (int64_t step = 0; step < steps + after + lag; ++step) {
+            const int64_t now = step - after;
+            if (plain && step < steps) make_plain_(keys.codes + step * keys_.row_bytes, keys.stream(), job_.dim, plain_of(step));
+            if (now >= 0 && now < steps) {
+                if (more) {
+                    __builtin_prefetch(key_scales + now * 64, 0, 2);
+                    __builtin_prefetch(value_scales + now * 64, 0, 2);
+                }
+                Lines ahead = Base::lines_at(values, now * times * 64 * lanes, times);
+                const char* codes = plain ? plain_of(now) : keys.codes + now * keys_.row_bytes;
+                const char* queries = packed_queries_ + h * query_bytes_;
+                stored_before();
+                _tile_zero(0);
+                for (int64_t d = 0; d < job_.dim; d += 64) {
+                    ahead.fetch(16);
+                    _tile_loadd(1, queries + d * columns, 4 * columns);
+                    _tile_loadd(4, codes + d, stride);
+                    _tile_dpbssd(0, 4, 1);
+                }
+                _tile_stored(0, products_ + now % ring * product_bytes, 4 * columns);
+                if (++h == heads_) h = 0;
             }
-            Lines ahead = lines_at(values, step * times * 64 * lanes, times);
-            const char *codes = keys.codes + step * keys_.row_bytes, *queries = packed_queries_ + h * query_bytes_;
-            stored_before();
-            _tile_zero(0);
-            for (int64_t d = 0; d < job_.dim; d += 64) {
-                ahead.fetch(16);
-                _tile_loadd(1, queries + d * columns, 4 * columns);
-                _tile_loadd(4, codes + d, keys.stream());
-                _tile_dpbssd(0, 4, 1);
-            }
-            _tile_stored(0, products_ + step % ring * product_bytes, 4 * columns);
-            if (step >= lag) take(step - lag);
+            if (now >= lag) take(now - lag);
         }
-        for (int64_t step = std::max<int64_t>(0, steps - lag); step < steps; ++step) take(step);
     }
 
   private:
-    static constexpr int64_t ring = 4, product_bytes = 16 * columns * 4;
+    char* plain_of(int64_t step) const { return plain_ + step % plain_ring * lanes * job_.dim; }
 
     // Products of a step, [stream][digit][row], to where weights will be.
     void take(int64_t step) {
         stored_before();
         const char* products = products_ + step % ring * product_bytes;
+        __m512 sums[4];
+        if constexpr (digits == 2) take_two(products, sums);
+        else take_three(products, sums);
+        const int64_t h = step % heads_, j = step / heads_;
+        for (int64_t r = 0; r < rows_; ++r) {
+            const float worth = reinterpret_cast<const Digits*>(queries_[h * rows_ + r])->worth;
+            _mm512_store_ps(weights_ + (h * at_once_ + r) * span + j * lanes, _mm512_mul_ps(sums[r], _mm512_set1_ps(worth)));
+        }
+    }
+
+    [[gnu::always_inline]] static void take_two(const char* products, __m512 (&sums)[4]) {
         __m512i v[8], t[8];
         for (int i = 0; i < 8; ++i) v[i] = _mm512_load_si512(products + 64 * i);
         for (int i = 0; i < 8; i += 2) {
@@ -89,29 +116,61 @@ class AmxStreams : public Streams<2, Int8Rows, Int8Rows> {
         // v[r] has of row r: low digits of even streams, high ones, low ones of odd streams, high ones.
         const __m512i low = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
         const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
-        const int64_t h = step % heads_, j = step / heads_;
-        for (int64_t r = 0; r < rows_; ++r) {
-            const float worth = reinterpret_cast<const Digits*>(queries_[h * rows_ + r])->worth;
-            const __m512 sum = put_together(_mm512_permutex2var_epi32(v[r], low, v[r + 4]), _mm512_permutex2var_epi32(v[r], high, v[r + 4]));
-            _mm512_store_ps(weights_ + (h * at_once_ + r) * span + j * lanes, _mm512_mul_ps(sum, _mm512_set1_ps(worth)));
+        for (int r = 0; r < 4; ++r)
+            sums[r] = put_together(_mm512_permutex2var_epi32(v[r], low, v[r + 4]), _mm512_permutex2var_epi32(v[r], high, v[r + 4]));
+    }
+
+    [[gnu::always_inline]] static void take_three(const char* products, __m512 (&sums)[4]) {
+        __m512 four[4];  // streams: in each quarter a stream's rows
+        for (int i = 0; i < 4; ++i, products += 256) {
+            const __m512i v0 = _mm512_load_si512(products), v1 = _mm512_load_si512(products + 64);
+            const __m512i v2 = _mm512_load_si512(products + 128), v3 = _mm512_load_si512(products + 192);
+            const __m512i a = _mm512_shuffle_i32x4(v0, v1, 0x44), b = _mm512_shuffle_i32x4(v2, v3, 0x44);
+            const __m512i c = _mm512_shuffle_i32x4(v0, v1, 0xee), d = _mm512_shuffle_i32x4(v2, v3, 0xee);
+            four[i] = put_together(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd), _mm512_shuffle_i32x4(c, d, 0x88));
         }
+        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1])), b = _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3]));
+        const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1])), d = _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3]));
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512d rows[4] = {_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b), _mm512_unpacklo_pd(c, d), _mm512_unpackhi_pd(c, d)};
+        for (int r = 0; r < 4; ++r) sums[r] = _mm512_permutexvar_ps(order, _mm512_castpd_ps(rows[r]));
     }
 
     int64_t query_bytes_;
+    void (*make_plain_)(const char* keys, int64_t stride, int64_t dim, char* out);
     std::unique_ptr<char[]> packed_;
     char* packed_queries_;  // [head][64 numbers][four numbers][digit][row][4]
     char* products_;        // of some steps
+    char* plain_;           // keys of some steps
 };
 
-// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
-inline int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
-                                int64_t coming, const char* prepared, AttendState state) {
+inline bool suits_amx_streams(const AttendJob& job) { return job.n * job.group() == 3 || job.n * job.group() == 4; }
+
+template <int digits, class Keys, class Values>
+int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+                         int64_t coming, const char* prepared, AttendState state) {
     constexpr int64_t span = StreamsShape::span;
     int64_t start = range.start;
-    if (!AmxStreams::suit(job) || !StreamsShape::suit(job, range) || start + span > range.stop) return start;
-    AmxStreams streams(job, keys, values, prepared, state);
+    if (!StreamsShape::suit(job, range) || start + span > range.stop) return start;
+    AmxStreams<digits, Keys, Values> streams(job, keys, values, prepared, state);
     for (; start + span <= range.stop && StreamsShape::see_all(job, start); start += span) streams.run(start, start + 2 * span <= coming);
     return start;
+}
+
+// The same for keys and values of the pairs that presets have, of 128 numbers or a multiple; returns where it ends.
+template <int digits>
+int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+                         int64_t coming, const char* prepared, AttendState state) {
+    using Four = LevelRows<4, false>;
+    using Five = LevelRows<5, false>;
+    const Codec k = keys.format.codec, v = values.format.codec;
+    const bool wide = (k == Codec::int8 || Four::suit(job.dim)) && (v == Codec::int8 || Four::suit(job.value_dim));
+    int64_t (*run)(const AttendJob&, const CodedRows&, const CodedRows&, const AttendRange&, int64_t, const char*, AttendState) = nullptr;
+    if (k == Codec::int8 && v == Codec::int8) run = walk_amx_streams<digits, Int8Rows, Int8Rows>;
+    if (k == Codec::int8 && v == Codec::int4) run = walk_amx_streams<digits, Int8Rows, Four>;
+    if (k == Codec::int5 && v == Codec::int4) run = walk_amx_streams<digits, Five, Four>;
+    if (k == Codec::int4 && v == Codec::int4) run = walk_amx_streams<digits, Four, Four>;
+    return run && wide ? run(job, keys, values, range, coming, prepared, state) : range.start;
 }
 
 }  // namespace

@@ -19,12 +19,13 @@
 namespace kvmmap {
 namespace {
 
-// Keys and Values load rows as attend_rows_avx512.h says.
-template <int digits, class Keys, class Values>
-class Streams : public StreamsShape {
+// Keys and Values load rows as attend_rows_avx512.h says. Walk is what derives from this, and has score(), which stores products
+// of queries and keys in place of the weights they will become.
+template <int digits, class Keys, class Values, class Walk>
+class StreamsOf : public StreamsShape {
   public:
     // `keys` and `values` are rows as they are stored, with their scales.
-    Streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const char* prepared, AttendState state)
+    StreamsOf(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const char* prepared, AttendState state)
         : job_(job), keys_(job.dim), values_(job.value_dim), stored_keys_(keys), stored_values_(values),
           heads_(job.kv_heads), rows_(job.n * job.group()), at_once_(std::min(rows_, most_rows)),
           key_row_(heads_ * keys_.row_bytes), value_row_(heads_ * values_.row_bytes),
@@ -43,8 +44,6 @@ class Streams : public StreamsShape {
         inverses_ = value_scales_ + heads_ * span;
     }
 
-    virtual ~Streams() = default;
-
     // Adds the span at row `start` to the state. `more`: the span behind it is next.
     void run(int64_t start, bool more) {
         take_scales<Keys>(stored_keys_, start, 1.0f, key_scales_);
@@ -57,7 +56,7 @@ class Streams : public StreamsShape {
         for (int64_t row = 0; row < rows_; row += at_once_) {
             const int64_t count = std::min(at_once_, rows_ - row);
             const bool last = row + count == rows_;
-            score(start, keys, values, row, count, more && row == 0);
+            static_cast<Walk*>(this)->score(start, keys, values, row, count, more && row == 0);
             weigh(row, count);
             add_by_head(values, last ? next : Slab{}, row, count);
         }
@@ -78,27 +77,6 @@ class Streams : public StreamsShape {
 
     template <class Rows>
     static constexpr int64_t scale_size = Rows::half_scales ? 2 : 4;
-
-    // Products of queries and keys, in place of the weights they will become.
-    virtual void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
-        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * scale_size<Keys>;
-        const char* value_scales = stored_values_.scales + (start + span) * heads_ * scale_size<Values>;
-        for (int64_t j = 0, step = 0; j < length; ++j) {
-            for (int64_t h = 0; h < heads_; ++h, ++step) {
-                if (more) {  // a line holds the scales of 16 positions and heads
-                    __builtin_prefetch(key_scales + step * 64, 0, 2);
-                    __builtin_prefetch(value_scales + step * 64, 0, 2);
-                }
-                const int64_t at = step * keys_.row_bytes, times = job_.dim / 64;
-                Lines ahead = lines_at(values, row == 0 ? step * times * 64 * lanes : values.bytes(), times);
-                in_fours(0, count, [&](auto n, int64_t r) {
-                    multiply_keys<digits, decltype(n)::value>(keys_, keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
-                                                      weights_ + (h * at_once_ + r) * span + j * lanes, span, ahead);
-                    ahead.left = 0;
-                });
-            }
-        }
-    }
 
     void weigh(int64_t row, int64_t count) {
         if constexpr (digits == 2) return weigh_shortly(row, count);
@@ -155,6 +133,37 @@ class Streams : public StreamsShape {
     float* weights_;                       // [head][row][position within its stream][stream]; digits, in the end
     float *key_scales_, *value_scales_;    // [head][position within its stream][stream]; of values logarithms, for ShortSoftmax
     float* inverses_;                      // the same, as it wants them
+};
+
+template <int digits, class Keys, class Values>
+class Streams : public StreamsOf<digits, Keys, Values, Streams<digits, Keys, Values>> {
+    using Base = StreamsOf<digits, Keys, Values, Streams>;
+    using typename Base::Lines, typename Base::Slab;
+    using Base::job_, Base::keys_, Base::stored_keys_, Base::stored_values_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
+        Base::weights_, Base::length, Base::lanes, Base::span;
+
+  public:
+    using Base::Base;
+
+    void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
+        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * Base::template scale_size<Keys>;
+        const char* value_scales = stored_values_.scales + (start + span) * heads_ * Base::template scale_size<Values>;
+        for (int64_t j = 0, step = 0; j < length; ++j) {
+            for (int64_t h = 0; h < heads_; ++h, ++step) {
+                if (more) {  // a line holds the scales of 16 positions and heads
+                    __builtin_prefetch(key_scales + step * 64, 0, 2);
+                    __builtin_prefetch(value_scales + step * 64, 0, 2);
+                }
+                const int64_t at = step * keys_.row_bytes, times = job_.dim / 64;
+                Lines ahead = Base::lines_at(values, row == 0 ? step * times * 64 * lanes : values.bytes(), times);
+                in_fours(0, count, [&](auto n, int64_t r) {
+                    multiply_keys<digits, decltype(n)::value>(keys_, keys.codes + at, keys.stream(), job_.dim, &queries_[h * rows_ + row + r],
+                                                      weights_ + (h * at_once_ + r) * span + j * lanes, span, ahead);
+                    ahead.left = 0;
+                });
+            }
+        }
+    }
 };
 
 }  // namespace

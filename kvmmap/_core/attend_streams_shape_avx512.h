@@ -45,11 +45,11 @@ struct StreamsShape {
         }
     };
 
-    // What is `distance` ahead of byte `at` of each stream, as much as a row has; behind the end of the streams come those of
-    // `then`.
-    static Lines streams_ahead(const Slab& now, const Slab& then, int64_t at, int64_t row_bytes) {
-        const int64_t lines = (row_bytes + 63) / 64;
-        at += distance;
+    // What is `distance` ahead of `bytes` from byte `at` on of each stream: the lines that start there, as others are ahead of
+    // what comes before; behind the end of the streams come those of `then`.
+    static Lines streams_ahead(const Slab& now, const Slab& then, int64_t at, int64_t bytes) {
+        const int64_t lines = (at + bytes + 63) / 64 - (at + 63) / 64;
+        at = (at + 63) / 64 * 64 + distance;
         if (at < now.stream()) return {now.codes + at, now.stream(), 64, lines};
         at -= now.stream();
         if (at < then.stream()) return {then.codes + at, then.stream(), 64, lines};
