@@ -164,6 +164,20 @@ def test_streaming_over_any_storage(make_cache: MakeCache) -> None:
 
 
 @linux
+@pytest.mark.parametrize("preset", ["int8", "fidelity"])
+def test_appending_does_not_fill_holes_in_memory(path: Path, preset: str) -> None:
+    """Where rows will go later, the page cache has no zeros, in pages of a size that rows are written to slowly."""
+    with kvmmap.create(path, num_layers=4, capacity=40_000, num_kv_heads=4, head_dim=64, preset=preset) as cache:
+        cache.extend(rows(4, 300, 4, 64), rows(4, 300, 4, 64, seed=1))
+        for number in range(40):
+            step = rows(4, 4, 64, seed=number)
+            cache.push_step(step, step)
+        for layer in cache.layers:
+            layer.attend(rows(1, 4, 64))
+        assert cached(path) <= path.stat().st_blocks * 512 + (1 << 20)
+
+
+@linux
 def test_memory_stays_bounded(path: Path) -> None:
     """A layer of 64 MB and more is attended over with half of that to grow by; in a process of its own, as the
     highest resident memory is the process's."""

@@ -67,10 +67,8 @@ class MappedLayer(ReadOnlyLayer):
         assert records is not None
         if self._loaded is not None and self._loaded[1] != generation:
             recent.clear()  # positions may have other rows since
-        memory = memoryview(self._mapped.rows_memory)
-        self._torn = records.load(
-            recent, self.slabs().part, length, lambda offset, size: memory[offset : offset + size]
-        )
+        # Not through the map: read-ahead around the records would fill holes where later rows go.
+        self._torn = records.load(recent, self.slabs().part, length, self._mapped.file.read_alone)
         self._loaded = length, generation
 
     def slabs(self) -> Rows:
