@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.cli_support import click_run
 from numpy.typing import NDArray
 from test_cli import run
 
@@ -312,8 +313,8 @@ def test_a_dry_run_takes_the_same_arguments_as_creating(tmp_path: Path) -> None:
     shape = ("--layers", 3, "--kv-heads", 2, "--head-dim", 64, "--capacity", 1000)
 
     def first_line(*more: Any) -> str:
-        done = run("create", tmp_path / "new.kvm", *more, "--dry-run")
-        assert done.returncode == 0, done.stderr
+        done = click_run("create", tmp_path / "new.kvm", *more, "--dry-run")
+        assert done.exit_code == 0, done.stderr
         assert not (tmp_path / "new.kvm").exists()
         return str(done.stdout.splitlines()[0])
 
@@ -325,17 +326,17 @@ def test_a_dry_run_takes_the_same_arguments_as_creating(tmp_path: Path) -> None:
     nothing = first_line(*shape, "--preset", "small", "--recent-window", 0, "--sinks", 0)
     assert f"{plain}; nothing was made" in nothing
     for wrong in (("--recent-window", -1), ("--recent-window", 65537), ("--sinks", -1), ("--sinks", 65537)):
-        made, dry = (run("create", tmp_path / "new.kvm", *shape, *wrong, *more) for more in ((), ("--dry-run",)))
-        assert (dry.returncode, dry.stderr) == (made.returncode, made.stderr)
-        assert dry.returncode == 2
+        made, dry = (click_run("create", tmp_path / "new.kvm", *shape, *wrong, *more) for more in ((), ("--dry-run",)))
+        assert (dry.exit_code, dry.stderr) == (made.exit_code, made.stderr)
+        assert dry.exit_code == 2
 
     filled(tmp_path / "parent.kvm", key_codec="f16")
     with kvmmap.open(tmp_path / "parent.kvm") as parent:
         row = sum(layer.position_bytes for layer in parent.geometry.layers)
     assert f": {row:,} bytes a token" in first_line("--parent", tmp_path / "parent.kvm")
     for option in ("--recent-window", "--sinks", "--preset", "--key-codec"):
-        done = run("create", tmp_path / "new.kvm", "--parent", tmp_path / "parent.kvm", option, 4)
-        assert done.returncode == 2
+        done = click_run("create", tmp_path / "new.kvm", "--parent", tmp_path / "parent.kvm", option, 4)
+        assert done.exit_code == 2
         assert f"{option} is the parent's" in done.stderr
     assert not (tmp_path / "new.kvm").exists()
 
@@ -343,7 +344,7 @@ def test_a_dry_run_takes_the_same_arguments_as_creating(tmp_path: Path) -> None:
 def test_an_empty_name_of_a_codec_is_refused(tmp_path: Path) -> None:
     filled(tmp_path / "a.kvm")
     for option in ("--codec", "--key-codec", "--value-codec", "--preset"):
-        done = run("copy", tmp_path / "a.kvm", tmp_path / "b.kvm", option, "")
-        assert (done.returncode, done.stdout) == (2, "")
+        done = click_run("copy", tmp_path / "a.kvm", tmp_path / "b.kvm", option, "")
+        assert (done.exit_code, done.stdout) == (2, "")
         assert "there is no" in done.stderr
     assert not (tmp_path / "b.kvm").exists()
