@@ -5,11 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvmmap import CacheGeometry, CorruptCacheError, NotACacheError, VersionMismatchError, _core
+from kvmmap import (
+    CacheGeometry,
+    CorruptCacheError,
+    NotACacheError,
+    ShapeMismatchError,
+    VersionMismatchError,
+    _core,
+    state_spec,
+)
+from kvmmap import geometry as geometries
 from kvmmap.format import HEADER, PAGE, Extent, Section, Slot, Superblock, checksum, tables
+from kvmmap.format.records import MAX_SUPERBLOCK_BYTES
 
 GEOMETRY = CacheGeometry.build(num_layers=3, capacity=1000, num_kv_heads=[2, 4, 2], head_dim=8, value_head_dim=6)
 
@@ -208,3 +219,42 @@ def test_the_specification_has_the_tables_of_the_code() -> None:
     found = re.search(r"<!-- tables -->\n(.*)<!-- end of tables -->", text, re.DOTALL)
     assert found
     assert found[1].strip() == tables().strip(), "run: python -m kvmmap.format, and put it between the markers"
+
+
+def test_the_specification_has_the_limits_of_the_code() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+
+    def number(cell: str) -> int:
+        power, _, less = cell.replace(",", "").partition(" - ")
+        base, _, exponent = power.partition("^")
+        return int(base) ** int(exponent or 1) - int(less or 0)
+
+    lines = text.partition("## Limits")[2].partition("## ")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    most = {row[0]: number(row[2]) for row in cells[2:]}
+    assert most == {
+        "layers, at least one of them with rows": geometries.MAX_LAYERS,
+        "`num_kv_heads`, `head_dim`, `value_head_dim` of a layer with rows": geometries.MAX_HEADS,
+        "`capacity`": geometries.MAX_CAPACITY,
+        "`capacity` with states": geometries.MAX_STATE_CAPACITY,
+        "`block_tokens`": 2**20,
+        "bytes of an array of a layer": geometries.MAX_SLAB_BYTES,
+        "recent window, sinks": geometries.MAX_RECENT,
+        "states": state_spec.MAX_STATES,
+        "bytes of a checkpoint's tensors": state_spec.MAX_CHECKPOINT_BYTES,
+        "checkpoints that are kept": state_spec.MAX_CHECKPOINT_SLOTS,
+        "bytes of the superblock": MAX_SUPERBLOCK_BYTES,
+    }
+    assert geometries.MAX_HEADS == geometries.MAX_HEAD_DIM
+    build = CacheGeometry.build
+    shape: dict[str, Any] = {"num_layers": 1, "capacity": 1, "num_kv_heads": 1, "head_dim": 1}
+    for name, what in (
+        ("num_layers", "layers, at least one of them with rows"),
+        ("capacity", "`capacity`"),
+        ("recent_window", "recent window, sinks"),
+        ("sinks", "recent window, sinks"),
+        ("head_dim", "`num_kv_heads`, `head_dim`, `value_head_dim` of a layer with rows"),
+    ):
+        build(**shape | {name: most[what]})
+        with pytest.raises(ShapeMismatchError, match=name):
+            build(**shape | {name: most[what] + 1})
