@@ -44,7 +44,7 @@ def test_compiled_checksums_are_those_of_python(kernel, stop, threads):
 
 
 def test_every_length_of_a_row_is_hashed_as_xxhash_does(kernel):
-    for width in [*range(1, 40), 240, 241, 1024, 1025]:
+    for width in [*range(1, 40), 120, 121, 240, 241, 511, 512, 513, 544, 545, 1024, 1025, 4096, 50_001]:
         data = np.random.default_rng(width).integers(0, 255, (2, width), np.uint8)
         inner = xxhash.xxh3_64_intdigest(data.tobytes())
         expected = xxhash.xxh3_64_intdigest(struct.pack("<IIQQ", 3, 2, 0, inner))
