@@ -87,7 +87,8 @@ def test_the_python_of_readme(session: Session, s3: Server) -> None:
         if block.kind == "python":
             text = block.text.replace("s3://bucket/", f"s3://{BUCKET}/of-readme/")
             assert session.python(dataclasses.replace(block, text=text)) == ""
-    session.names["library"].close()  # ends its thread, after what is to be shared has been
+    with session.names["library"] as library:  # closing it ends its thread
+        library.push()  # what the thread has not shared yet
     assert list(s3.store("of-readme/prompts").list())
     with kvmmap.open("chat.kvm") as cache:
         assert cache.seq_len == 20 + 50 - 1
