@@ -281,6 +281,27 @@ def test_one_and_two_query_heads_over_each_pair_of_codes(kernel: str, keys: str)
         check(layer, queries[:1, :heads].astype(bfloat16), threads=2, tolerance=TOLERANCE_16_BITS)
 
 
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        ("int8", "int8"),
+        ("int8-rotated", "int4-rotated"),
+        ("int5-rotated", "int4-rotated"),
+        ("int4-rotated", "int4-rotated"),
+        ("int4-rotated", "int5-rotated"),
+    ],
+)
+def test_one_to_four_query_heads_over_the_codes_of_presets(kernel: str, codecs: tuple[str, str]) -> None:
+    for dim, value_dim, heads in [(128, 128, 3), (256, 128, 1), (128, 256, 1), (64, 128, 2)]:
+        layer = QuantizedKvLayer(600, heads, dim, value_dim, key_codec=codecs[0], value_codec=codecs[1])
+        layer.extend(rows(600, heads, dim), rows(600, heads, value_dim, seed=1))
+        for group in (1, 2, 3, 4):
+            queries = rows(1, heads * group, dim, seed=group)
+            check(layer, queries)
+            check(layer, queries, window=580, softcap=5.0)
+            check(layer, queries.astype(bfloat16), tolerance=TOLERANCE_16_BITS)
+
+
 def test_precision_is_one_of_two() -> None:
     with pytest.raises(kvmmap.KvmmapError, match="precision"):
         filled(10).attend(rows(1, 2, 16), precision="fast")  # type: ignore[arg-type]

@@ -30,6 +30,14 @@ int64_t walk_tiles(const AttendJob& job, const CodedRows& keys, const CodedRows&
     }
 }
 
+// Walks over whole spans of a range; returns where it ends.
+template <int digits>
+int64_t walk_three_or_four(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+                           int64_t coming, const char* prepared, AttendState state) {
+    if constexpr (digits == 2) return walk_few_amx<2>(job, keys, values, range, coming, prepared, state);
+    else return walk_amx_streams(job, keys, values, range, coming, prepared, state);
+}
+
 template <int digits>
 const AttendKernel& avx512() {
     return digits == 2 ? attend_short_avx512 : attend_avx512;
@@ -42,7 +50,7 @@ void walk_codes(const AttendJob& job, const AttendRange& range, int64_t coming, 
     const CodedRows values{int8, static_cast<const char*>(job.value_rows), reinterpret_cast<const char*>(job.value_scales)};
     AttendRange rest = range;
     if (StreamsShape::few(job)) rest.start = walk_few_amx<digits>(job, keys, values, range, coming, prepared, state);
-    else if (suits_amx_streams(job)) rest.start = walk_amx_streams<digits>(job, keys, values, range, coming, prepared, state);
+    else if (three_or_four(job)) rest.start = walk_three_or_four<digits>(job, keys, values, range, coming, prepared, state);
     else rest.start = walk_tiles<digits>(job, keys, values, range, coming, prepared, state);
     if (rest.start < rest.stop) avx512<digits>().walk(job, rest, coming, prepared, state);
 }
@@ -53,7 +61,7 @@ int64_t walk_stored(const AttendJob& job, const CodedRows& keys, const CodedRows
     if (StreamsShape::few(job)) return walk_few_amx<digits>(job, keys, values, range, coming, prepared, state);
     if (!suits<digits>(job)) {
         AttendRange rest = range;
-        if (suits_amx_streams(job)) rest.start = walk_amx_streams<digits>(job, keys, values, range, coming, prepared, state);
+        if (three_or_four(job)) rest.start = walk_three_or_four<digits>(job, keys, values, range, coming, prepared, state);
         return rest.start < rest.stop ? avx512<digits>().walk_stored(job, keys, values, rest, coming, prepared, state) : rest.start;
     }
     return walk_tiles<digits>(job, keys, values, range, coming, prepared, state);

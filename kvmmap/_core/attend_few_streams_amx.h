@@ -1,4 +1,4 @@
-// Streams of one or two rows of queries whose keys are multiplied with AMX.
+// Streams of one or two rows of queries whose keys are multiplied with AMX; of three or four that were given in 16 bits, too.
 //
 // A tile's rows are the 16 streams, and its second operand has the digits of the rows of queries as columns. So 64 numbers of a
 // position of every stream cost a product of 16 cycles, where interleaving keys takes 64 shuffles and their products 48
@@ -114,12 +114,12 @@ class AmxFewStreams : public FewStreams<digits> {
     // Products of a step, [stream][column], to where weights will be.
     [[gnu::always_inline]] void take(const char* products, int64_t h, int64_t j) const {
         stored_before();
-        __m512i v[8];
+        __m512i v[16];
         // Columns of streams, those with the same number modulo 4 side by side.
-        by_columns(products, v);
-        if constexpr (columns == 8) by_columns(products + 16, v + 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < (digits * rows + 3) / 4; ++i) by_columns(products + 16 * i, v + 4 * i);
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int64_t r = 0; r < rows; ++r) {
             const __m512i* row = v + digits * r;
             const __m512 sum = digits == 3 ? put_together(row[0], row[1], row[2]) : put_together(row[0], row[1]);
@@ -136,9 +136,9 @@ class AmxFewStreams : public FewStreams<digits> {
             if constexpr (columns == 4) {
                 v[i] = _mm512_load_si512(products + 64 * i);
             } else {
-                const auto* p = reinterpret_cast<const __m128i*>(products + 128 * i);
-                const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(p)), _mm_load_si128(p + 2), 1);
-                const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(p + 4)), _mm_load_si128(p + 6), 1);
+                const auto* p = reinterpret_cast<const __m128i*>(products + 16 * columns * i);
+                const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(p)), _mm_load_si128(p + columns / 4), 1);
+                const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(p + columns / 2)), _mm_load_si128(p + 3 * columns / 4), 1);
                 v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
             }
         }
@@ -159,7 +159,10 @@ class AmxFewStreams : public FewStreams<digits> {
 template <int digits>
 int64_t walk_few_amx(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range, int64_t coming,
                      const char* prepared, AttendState state) {
-    const auto run = job.n * job.group() == 1 ? walk_few<digits, AmxFewStreams<digits, 1>, true> : walk_few<digits, AmxFewStreams<digits, 2>, true>;
+    const int64_t rows = job.n * job.group();
+    auto run = rows == 1 ? walk_few<digits, AmxFewStreams<digits, 1>, true> : walk_few<digits, AmxFewStreams<digits, 2>, true>;
+    if constexpr (digits == 2)
+        if (rows > 2) run = rows == 3 ? walk_few<2, AmxFewStreams<2, 3>, true> : walk_few<2, AmxFewStreams<2, 4>, true>;
     return run(job, keys, values, range, coming, prepared, state);
 }
 

@@ -1,6 +1,6 @@
-// Attention of one or two rows of queries a KV head over 272 positions at a time, as 16 streams side by side (attend_streams_avx512.h
-// says why): a decoding step without many query heads a KV head. Reading bounds it over int8 codes, and computing over codes of
-// fewer bits.
+// Attention of one or two rows of queries a KV head, with AMX up to four, over 272 positions at a time, as 16 streams side by side
+// (attend_streams_avx512.h says why): a decoding step without many query heads a KV head. Reading bounds it over int8 codes, and
+// computing over codes of fewer bits.
 //
 // Keys and values are walked in order, so that every stream is read in order, with the sums of all heads in memory, and rows are
 // fetched ahead in their stream. How rows of a codec are multiplied is behind a pointer to a function that takes a position of
@@ -11,6 +11,7 @@
 
 #include "attend_bytes_avx512.h"
 #include "attend_few_keys_avx512.h"
+#include "attend_few_values_avx512.h"
 #include "attend_streams_shape_avx512.h"
 
 namespace kvmmap {
@@ -23,6 +24,8 @@ struct FewRows {
     bool half_scales = false;
     // Adds 16 values, times their weights, to sums: of 64 numbers after 64 numbers, as HalfSums keeps them.
     void (*add)(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) = nullptr;
+    // The same for three and for four rows of queries, where AMX multiplies keys; none for some codecs.
+    void (*add_rows[2])(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums, RowsApart apart) = {};
     // Products of a prepared query and 16 keys; none where AMX multiplies them. `spread`: of one that spread_query has spread.
     bool spread = false;
     void (*multiply)(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) = nullptr;
@@ -54,54 +57,6 @@ template <int digits, class Rows>
 void multiply_16(const char* keys, int64_t stride, int64_t dim, const char* query, float* out) {
     NothingAhead nothing;
     multiply_keys<digits, 1>(Rows(dim), keys, stride, dim, &query, out, 0, nothing);
-}
-
-template <int digits, class Rows>
-void add_each_64(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
-    using Sums = HalfSums<digits>;
-    const Rows stored(dim);
-    for (int64_t d = 0; d < dim; d += 64, sums += 2 * Sums::registers) {
-        Sums first(sums), second(sums + Sums::registers);
-        const char *p = values, *w = weights;
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q, p += 4 * stride, w += step_bytes<digits>) {
-            const FourRows four(stored, p, stride, d);
-            __m512i a, b;
-            four.half<false>(a, b);
-            first.add(a, b, w);
-            four.half<true>(a, b);
-            second.add(a, b, w);
-        }
-        first.keep(sums), second.keep(sums + Sums::registers);
-    }
-}
-
-// A half of what add_halves adds.
-template <int digits, bool second>
-[[gnu::always_inline]] inline void add_half(const LevelTable<4, false>& table, const char* values, int64_t stride, const char* weights,
-                                            __m512i* lower, __m512i* upper) {
-    HalfSums<digits> low(lower), high(upper);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q, values += 4 * stride, weights += step_bytes<digits>) {
-        const FourRows four(PackedRows{}, values, stride, 0);
-        __m512i a, b;
-        four.half<second>(a, b);
-        low.add(table.lower(a), table.lower(b), weights);
-        high.add(table.upper(a), table.upper(b), weights);
-    }
-    low.keep(lower), high.keep(upper);
-}
-
-// Of 4 bits and a multiple of 128 numbers: bytes are put in order before they are looked up, half as many.
-template <int digits>
-void add_halves(const char* values, int64_t stride, int64_t dim, const char* weights, __m512i* sums) {
-    constexpr int registers = HalfSums<digits>::registers;
-    const LevelTable<4, false> table;
-    __m512i* upper = sums + dim / 128 * 2 * registers;
-    for (int64_t d = 0; d < dim / 2; d += 64, sums += 2 * registers, upper += 2 * registers) {
-        add_half<digits, false>(table, values + d, stride, weights, sums, upper);
-        add_half<digits, true>(table, values + d, stride, weights, sums + registers, upper + registers);
-    }
 }
 
 template <class Rows>
@@ -142,6 +97,8 @@ FewRows<digits> few_rows_of(int64_t dim) {
     constexpr int halves = std::is_same_v<Rows, LevelRows<4, false>> ? 4 : std::is_same_v<Rows, LevelRows<5, false>> ? 5 : 0;
     if constexpr (halves == 4) found.add = add_halves<digits>;
     else found.add = add_each_64<digits, Rows>;
+    if constexpr (amx && digits == 2 && (halves == 4 || !Rows::half_scales))
+        found.add_rows[0] = add_to_rows<digits, Rows, 3>, found.add_rows[1] = add_to_rows<digits, Rows, 4>;
     if constexpr (amx && halves) found.plain = plain_halves<halves>;
     else if constexpr (amx && Rows::half_scales) found.plain = plain_16<Rows>;
     else if constexpr (!amx && halves) found.multiply = multiply_halves<digits, halves>, found.spread = true;
@@ -318,10 +275,15 @@ class FewStreams : public StreamsShape {
             for (int64_t h = 0; h < heads_; ++h) {
                 const int64_t at = j * values.row + h * values_.row_bytes;
                 fetch(values, next, at, values_.row_bytes);
-                for (int64_t r = 0; r < rows_; ++r)
-                    values_.add(values.codes + at, values.stream(), job_.value_dim,
-                                reinterpret_cast<const char*>(weights_of(h, r)) + j * 4 * step_bytes<digits>,
-                                kept_ + (h * rows_ + r) * parts_ * part_registers);
+                const char* weights = reinterpret_cast<const char*>(weights_of(h, 0)) + j * 4 * step_bytes<digits>;
+                __m512i* sums = kept_ + h * rows_ * parts_ * part_registers;
+                const RowsApart apart{parts_ * part_registers, 4 * span};
+                if (rows_ > 2) {
+                    values_.add_rows[rows_ - 3](values.codes + at, values.stream(), job_.value_dim, weights, sums, apart);
+                } else {
+                    for (int64_t r = 0; r < rows_; ++r, weights += apart.weights, sums += apart.sums)
+                        values_.add(values.codes + at, values.stream(), job_.value_dim, weights, sums);
+                }
             }
         const __m512i* sums = kept_;
         for (int64_t i = 0; i < heads_ * rows_; ++i)
@@ -340,6 +302,8 @@ int64_t walk_few(const AttendJob& job, const CodedRows& keys, const CodedRows& v
     const FewRows<digits> key_rows = few_rows<digits, amx>(keys.format.codec, job.dim);
     const FewRows<digits> value_rows = few_rows<digits, amx>(values.format.codec, job.value_dim);
     if (!key_rows.row_bytes || !value_rows.row_bytes) return range.start;
+    const int64_t rows = job.n * job.group();
+    if (rows > 2 && !value_rows.add_rows[rows - 3]) return range.start;
     return Walk(job, keys, key_rows, values, value_rows, prepared, state).walk(range, coming);
 }
 

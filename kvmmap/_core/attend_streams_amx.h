@@ -1,9 +1,10 @@
-// Streams of AVX-512 whose keys are multiplied with AMX: of three or four rows of queries.
+// Streams of AVX-512 whose keys are multiplied with AMX: of three or four rows of f32 queries.
 //
 // A tile's rows are the 16 streams, as they lie; its second operand has the digits of all rows of queries as columns. So a
-// position of every stream costs two products of 16 cycles, and 24 shuffles to put what comes out in order (40 with three digits),
-// where interleaving keys takes 128 and the products of their bytes 256 instructions (384). Keys of 4 and 5 bits are made int8 in
-// the first-level cache some steps before. Values and weights go on as without AMX.
+// position of every stream costs two products of 16 cycles, and 40 shuffles to put what comes out in order, where interleaving
+// keys takes 128 and the products of their bytes 384 instructions. Keys of 4 and 5 bits are made int8 in the first-level cache
+// some steps before. Values and weights go on as without AMX: sums of three digits are too many to keep in memory, as
+// attend_few_streams_amx.h does.
 #pragma once
 
 #include "attend_few_streams_avx512.h"
@@ -13,14 +14,15 @@
 namespace kvmmap {
 namespace {
 
-template <int digits, class Keys, class Values>
-class AmxStreams : public StreamsOf<digits, Keys, Values, AmxStreams<digits, Keys, Values>> {
-    using Base = StreamsOf<digits, Keys, Values, AmxStreams>;
+template <class Keys, class Values>
+class AmxStreams : public StreamsOf<3, Keys, Values, AmxStreams<Keys, Values>> {
+    static constexpr int digits = 3;
+    using Base = StreamsOf<3, Keys, Values, AmxStreams>;
     using typename Base::Lines, typename Base::Slab;
     using Base::job_, Base::keys_, Base::stored_keys_, Base::stored_values_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
         Base::weights_, Base::length, Base::lanes, Base::span;
 
-    static constexpr int64_t columns = digits == 2 ? 8 : 16;  // low digits of four rows, middle ones, high ones, and room
+    static constexpr int64_t columns = 16;             // low digits of four rows, middle ones, high ones, and room
     static constexpr bool plain = Keys::half_scales;          // keys are made int8 first
     static constexpr int64_t after = plain ? 4 : 0;           // steps later
     static constexpr int64_t lag = 2;                         // steps until products, which tiles store late, are taken
@@ -91,8 +93,7 @@ class AmxStreams : public StreamsOf<digits, Keys, Values, AmxStreams<digits, Key
         stored_before();
         const char* products = products_ + step % ring * product_bytes;
         __m512 sums[4];
-        if constexpr (digits == 2) take_two(products, sums);
-        else take_three(products, sums);
+        put_in_order(products, sums);
         const int64_t h = step % heads_, j = step / heads_;
         for (int64_t r = 0; r < rows_; ++r) {
             const float worth = reinterpret_cast<const Digits*>(queries_[h * rows_ + r])->worth;
@@ -100,27 +101,7 @@ class AmxStreams : public StreamsOf<digits, Keys, Values, AmxStreams<digits, Key
         }
     }
 
-    [[gnu::always_inline]] static void take_two(const char* products, __m512 (&sums)[4]) {
-        __m512i v[8], t[8];
-        for (int i = 0; i < 8; ++i) v[i] = _mm512_load_si512(products + 64 * i);
-        for (int i = 0; i < 8; i += 2) {
-            t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        }
-        for (int i = 0; i < 8; i += 4) {
-            v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-            v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-            v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-            v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        // v[r] has of row r: low digits of even streams, high ones, low ones of odd streams, high ones.
-        const __m512i low = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
-        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
-        for (int r = 0; r < 4; ++r)
-            sums[r] = put_together(_mm512_permutex2var_epi32(v[r], low, v[r + 4]), _mm512_permutex2var_epi32(v[r], high, v[r + 4]));
-    }
-
-    [[gnu::always_inline]] static void take_three(const char* products, __m512 (&sums)[4]) {
+    [[gnu::always_inline]] static void put_in_order(const char* products, __m512 (&sums)[4]) {
         __m512 four[4];  // streams: in each quarter a stream's rows
         for (int i = 0; i < 4; ++i, products += 256) {
             const __m512i v0 = _mm512_load_si512(products), v1 = _mm512_load_si512(products + 64);
@@ -144,32 +125,31 @@ class AmxStreams : public StreamsOf<digits, Keys, Values, AmxStreams<digits, Key
     char* plain_;           // keys of some steps
 };
 
-inline bool suits_amx_streams(const AttendJob& job) { return job.n * job.group() == 3 || job.n * job.group() == 4; }
+inline bool three_or_four(const AttendJob& job) { return job.n * job.group() == 3 || job.n * job.group() == 4; }
 
-template <int digits, class Keys, class Values>
+template <class Keys, class Values>
 int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                          int64_t coming, const char* prepared, AttendState state) {
     constexpr int64_t span = StreamsShape::span;
     int64_t start = range.start;
     if (!StreamsShape::suit(job, range) || start + span > range.stop) return start;
-    AmxStreams<digits, Keys, Values> streams(job, keys, values, prepared, state);
+    AmxStreams<Keys, Values> streams(job, keys, values, prepared, state);
     for (; start + span <= range.stop && StreamsShape::see_all(job, start); start += span) streams.run(start, start + 2 * span <= coming);
     return start;
 }
 
 // The same for keys and values of the pairs that presets have, of 128 numbers or a multiple; returns where it ends.
-template <int digits>
-int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
+inline int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                          int64_t coming, const char* prepared, AttendState state) {
     using Four = LevelRows<4, false>;
     using Five = LevelRows<5, false>;
     const Codec k = keys.format.codec, v = values.format.codec;
     const bool wide = (k == Codec::int8 || Four::suit(job.dim)) && (v == Codec::int8 || Four::suit(job.value_dim));
     int64_t (*run)(const AttendJob&, const CodedRows&, const CodedRows&, const AttendRange&, int64_t, const char*, AttendState) = nullptr;
-    if (k == Codec::int8 && v == Codec::int8) run = walk_amx_streams<digits, Int8Rows, Int8Rows>;
-    if (k == Codec::int8 && v == Codec::int4) run = walk_amx_streams<digits, Int8Rows, Four>;
-    if (k == Codec::int5 && v == Codec::int4) run = walk_amx_streams<digits, Five, Four>;
-    if (k == Codec::int4 && v == Codec::int4) run = walk_amx_streams<digits, Four, Four>;
+    if (k == Codec::int8 && v == Codec::int8) run = walk_amx_streams<Int8Rows, Int8Rows>;
+    if (k == Codec::int8 && v == Codec::int4) run = walk_amx_streams<Int8Rows, Four>;
+    if (k == Codec::int5 && v == Codec::int4) run = walk_amx_streams<Five, Four>;
+    if (k == Codec::int4 && v == Codec::int4) run = walk_amx_streams<Four, Four>;
     return run && wide ? run(job, keys, values, range, coming, prepared, state) : range.start;
 }
 
