@@ -3,9 +3,9 @@
     python benchmarks/run.py [NAME...]
 
 NAME is a topic, such as `append` for bench_append.py; by default all but those that take long or need an environment of
-their own: llama.cpp's (`make bench-llama-cpp`), what codecs lose (`bench_fidelity.py`, `bench_loss.py`), and where a
-step's time goes (`bench_step.py`). Results go to bench-out/: a JSON file a topic, and page.md, the last table as
-Markdown. All together are to take at most 20 minutes on an idle machine with two processors.
+their own: llama.cpp's (`make bench-llama-cpp`), and what codecs lose (`bench_fidelity.py`, `bench_loss.py`). Results go
+to bench-out/: a JSON file a topic, and page.md, the last table as Markdown. All together are to take at most 20 minutes
+on an idle machine with two processors.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ARGUMENTS = {
     "library": ["--rounds", "9"],
     "reopen": ["--rounds", "11"],
     "segments": ["--rounds", "21"],
+    "step": ["--positions", "16000", "--rounds", "5"],
     "streaming": ["--gb", "1.2", "--rounds", "2"],
     "transformers": ["--contexts", "8000", "--rounds", "5"],
     "verify": ["--rounds", "3"],
@@ -36,7 +37,7 @@ ARGUMENTS = {
 }
 """What a topic is run with, so that all together take no longer; what else its program can do is left out here."""
 
-APART = {"llama_cpp", "llama_cpp_cache", "fidelity", "loss", "sketches", "step"}
+APART = {"llama_cpp", "llama_cpp_cache", "fidelity", "loss", "sketches"}
 """Topics that are run when they are named, and else not."""
 
 TOPICS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
