@@ -45,8 +45,9 @@ def test_kernels_of_aarch64_agree(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_threads_do_not_race(tmp_path):
-    """Pieces shared between threads, and attention beside appends."""
+    """Pieces shared between threads, attention beside appends, and a recent window that other processes read."""
     run = subprocess.run([NATIVE / "race.sh", tmp_path, "quick"], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "pieces: 0 wrong" in run.stdout
     assert run.stdout.count(" 0 wrong") - 1 == run.stdout.count("looks over") >= 3
+    assert run.stdout.count("rows read, 0 numbers wrong") == run.stdout.count("rows read") == 6
