@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,6 +52,8 @@ PRESETS = ("fidelity", "int8")
 Piece = dict[str, Callable[..., Any]]
 """What replaces methods of `DecodeStep`."""
 
+Clock = Callable[[], float]
+
 
 class CostsNothing(DynamicCache):
     """A cache that keeps nothing: attention sees the new position alone."""
@@ -81,9 +84,11 @@ def main() -> None:
     parser.add_argument("--positions", nargs="+", type=int, default=POSITIONS, help="stored")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the model")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--processor", action="store_true", help="time by processor time, with one thread")
     parser.add_argument("--pieces", action="store_true", help="time a step with one piece at a time besides")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    threads, clock = (1, time.process_time) if options.processor else (options.threads, time.perf_counter)
+    torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     report = Report("step")
     report.note("threads", torch.get_num_threads())
@@ -92,13 +97,13 @@ def main() -> None:
         net = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
         for positions in options.positions:
             with workspace(options.dir) as folder:
-                decoding(report, net, f"{shape}, {dtype}", positions, folder, options.rounds)
+                decoding(report, net, f"{shape}, {dtype}", positions, folder, options.rounds, clock)
                 if options.pieces:
-                    pieces(report, net, positions, folder, options.rounds)
+                    pieces(report, net, positions, folder, options.rounds, clock)
     report.finish(options.json)
 
 
-def decoding(report: Report, net: Any, what: str, positions: int, folder: Path, rounds: int) -> None:
+def decoding(report: Report, net: Any, what: str, positions: int, folder: Path, rounds: int, clock: Clock) -> None:
     """Time a token with caches of all kinds in turn.
 
     Not in place, a cache decodes all rows to tensors, which the model's own attention then reads.
@@ -112,7 +117,7 @@ def decoding(report: Report, net: Any, what: str, positions: int, folder: Path, 
         "DynamicCache": ("sdpa", caches["DynamicCache"]),
         "a cache that costs nothing": ("sdpa", caches["nothing"]),
     }
-    measured = measure([task(name, net, *way) for name, way in ways.items()], rounds)
+    measured = measure([task(name, net, *way) for name, way in ways.items()], rounds, clock)
     report.show(f"a token at {positions:,} positions, {what}", measured, ["DynamicCache"])
     shape, _, dtype = what.partition(", ")
     required = DECODE[dtype] if shape == "smollm2" and positions >= FAR else 1.0
@@ -148,7 +153,7 @@ def task(name: str, net: Any, attention: str, cache: Any, piece: Piece | None = 
     )
 
 
-def pieces(report: Report, net: Any, positions: int, folder: Path, rounds: int) -> None:
+def pieces(report: Report, net: Any, positions: int, folder: Path, rounds: int, clock: Clock) -> None:
     """Time a token by all ways in turn, and print what each adds to a cache that costs nothing."""
     layers = net.config.num_hidden_layers
     caches = made(net, positions, folder)
@@ -163,7 +168,7 @@ def pieces(report: Report, net: Any, positions: int, folder: Path, rounds: int) 
         "DynamicCache": ("sdpa", caches["DynamicCache"], {}),
     }
     tasks = [task(name, net, *way) for name, way in ways.items()]
-    measured = measure(tasks, rounds)
+    measured = measure(tasks, rounds, clock)
     report.show(f"a token at {positions:,} positions, {net.dtype}, piece by piece", measured, ["DynamicCache"])
     base = measured.seconds[tasks[0].name]
     for name, seconds in measured.seconds.items():
