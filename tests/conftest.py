@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,14 @@ from helpers.seaweed import PROGRAM, Server
 from helpers.support import MEMORY, MakeCache
 
 import kvmmap
-from kvmmap import _core
+from kvmmap import _core, codecs
 
 SUFFIXES = {"file": ".kvm", "zarr": ".zarr"}
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGPIPE", "SIGXFSZ") if hasattr(signal, name)
+]
+VARIABLES = ("AWS_", "AZURE_", "GOOGLE_", "KVMMAP", "LLAMA_", "PATH", "HOME", "TMPDIR", "COLUMNS", "NO_COLOR")
+"""How names of environment variables begin that kvmmap, or programs that tests run, look at."""
 MARKS = {"s3_server": "s3", "browser": "browser"}
 """What a test is marked with because of a fixture. Such tests run in one process, which starts a server once."""
 
@@ -32,6 +39,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.xdist_group(mark))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_nothing() -> Iterator[None]:
+    """Fail a file whose tests leave something behind that others would see."""
+    before = process_state()
+    yield
+    after = process_state()
+    assert {name: after[name] for name in before} == before
+
+
+def process_state() -> dict[str, Any]:
+    """Return what tests could change for all that run after them."""
+    return {
+        "codecs": codecs.names(),
+        "kernel": _core.current_kernel(),
+        "folder": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+        "signals": {number: signal.getsignal(number) for number in SIGNALS},
+        "libraries": [thread.name for thread in threading.enumerate() if thread.name == "kvmmap library"],
+    }
 
 
 @pytest.fixture(params=["memory", "file", "zarr"])
