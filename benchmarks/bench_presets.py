@@ -7,9 +7,9 @@ bench_recent.py measures.
 
 A decoding step reads rows that no cache has: other layers were read since. So the rows of each layer are larger than a
 thread's share of the last cache (67 MB of int8), and each round walks over all of them in turn. How fast a layer is
-read depends on where its pages lie in memory, by more than what is measured: each codec has several layers of the same
-rows, and a ratio is the median over the rounds of all. Over rows that stay in a cache (`--positions 816` fits a
-second-level cache of 2 MB) reading costs little, and codes of fewer bits have less to gain.
+read depends on where its pages lie in memory, and on what was read before it, by more than what is measured: each codec
+has several layers of the same rows, walked in other orders, and a ratio is the median over the rounds of all. Over rows
+that stay in a cache (`--positions 816` fits a second-level cache of 2 MB) codes of fewer bits have less to gain.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("presets")
     keys, values = gaussian(args.positions, HEADS, DIM), gaussian(args.positions, HEADS, DIM, seed=1)
-    placements = [layers_of(keys, values) for _ in range(args.placements)]
+    placements = [layers_of(keys, values, 2 * number) for number in range(args.placements)]
     del keys, values
     for number, group in enumerate((1, 4)):
         queries = gaussian(1, HEADS * group, DIM, seed=2)
@@ -77,10 +77,11 @@ def main() -> None:
 CALLS = 3
 
 
-def layers_of(keys: np.ndarray, values: np.ndarray) -> dict[str, kvmmap.QuantizedKvLayer]:
-    """A layer of the same rows for each pair of codecs."""
+def layers_of(keys: np.ndarray, values: np.ndarray, start: int) -> dict[str, kvmmap.QuantizedKvLayer]:
+    """A layer of the same rows for each pair of codecs, the pair of number `start` first."""
     layers = {}
-    for name, (of_keys, of_values) in CODECS.items():
+    for name in [list(CODECS)[(start + i) % len(CODECS)] for i in range(len(CODECS))]:
+        of_keys, of_values = CODECS[name]
         layers[name] = kvmmap.QuantizedKvLayer(len(keys), HEADS, DIM, key_codec=of_keys, value_codec=of_values)
         layers[name].extend(keys, values)
     return layers
