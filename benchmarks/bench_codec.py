@@ -3,7 +3,8 @@
     python benchmarks/bench_codec.py [--mib 256] [--rounds 15] [--dim 128] [--json FILE]
 
 "GB/s of f32" counts every number as the 4 bytes that it is in f32, whatever it is stored as. All outputs are reused and
-touched beforehand; the arrays are far larger than the last-level cache, but for "scratch", whose output stays in it.
+touched beforehand, memcpy's as well; the arrays are far larger than the second-level cache, but for "scratch", whose
+output stays in it. A target is the median of the rounds' ratios to memcpy, one thread each, in the same process.
 """
 
 from __future__ import annotations

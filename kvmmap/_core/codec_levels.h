@@ -68,5 +68,52 @@ constexpr Buckets buckets() {
     return found;
 }
 
+// The same search by an addition: sizes 2|q| in whole numbers, plus `offset`, lie in buckets of 16 with at most one bound in
+// each. `add` of its bucket moves a size to 16 * k and up, k being the nearest positive level: its code with
+// 3 and 4 bits, its place among the positive ones with 5.
+struct Steps {
+    int offset;
+    Register add;
+};
+template <int bits>
+constexpr Steps steps_of() {
+    Steps found{-1, {}};
+    for (int offset = 0; offset < 16 && found.offset < 0; ++offset) {
+        bool fits = true;
+        for (int i = 0; i < 16; ++i) {
+            int below = bits == 5 ? 0 : levels_of<bits>.half(), within = 0, first = 16;
+            for (int k = 0; k + 1 < levels_of<bits>.half(); ++k) {
+                const int least = 2 * levels_of<bits>.bound(k) + 1 + offset;  // the halves above a bound are beyond it
+                if (least <= 16 * i) ++below;
+                else if (least < 16 * i + 16) ++within, first = least - 16 * i;
+            }
+            if (within > 1) fits = false;
+            found.add.values[i] = static_cast<int8_t>(static_cast<uint8_t>(16 * (below - i) + 16 - first));
+        }
+        if (fits) found.offset = offset;
+    }
+    return found;
+}
+
+// Positive level k, or minus it.
+template <int bits>
+constexpr Register positive_levels(int sign) {
+    Register r{};
+    for (int k = 0; k < 16; ++k) r.values[k] = static_cast<int8_t>(sign * levels_of<bits>.positive[k % levels_of<bits>.half()]);
+    return r;
+}
+
+// Byte 4 * i + n of a lane to byte 4 * n + 3: bytes to the upper ones of whole numbers.
+struct Spreads {
+    Register of[4];
+};
+constexpr Spreads spread_bytes() {
+    Spreads spreads{};
+    for (int i = 0; i < 4; ++i)
+        for (int n = 0; n < 16; ++n) spreads.of[i].values[n] = static_cast<int8_t>(n % 4 == 3 ? 4 * i + n / 4 : -128);
+    return spreads;
+}
+constexpr Spreads spreads = spread_bytes();
+
 }  // namespace
 }  // namespace kvmmap
