@@ -18,14 +18,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from .. import _core
-from . import copy_range, inode
+from . import advice, copy_range, inode
 from .temporary import temporary_path
 
 FILE_MODE = 0o600  # a KV cache gives its prompt away
 
 _PAGE = 4096
 _COPY_BYTES = 1 << 20
-_READ_AHEAD_BYTES = 128 << 10
 _NO_ACCESS_TIME = getattr(os, "O_NOATIME", 0)
 _BY_NUMBER = "/proc/self/fd/"
 
@@ -136,18 +135,9 @@ class PosixFile:
         return b"".join(parts)
 
     def read_alone(self, offset: int, size: int) -> bytes:
-        """As `read`, without the system's read-ahead.
-
-        That would fill holes behind what is read with zeros, in pages of up to 2 MiB, and ext4 then takes ten times as
-        long to write a row there, since it looks at each 4 KiB of such a page.
-        """
-        if not hasattr(os, "posix_fadvise"):
+        """As `read`, without the system's read-ahead: see `advice.at_random`."""
+        with advice.at_random(self._fd):
             return self.read(offset, size)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-        try:
-            return self.read(offset, size)
-        finally:
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_NORMAL)
 
     @_names_file
     def read_into(self, offset: int, target: memoryview) -> None:
@@ -166,11 +156,7 @@ class PosixFile:
 
     def read_ahead(self, offset: int, size: int) -> None:
         """Start reading `size` bytes from `offset` on into memory."""
-        if hasattr(os, "posix_fadvise"):
-            # Linux limits a request to the disk's read-ahead size, which is rarely less than this.
-            for start in range(offset, offset + size, _READ_AHEAD_BYTES):
-                count = min(_READ_AHEAD_BYTES, offset + size - start)
-                os.posix_fadvise(self._fd, start, count, os.POSIX_FADV_WILLNEED)
+        advice.read_ahead(self._fd, offset, size)
 
     def write(self, offsets: tuple[int, ...], buffers: tuple[Any, ...]) -> None:
         """Write each buffer at its offset, in order, all of it."""
