@@ -9,18 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from .codecs import INT8, RowCodec, chosen
+from .codecs import INT8, RowCodec
 from .codecs.presets import Codecs, chosen_codecs, chosen_recent
 from .codecs.registry import MAX_ARRAYS
-from .errors import DtypeError, ShapeMismatchError
+from .errors import ShapeMismatchError
+from .per_layer import codecs_a_layer, in_layer, one_a_layer, one_for_all
 from .ranges import index
 from .state_spec import CHECKPOINT_SLOTS, MAX_CHECKPOINT_SLOTS, StateSpec, aligned, check_states
-
-T = TypeVar("T", int, str)
 
 BLOCK_TOKENS = 256
 """Positions in a block, the unit of checksums, of zarr chunks and of sketches."""
@@ -43,52 +42,6 @@ def _bounded(value: object, name: str, low: int, high: int) -> int:
             f"{name} must be from {low} to {high}, not {number}", expected=(low, high), actual=number
         )
     return number
-
-
-def one_a_layer(value: T | Sequence[T], count: int, name: str) -> list[T]:
-    """Return a value for each of `count` layers, from one for all or a sequence of as many.
-
-    Raises:
-        ShapeMismatchError: a sequence of another length.
-    """
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise ShapeMismatchError(
-            f"{name} has {len(value)} entries for {count} layers: give one for all, or one a layer",
-            expected=count,
-            actual=len(value),
-        )
-    return list(value)
-
-
-def _one_for_all(value: object) -> bool:
-    return isinstance(value, str | bytes) or not isinstance(value, Sequence)  # bytes are no list of numbers here
-
-
-def codecs_a_layer(names: Codecs, count: int, name: str) -> list[RowCodec]:
-    """Return the codec of each of `count` layers, from the name of one for all or a sequence of as many names.
-
-    Raises:
-        DtypeError: there is no such codec; of a sequence, says in which layer.
-        ShapeMismatchError: a sequence of another length.
-    """
-    if _one_for_all(names):
-        return [chosen(names)] * count  # type: ignore[arg-type]
-    found = []
-    for layer, one in enumerate(one_a_layer(names, count, name)):
-        try:
-            found.append(chosen(one))
-        except DtypeError as error:
-            raise DtypeError(
-                f"{name} of layer {layer}: {error}", expected=error.expected, actual=error.actual, layer=layer
-            ) from None
-    return found
-
-
-def in_layer(error: ShapeMismatchError, layer: int) -> ShapeMismatchError:
-    """Return an error that says as well which layer it is about."""
-    return ShapeMismatchError(f"layer {layer}: {error}", expected=error.expected, actual=error.actual, layer=layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +262,7 @@ class CacheGeometry:
         value_dims = dims if value_head_dim is None else one_a_layer(value_head_dim, count, "value_head_dim")
         key_codecs = codecs_a_layer(key_codec, count, "key_codec")
         value_codecs = codecs_a_layer(value_codec, count, "value_codec")
-        alike = all(map(_one_for_all, (num_kv_heads, head_dim, value_head_dim, key_codec, value_codec)))
+        alike = all(map(one_for_all, (num_kv_heads, head_dim, value_head_dim, key_codec, value_codec)))
         shapes = zip(heads, dims, value_dims, key_codecs, value_codecs, strict=True)
         # Most layers have the shape of the one before; building each anew took much of the time of opening a cache.
         layers: list[LayerGeometry] = []

@@ -17,7 +17,7 @@ TABLE = (
     ("_core", "lazy", "errors", "paths", "closing"),
     ("arrays", "ranges", "row_arrays", "threads"),
     ("codecs", "quantize"),
-    ("geometry", "metadata", "state_spec", "sizing"),
+    ("geometry", "metadata", "per_layer", "state_spec", "sizing"),
     ("rows", "recent", "inputs"),
     ("format",),
     ("attention",),

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from ..cache import QuantizedKvCache
 from ..codecs.presets import Codecs
 from ..errors import NoCheckpointError, ShapeMismatchError
-from ..geometry import LayerGeometry, codecs_a_layer, in_layer
+from ..geometry import LayerGeometry
+from ..per_layer import codecs_a_layer, in_layer
 from ..ranges import check_range, check_room, index
 from ..state_spec import StateSpec
 from ..storage.receiving import CopyRange, Incoming

@@ -17,8 +17,9 @@ from ...cache import QuantizedKvCache
 from ...codecs import by_name
 from ...codecs.presets import UNROTATED, Codecs, chosen_codecs, chosen_recent, preset_codecs
 from ...errors import MetadataError, ModelMismatchError, ShapeMismatchError, UnsupportedModelError
-from ...geometry import LayerGeometry, one_a_layer
+from ...geometry import LayerGeometry
 from ...metadata import ModelInfo
+from ...per_layer import one_a_layer
 from ...state_spec import StateSpec
 from .identity import check_same, config_of, describe
 from .kinds import LayerKind, as_notes, from_notes, has_states, states_alone, store_geometries
