@@ -16,17 +16,12 @@ LARGE = 1 << 24
 """Numbers that are worth many threads."""
 
 COUNTED = (
-    "import contextlib, os, sys, time; os.environ['OPENBLAS_NUM_THREADS'] = '1'\n"
+    "import os, sys, time; os.environ['OPENBLAS_NUM_THREADS'] = '1'\n"
     "import numpy as np, kvmmap\n"
-    "def helpers():\n"
-    "    names = []\n"
-    "    for task in os.listdir('/proc/self/task'):\n"
-    "        with contextlib.suppress(OSError), open(f'/proc/self/task/{task}/comm') as file:\n"  # it may end meanwhile
-    "            names.append(file.read().strip())\n"
-    "    return names.count('kvmmap')\n"
+    "from helpers.core_threads import core_threads\n"
     "rows = np.random.default_rng(0).standard_normal((9000, 3, 64)).astype(np.float32)\n"
 )
-"""What a process begins with in which the core's helpers are counted. They end 50 ms after a call."""
+"""What a process begins with in which the core's threads are counted."""
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +119,7 @@ def test_no_computation_takes_more_threads_than_asked_for(tmp_path: Path) -> Non
         "for call in calls:\n"
         f"    os.environ[{VARIABLE!r}] = '1'\n"
         "    call()\n"
-        "    assert helpers() == 0, call\n"
+        "    assert core_threads() == 0, call\n"
         f"    os.environ[{VARIABLE!r}] = '3'\n"
         "    deadline = time.monotonic() + 30\n"
         # Where other processes want the processors, helpers may have ended before this one gets to look.
@@ -132,8 +127,8 @@ def test_no_computation_takes_more_threads_than_asked_for(tmp_path: Path) -> Non
         "    while seen != 2:\n"
         "        assert time.monotonic() < deadline and seen < 2, (call, seen)\n"
         "        call()\n"
-        "        seen = helpers()\n"
-        "    while helpers():\n"
+        "        seen = core_threads()\n"
+        "    while core_threads():\n"
         "        time.sleep(0.01)",
         tmp_path / "a.kvm",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.core_threads import core_threads
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvmmap.integrations.transformers import KvmmapBatch, KvmmapCache
@@ -24,19 +24,10 @@ POSITIONS = 6000
 WAYS = ("in place", "a chunk in place", "read-only in place", "tensors", "device", "batch")
 
 
-def helpers() -> int:
-    """Threads of the core, which end 50 ms after a call."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it may end meanwhile
-            found.append((task / "comm").read_text())
-    return found.count("kvmmap\n")
-
-
 def wait_for_helpers(wanted: Callable[[int], bool], between: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
-    while not wanted(helpers()):
-        assert time.monotonic() < deadline, f"{helpers()} helpers"
+    while not wanted(core_threads()):
+        assert time.monotonic() < deadline, f"{core_threads()} helpers"
         between()
 
 
@@ -73,9 +64,9 @@ def test_one_thread_of_torch_is_one_of_attention(way: str, tmp_path: Path, monke
             resident = "device" if way == "device" else "host"
             with KvmmapCache.open(path, config, mode="r", resident=resident) as opened:
                 between(make_token(opened))
-            if threads(helpers()):
+            if threads(core_threads()):
                 return
-        raise AssertionError(f"{helpers()} helpers")
+        raise AssertionError(f"{core_threads()} helpers")
 
     def make_token(cache: KvmmapCache) -> Callable[[], object]:
         if way == "batch":
@@ -86,7 +77,7 @@ def test_one_thread_of_torch_is_one_of_attention(way: str, tmp_path: Path, monke
     def twice(token: Callable[[], object]) -> None:
         for _ in range(2):
             token()
-            assert helpers() == 0
+            assert core_threads() == 0
 
     monkeypatch.delenv(VARIABLE, raising=False)
     with torch.no_grad():
