@@ -16,7 +16,7 @@ namespace {
 template <int digits, int rows>
 class AmxFewStreams : public FewStreams<digits> {
     using Base = FewStreams<digits>;
-    using typename Base::Slab;
+    using typename Base::Slab, typename Base::Scales;
     using Base::heads_, Base::queries_, Base::keys_, Base::job_, Base::length, Base::lanes, Base::span;
 
     static constexpr int64_t columns = digits * rows > 4 ? 8 : 4;  // digits of the rows, in the order of rows
@@ -50,7 +50,7 @@ class AmxFewStreams : public FewStreams<digits> {
     ~AmxFewStreams() override { _tile_release(); }
 
   protected:
-    void score(const Slab& keys, const Slab& next, const char* const (&scales)[2]) override {
+    void score(const Slab& keys, const Slab& next, const Scales& scales) override {
         if (keys_.plain) job_.dim == 128 ? walk_keys<true, 128>(keys, next, scales) : walk_keys<true, 0>(keys, next, scales);
         else job_.dim == 128 ? walk_keys<false, 128>(keys, next, scales) : walk_keys<false, 0>(keys, next, scales);
     }
@@ -58,7 +58,7 @@ class AmxFewStreams : public FewStreams<digits> {
   private:
     // `fixed`: the dimension, or 0 for any.
     template <bool plain, int64_t fixed>
-    void walk_keys(const Slab& keys, const Slab& next, const char* const (&scales)[2]) {
+    void walk_keys(const Slab& keys, const Slab& next, const Scales& scales) {
         const int64_t dim = fixed ? fixed : job_.dim, stride = plain ? dim : keys.stream(), row_bytes = keys_.row_bytes;
         constexpr int64_t after = plain ? lag : 0;  // steps from making keys plain to multiplying them
         const int64_t steps = length * heads_;

@@ -165,7 +165,7 @@ class FewStreams : public StreamsShape {
     static constexpr int part_registers = 2 * Sums::registers;  // of sums over 64 numbers
 
     // Products of queries and the keys of a span, in place of the weights they will become.
-    virtual void score(const Slab& keys, const Slab& next, const char* const (&scales)[2]) {
+    virtual void score(const Slab& keys, const Slab& next, const Scales& scales) {
         for (int64_t step = 0, j = 0, h = 0; j < length; ++step, h + 1 == heads_ ? h = 0, ++j : ++h) {
             fetch_scales(scales, step);
             const int64_t at = step * keys_.row_bytes;
@@ -176,12 +176,6 @@ class FewStreams : public StreamsShape {
     }
 
     float* weights_of(int64_t h, int64_t r) const { return weights_ + (h * rows_ + r) * span; }
-
-    // A line of the scales of the next span, if there is one: it holds those of 16 positions and heads, or of 32.
-    static void fetch_scales(const char* const (&scales)[2], int64_t step) {
-        if (!scales[0]) return;
-        for (const char* some : scales) __builtin_prefetch(some + step * 64, 0, 2);
-    }
 
     // All lines that are ahead of a row of every stream.
     static void fetch(const Slab& now, const Slab& next, int64_t at, int64_t row_bytes) {

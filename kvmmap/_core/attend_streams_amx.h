@@ -19,7 +19,7 @@ class AmxStreams : public StreamsOf<3, Keys, Values, AmxStreams<Keys, Values>> {
     static constexpr int digits = 3;
     using Base = StreamsOf<3, Keys, Values, AmxStreams>;
     using typename Base::Lines, typename Base::Slab;
-    using Base::job_, Base::keys_, Base::stored_keys_, Base::stored_values_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
+    using Base::job_, Base::keys_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
         Base::weights_, Base::length, Base::lanes, Base::span;
 
     static constexpr int64_t columns = 16;             // low digits of four rows, middle ones, high ones, and room
@@ -55,18 +55,14 @@ class AmxStreams : public StreamsOf<3, Keys, Values, AmxStreams<Keys, Values>> {
     ~AmxStreams() { _tile_release(); }
 
     void score(int64_t start, const Slab& keys, const Slab& values, int64_t, int64_t, bool more) {
-        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * Base::template scale_size<Keys>;
-        const char* value_scales = stored_values_.scales + (start + span) * heads_ * Base::template scale_size<Values>;
+        const auto scales = Base::coming_scales(start + span, more);
         const int64_t steps = length * heads_, times = job_.dim / 64, stride = plain ? job_.dim : keys.stream();
         int64_t h = 0;  // to be multiplied next
         for (int64_t step = 0; step < steps + after + lag; ++step) {
             const int64_t now = step - after;
             if (plain && step < steps) make_plain_(keys.codes + step * keys_.row_bytes, keys.stream(), job_.dim, plain_of(step));
             if (now >= 0 && now < steps) {
-                if (more) {
-                    __builtin_prefetch(key_scales + now * 64, 0, 2);
-                    __builtin_prefetch(value_scales + now * 64, 0, 2);
-                }
+                Base::fetch_scales(scales, now);
                 Lines ahead = Base::lines_at(values, now * times * 64 * lanes, times);
                 const char* codes = plain ? plain_of(now) : keys.codes + now * keys_.row_bytes;
                 const char* queries = packed_queries_ + h * query_bytes_;

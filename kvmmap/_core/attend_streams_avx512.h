@@ -72,11 +72,18 @@ class StreamsOf : public StreamsShape {
 
     template <class Rows>
     void take_scales(const CodedRows& rows, int64_t start, float factor, float* out) const {
-        StreamsShape::take_scales<Rows::half_scales>(rows.scales + start * heads_ * scale_size<Rows>, heads_, factor, out);
+        StreamsShape::take_scales<Rows::half_scales>(scales_at<Rows>(rows, start), heads_, factor, out);
     }
 
     template <class Rows>
-    static constexpr int64_t scale_size = Rows::half_scales ? 2 : 4;
+    const char* scales_at(const CodedRows& rows, int64_t start) const {
+        return rows.scales + start * heads_ * (Rows::half_scales ? 2 : 4);
+    }
+
+    Scales coming_scales(int64_t start, bool more) const {
+        if (!more) return {};
+        return {scales_at<Keys>(stored_keys_, start), scales_at<Values>(stored_values_, start)};
+    }
 
     void weigh(int64_t row, int64_t count) {
         if constexpr (digits == 2) return weigh_shortly(row, count);
@@ -139,21 +146,17 @@ template <int digits, class Keys, class Values>
 class Streams : public StreamsOf<digits, Keys, Values, Streams<digits, Keys, Values>> {
     using Base = StreamsOf<digits, Keys, Values, Streams>;
     using typename Base::Lines, typename Base::Slab;
-    using Base::job_, Base::keys_, Base::stored_keys_, Base::stored_values_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
+    using Base::job_, Base::keys_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
         Base::weights_, Base::length, Base::lanes, Base::span;
 
   public:
     using Base::Base;
 
     void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
-        const char* key_scales = stored_keys_.scales + (start + span) * heads_ * Base::template scale_size<Keys>;
-        const char* value_scales = stored_values_.scales + (start + span) * heads_ * Base::template scale_size<Values>;
+        const auto scales = Base::coming_scales(start + span, more);
         for (int64_t j = 0, step = 0; j < length; ++j) {
             for (int64_t h = 0; h < heads_; ++h, ++step) {
-                if (more) {  // a line holds the scales of 16 positions and heads
-                    __builtin_prefetch(key_scales + step * 64, 0, 2);
-                    __builtin_prefetch(value_scales + step * 64, 0, 2);
-                }
+                Base::fetch_scales(scales, step);
                 const int64_t at = step * keys_.row_bytes, times = job_.dim / 64;
                 Lines ahead = Base::lines_at(values, row == 0 ? step * times * 64 * lanes : values.bytes(), times);
                 in_fours(0, count, [&](auto n, int64_t r) {

@@ -30,6 +30,18 @@ struct StreamsShape {
         int64_t bytes() const { return lanes * stream(); }
     };
 
+    // Scales of a span that comes next, of keys and of values; none if there is no such span.
+    struct Scales {
+        const char *keys = nullptr, *values = nullptr;
+    };
+
+    // A line of them: it holds those of 16 positions and heads, or of 32.
+    static void fetch_scales(const Scales& scales, int64_t step) {
+        if (!scales.keys) return;
+        __builtin_prefetch(scales.keys + step * 64, 0, 2);
+        __builtin_prefetch(scales.values + step * 64, 0, 2);
+    }
+
     // 16 lines to fetch at a time: one of each stream, or one after the other.
     struct Lines {
         const char* first;
