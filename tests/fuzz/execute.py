@@ -27,6 +27,7 @@ _NEVER = (
     "ctypes.",
     "pickle.",
 )
+_SYSTEM = ("/proc/", "/sys/fs/cgroup/", os.devnull)  # a quota of processors stands with the control groups
 FEW_LAYERS = 8
 FEW_BYTES = 1 << 22  # rows that are read, attended over or pushed at once
 
@@ -57,7 +58,7 @@ class Watch:
         if event == "open":
             path = arguments[0]
             if isinstance(path, str) and not path.startswith(
-                (self.folder, "/proc/", os.devnull, sys.prefix, sys.base_prefix, _LIBRARIES, _HERE)
+                (self.folder, *_SYSTEM, sys.prefix, sys.base_prefix, _LIBRARIES, _HERE)
             ):
                 raise ForbiddenError(f"opened {path}")
         elif event == "mmap.__new__":
