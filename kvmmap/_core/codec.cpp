@@ -1,5 +1,7 @@
 #include "codec.h"
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "codec_run.h"
@@ -85,6 +87,28 @@ const float* factors_of(RowFormat format, int64_t dim) {
 
 }  // namespace
 
+namespace {
+
+// The first of some rows of rotated int8 that rotated back is beyond f32, or n. Sums of a block's numbers get there before
+// the factors make them small again; only rows of numbers so large that they might are tried.
+int64_t first_beyond(RowFormat format, const char* codes, const char* scales, int64_t n, int64_t dim,
+                     const Rotation& rotation) {
+    if (!format.rotated || format.codec != Codec::int8) return n;
+    const CodecKernels& kernels = codec_kernels();
+    const float most = 0x1p120f / static_cast<float>(dim);  // codes are below 2^7
+    const float* sizes = reinterpret_cast<const float*>(scales);
+    for (int64_t row = 0; row < n; ++row) {
+        if (sizes[row] < most) continue;
+        std::vector<float> numbers(dim + readable_behind);
+        kernels.decode(format.codec, codes + row * dim, scales + 4 * row, 1, dim, numbers.data());
+        kernels.rotate_back(rotation, 1, numbers.data());
+        if (!std::all_of(numbers.begin(), numbers.begin() + dim, [](float x) { return std::isfinite(x); })) return row;
+    }
+    return n;
+}
+
+}  // namespace
+
 int64_t encode_grid(RowFormat format, const RowGrid& x, char* codes, char* scales, int threads) {
     if (format.plain_int8())
         return quantize_grid(x, reinterpret_cast<int8_t*>(codes), reinterpret_cast<float*>(scales), threads);
@@ -114,6 +138,7 @@ int64_t encode_grid(RowFormat format, const RowGrid& x, char* codes, char* scale
                                       reinterpret_cast<float*>(scale))
                            : kernels.encode(format.codec, room.data(), n, dim, to, scale);
             }
+            done = first_beyond(format, to, scale, done, dim, rotation);
             if (done < n) {
                 lower_to(first_bad, row + done);
                 return;
