@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -26,6 +28,16 @@ SIGNALS = [
 ]
 VARIABLES = ("AWS_", "AZURE_", "GOOGLE_", "KVMMAP", "LLAMA_", "PATH", "HOME", "TMPDIR", "COLUMNS", "NO_COLOR")
 """How names of environment variables begin that kvmmap, or programs that tests run, look at."""
+if "KVMMAP_RANDOM_EXAMPLES" not in os.environ:
+    # Hypothesis makes the same examples each time, as long as a test's code stays the same, and none fails because the
+    # machine is slow. Some environments do without it.
+    with contextlib.suppress(ImportError):
+        from hypothesis import HealthCheck, settings
+
+        settings.register_profile(
+            "same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
+        settings.load_profile("same")
 MARKS = {"s3_server": "s3", "browser": "browser"}
 """What a test is marked with because of a fixture. Such tests run in one process, which starts a server once."""
 
@@ -48,6 +60,13 @@ def leaves_nothing() -> Iterator[None]:
     yield
     after = process_state()
     assert {name: after[name] for name in before} == before
+
+
+@pytest.fixture(autouse=True)
+def same_random_tensors() -> None:
+    """Begin each test with the same random numbers of torch, whichever tests the process ran before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 def process_state() -> dict[str, Any]:

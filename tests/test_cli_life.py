@@ -179,21 +179,38 @@ def test_resize_and_compact(path: Path) -> None:
         assert cache.verify().sound
 
 
+RESIZING_SLOWLY = """
+import time
+from kvmmap.storage.file import resize
+from kvmmap_cli.__main__ import program
+check = resize.check_blocks
+def wait(mapped, start, stop, slot):
+    if start == 2:
+        print("under way", flush=True)
+        time.sleep(600)
+    return check(mapped, start, stop, slot)
+resize.check_blocks = wait
+program()
+"""
+
+
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_resize_leaves_the_old_file_and_nothing_else(tmp_path: Path, ending: signal.Signals) -> None:
     path = tmp_path / "large.kvm"
-    x = np.ones((4, 20_000, 8, 64), np.float32)
-    with kvmmap.create(path, num_layers=4, capacity=20_000, num_kv_heads=8, head_dim=64) as cache:
+    x = np.ones((2, 2000, 2, 8), np.float32)
+    with kvmmap.create(path, num_layers=2, capacity=2000, num_kv_heads=2, head_dim=8) as cache:
         cache.extend(x, x)
-    with subprocess.Popen([PROGRAM, "resize", path, "50000"], stderr=subprocess.PIPE, env=PLAIN) as process:
-        while len(list(tmp_path.iterdir())) < 2:
-            time.sleep(0.001)
+    command = [sys.executable, "-c", RESIZING_SLOWLY, "resize", path, "5000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"under way\n"
+        assert len(list(tmp_path.iterdir())) == 2
         process.send_signal(ending)
         assert process.stderr is not None
         assert process.stderr.read() == b""
     assert process.returncode == (130 if ending == signal.SIGINT else 143)
     assert [file.name for file in tmp_path.iterdir()] == ["large.kvm"]
-    assert now(path, "capacity") == 20_000
+    assert now(path, "capacity") == 2000
 
 
 # fork, diff

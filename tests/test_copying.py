@@ -264,7 +264,8 @@ def test_a_killed_copy_is_resumed(tmp_path: Path, target: str) -> None:
     code = (
         "import sys, time, kvmmap, kvmmap.storage.zarr.receiver\n"
         "kvmmap.storage.zarr.receiver.COMMIT_BYTES = 1\n"
-        "def wait(done, total): print(done, flush=True); time.sleep(0.2)\n"
+        "calls = iter(range(1, 3))\n"
+        "def wait(done, total): print(done, flush=True); time.sleep(600 if next(calls) == 2 else 0)\n"
         "kvmmap.copy(sys.argv[1], sys.argv[2], progress=wait)"
     )
     with subprocess.Popen(

@@ -383,12 +383,14 @@ def test_the_longest_unused_of_equals_goes_first(library: kvmmap.Library) -> Non
     assert "last" in gone[0].explanation
 
 
-def test_time_to_live(tmp_path: Path) -> None:
-    with kvmmap.Library(tmp_path / "library", ttl=0.05) as library:
+def test_time_to_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with kvmmap.Library(tmp_path / "library", ttl=3600) as library:
         say(library, text(300, 0))
         say(library, text(300, 1))
         library.ttl(library.match(NAMESPACE, text(300, 1)).chain[-1].name, None)
-        time.sleep(0.06)
+        assert not library.evict(dry_run=True)
+        later = time.time() + 3601
+        monkeypatch.setattr(time, "time", lambda: later)
         assert [choice.reason for choice in library.evict(dry_run=True)] == ["expired"]
         assert [choice.reason for choice in library.evict()] == ["expired"]
         assert library.match(NAMESPACE, text(300, 1)).length == 300

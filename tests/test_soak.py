@@ -1,4 +1,7 @@
-"""Writers killed at random moments, and mutations that must be detected. `make soak` is the long form."""
+"""Writers killed at random moments, and mutations that must be detected. `make soak` is the long form.
+
+What the writers do is the same in each run, other than with `make soak`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def kills(request: pytest.FixtureRequest) -> int:
 
 def soak(folder: Path, kills: int, *more: str, module: str = "soak.kills") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", module, "--folder", folder, "--kills", str(kills), *more],
+        [sys.executable, "-W", "error", "-m", module, "--seed", "1", "--folder", folder, "--kills", str(kills), *more],
         capture_output=True,
         text=True,
         timeout=60 + 10 * kills,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import random
 import shutil
 import socket
 import subprocess
@@ -27,6 +29,8 @@ def find_program() -> Path | None:
 
 PROGRAM = find_program()
 BUCKET = "caches"
+PATIENCE = 180
+"""Seconds that it may take to start."""
 KEYS = {"access_key_id": "kvmmap", "secret_access_key": "only-for-tests"}
 READER_KEYS = {"access_key_id": "reader", "secret_access_key": "only-for-reading"}
 
@@ -36,8 +40,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ports = free_ports(8)
-        self.port = self._ports[0]
+        self._choose_ports()
         self._process: subprocess.Popen[bytes] | None = None
         self.log = folder / "weed.log"
         users = [("kvmmap", KEYS, ["Admin", "Read", "Write", "List"]), ("reader", READER_KEYS, ["Read", "List"])]
@@ -50,6 +53,10 @@ class Server:
             for name, keys, actions in users
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+
+    def _choose_ports(self) -> None:
+        self._ports = free_ports(8)
+        self.port = self._ports[0]
 
     def options(self, keys: dict[str, str] = KEYS, **more: Any) -> dict[str, Any]:
         """`storage_options` for this server."""
@@ -94,7 +101,7 @@ class Server:
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen([PROGRAM, "server", *flags], stdout=log, stderr=log)
         store = self.store()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 obstore.put(store, "ready", b"yes")
@@ -122,7 +129,12 @@ class Server:
             self._process = None
 
     def __enter__(self) -> Server:
-        self.start()
+        try:
+            self.start()
+        except RuntimeError:  # another program may have taken one of the ports meanwhile
+            self.kill()
+            self._choose_ports()
+            self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -131,9 +143,14 @@ class Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free ports of the loopback interface."""
+    """Return free ports of the loopback interface, none of those that the system gives to connections by itself."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        found: list[int] = []
+        for port in random.Random(os.getpid()).sample(range(15_000, 32_000), 1000):
+            one = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise RuntimeError("no free ports")
