@@ -302,6 +302,38 @@ def test_one_to_four_query_heads_over_the_codes_of_presets(kernel: str, codecs: 
             check(layer, queries.astype(bfloat16), tolerance=TOLERANCE_16_BITS)
 
 
+PAIRS_IN_PLACE = [
+    ("int8", "int8"),
+    ("int8-rotated", "int4-rotated"),
+    ("int5-rotated", "int4-rotated"),
+    ("int4-rotated", "int4-rotated"),
+    ("int6-rotated", "int6-rotated"),
+    ("int3-rotated", "int3-rotated"),
+]
+
+
+@pytest.mark.parametrize("codecs", PAIRS_IN_PLACE)
+def test_ranges_shorter_than_a_span(kernel: str, codecs: tuple[str, str]) -> None:
+    # Rows before a range are read with it where there are any, and must count for nothing: their numbers are the
+    # largest.
+    groups = itertools.cycle([1, 2, 3, 4, 8])
+    far = rows(300, 2, 128, seed=3) * np.float32(20)
+    for length in [1, 7, 15, 16, 17, 31, 47, 64, 100, 128, 129, 200, 255, 256, 271, 273, 290]:
+        near = rows(length, 2, 128, seed=length)
+        alone = QuantizedKvLayer(length, 2, 128, key_codec=codecs[0], value_codec=codecs[1])
+        alone.extend(near, near[::-1])
+        behind = QuantizedKvLayer(300 + length, 2, 128, key_codec=codecs[0], value_codec=codecs[1])
+        behind.extend(np.concatenate([far, near]), np.concatenate([far * 50, near[::-1]]))
+        queries = rows(1, 2 * next(groups), 128, seed=9)
+        check(alone, queries)
+        check(alone, queries.astype(bfloat16), tolerance=TOLERANCE_16_BITS)
+        check(behind, queries, window=length)
+        check(behind, queries, window=length, softcap=5.0)
+        check(behind, queries.astype(bfloat16), window=length, tolerance=TOLERANCE_16_BITS)
+        if length > 1:
+            check(behind, rows(2, 2, 128, seed=8), causal=False, window=length - 1)
+
+
 def test_precision_is_one_of_two() -> None:
     with pytest.raises(kvmmap.KvmmapError, match="precision"):
         filled(10).attend(rows(1, 2, 16), precision="fast")  # type: ignore[arg-type]

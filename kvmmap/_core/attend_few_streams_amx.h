@@ -17,7 +17,7 @@ template <int digits, int rows>
 class AmxFewStreams : public FewStreams<digits> {
     using Base = FewStreams<digits>;
     using typename Base::Slab, typename Base::Scales;
-    using Base::heads_, Base::queries_, Base::keys_, Base::job_, Base::length, Base::lanes, Base::span;
+    using Base::heads_, Base::queries_, Base::keys_, Base::job_, Base::now_, Base::lanes;
 
     static constexpr int64_t columns = digits * rows > 4 ? 8 : 4;  // digits of the rows, in the order of rows
     static constexpr int64_t lag = 6;  // steps until what was stored is read: before it is in the cache, reading waits
@@ -61,7 +61,7 @@ class AmxFewStreams : public FewStreams<digits> {
     void walk_keys(const Slab& keys, const Slab& next, const Scales& scales) {
         const int64_t dim = fixed ? fixed : job_.dim, stride = plain ? dim : keys.stream(), row_bytes = keys_.row_bytes;
         constexpr int64_t after = plain ? lag : 0;  // steps from making keys plain to multiplying them
-        const int64_t steps = length * heads_;
+        const int64_t steps = now_.length * heads_;
         const auto plain_of = [this, dim](int64_t step) { return plain_ + step % ring * lanes * dim; };
         const auto products_of = [this](int64_t step) { return products_ + step % ring * product_bytes; };
         int64_t multiplied = 0, h = 0, j = 0;  // the head to be multiplied next; the head and position whose products are taken next
@@ -155,7 +155,7 @@ class AmxFewStreams : public FewStreams<digits> {
     char* plain_;           // keys of some steps
 };
 
-// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+// Walks over as much of a range as every query sees; returns where it ends.
 template <int digits>
 int64_t walk_few_amx(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range, int64_t coming,
                      const char* prepared, AttendState state) {

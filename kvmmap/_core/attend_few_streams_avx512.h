@@ -153,11 +153,9 @@ class FewStreams : public StreamsShape {
     }
     virtual ~FewStreams() = default;
 
-    // Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+    // Walks over as much of a range as every query sees; returns where it ends.
     int64_t walk(const AttendRange& range, int64_t coming) {
-        int64_t start = range.start;
-        for (; start + span <= range.stop && see_all(job_, start); start += span) run(start, start + 2 * span <= coming);
-        return start;
+        return each_span(job_, range, coming, 1, [this](const Span& span, bool more) { run(span, more); });
     }
 
   protected:
@@ -166,7 +164,7 @@ class FewStreams : public StreamsShape {
 
     // Products of queries and the keys of a span, in place of the weights they will become.
     virtual void score(const Slab& keys, const Slab& next, const Scales& scales) {
-        for (int64_t step = 0, j = 0, h = 0; j < length; ++step, h + 1 == heads_ ? h = 0, ++j : ++h) {
+        for (int64_t step = 0, j = 0, h = 0; j < now_.length; ++step, h + 1 == heads_ ? h = 0, ++j : ++h) {
             fetch_scales(scales, step);
             const int64_t at = step * keys_.row_bytes;
             fetch(keys, next, at, keys_.row_bytes);
@@ -184,6 +182,7 @@ class FewStreams : public StreamsShape {
     }
 
     const AttendJob& job_;
+    Span now_;
     FewRows<digits> keys_, values_;
     CodedRows stored_keys_, stored_values_;
     int64_t heads_, rows_, parts_, key_row_, value_row_;
@@ -203,15 +202,16 @@ class FewStreams : public StreamsShape {
         return r / job_.group() * job_.q_heads + head * job_.group() + r % job_.group();
     }
 
-    // Adds the span at row `start` to the state. `more`: the span behind it is next.
-    void run(int64_t start, bool more) {
-        take(stored_keys_, keys_, start, 1.0f, key_scales_);
-        take(stored_values_, values_, start, sums_scale, value_scales_);
-        const Slab keys{stored_keys_.codes + start * key_row_, key_row_};
-        const Slab values{stored_values_.codes + start * value_row_, value_row_};
+    // Adds a span to the state. `more`: a whole one behind it is next.
+    void run(const Span& now, bool more) {
+        now_ = now;
+        take(stored_keys_, keys_, 1.0f, key_scales_);
+        take(stored_values_, values_, sums_scale, value_scales_);
+        const Slab keys{stored_keys_.codes + now.start * key_row_, key_row_, now.length};
+        const Slab values{stored_values_.codes + now.start * value_row_, value_row_, now.length};
         // Values come right behind the keys, and keys behind the values.
-        score(keys, values, {more ? scales_at(stored_keys_, keys_, start + span) : nullptr,
-                             more ? scales_at(stored_values_, values_, start + span) : nullptr});
+        const int64_t next = now.start + span;
+        score(keys, values, {more ? scales_at(stored_keys_, keys_, next) : nullptr, more ? scales_at(stored_values_, values_, next) : nullptr});
         weigh();
         add(values, more ? Slab{keys.codes + span * key_row_, key_row_} : Slab{});
     }
@@ -220,52 +220,57 @@ class FewStreams : public StreamsShape {
         return stored.scales + start * heads_ * (rows.half_scales ? 2 : 4);
     }
 
-    void take(const CodedRows& stored, const FewRows<digits>& rows, int64_t start, float factor, float* out) const {
-        const char* scales = scales_at(stored, rows, start);
-        rows.half_scales ? take_scales<true>(scales, heads_, factor, out)
-                          : take_scales<false>(scales, heads_, factor, out);
+    void take(const CodedRows& stored, const FewRows<digits>& rows, float factor, float* out) const {
+        const char* scales = scales_at(stored, rows, now_.start);
+        rows.half_scales ? take_scales<true>(scales, heads_, now_.length, factor, out)
+                          : take_scales<false>(scales, heads_, now_.length, factor, out);
     }
 
     void weigh() {
         for (int64_t h = 0; h < heads_; ++h)
-            for (int64_t r = 0; r < rows_; ++r)
-                worth_[h * rows_ + r] = weigh(row_of(h, r), weights_of(h, r), key_scales_ + h * span, value_scales_ + h * span);
+            for (int64_t r = 0; r < rows_; ++r) {
+                float *weights = weights_of(h, r), *key_scales = key_scales_ + h * span, *value_scales = value_scales_ + h * span;
+                worth_[h * rows_ + r] = now_.whole ? weigh<true>(row_of(h, r), weights, key_scales, value_scales)
+                                                   : weigh<false>(row_of(h, r), weights, key_scales, value_scales);
+            }
     }
 
     // Products of a span become digits of weights, in their place; returns what one unit is worth. As Softmax does it, in three
-    // walks over the 17 registers in place of five.
+    // walks over the registers in place of five.
+    template <bool whole>
     float weigh(int64_t row, float* scores, const float* key_scales, const float* value_scales) {
-        if (job_.softcap > 0) softmax_.scale(scores, key_scales, span);
+        const int64_t count = now_.rows();
+        if (job_.softcap > 0) softmax_.scale(scores, key_scales, count);
         const __m512 most = _mm512_set1_ps(0x1p126f), least = _mm512_set1_ps(-0x1p126f);
         __m512 best = least;
-        for (int64_t j = 0; j < span; j += lanes) {
+        for (int64_t j = 0; j < count; j += lanes) {
             __m512 score = _mm512_load_ps(scores + j);
-            if (!(job_.softcap > 0)) {
-                // A NaN is the second operand, and stays one.
-                score = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_mul_ps(score, _mm512_load_ps(key_scales + j))));
-                _mm512_store_ps(scores + j, score);
-            }
+            // A NaN is the second operand, and stays one.
+            if (!(job_.softcap > 0)) score = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_mul_ps(score, _mm512_load_ps(key_scales + j))));
+            if (!whole) score = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), now_.seen[j / lanes], score);
+            _mm512_store_ps(scores + j, score);
             best = _mm512_max_ps(best, score);
         }
         const float highest_score = highest(best);
         if (highest_score > state_.top[row]) softmax_.rescale(row, highest_score);
         const __m512 top = _mm512_set1_ps(state_.top[row]);
         __m512 total = _mm512_setzero_ps(), largest = total;
-        for (int64_t j = 0; j < span; j += lanes) {
-            const __m512 p = exact_power(_mm512_sub_ps(_mm512_load_ps(scores + j), top));
-            const __m512 weight = _mm512_mul_ps(p, _mm512_load_ps(value_scales + j));
+        for (int64_t j = 0; j < count; j += lanes) {
+            const __m512 p = exact_power(_mm512_sub_ps(_mm512_load_ps(scores + j), top)), scale = _mm512_load_ps(value_scales + j);
+            // Where nothing is seen, scales may be anything.
+            const __m512 weight = whole ? _mm512_mul_ps(p, scale) : _mm512_maskz_mul_ps(now_.seen[j / lanes], p, scale);
             total = _mm512_add_ps(total, p);
             largest = _mm512_max_ps(largest, weight);
             _mm512_store_ps(scores + j, weight);
         }
         state_.total[row] += _mm512_reduce_add_ps(total);
-        return store_weights<digits>(scores, span, highest(largest), reinterpret_cast<char*>(scores));
+        return store_weights<digits>(scores, count, highest(largest), reinterpret_cast<char*>(scores));
     }
 
     void add(const Slab& values, const Slab& next) {
         std::fill_n(kept_, heads_ * rows_ * parts_ * part_registers, _mm512_setzero_si512());
         // A position at a time: with two of each stream at once, sums are loaded and stored half as often, but reading takes longer.
-        for (int64_t j = 0; j < length; ++j)
+        for (int64_t j = 0; j < now_.length; ++j)
             for (int64_t h = 0; h < heads_; ++h) {
                 const int64_t at = j * values.row + h * values_.row_bytes;
                 fetch(values, next, at, values_.row_bytes);
@@ -288,11 +293,11 @@ class FewStreams : public StreamsShape {
     }
 };
 
-// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+// Walks over as much of a range as every query sees; returns where it ends.
 template <int digits, class Walk, bool amx>
 int64_t walk_few(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range, int64_t coming,
                  const char* prepared, AttendState state) {
-    if (!StreamsShape::suit(job, range) || range.start + StreamsShape::span > range.stop) return range.start;
+    if (!StreamsShape::suit(job, range) || !StreamsShape::begins(job, range, 1)) return range.start;
     const FewRows<digits> key_rows = few_rows<digits, amx>(keys.format.codec, job.dim);
     const FewRows<digits> value_rows = few_rows<digits, amx>(values.format.codec, job.value_dim);
     if (!key_rows.row_bytes || !value_rows.row_bytes) return range.start;

@@ -14,6 +14,7 @@ namespace {
 
 // Rows of int8 codes.
 struct Int8Rows {
+    static constexpr int number_bits = 8;
     static constexpr bool half_scales = false;
     explicit Int8Rows(int64_t dim) : row_bytes(dim) {}
 
@@ -118,6 +119,7 @@ class LevelTable {
 // each of 32, or all of 16.
 template <int bits, bool narrow>
 struct LevelRows {
+    static constexpr int number_bits = bits;
     static constexpr bool half_scales = true;
     static bool suit(int64_t dim) {
         if (narrow) return dim == 64;

@@ -13,6 +13,7 @@ namespace {
 struct ShortScales {
     const float *keys, *logarithms, *inverses;
     float largest;
+    const __mmask16* seen;  // of 16 positions each, those that are seen; none where all are
 };
 
 template <class Full>
@@ -20,8 +21,7 @@ class ShortSoftmax {
   public:
     ShortSoftmax(Full& full, AttendState state, float softcap) : full_(full), state_(state), softcap_(softcap) {}
 
-    // Products of codes become digits of weights, in their place, in steps of four; returns what one unit is worth. Every
-    // position is seen. `count` is a multiple of 16.
+    // Products of codes become digits of weights, in their place, in steps of four; returns what one unit is worth. `count` is a multiple of 16.
     float weigh(int64_t row, float* scores, int64_t count, const ShortScales& scales) {
         const float top = score(scores, count, scales);
         if (top > state_.top[row]) full_.rescale(row, top);
@@ -51,11 +51,25 @@ class ShortSoftmax {
             top = _mm512_max_ps(top, score);
             _mm512_store_ps(scores + j, score);
         }
+        if (scales.seen) top = hide(scores, count, scales.seen);
         const float highest_score = highest(top);
         if (std::abs(highest_score) < most_score) return highest_score;
         for (int64_t j = 0; j < count; j += 16)  // and a NaN stays one
             _mm512_store_ps(scores + j, _mm512_max_ps(least, _mm512_min_ps(most, _mm512_load_ps(scores + j))));
+        if (scales.seen) hide(scores, count, scales.seen);
         return std::min(std::max(highest_score, -most_score), most_score);
+    }
+
+    // Positions that are not seen get no weight; returns the largest of the others.
+    static __m512 hide(float* scores, int64_t count, const __mmask16* seen) {
+        const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        __m512 top = nothing;
+        for (int64_t j = 0; j < count; j += 16, ++seen) {
+            const __m512 score = _mm512_mask_mov_ps(nothing, *seen, _mm512_load_ps(scores + j));
+            top = _mm512_max_ps(top, score);
+            _mm512_store_ps(scores + j, score);
+        }
+        return top;
     }
 
     Full& full_;

@@ -20,7 +20,7 @@ class AmxStreams : public StreamsOf<3, Keys, Values, AmxStreams<Keys, Values>> {
     using Base = StreamsOf<3, Keys, Values, AmxStreams>;
     using typename Base::Lines, typename Base::Slab;
     using Base::job_, Base::keys_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
-        Base::weights_, Base::length, Base::lanes, Base::span;
+        Base::weights_, Base::now_, Base::lanes, Base::span;
 
     static constexpr int64_t columns = 16;             // low digits of four rows, middle ones, high ones, and room
     static constexpr bool plain = Keys::half_scales;          // keys are made int8 first
@@ -54,9 +54,9 @@ class AmxStreams : public StreamsOf<3, Keys, Values, AmxStreams<Keys, Values>> {
     }
     ~AmxStreams() { _tile_release(); }
 
-    void score(int64_t start, const Slab& keys, const Slab& values, int64_t, int64_t, bool more) {
-        const auto scales = Base::coming_scales(start + span, more);
-        const int64_t steps = length * heads_, times = job_.dim / 64, stride = plain ? job_.dim : keys.stream();
+    void score(const Slab& keys, const Slab& values, int64_t, int64_t, bool more) {
+        const auto scales = Base::coming_scales(more);
+        const int64_t steps = now_.length * heads_, times = job_.dim / 64, stride = plain ? job_.dim : keys.stream();
         int64_t h = 0;  // to be multiplied next
         for (int64_t step = 0; step < steps + after + lag; ++step) {
             const int64_t now = step - after;
@@ -126,12 +126,8 @@ inline bool three_or_four(const AttendJob& job) { return job.n * job.group() == 
 template <class Keys, class Values>
 int64_t walk_amx_streams(const AttendJob& job, const CodedRows& keys, const CodedRows& values, const AttendRange& range,
                          int64_t coming, const char* prepared, AttendState state) {
-    constexpr int64_t span = StreamsShape::span;
-    int64_t start = range.start;
-    if (!StreamsShape::suit(job, range) || start + span > range.stop) return start;
-    AmxStreams<Keys, Values> streams(job, keys, values, prepared, state);
-    for (; start + span <= range.stop && StreamsShape::see_all(job, start); start += span) streams.run(start, start + 2 * span <= coming);
-    return start;
+    if (!StreamsShape::suit(job, range) || !StreamsShape::begins(job, range, least_rows<Keys, Values>(job))) return range.start;
+    return AmxStreams<Keys, Values>(job, keys, values, prepared, state).walk(range, coming);
 }
 
 // The same for keys and values of the pairs that presets have, of 128 numbers or a multiple; returns where it ends.

@@ -19,6 +19,15 @@
 namespace kvmmap {
 namespace {
 
+// Rows of a span that are worth a walk: fewer are decoded first where each four rows of queries would look codes up again, and
+// where looking up takes longer (6 and 3 bits).
+template <class Keys, class Values>
+int64_t least_rows(const AttendJob& job) {
+    constexpr bool plain = Keys::number_bits == 8 && Values::number_bits == 8;
+    constexpr bool quick = Keys::number_bits % 3 && Values::number_bits % 3;
+    return plain || (quick && job.n * job.group() <= 4) ? 1 : StreamsShape::span;
+}
+
 // Keys and Values load rows as attend_rows_avx512.h says. Walk is what derives from this, and has score(), which stores products
 // of queries and keys in place of the weights they will become.
 template <int digits, class Keys, class Values, class Walk>
@@ -44,22 +53,34 @@ class StreamsOf : public StreamsShape {
         inverses_ = value_scales_ + heads_ * span;
     }
 
-    // Adds the span at row `start` to the state. `more`: the span behind it is next.
-    void run(int64_t start, bool more) {
-        take_scales<Keys>(stored_keys_, start, 1.0f, key_scales_);
-        take_scales<Values>(stored_values_, start, digits == 3 ? sums_scale : 1.0f, value_scales_);
+    // Adds a span to the state. `more`: a whole one behind it is next.
+    void run(const Span& now, bool more) {
+        now_ = now;
+        take_scales<Keys>(stored_keys_, 1.0f, key_scales_);
+        take_scales<Values>(stored_values_, digits == 3 ? sums_scale : 1.0f, value_scales_);
+        if (!now.whole)  // where nothing is seen, scales may be anything
+            for (int64_t h = 0; h < heads_; ++h)
+                for (int64_t j = 0; j < now.length; ++j) {
+                    float* scales = value_scales_ + h * span + j * lanes;
+                    _mm512_store_ps(scales, _mm512_maskz_load_ps(now.seen[j], scales));
+                }
         if (digits == 2)
-            for (int64_t h = 0; h < heads_; ++h) largest_[h] = take_logarithms(value_scales_ + h * span, inverses_ + h * span, span);
-        const Slab keys{stored_keys_.codes + start * key_row_, key_row_};
-        const Slab values{stored_values_.codes + start * value_row_, value_row_};
+            for (int64_t h = 0; h < heads_; ++h) largest_[h] = take_logarithms(value_scales_ + h * span, inverses_ + h * span, now.rows());
+        const Slab keys{stored_keys_.codes + now.start * key_row_, key_row_, now.length};
+        const Slab values{stored_values_.codes + now.start * value_row_, value_row_, now.length};
         const Slab next = more ? Slab{keys.codes + span * key_row_, key_row_} : Slab{};
         for (int64_t row = 0; row < rows_; row += at_once_) {
             const int64_t count = std::min(at_once_, rows_ - row);
             const bool last = row + count == rows_;
-            static_cast<Walk*>(this)->score(start, keys, values, row, count, more && row == 0);
+            static_cast<Walk*>(this)->score(keys, values, row, count, more && row == 0);
             weigh(row, count);
             add_by_head(values, last ? next : Slab{}, row, count);
         }
+    }
+
+    // Walks over as much of a range as every query sees; returns where it ends.
+    int64_t walk(const AttendRange& range, int64_t coming) {
+        return each_span(job_, range, coming, least_rows<Keys, Values>(job_), [this](const Span& span, bool more) { run(span, more); });
     }
 
   protected:
@@ -71,8 +92,8 @@ class StreamsOf : public StreamsShape {
     }
 
     template <class Rows>
-    void take_scales(const CodedRows& rows, int64_t start, float factor, float* out) const {
-        StreamsShape::take_scales<Rows::half_scales>(scales_at<Rows>(rows, start), heads_, factor, out);
+    void take_scales(const CodedRows& rows, float factor, float* out) const {
+        StreamsShape::take_scales<Rows::half_scales>(scales_at<Rows>(rows, now_.start), heads_, now_.length, factor, out);
     }
 
     template <class Rows>
@@ -80,9 +101,9 @@ class StreamsOf : public StreamsShape {
         return rows.scales + start * heads_ * (Rows::half_scales ? 2 : 4);
     }
 
-    Scales coming_scales(int64_t start, bool more) const {
+    Scales coming_scales(bool more) const {
         if (!more) return {};
-        return {scales_at<Keys>(stored_keys_, start), scales_at<Values>(stored_values_, start)};
+        return {scales_at<Keys>(stored_keys_, now_.start + span), scales_at<Values>(stored_values_, now_.start + span)};
     }
 
     void weigh(int64_t row, int64_t count) {
@@ -90,10 +111,16 @@ class StreamsOf : public StreamsShape {
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < count; ++r) {
                 float* weights = weights_ + (h * at_once_ + r) * span;
-                softmax_.scale(weights, key_scales_ + h * span, span);
-                softmax_.weigh(row_of(h, row + r), weights, value_scales_ + h * span, span);
-                worth_[h * at_once_ + r] = store_weights<digits>(weights, span, reinterpret_cast<char*>(weights));
+                softmax_.scale(weights, key_scales_ + h * span, now_.rows());
+                if (!now_.whole) hide(weights);
+                softmax_.weigh(row_of(h, row + r), weights, value_scales_ + h * span, now_.rows());
+                worth_[h * at_once_ + r] = store_weights<digits>(weights, now_.rows(), reinterpret_cast<char*>(weights));
             }
+    }
+
+    void hide(float* scores) const {
+        const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        for (int64_t j = 0; j < now_.length; ++j) _mm512_mask_store_ps(scores + j * lanes, static_cast<__mmask16>(~now_.seen[j]), nothing);
     }
 
     void weigh_shortly(int64_t row, int64_t count) {
@@ -102,8 +129,9 @@ class StreamsOf : public StreamsShape {
         ShortSoftmax<Softmax<Bytes<digits>>> softmax(softmax_, state_, job_.softcap);
         for (int64_t h = 0; h < heads_; ++h)
             for (int64_t r = 0; r < count; ++r)
-                worth_[h * at_once_ + r] = softmax.weigh(row_of(h, row + r), weights_ + (h * at_once_ + r) * span, span,
-                                                         {key_scales_ + h * span, value_scales_ + h * span, inverses_ + h * span, largest_[h]});
+                worth_[h * at_once_ + r] = softmax.weigh(row_of(h, row + r), weights_ + (h * at_once_ + r) * span, now_.rows(),
+                                                         {key_scales_ + h * span, value_scales_ + h * span, inverses_ + h * span, largest_[h],
+                                                          now_.whole ? nullptr : now_.seen});
         _mm_setcsr(mode);
     }
 
@@ -115,17 +143,18 @@ class StreamsOf : public StreamsShape {
     void add_by_head(const Slab& values, const Slab& next, int64_t row, int64_t count) {
         int64_t at = 0;
         for (int64_t h = 0; h < heads_; ++h)
-            for (int64_t d = 0; d < job_.value_dim; d += 64, at += length * 64 * lanes) {
-                Lines ahead = lines_at(next, at, length);
+            for (int64_t d = 0; d < job_.value_dim; d += 64, at += now_.length * 64 * lanes) {
+                Lines ahead = lines_at(next, at, now_.length);
                 in_fours(0, count, [&](auto n, int64_t r) {
                     multiply_values<digits, decltype(n)::value>(values_, values.codes + h * values_.row_bytes, d, values.row,
-                                                        values.stream(), length, weight_rows(h, row, r), ahead);
+                                                        values.stream(), now_.length, weight_rows(h, row, r), ahead);
                     ahead.left = 0;
                 });
             }
     }
 
     const AttendJob& job_;
+    Span now_;
     Keys keys_;
     Values values_;
     CodedRows stored_keys_, stored_values_;
@@ -147,14 +176,14 @@ class Streams : public StreamsOf<digits, Keys, Values, Streams<digits, Keys, Val
     using Base = StreamsOf<digits, Keys, Values, Streams>;
     using typename Base::Lines, typename Base::Slab;
     using Base::job_, Base::keys_, Base::heads_, Base::at_once_, Base::queries_, Base::rows_,
-        Base::weights_, Base::length, Base::lanes, Base::span;
+        Base::weights_, Base::now_, Base::lanes, Base::span;
 
   public:
     using Base::Base;
 
-    void score(int64_t start, const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
-        const auto scales = Base::coming_scales(start + span, more);
-        for (int64_t j = 0, step = 0; j < length; ++j) {
+    void score(const Slab& keys, const Slab& values, int64_t row, int64_t count, bool more) {
+        const auto scales = Base::coming_scales(more);
+        for (int64_t j = 0, step = 0; j < now_.length; ++j) {
             for (int64_t h = 0; h < heads_; ++h, ++step) {
                 Base::fetch_scales(scales, step);
                 const int64_t at = step * keys_.row_bytes, times = job_.dim / 64;

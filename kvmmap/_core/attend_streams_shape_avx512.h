@@ -9,7 +9,7 @@ namespace kvmmap {
 namespace {
 
 struct StreamsShape {
-    static constexpr int64_t lanes = 16, length = 17, span = lanes * length;
+    static constexpr int64_t lanes = 16, longest = 17, span = lanes * longest;
     static constexpr int64_t second_level = 640 * 1024;  // what may be fetched into that cache and stay there
 
     static bool few(const AttendJob& job) { return job.n * job.group() <= 2; }
@@ -21,10 +21,62 @@ struct StreamsShape {
 
     static constexpr int64_t distance = 1024;  // to fetch ahead within a stream
 
+    // Rows [start, start + lanes * length) as streams of so many positions; those that are not seen, if any, count for nothing.
+    struct Span {
+        int64_t start = 0, length = longest;
+        bool whole = true;
+        __mmask16 seen[longest] = {};  // streams whose position of that number is seen, unless all are
+
+        Span() = default;
+        // A whole one.
+        explicit Span(int64_t first) : start(first) {}
+        // Of these rows, [from, to) are seen.
+        Span(int64_t first, int64_t positions, int64_t from, int64_t to)
+            : start(first), length(positions), whole(from == first && to == first + lanes * positions) {
+            const __m512i apart = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                                     _mm512_set1_epi32(static_cast<int>(length)));
+            const __m512i least = _mm512_set1_epi32(static_cast<int>(from - first)), end = _mm512_set1_epi32(static_cast<int>(to - first));
+            for (int64_t j = 0; j < length; ++j) {
+                const __m512i row = _mm512_add_epi32(apart, _mm512_set1_epi32(static_cast<int>(j)));
+                seen[j] = _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(row, least), row, end);
+            }
+        }
+
+        int64_t rows() const { return lanes * length; }
+    };
+
+    // Whether each_span has any span of a range, here and below of `least` rows at the least.
+    static bool begins(const AttendJob& job, const AttendRange& range, int64_t least) {
+        const int64_t rows = std::min(range.stop - range.start, span);
+        return rows >= least && range.stop >= lanes && see_all(job, range.start, range.start + rows);
+    }
+
+    // Calls run(span, whether a whole one follows) for spans that have the rows of a range, as far as every query sees these;
+    // returns where they end. What is left behind whole spans is one of shorter streams that ends with the range: it starts with
+    // rows before the range where there are some, and else the first rows are one of their own.
+    template <class Run>
+    static int64_t each_span(const AttendJob& job, const AttendRange& range, int64_t coming, int64_t least, Run&& run) {
+        int64_t start = range.start;
+        for (; start + span <= range.stop && see_all(job, start, start + span); start += span) run(Span(start), start + 2 * span <= coming);
+        const int64_t rest = range.stop - start;
+        if (rest < least || rest >= span || !see_all(job, start, range.stop)) return start;
+        const int64_t length = (rest + lanes - 1) / lanes, first = range.stop - lanes * length;
+        if (first >= 0) {
+            run(Span(first, length, start, range.stop), false);
+            return range.stop;
+        }
+        const int64_t behind = rest / lanes * lanes;
+        if (!behind) return start;
+        if (behind < rest) run(Span(start, 1, start, range.stop - behind), false);
+        run(Span(range.stop - behind, behind / lanes, range.stop - behind, range.stop), false);
+        return range.stop;
+    }
+
     // One slab's share of a span.
     struct Slab {
         const char* codes = nullptr;
         int64_t row = 0;  // bytes, of all heads
+        int64_t length = longest;
 
         int64_t stream() const { return length * row; }
         int64_t bytes() const { return lanes * stream(); }
@@ -74,16 +126,16 @@ struct StreamsShape {
         return {slab.codes + at, 64, 64 * lanes, times};
     }
 
-    // Every query sees all of the span that starts at row `start`.
-    static bool see_all(const AttendJob& job, int64_t start) {
+    // Every query sees rows [start, stop).
+    static bool see_all(const AttendJob& job, int64_t start, int64_t stop) {
         for (int64_t i = 0; i < job.n; ++i)
-            if (!Sight(job, i).whole(start, start + span)) return false;
+            if (!Sight(job, i).whole(start, stop)) return false;
         return true;
     }
 
-    // Scales of the span that they start with, times `factor`: [position][head] -> [head][position within its stream][stream].
+    // Scales of a span of so long streams, which they start with, times `factor`: [position][head] -> [head][position within its stream][stream].
     template <bool half>
-    static void take_scales(const char* scales, int64_t heads, float factor, float* out) {
+    static void take_scales(const char* scales, int64_t heads, int64_t length, float factor, float* out) {
         constexpr int64_t bytes = half ? 2 : 4;
         const int64_t stream = length * heads;
         const __m512 by = _mm512_set1_ps(factor);

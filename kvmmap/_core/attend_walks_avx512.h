@@ -10,16 +10,12 @@ namespace {
 
 using Rows = CodedRows;
 
-// Walks over as much of a range as makes whole spans that every query sees; returns where it ends.
+// Walks over as much of a range as every query sees; returns where it ends.
 template <int digits, class Keys, class Values>
 int64_t walk_streams(const AttendJob& job, const Rows& keys, const Rows& values, const AttendRange& range, int64_t coming,
                      const char* prepared, AttendState state) {
-    constexpr int64_t span = StreamsShape::span;
-    int64_t start = range.start;
-    if (!StreamsShape::suit(job, range) || start + span > range.stop) return start;
-    Streams<digits, Keys, Values> streams(job, keys, values, prepared, state);
-    for (; start + span <= range.stop && StreamsShape::see_all(job, start); start += span) streams.run(start, start + 2 * span <= coming);
-    return start;
+    if (!StreamsShape::suit(job, range) || !StreamsShape::begins(job, range, least_rows<Keys, Values>(job))) return range.start;
+    return Streams<digits, Keys, Values>(job, keys, values, prepared, state).walk(range, coming);
 }
 
 template <int digits>
