@@ -15,7 +15,7 @@ from .codecs import RowCodec
 from .errors import DtypeError
 from .geometry import LayerGeometry
 from .inputs import require_rows
-from .ranges import compression_ratio
+from .ranges import compression_ratio, index
 from .recent import RecentRows
 from .row_arrays import as_bits, output_array, target_dtype
 from .rows import Rows
@@ -274,6 +274,8 @@ class LayerReader:
         length: int | None,
     ) -> NDArray[Any]:
         require_rows(self.geometry, self._label)
+        if length is not None:
+            length = index(length, "length")
         version = self._store.version()
         start, stop = check_stored_range(self._store, start, stop)
         result = output_array((stop - start, self.num_kv_heads, part.dim), dtype, out)

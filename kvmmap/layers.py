@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
-from .errors import LayerOutOfRangeError
+from .errors import LayerOutOfRangeError, ShapeMismatchError
 from .layer import QuantizedKvLayer
 from .ranges import index
 from .storage.on_demand import OnDemand
@@ -35,6 +35,18 @@ class Layers(Sequence[QuantizedKvLayer]):
         if isinstance(layer, slice):
             return self._layers[layer]
         return self._layers[self.check(layer)]
+
+    def chosen(self, layers: Iterable[int] | None) -> list[int]:
+        """Return the numbers of some layers, or of all, if there are such ones."""
+        if layers is None:
+            return list(range(len(self)))
+        try:
+            numbers = list(layers)
+        except TypeError:
+            raise ShapeMismatchError(
+                f"layers must be numbers of layers, such as [0, 1], not {layers!r:.40}", expected="ints", actual=layers
+            ) from None
+        return [self.check(number) for number in numbers]
 
     def check(self, layer: int) -> int:
         """Return `layer` if there is such a one."""

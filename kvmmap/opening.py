@@ -107,7 +107,7 @@ def create(
         durability=check_durability(durability),
         overwrite=overwrite,
         timeout=timeout,
-        metadata_room=metadata_room,
+        metadata_room=None if metadata_room is None else index(metadata_room, "metadata_room"),
         compressor=compressor,
         break_lock=break_lock,
     )

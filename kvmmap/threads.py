@@ -12,13 +12,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import KvmmapError
+from .errors import KvmmapError, ShapeMismatchError
+from .ranges import index
 
 VARIABLE = "KVMMAP_NUM_THREADS"
 """The environment variable that limits threads. It is read at each call."""
 
 # Below this many numbers a second thread never pays, and one need not ask how many there may be.
 _ONE_THREAD = 1 << 18
+
+_MOST = 1 << 20  # more than any machine has, and a number that the compiled core takes
 
 
 def thread_count(threads: int | None, numbers: int) -> int:
@@ -29,14 +32,16 @@ def thread_count(threads: int | None, numbers: int) -> int:
         numbers: that are read or written.
 
     Raises:
-        ValueError: `threads` is below 1.
+        ShapeMismatchError: `threads` is no whole number from 1 on.
         KvmmapError: KVMMAP_NUM_THREADS is no whole number from 1 on.
     """
     if threads is None:
         return 1 if numbers < _ONE_THREAD else threads_of(None)
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}; None takes all processors")
-    return threads
+    if (wanted := index(threads, "threads")) < 1:
+        raise ShapeMismatchError(
+            f"threads must be at least 1, not {threads}; None takes all processors", expected=1, actual=threads
+        )
+    return min(wanted, _MOST)
 
 
 def threads_of(framework: int | None) -> int:

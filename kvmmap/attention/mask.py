@@ -15,6 +15,9 @@ from ..arrays import as_numpy
 from ..errors import DtypeError, PositionOutOfRangeError, ShapeMismatchError
 from ..ranges import check_range, index
 
+_BEYOND = 1 << 48
+"""A position after all that a cache can hold."""
+
 
 class Mask(NamedTuple):
     """Which positions a query attends to, and how scores become weights."""
@@ -68,11 +71,21 @@ def check_mask(
         )
     if window is not None and (window := index(window, "window")) < 1:
         raise PositionOutOfRangeError(f"window must be at least 1 position, or None, not {window}", position=window)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, not {scale!r}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be a finite number above 0, not {softcap!r}")
-    return Mask(scale, bool(causal), query_start, window, sinks, softcap)
+    if scale is not None and not _is_finite(scale):
+        raise ShapeMismatchError(f"scale must be a finite number, not {scale!r:.40}", expected="float", actual=scale)
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
+        raise ShapeMismatchError(
+            f"softcap must be a finite number above 0, not {softcap!r:.40}", expected="float", actual=softcap
+        )
+    query_start, sinks = min(query_start, _BEYOND), min(sinks, _BEYOND)  # numbers that the compiled core takes
+    return Mask(scale, bool(causal), query_start, window and min(window, _BEYOND), sinks, softcap)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):  # no number, or one that no float holds
+        return False
 
 
 def check_positions(positions: Any, length: int, block_tokens: int, num_kv_heads: int) -> NDArray[np.int64]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
 from ..arrays import as_numpy
-from ..errors import ShapeMismatchError
+from ..errors import DtypeError, ShapeMismatchError
 
 _F32 = np.dtype(np.float32)
 
@@ -33,17 +34,21 @@ def merge_attention(
 
     Raises:
         ShapeMismatchError: there are no parts, or their shapes differ.
-        DtypeError: a part is no array whose values lie in plain memory (a masked array, a functional tensor).
+        DtypeError: a part is no array of real numbers whose values lie in plain memory (a masked array, a functional
+            tensor).
     """
+    outputs, lses = _parts(outputs, "outputs"), _parts(lses, "lses")
     if not outputs or len(outputs) != len(lses):
         raise ShapeMismatchError(
             f"give at least one output, and as many lses: there are {len(outputs)} and {len(lses)}",
             expected=len(outputs),
             actual=len(lses),
         )
-    outputs = [as_numpy(output, "outputs") for output in outputs]
-    lses = [as_numpy(lse, "lses") for lse in lses]
     shape = outputs[0].shape
+    if not shape:
+        raise ShapeMismatchError(
+            "outputs must be [..., value_head_dim], not single numbers", expected=("...",), actual=()
+        )
     for output, lse in zip(outputs, lses, strict=True):
         if output.shape != shape or lse.shape != shape[:-1]:
             raise ShapeMismatchError(
@@ -57,6 +62,19 @@ def merge_attention(
         merging.add(output, lse)
     result = np.empty(shape, _F32)
     return result, merging.end(result)
+
+
+def _parts(parts: Sequence[Any], name: str) -> list[NDArray[Any]]:
+    try:
+        arrays = [as_numpy(part, name) for part in parts]
+    except TypeError as error:
+        if isinstance(error, DtypeError):
+            raise
+        raise DtypeError(f"{name} must be a sequence of arrays, not {type(parts).__name__}") from None
+    for array in arrays:
+        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+            raise DtypeError(f"{name} must hold real numbers, not {array.dtype}", actual=str(array.dtype))
+    return arrays
 
 
 class Merging:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import KvmmapError
+from ..errors import DtypeError, KvmmapError
 from ..recent import RecentRows, RecentView
 from ..row_arrays import output_array
 from ..rows import Rows
@@ -70,6 +70,8 @@ def attend_store(
         raise KvmmapError(f'resident must be "keep" or "stream", not {resident!r}')
     if precision not in ("queries", "exact"):
         raise KvmmapError(f'precision must be "queries" or "exact", not {precision!r}')
+    if chunk is not None and not isinstance(chunk, RecentRows):
+        raise DtypeError(f"chunk must be what chunk_rows() has returned, not {type(chunk).__name__}")
     version = store.version()  # before the length: see `LayerStore`
     geometry, length = store.geometry, store.length
     rows, dtype = check_queries(queries, geometry)

@@ -114,7 +114,7 @@ def export_tensors(
         start, stop = check_range(start, cache.seq_len if stop is None else stop, cache.seq_len)
         if cache.states:
             stop = _last_checkpoint(cache, start, stop)
-        chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
+        chosen = cache.layers.chosen(layers)
         states = ExportedStates.of(cache, chosen, stop)
         rows = ExportedRows.of(cache, chosen)
         if not any(layer.has_rows for layer in rows.layers):

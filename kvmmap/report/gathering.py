@@ -110,8 +110,7 @@ def statistics(
         ClosedError: the cache is closed.
     """
     length = cache.seq_len
-    wanted = list(range(cache.num_layers)) if layers is None else [cache.layers.check(layer) for layer in layers]
-    wanted = [layer for layer in wanted if cache.geometry.layers[layer].has_rows]
+    wanted = [layer for layer in cache.layers.chosen(layers) if cache.geometry.layers[layer].has_rows]
     total = length * sum(cache.geometry.layers[layer].position_bytes for layer in wanted)
     whole = {part: Tally() for part in PARTS}
     channels: dict[Part, list[ChannelOutlier]] = {part: [] for part in PARTS}

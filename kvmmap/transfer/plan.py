@@ -88,7 +88,7 @@ class Plan:
                     path=source.path,
                 )
             stop = source.checkpoints.last(stop)
-        chosen = [cache.layers.check(layer) for layer in (range(cache.num_layers) if layers is None else layers)]
+        chosen = cache.layers.chosen(layers)
         states, numbers = _states_of(cache, chosen)
         given = tuple(cache.geometry.layers[layer] for layer in chosen)
         geometry = replace(
