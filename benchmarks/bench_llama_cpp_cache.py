@@ -23,10 +23,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from harness import Report, arguments, workspace
-from llama_cpp.llama_cache import LlamaDiskCache
+
+try:
+    import llama_cpp
+    from llama_cpp.llama_cache import LlamaDiskCache
+except ImportError as error:
+    raise SystemExit("llama-cpp-python is not installed: make bench-llama-cpp installs it, in five minutes") from error
 
 import kvmmap
 from kvmmap.integrations.llama_cpp import LlamaKvmmapCache, append, load, save, spare_sequence

@@ -10,6 +10,7 @@ on an idle machine with two processors.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -46,7 +47,9 @@ LONGEST = 20 * 60
 
 
 def main() -> int:
-    names = sys.argv[1:] or [name for name in TOPICS if name not in APART]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TOPICS)}")
+    names = parser.parse_args().names or [name for name in TOPICS if name not in APART]
     unknown = [name for name in names if name not in TOPICS]
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(TOPICS)}", file=sys.stderr)
