@@ -66,7 +66,7 @@ struct CodecKernels {
     void (*rotate)(const Rotation& rotation, int64_t n, float* rows);
     void (*rotate_back)(const Rotation& rotation, int64_t n, float* rows);
     // f32, with `readable_behind` more, -> codes and scales; returns the first row that the codec cannot hold, or n. Not for
-    // int8.
+    // int8, nor for levels where `encode_rotated` takes them at any length.
     int64_t (*encode)(Codec codec, const float* x, int64_t n, int64_t dim, char* codes, char* scales);
     void (*decode)(Codec codec, const char* codes, const char* scales, int64_t n, int64_t dim, float* out);
     // Codes of levels -> the int8 values of the table, and their scales as f32.

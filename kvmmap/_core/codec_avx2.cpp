@@ -27,6 +27,7 @@ inline __m256i field(__m256i v, int mask) {
 
 struct Avx2 {
     static constexpr int lanes = 8;
+    static constexpr bool encodes_levels = true;
 
     static void f16_to_floats(const char* in, int64_t count, float* out) {
         int64_t i = 0;

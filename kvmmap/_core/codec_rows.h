@@ -296,13 +296,12 @@ bool encode_row(Codec codec, const float* x, int64_t dim, char* codes, char* sca
 
 template <class Simd>
 int64_t encode_rows(Codec codec, const float* x, int64_t n, int64_t dim, char* codes, char* scales) {
-    auto* halves = reinterpret_cast<uint16_t*>(scales);
-    switch (codec) {
-        case Codec::int3: return encode_levels<3, Simd>(x, n, dim, codes, halves);
-        case Codec::int4: return encode_levels<4, Simd>(x, n, dim, codes, halves);
-        case Codec::int5: return encode_levels<5, Simd>(x, n, dim, codes, halves);
-        case Codec::int6: return encode_levels<6, Simd>(x, n, dim, codes, halves);
-        default: break;
+    [[maybe_unused]] auto* halves = reinterpret_cast<uint16_t*>(scales);
+    if constexpr (Simd::encodes_levels) {
+        if (codec == Codec::int3) return encode_levels<3, Simd>(x, n, dim, codes, halves);
+        if (codec == Codec::int4) return encode_levels<4, Simd>(x, n, dim, codes, halves);
+        if (codec == Codec::int5) return encode_levels<5, Simd>(x, n, dim, codes, halves);
+        if (codec == Codec::int6) return encode_levels<6, Simd>(x, n, dim, codes, halves);
     }
     for (int64_t row = 0; row < n; ++row, x += dim, codes += code_bytes(codec, dim), scales += scale_bytes(codec))
         if (!encode_row<Simd>(codec, x, dim, codes, scales)) return row;
@@ -382,6 +381,7 @@ inline void floats_to_f16_plainly(const float* in, int64_t count, char* out) {
 // What needs no vector instructions: a processor's struct derives from it, and has its own in place of some.
 struct Plain {
     static constexpr int lanes = 4;
+    static constexpr bool encodes_levels = true;
     static void f16_to_floats(const char* in, int64_t count, float* out) { f16_to_floats_plainly(in, count, out); }
     static void floats_to_f16(const float* in, int64_t count, char* out) { floats_to_f16_plainly(in, count, out); }
     static void round(const float* x, int64_t dim, float inverse, int8_t* out) { round_plainly(x, dim, inverse, out); }
