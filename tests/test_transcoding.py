@@ -245,6 +245,16 @@ def test_presets_in_memory() -> None:
         kvmmap.QuantizedKvCache(**SHAPE, preset="huge")
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_file_is_as_large_as_the_documentation_says(tmp_path: Path, preset: str) -> None:
+    """Of sections; rows are not needed for that. Metadata has room for 64 KiB twice."""
+    shape: dict[str, Any] = {"num_layers": 10, "num_kv_heads": 8, "head_dim": 128}
+    plain = {"preset": preset, "recent_window": 0, "sinks": 0}
+    kvmmap.create(tmp_path / "a.kvm", capacity=32_768, **shape, **plain).close()
+    of_rows = 32_768 * kvmmap.bytes_per_token(**shape, preset=preset)
+    assert 1.003 < (tmp_path / "a.kvm").stat().st_size / of_rows < 1.02
+
+
 def test_sizes() -> None:
     shape: dict[str, Any] = {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128}
     found = {size.preset: size for size in kvmmap.sizes(**shape)}
