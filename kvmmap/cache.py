@@ -166,10 +166,15 @@ class QuantizedKvCache(CacheReader, StateWriter, Closing):
             start = self._check_level(count)
             for _, layer, pair in pairs:
                 layer.write_rows(start, pair)
-            for _, layer, pair in pairs:
-                layer.keep_rows(start, pair)  # once nothing is refused any more
-            if ids is not None:
-                self._record_tokens(start, ids)
+            try:
+                for _, layer, pair in pairs:
+                    layer.keep_rows(start, pair)  # once nothing is refused any more
+                if ids is not None:
+                    self._record_tokens(start, ids)
+            except BaseException:
+                for store in storage.row_layers:
+                    store.forget_recent(start)
+                raise
             storage.publish_step(start + count)
             storage.appended()
 

@@ -23,6 +23,7 @@ class LayerWriter(LayerReader):
     """The appending half of `QuantizedKvLayer`."""
 
     __slots__ = (
+        "_append",
         "_encode",
         "_has_rows",
         "_keeps_recent",
@@ -37,6 +38,7 @@ class LayerWriter(LayerReader):
         self._key_shape = (geometry.num_kv_heads, geometry.head_dim)
         self._value_shape = (geometry.num_kv_heads, geometry.value_head_dim)
         self._encode = pair_encoder(geometry)
+        self._append = store.append_position if store.appends_positions else None
         self._has_rows = geometry.has_rows
         self._keeps_recent = storage.geometry.keeps_recent and geometry.has_rows
         self._rings: RecentRings | None = None  # where a pushed position is kept while it is encoded
@@ -64,6 +66,13 @@ class LayerWriter(LayerReader):
         store = self._store
         with self._storage.lock:
             position = store.begin(1)
+            if self._append is not None:
+                bad = self._append(position, key_rows, key_dtype, value_rows, value_dtype)
+                if bad != -1:
+                    self._refuse(bad, position)
+                store.publish(position + 1)
+                self._storage.appended()
+                return
             rows = store.stage(position, 1)
             kept = self._rings
             if kept is None and self._keeps_recent and store.in_place:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import kvmmap
 from kvmmap.codecs.presets import preset_recent
 from kvmmap.format import Section
+from kvmmap.storage.file import recent_records
 
 WINDOW, SINKS = 16, 3
 PAIRS = [("int8", "int8"), ("int8-rotated", "int4-rotated"), ("bf16", "int8"), ("fp8-e4m3", "int5-rotated")]
@@ -294,8 +295,11 @@ def test_pushes_among_other_appends_lose_no_row(path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("many", "more"), [(18, 2), (16, 15), (3, 1), (0, 5)])
-def test_pushes_behind_others_that_were_not_saved_yet(path: Path, many: int, more: int) -> None:
-    """At a multiple of 16 positions all are in the file, without a commit."""
+def test_pushes_behind_others_that_were_not_saved_yet(
+    path: Path, many: int, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a multiple of 16 positions all are in the file, without a commit, unless they come in a rush."""
+    monkeypatch.setattr(recent_records, "clock", itertools.count().__next__)
     shape = {"num_layers": 1, "capacity": 100, "num_kv_heads": 2, "head_dim": 8}
     new = rows(48, 2, 8)
     with kvmmap.create(path, **shape, recent_window=40, sinks=SINKS) as cache:
@@ -310,8 +314,10 @@ def test_pushes_behind_others_that_were_not_saved_yet(path: Path, many: int, mor
 
 def test_a_process_that_is_killed_leaves_a_few_rows_coded(path: Path) -> None:
     code = """
-import os, sys
+import itertools, os, sys
 import numpy as np, kvmmap
+from kvmmap.storage.file import recent_records
+recent_records.clock = itertools.count().__next__  # a push is not faster than a model's
 cache = kvmmap.create(sys.argv[1], num_layers=1, capacity=400, num_kv_heads=2, head_dim=8, recent_window=64, sinks=4)
 for position in range(100):
     row = np.random.default_rng(position).standard_normal((1, 2, 8), np.float32)

@@ -6,6 +6,7 @@ are the business of the modules that call them (`quantize`, `layer`, `storage`).
 
 from ._kernels import (
     PairEncoder,
+    PositionAppender,
     RecentRings,
     Step,
     attend,
@@ -40,6 +41,7 @@ from ._kernels import (
 
 __all__ = [
     "PairEncoder",
+    "PositionAppender",
     "RecentRings",
     "Step",
     "attend",

@@ -21,6 +21,19 @@ class PairEncoder:
         start: int,
     ) -> int: ...
 
+class PositionAppender:
+    def __init__(
+        self,
+        codecs: tuple[int, int, int, int],
+        kv_heads: int,
+        dim: int,
+        value_dim: int,
+        offsets: list[int],
+        rings: RecentRings | None,
+        encoded: tuple[Any, ...],
+    ) -> None: ...
+    def append(self, fd: int, position: int, keys: Any, key_dtype: int, values: Any, value_dtype: int) -> int: ...
+
 class RecentRings:
     def __init__(self, ring: tuple[Any, Any, Any], first: tuple[Any, Any, Any]) -> None: ...
     def keep(self, start: int, keys: Any, key_dtype: int, values: Any, value_dtype: int) -> None: ...
@@ -92,7 +105,9 @@ class Step:
         dim: int,
         value_dim: int,
         offsets: list[int],
-        recent: tuple[Any, ...],
+        rings: RecentRings | None,
+        window: int,
+        encoded: tuple[Any, ...],
         tensor: type,
         dtypes: tuple[Any, Any, Any],
     ) -> None: ...

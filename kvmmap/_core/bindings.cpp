@@ -6,7 +6,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -326,11 +325,7 @@ void write_all_at(int fd, nb::tuple offsets, nb::tuple buffers) {
         nb::gil_scoped_release released;
         error = write_all(fd, writes, static_cast<int>(count));
     }
-    if (error) {
-        errno = error;
-        PyErr_SetFromErrno(PyExc_OSError);
-        throw nb::python_error();
-    }
+    if (error) raise_os_error(error);
 }
 
 char* word_address(const Buffer& map, int64_t offset) {

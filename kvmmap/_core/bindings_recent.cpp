@@ -50,6 +50,33 @@ class PairEncoder {
     int64_t key_dim_, value_dim_;
 };
 
+// Appends positions to one layer of a file, one a call: what is needed besides their rows is unpacked once.
+class PositionAppender {
+  public:
+    PositionAppender(const std::vector<int>& codecs, int64_t kv_heads, int64_t dim, int64_t value_dim,
+                     const std::vector<int64_t>& offsets, nb::object rings, const nb::tuple& encoded)
+        : held_(codecs, kv_heads, dim, value_dim, offsets, rings, 0, encoded) {}
+
+    int64_t append(int fd, int64_t position, nb::handle keys_object, int key_dtype, nb::handle values_object, int value_dtype) const {
+        const StepLayer& layer = held_.view;
+        const Buffer keys(keys_object, reading), values(values_object, reading);
+        const RowGrid k = to_positions(keys, to_dtype(key_dtype)), v = to_positions(values, to_dtype(value_dtype));
+        if (k.outer != 1 || v.outer != 1 || k.inner != layer.kv_heads || v.inner != layer.kv_heads || k.dim != layer.dim ||
+            v.dim != layer.value_dim || position < 0)
+            throw nb::value_error("keys and values of one position, of the layer's shape");
+        Appended done;
+        {
+            nb::gil_scoped_release released;  // the disk may let a write wait
+            done = append_step(layer, fd, position, k, v);
+        }
+        if (done.error) raise_os_error(done.error);
+        return done.bad;
+    }
+
+  private:
+    AppendedLayer held_;
+};
+
 void keep(const Rings& rings, int64_t start, nb::handle keys_object, int key_dtype, nb::handle values_object, int value_dtype) {
     const Buffer keys(keys_object, reading), values(values_object, reading);
     const RowGrid k = to_positions(keys, to_dtype(key_dtype)), v = to_positions(values, to_dtype(value_dtype));
@@ -131,6 +158,10 @@ void bind_recent(nb::module_& m) {
              "value_transform"_a, "value_dim"_a)
         .def("encode", &PairEncoder::encode, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a, "arrays"_a,
              "rings"_a.none(), "start"_a);
+    nb::class_<PositionAppender>(m, "PositionAppender")
+        .def(nb::init<const std::vector<int>&, int64_t, int64_t, int64_t, const std::vector<int64_t>&, nb::object, const nb::tuple&>(),
+             "codecs"_a, "kv_heads"_a, "dim"_a, "value_dim"_a, "offsets"_a, "rings"_a.none(), "encoded"_a)
+        .def("append", &PositionAppender::append, "fd"_a, "position"_a, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a);
     nb::class_<Rings>(m, "RecentRings")
         .def(nb::init<const nb::tuple&, const nb::tuple&>(), "ring"_a, "first"_a)
         .def("keep", &keep, "start"_a, "keys"_a, "key_dtype"_a, "values"_a, "value_dtype"_a)

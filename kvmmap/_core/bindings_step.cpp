@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -84,24 +83,9 @@ RowGrid rows_of(nb::handle tensor, const TensorKind& kind, int64_t dim) {
 class Step {
   public:
     Step(const std::vector<int>& codecs, int64_t kv_heads, int64_t dim, int64_t value_dim, const std::vector<int64_t>& offsets,
-         nb::tuple recent, nb::object tensor, nb::tuple dtypes) {
-        if (codecs.size() != 4 || kv_heads < 1 || dtypes.size() != dtype_count) throw nb::value_error("not a layer");
-        layer_.keys = format(codecs[0], codecs[1], dim);
-        layer_.values = format(codecs[2], codecs[3], value_dim);
-        layer_.kv_heads = kv_heads, layer_.dim = dim, layer_.value_dim = value_dim;
-        layer_.offsets = offsets;
-        row_bytes_ = layer_.row_bytes();
-        if (offsets.size() != row_bytes_.size()) throw nb::value_error("an offset for each array");
-        int64_t room = 64;
-        for (const int64_t bytes : row_bytes_) room += (bytes + 63) / 64 * 64;
-        scratch_.reset(new char[room]);
-        layer_.keeps_recent = recent.size() != 0;
-        if (layer_.keeps_recent) {  // window, sinks, and the parts of two rings
-            if (recent.size() != 8) throw nb::value_error("recent: window, sinks, and two rings");
-            layer_.window = whole(recent[0]), layer_.sinks = whole(recent[1]);
-            layer_.ring = ring(recent, 2);
-            layer_.first = ring(recent, 5);
-        }
+         nb::object rings, int64_t window, const nb::tuple& encoded, nb::object tensor, nb::tuple dtypes)
+        : held_(codecs, kv_heads, dim, value_dim, offsets, rings, window, encoded), row_bytes_(layer_.row_bytes()) {
+        if (dtypes.size() != dtype_count) throw nb::value_error("as many dtypes as rows may have");
         kind_.type = tensor;
         for (nb::handle dtype : dtypes) kind_.dtypes.push_back(nb::borrow(dtype));
     }
@@ -109,18 +93,13 @@ class Step {
     bool append(int fd, int64_t position, nb::handle keys_object, nb::handle values_object) {
         const RowGrid keys = rows_of(keys_object, kind_, layer_.dim), values = rows_of(values_object, kind_, layer_.value_dim);
         if (!keys.data || !values.data || keys.inner != layer_.kv_heads || values.inner != layer_.kv_heads) return false;
-        const auto address = reinterpret_cast<uintptr_t>(scratch_.get());
-        int error;
+        Appended done;
         {
             nb::gil_scoped_release released;  // the disk may let a write wait
-            error = append_step(layer_, fd, position, keys, values, scratch_.get() + (64 - address % 64));
+            done = append_step(layer_, fd, position, keys, values);
         }
-        if (error > 0) {
-            errno = error;
-            PyErr_SetFromErrno(PyExc_OSError);
-            throw nb::python_error();
-        }
-        return error == 0;
+        if (done.error) raise_os_error(done.error);
+        return done.bad == -1;
     }
 
     // Makes the tensor that the next attention returns, if there was one before: those of all layers one after the other take an
@@ -172,31 +151,9 @@ class Step {
         return {std::move(tensor), dtype, heads, data};
     }
 
-    static RowFormat format(int codec, int transform, int64_t dim) {
-        const RowFormat made{static_cast<Codec>(codec), transform == 1};
-        if (codec < 1 || codec > static_cast<int>(Codec::int6) || transform < 0 || transform > 1 || dim < 1 || !made.takes(dim))
-            throw nb::value_error("unknown codec or transform, or rows that it does not take");
-        return made;
-    }
-
-    RecentRing ring(const nb::tuple& parts, size_t first) {
-        char* data[3];
-        const int64_t sizes[] = {8, 2 * layer_.kv_heads * layer_.dim, 2 * layer_.kv_heads * layer_.value_dim};
-        int64_t slots = 0;
-        for (size_t i = 0; i < 3; ++i) {
-            const Buffer& array = *rings_.emplace_back(std::make_unique<Buffer>(parts[first + i], writing));
-            data[i] = array.data();
-            if (i == 0) slots = array.bytes() / 8;
-            if (array.bytes() != slots * sizes[i]) throw nb::value_error("ring: sizes differ");
-        }
-        return {reinterpret_cast<uint64_t*>(data[0]), reinterpret_cast<uint16_t*>(data[1]), reinterpret_cast<uint16_t*>(data[2]),
-                slots, layer_.kv_heads * layer_.dim, layer_.kv_heads * layer_.value_dim};
-    }
-
-    StepLayer layer_{};
+    AppendedLayer held_;
+    const StepLayer& layer_ = held_.view;
     std::vector<int64_t> row_bytes_;
-    std::unique_ptr<char[]> scratch_;
-    std::vector<std::unique_ptr<Buffer>> rings_;
     TensorKind kind_;
     int64_t heads_ = 0;  // of the last queries
     Output next_{};
@@ -206,8 +163,10 @@ class Step {
 
 void bind_step(nb::module_& m) {
     nb::class_<Step>(m, "Step")
-        .def(nb::init<const std::vector<int>&, int64_t, int64_t, int64_t, const std::vector<int64_t>&, nb::tuple, nb::object, nb::tuple>(),
-             "codecs"_a, "kv_heads"_a, "dim"_a, "value_dim"_a, "offsets"_a, "recent"_a, "tensor"_a, "dtypes"_a)
+        .def(nb::init<const std::vector<int>&, int64_t, int64_t, int64_t, const std::vector<int64_t>&, nb::object, int64_t,
+                      const nb::tuple&, nb::object, nb::tuple>(),
+             "codecs"_a, "kv_heads"_a, "dim"_a, "value_dim"_a, "offsets"_a, "rings"_a.none(), "window"_a, "encoded"_a, "tensor"_a,
+             "dtypes"_a)
         .def("prepare", &Step::prepare, "like"_a)
         .def("append", &Step::append, "fd"_a, "position"_a, "keys"_a, "values"_a)
         .def("attend", &Step::attend, "query"_a, "slabs"_a, "length"_a, "scale"_a, "softcap"_a, "window"_a,

@@ -3,11 +3,15 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cerrno>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "codec.h"
 #include "recent.h"
 #include "rows_run.h"
+#include "step.h"
 
 namespace nb = nanobind;
 
@@ -147,6 +151,52 @@ class Rings {
 
   private:
     Ring ring_, first_;
+};
+
+inline void raise_os_error(int error) {
+    errno = error;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+}
+
+// One layer of a file that positions are appended to, and what its rows are encoded to: arrays as long as the file's, of some
+// rows each.
+class AppendedLayer {
+  public:
+    AppendedLayer(const std::vector<int>& codecs, int64_t kv_heads, int64_t dim, int64_t value_dim, const std::vector<int64_t>& offsets,
+                  nb::object rings, int64_t window, const nb::tuple& encoded)
+        : rings_(rings) {
+        if (codecs.size() != 4 || kv_heads < 1) throw nb::value_error("not a layer");
+        view.keys = to_format(codecs[0], codecs[1], dim), view.values = to_format(codecs[2], codecs[3], value_dim);
+        view.kv_heads = kv_heads, view.dim = dim, view.value_dim = value_dim;
+        view.offsets = offsets;
+        const std::vector<int64_t> row_bytes = view.row_bytes();
+        if (offsets.size() != row_bytes.size() || encoded.size() != row_bytes.size())
+            throw nb::value_error("an offset and an array of rows for each array");
+        for (size_t i = 0; i < row_bytes.size(); ++i) {
+            const Buffer& array = *encoded_.emplace_back(std::make_unique<Buffer>(encoded[i], writing));
+            const int64_t rows = array.ndim() ? array.shape(0) : 0;
+            if (rows < 1 || array.bytes() != rows * row_bytes[i] || (i && rows != view.encoded_rows))
+                throw nb::value_error("encoded: as many rows in each array");
+            view.encoded_rows = rows;
+            view.encoded.push_back(array.data());
+        }
+        view.keeps_recent = !rings.is_none();
+        if (view.keeps_recent) {
+            const RecentRings both = nb::cast<const Rings&>(rings).view(kv_heads * dim, kv_heads * value_dim);
+            view.ring = both.ring, view.first = both.first;
+            view.window = window, view.sinks = both.first.slots;
+        }
+    }
+
+    AppendedLayer(const AppendedLayer&) = delete;
+    AppendedLayer& operator=(const AppendedLayer&) = delete;
+
+    StepLayer view{};
+
+  private:
+    nb::object rings_;
+    std::vector<std::unique_ptr<Buffer>> encoded_;
 };
 
 }  // namespace kvmmap

@@ -42,27 +42,31 @@ std::vector<int64_t> StepLayer::row_bytes() const {
     return sizes;
 }
 
-int append_step(const StepLayer& layer, int fd, int64_t position, const RowGrid& keys, const RowGrid& values, char* scratch) {
+Appended append_step(const StepLayer& layer, int fd, int64_t position, const RowGrid& keys, const RowGrid& values) {
     Write writes[most_arrays];
     int count = 0;
-    // Arrays of a scratch row start at multiples of 64 bytes.
-    auto place = [&](int64_t bytes) {
-        writes[count] = {layer.offsets[count] + position * bytes, scratch, bytes};
-        scratch += (bytes + 63) / 64 * 64;
-        return const_cast<char*>(static_cast<const char*>(writes[count++].data));
+    const int64_t row = position % layer.encoded_rows;
+    const auto place = [&](int64_t bytes) {
+        char* to = layer.encoded[count] + row * bytes;
+        writes[count] = {layer.offsets[count] + position * bytes, to, bytes};
+        ++count;
+        return to;
     };
-    auto encode = [&](RowFormat format, const RowGrid& rows) {
+    const auto encode = [&](RowFormat format, const RowGrid& rows) {
         char* codes = place(layer.kv_heads * code_bytes(format.codec, rows.dim));
         const int64_t scale = scale_bytes(format.codec);
-        return encode_grid(format, rows, codes, scale ? place(layer.kv_heads * scale) : nullptr, 1) < 0;
+        return encode_grid(format, rows, codes, scale ? place(layer.kv_heads * scale) : nullptr, 1);
     };
-    if (!encode(layer.keys, keys) || !encode(layer.values, values)) return -1;
-    if (const int error = write_all(fd, writes, count)) return error;
+    const int64_t bad_key = encode(layer.keys, keys);
+    if (bad_key >= 0) return {bad_key, 0};
+    const int64_t bad_value = encode(layer.values, values);
+    if (bad_value >= 0) return {-2 - bad_value, 0};
+    if (const int error = write_all(fd, writes, count)) return {-1, error};
     if (layer.keeps_recent) {
-        if (layer.ring.slots) keep_rows(layer.ring, position, keys, values);
+        keep_rows(layer.ring, position, keys, values);
         if (position < layer.sinks) keep_rows(layer.first, position, keys, values);
     }
-    return 0;
+    return {-1, 0};
 }
 
 bool attend_step(const StepLayer& layer, const StepQuery& query, const AttendExtent& extent, int64_t length) {

@@ -18,14 +18,22 @@ struct StepLayer {
     bool keeps_recent;
     RecentRing ring, first;  // as in RecentView
     int64_t window, sinks;
+    std::vector<char*> encoded;  // where rows are encoded to, an array each, and how many rows these have
+    int64_t encoded_rows;
 
     // Bytes of a position in each of its arrays.
     std::vector<int64_t> row_bytes() const;
 };
 
-// Encodes a position's rows [1, heads, dim] into `scratch`, which has room for them, writes them to the file and keeps them in
-// the rings. Returns 0, an errno, or -1 if a row can't be encoded: then nothing was written.
-int append_step(const StepLayer& layer, int fd, int64_t position, const RowGrid& keys, const RowGrid& values, char* scratch);
+// What has become of a position. If either says that something was wrong, it was not kept.
+struct Appended {
+    int64_t bad;  // -1; the first row of keys that can't be encoded, or -2 less such a row of values: then nothing was written
+    int error;    // an errno, or 0
+};
+
+// Encodes a position's rows [1, heads, dim] into row `position % encoded_rows` of `encoded`, writes them to the file, and keeps
+// them in the rings.
+Appended append_step(const StepLayer& layer, int fd, int64_t position, const RowGrid& keys, const RowGrid& values);
 
 // Attention of one position's queries, the last one's, over `length` positions.
 struct StepQuery {

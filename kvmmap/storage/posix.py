@@ -30,6 +30,7 @@ _BY_NUMBER = "/proc/self/fd/"
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Wrote = TypeVar("Wrote")
 
 
 def _names_file(method: Method) -> Method:
@@ -166,11 +167,10 @@ class PosixFile:
             self._name(error)
             raise
 
-    def write_step(self, step: _core.Step, position: int, keys: Any, values: Any) -> bool:
-        """Write a position's rows as a compiled step encodes them; False if it does not take them, and nothing was
-        written."""
+    def write_by(self, write: Callable[..., Wrote], *arguments: Any) -> Wrote:
+        """Call a compiled function that encodes rows and writes them: (file descriptor, arguments)."""
         try:
-            return step.append(self._fd, position, keys, values)
+            return write(self._fd, *arguments)
         except OSError as error:
             self._name(error)
             raise

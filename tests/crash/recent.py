@@ -7,11 +7,13 @@ a power loss or a death; that it is the right one is, and that a closed cache ha
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from crash.history import History, PromiseError, State
 from kvmmap.geometry import CacheGeometry, LayerGeometry
+from kvmmap.storage.file import recent_records
 from kvmmap.storage.file.reader import MappedReader
 
 GEOMETRIES = (
@@ -36,11 +38,13 @@ class RecentHistory(History):
     held = 0
     """Rows in 16 bits that were looked at."""
     before_closing: list[list[list[int]]] | None = None
+    time = 0.0
 
     def keep(self, start: int, after: State) -> None:
         assert self.writer
         if self.random.random() < 0.15:
             return  # rows that come without
+        self.time += 0.0 if self.next_tag % 3 else 1.0  # in a rush, or not
         for number in self.writer.geometry.row_layers:
             shape = self.geometry.layers[number]
             parts = [
@@ -49,9 +53,12 @@ class RecentHistory(History):
             ]
             layer = self.writer.layers[number]
             if len(after.tags) == start + 1:  # as a push does
-                layer.stage(start, 1).fill(layer.slabs().part(start, start + 1))
+                staged = layer.stage(start, 1)
+                staged.fill(layer.slabs().part(start, start + 1))
+                layer.write(start, staged)
                 parts = [part[0] for part in parts]
-            layer.keep(start, parts[0], 1, parts[1], 1)
+            with mock.patch.object(recent_records, "clock", return_value=self.time):
+                layer.keep(start, parts[0], 1, parts[1], 1)
 
     def close(self) -> None:
         assert self.writer

@@ -105,6 +105,19 @@ class ChainLayer(LayerStore):
     def write(self, start: int, rows: Rows) -> None:
         self._own.write(start - self._base, rows)
 
+    @property
+    def appends_positions(self) -> bool:
+        return self._own.appends_positions
+
+    def append_position(
+        self, position: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
+    ) -> int:
+        recent = self.recent_rows()
+        bad = self._own.append_position(position - self._base, keys, key_dtype, values, value_dtype)
+        if bad == -1 and recent is not None:
+            recent.keep(position, keys, key_dtype, values, value_dtype)
+        return bad
+
     def publish(self, length: int) -> None:
         self._own.publish(length - self._base)
 

@@ -8,6 +8,8 @@ here.
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,8 +23,19 @@ from ..protocols import Damage, Rows, damaged_record
 from .mapped_file import MappedFile
 
 SAVED_TOGETHER = 16
-"""Positions that are appended one by one before their records are written, at multiples of it: one write instead of as
-many. A process that dies leaves fewer than that without; a commit writes them all."""
+"""Records of positions that are appended one by one are written when their number passes a multiple of it: one write
+instead of as many. A process that dies leaves fewer than that without; a commit writes them all."""
+
+EACH_RATE = 64_000_000
+"""Bytes of records a second, of all layers together, up to which those of each SAVED_TOGETHER positions are written. No
+model computes positions faster: its weights are many times as large as a position's records."""
+
+WHOLE_RATE = 2_000_000
+"""The same for those of more positions: where they come faster than by `EACH_RATE`, records are written at a later
+multiple, of the positions that are in the window by then. A process that dies leaves what came in between without."""
+
+clock = time.monotonic
+"""Tells the time, in seconds."""
 
 Read = Callable[[int, int], Any]
 """Returns bytes of the file from an offset on."""
@@ -58,6 +71,19 @@ class LayerRecords:
         ]
         self._room: NDArray[np.uint8] | None = None
         """To make records in: memory that is new each time would be cleared by the system each time."""
+        self._most = geometry.recent_window + geometry.sinks
+        self._bytes = sum(shape.recent_bytes for shape in geometry.layers if shape.has_rows)
+        """Of a position's records in all layers."""
+        self._written = -math.inf
+        """When `is_due` has said so last."""
+
+    def is_due(self, count: int) -> bool:
+        """True if the records of `count` positions may be written now: by the rates above. The caller does it."""
+        now, rate = clock(), EACH_RATE if count <= SAVED_TOGETHER else WHOLE_RATE
+        if now - self._written < min(count, self._most) * self._bytes / rate:
+            return False
+        self._written = now
+        return True
 
     def load(self, rows: RecentRows, coded: Callable[[int, int], Rows], length: int, read: Read) -> list[BadRecord]:
         """Read what is not in memory yet of the first `length` positions.
