@@ -5,6 +5,7 @@ Where its slabs lie is its store's business, and what is in them its codecs'.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,13 @@ class _Part(NamedTuple):
     arrays: slice
 
 
+@functools.lru_cache
+def _parts(key_codec: RowCodec, key_dim: int, value_codec: RowCodec, value_dim: int, key_arrays: int) -> list[_Part]:
+    """Return keys and values of a shape. Layers of one cache share them mostly, and are made one after the other."""
+    keys = _Part("keys", key_codec, key_dim, slice(0, key_arrays))
+    return [keys, _Part("values", value_codec, value_dim, slice(key_arrays, None))]
+
+
 class LayerReader:
     """The reading half of `QuantizedKvLayer`."""
 
@@ -42,10 +50,10 @@ class LayerReader:
         self._store = store
         # In messages: the layer's index, if there are others to tell it from.
         self._label = store.index if storage.geometry.num_layers > 1 else None
-        geometry = store.geometry
-        first_value = len(geometry.key_slabs)
-        self._keys = _Part("keys", geometry.key_codec, geometry.head_dim, slice(0, first_value))
-        self._values = _Part("values", geometry.value_codec, geometry.value_head_dim, slice(first_value, None))
+        shape = store.geometry
+        self._keys, self._values = _parts(
+            shape.key_codec, shape.head_dim, shape.value_codec, shape.value_head_dim, len(shape.key_slabs)
+        )
 
     # Dimensions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -67,13 +67,23 @@ class Rows(tuple[NDArray[Any], ...]):
     @staticmethod
     def over(geometry: LayerGeometry, memory: Any, count: int, offsets: Sequence[int]) -> Rows:
         """Make views of a buffer that has an array of `count` positions at each offset, in bytes."""
-        return Rows.of(
-            geometry,
-            [
-                np.ndarray((count, *slab.shape), slab.dtype, memory, offset)
-                for slab, offset in zip(geometry.slabs, offsets, strict=True)
-            ],
-        )
+        return Rows.viewer(geometry, memory, count)(offsets)
+
+    @staticmethod
+    def viewer(geometry: LayerGeometry, memory: Any, count: int) -> Callable[[Sequence[int]], Rows]:
+        """Return what makes such views from the offsets, of one layer after the other of the same shape."""
+        make = _kind_of(geometry)._make
+        arrays = [((count, *slab.shape), slab.dtype) for slab in geometry.slabs]
+
+        def view(offsets: Sequence[int]) -> Rows:
+            return make(
+                [
+                    np.ndarray(shape, dtype, memory, offset)
+                    for (shape, dtype), offset in zip(arrays, offsets, strict=True)
+                ]
+            )
+
+        return view
 
     @staticmethod
     def of_bytes(geometry: LayerGeometry, parts: Iterable[Any]) -> Rows:

@@ -193,6 +193,59 @@ def test_rows_that_were_truncated_meanwhile_are_reported_as_changed(tmp_path: Pa
         reader.layers[0].attend(queries())
 
 
+def test_what_is_prepared_for_other_layers_is_not_used_for_other_rows(tmp_path: Path) -> None:
+    """Reading one layer prepares the next ones. Rows that change meanwhile count as they are."""
+    path = tmp_path / "cache.kvm"
+    make(path)
+    with kvmmap.open(path, "a") as writer:
+        writer.layers[0].attend(queries())
+        writer.truncate(200)  # within a block
+        writer.extend(rows(2, LENGTH - 200, HEADS, DIM, seed=5), rows(2, LENGTH - 200, HEADS, DIM, seed=6))
+        first = writer.layers[1].attend(queries())
+        writer.flush()
+        np.testing.assert_array_equal(writer.layers[1].attend(queries()), first)
+    with kvmmap.open(path) as cache:
+        cache.layers[0].attend(queries())
+        cache.layers[1].read_keys(300, 301)  # block 1 is compared
+        damage(path, 1, 0)
+        damage(path, 5, 0)
+        with pytest.raises(kvmmap.CorruptCacheError, match=r"layer 1 .* block 5:"):
+            cache.layers[1].attend(queries())
+        damage(path, 5, 0)  # undone
+        cache.layers[1].attend(queries())
+    damage(path, 1, 0)  # undone
+    with kvmmap.open(path) as cache:
+        cache.layers[0].attend(queries())
+        damage(path, 2, 1)
+        with pytest.raises(kvmmap.CorruptCacheError, match=r"layer 1 .* block 2:"):
+            cache.layers[1].attend(queries())
+
+
+@pytest.mark.parametrize(("count", "group"), [(1, 3), (40, 3)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("reads", READS)
+def test_a_first_pass_that_compares_nothing_gives_the_same(
+    tmp_path: Path, reads: str, threads: int, count: int, group: int
+) -> None:
+    """Its pages are mapped ahead, in one file and in a chain; damage is not noticed."""
+    path, child = tmp_path / "cache.kvm", tmp_path / "child.kvm"
+    make(path)
+    kvmmap.create(child, parent=path, parent_length=LENGTH).close()
+    how = READS[reads][0] | {"threads": threads}
+    with kvmmap.open(path) as cache:
+        cache.layers[1].attend(queries(), threads=1)
+        expected = cache.layers[1].attend(queries(count, group), **how)
+    for each in (path, child):
+        with kvmmap.open(each, verify="none") as cache:
+            layer = cache.layers[1]
+            for _ in range(3):
+                np.testing.assert_allclose(layer.attend(queries(count, group), **how), expected, atol=1e-5)
+                assert layer._store.is_verified(LENGTH)
+    damage(path, 6, 0)
+    with kvmmap.open(path, verify="none") as cache:
+        cache.layers[1].attend(queries(count, group), **how)
+
+
 def test_uncommitted_rows_and_a_grown_tail(tmp_path: Path) -> None:
     path = tmp_path / "cache.kvm"
     make(path)
@@ -255,6 +308,26 @@ def test_attention_compares_checksums_with_a_table(threads: int) -> None:
     assert attend(sums, 0) == -1
 
 
+@pytest.mark.parametrize("count", [1, 30])
+def test_attention_notes_that_blocks_match(count: int) -> None:
+    """In a list, unless they differ, or the caller is to do it; and it need not hash them at all."""
+    slabs = (np.ones((1000, 1, 8), np.int8), np.ones((1000, 1), np.float32)) * 2
+    ranges, out, lse = np.array([[0, 1, 0, 900]]), np.empty((count, 1, 8), np.float32), np.empty((count, 1), np.float32)
+    blocks = np.arange(10)
+    sums = row_digests(slabs, 1, blocks, 100, 950)
+
+    def attend(table: np.ndarray | None, reach: int) -> tuple[int, list[int]]:
+        below = [0, 300, 0]
+        arguments = (rows(count, 1, 8), 0, slabs, 1, 8, 0, ranges, 1.0, 0.0, 1000, True, 0, 0, out, lse, 1)
+        return _core.attend(*arguments, unread=((1, blocks, 100, 950, table, 0, below, reach),)), below
+
+    assert attend(sums, 950) == (-1, [0, 950, 0])
+    assert attend(sums, 200) == (-1, [0, 300, 0])  # more was noted meanwhile
+    assert attend(sums, 0) == (-3, [0, 300, 0])
+    assert attend(sums[::-1].copy(), 950) == (-2, [0, 300, 0])
+    assert attend(None, 950) == (-1, [0, 950, 0])
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -269,6 +342,7 @@ def test_attention_compares_checksums_with_a_table(threads: int) -> None:
         ({"unread": ((0, np.array([0]), 100, 300, np.empty(1, np.uint64), 0, 0),)}, "track"),
         ({"unread": ((0, np.array([0, 2]), 100, 300, np.empty(2, np.uint64), 0),)}, "not all blocks"),
         ({"unread": ((0, np.array([0, 1]), 100, 300, np.empty(2, np.uint64), -1),)}, "not all blocks"),
+        ({"unread": ((1, np.array([0]), 100, 300, np.empty(1, np.uint64), 0, [0], 9),)}, "not all tracks"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(change: dict[str, Any], what: str) -> None:

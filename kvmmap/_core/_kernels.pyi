@@ -70,7 +70,14 @@ def attend(
     codecs: tuple[int, int, int, int] = (1, 0, 1, 0),
     recent: tuple[int, int, RecentRings] | None = None,
     exact: bool = False,
-    unread: tuple[tuple[int, Any, int, int, Any] | tuple[int, Any, int, int, Any, int] | None, ...] | None = None,
+    unread: tuple[
+        tuple[int, Any, int, int, Any]
+        | tuple[int, Any, int, int, Any, int]
+        | tuple[int, Any, int, int, Any, int, list[int], int]
+        | None,
+        ...,
+    ]
+    | None = None,
 ) -> int: ...
 def read_recent(ring: tuple[Any, Any, Any], keys: bool, start: int, stop: int, out: Any, dtype: int) -> None: ...
 def take_recent_records(

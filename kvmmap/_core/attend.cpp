@@ -346,7 +346,7 @@ void attend(AttendJob job, const AttendExtent* extents, int64_t count, int threa
     // Many query rows walk over the same positions again and again, in an order of their own.
     if (job.n * job.group() > block_rows)
         for (int64_t i = 0; i < count; ++i)
-            if (extents[i].first_read) extents[i].first_read->finish(threads);
+            if (extents[i].first_read) extents[i].first_read->prepare(threads);
     const int64_t tile = kernel.tile_for(job);
     const Plan cuts = plan(job, ranges, tile, threads);
     const int64_t parts = cuts.parts();

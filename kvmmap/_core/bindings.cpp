@@ -154,6 +154,9 @@ int64_t widen_queries(const RowGrid& x, float* out) {
 // What attend returns where a block does not have the checksum that it should have.
 constexpr int64_t block_differs = -2;
 
+// What attend returns where all blocks match, and the caller has to note that.
+constexpr int64_t blocks_match = -3;
+
 // Returns the number of the first row of queries that holds a NaN or an infinity; -1 if there is none.
 int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64_t kv_heads, int64_t value_dim,
                     int64_t first_position, nb::handle ranges_object, float scale, float softcap, int64_t query_start,
@@ -222,21 +225,26 @@ int64_t attend_rows(nb::handle queries_object, int dtype, nb::tuple slabs, int64
             if (entries[i].is_none()) continue;
             const nb::tuple arrays_here = apart ? nb::cast<nb::tuple>(nb::cast<nb::tuple>(slabs[i])[1]) : slabs;
             const nb::tuple entry = nb::cast<nb::tuple>(entries[i]);
-            if (!UnreadBlocks::fits(entry)) throw nb::value_error("unread: track, blocks, size, stop, sums; or checksums and their first");
+            if (!UnreadBlocks::fits(entry)) throw nb::value_error("unread: track, blocks, size, stop, sums; or checksums and their first; and a list and a number");
             extents[i].first_read = &first.emplace_back(std::make_unique<UnreadBlocks>(arrays_here, entry))->first_read;
         }
     }
 
-    nb::gil_scoped_release released;
-    const Room wide(job.rows() * job.dim * 4);
-    const int64_t bad = widen_queries(grid, wide.floats());
-    if (bad >= 0) return bad;
-    job.queries = wide.floats();
-    const auto count_of_extents = static_cast<int64_t>(extents.size());
-    if (parts.size()) attend_recent(job, extents.data(), count_of_extents, view, threads);
-    else attend(job, extents.data(), count_of_extents, threads);
-    for (const auto& blocks : first) blocks->first_read.finish(threads);
-    return std::all_of(first.begin(), first.end(), [](const auto& blocks) { return blocks->match(); }) ? -1 : block_differs;
+    {
+        nb::gil_scoped_release released;
+        const Room wide(job.rows() * job.dim * 4);
+        const int64_t bad = widen_queries(grid, wide.floats());
+        if (bad >= 0) return bad;
+        job.queries = wide.floats();
+        const auto count_of_extents = static_cast<int64_t>(extents.size());
+        if (parts.size()) attend_recent(job, extents.data(), count_of_extents, view, threads);
+        else attend(job, extents.data(), count_of_extents, threads);
+        for (const auto& blocks : first) blocks->first_read.finish(threads);
+        if (!std::all_of(first.begin(), first.end(), [](const auto& blocks) { return blocks->match(); })) return block_differs;
+    }
+    bool noted = true;
+    for (const auto& blocks : first) noted &= blocks->note();
+    return noted ? -1 : blocks_match;
 }
 
 // The arrays of merged attention: its state, and a part, or what comes of all parts.

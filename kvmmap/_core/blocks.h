@@ -49,16 +49,23 @@ class Blocks {
 };
 
 // Blocks that attention hashes: with room for their checksums, (track, blocks, size, stop, sums), or with those that they should
-// have, that of block n at `first` + n: (track, blocks, size, stop, expected, first).
+// have, that of block n at `first` + n: (track, blocks, size, stop, expected, first). Where `expected` is None, nothing is hashed,
+// and pages are mapped ahead all the same. Two more say where to note that they match: a list of a number a track, and what this
+// track's is raised to; 0 where the caller notes it.
 class UnreadBlocks {
   public:
     UnreadBlocks(const nb::tuple& arrays, const nb::tuple& entry)
-        : compares_(entry.size() == 6),
+        : hashes_(entry.size() == 5 || !entry[4].is_none()), compares_(hashes_ && entry.size() != 5),
           blocks_(arrays, nb::cast<uint32_t>(entry[0]), entry[1], nb::cast<int64_t>(entry[2]), nb::cast<int64_t>(entry[3]),
-                  compares_ ? nb::handle(Py_None) : nb::handle(entry[4])),
-          first_read(blocks_.view) {
+                  entry.size() == 5 ? nb::handle(entry[4]) : nb::handle(Py_None)),
+          first_read(blocks_.view, hashes_) {
         const HashedBlocks& view = blocks_.view;
         if (!std::is_sorted(view.numbers, view.numbers + view.count)) throw nb::value_error("unread: blocks must ascend");
+        if (entry.size() == 8) {
+            below_ = nb::cast<nb::list>(entry[6]);
+            if (below_.size() <= view.track) throw nb::value_error("below: has not all tracks");
+            reach_ = nb::cast<int64_t>(entry[7]);
+        }
         if (!compares_) return;
         table_ = std::make_unique<Buffer>(entry[4], contiguous);
         expected_ = table_->at_least<uint64_t>(0, "expected: not aligned");
@@ -67,7 +74,7 @@ class UnreadBlocks {
             throw nb::value_error("expected: has not all blocks");
     }
 
-    static bool fits(const nb::tuple& entry) { return entry.size() == 5 || entry.size() == 6; }
+    static bool fits(const nb::tuple& entry) { return entry.size() == 5 || entry.size() == 6 || entry.size() == 8; }
 
     // Once all are hashed: true if they have the checksums that they should have, or nothing is known of those.
     bool match() const {
@@ -78,12 +85,22 @@ class UnreadBlocks {
         return true;
     }
 
+    // Once they match: notes it; false where the caller has to. The GIL is held.
+    bool note() const {
+        if (!below_.is_valid()) return true;
+        const uint32_t track = blocks_.view.track;
+        if (reach_ && nb::cast<int64_t>(below_[track]) < reach_) below_[track] = reach_;
+        return reach_ != 0;
+    }
+
   private:
-    bool compares_;
+    bool hashes_, compares_;
     Blocks blocks_;
     std::unique_ptr<Buffer> table_;
     const uint64_t* expected_ = nullptr;
     int64_t first_ = 0;
+    nb::list below_ = nb::steal<nb::list>(nb::handle());
+    int64_t reach_ = 0;
 
   public:
     FirstRead first_read;

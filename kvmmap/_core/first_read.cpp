@@ -40,12 +40,15 @@ void populate([[maybe_unused]] const char* start, [[maybe_unused]] int64_t bytes
 
 }  // namespace
 
-FirstRead::FirstRead(const HashedBlocks& blocks)
-    : blocks_(blocks), row_bytes_(blocks.row_bytes()), flags_(new Flags[blocks.count]) {}
+FirstRead::FirstRead(const HashedBlocks& blocks, bool hashes)
+    : blocks_(blocks), hashes_(hashes), row_bytes_(std::max<int64_t>(1, blocks.row_bytes())), flags_(new Flags[blocks.count]) {}
 
 int64_t FirstRead::step(int64_t tile) const {
-    return std::max<int64_t>(1, step_bytes / std::max<int64_t>(1, row_bytes_) / tile) * tile;
+    const int64_t rows = hashes_ ? step_bytes / row_bytes_ : mapped_blocks() * blocks_.size;
+    return std::max<int64_t>(1, rows / tile) * tile;
 }
+
+int64_t FirstRead::mapped_blocks() const { return std::max<int64_t>(1, mapped_bytes / (blocks_.size * row_bytes_)); }
 
 int64_t FirstRead::at(int64_t row) const {
     return std::lower_bound(blocks_.numbers, blocks_.numbers + blocks_.count, row / blocks_.size) - blocks_.numbers;
@@ -54,7 +57,7 @@ int64_t FirstRead::at(int64_t row) const {
 void FirstRead::map(int64_t start, int64_t stop) {
     const int64_t first = at(start);
     if (first == blocks_.count || blocks_.first_row(first) >= stop || flags_[first].mapped.load(std::memory_order_relaxed)) return;
-    const int64_t most = std::max<int64_t>(1, mapped_bytes / std::max<int64_t>(1, blocks_.size * row_bytes_));
+    const int64_t most = mapped_blocks();
     int64_t last = first;  // of consecutive blocks
     for (;; ++last) {
         flags_[last].mapped.store(true, std::memory_order_relaxed);
@@ -71,11 +74,18 @@ void FirstRead::map(int64_t start, int64_t stop) {
 }
 
 void FirstRead::hash(int64_t start, int64_t stop, bool follows) {
+    if (!hashes_) return;
     for (int64_t i = at(start); i < blocks_.count && blocks_.first_row(i) < stop; ++i)
         if ((!follows || blocks_.last_row(i) <= stop) && !flags_[i].hashed.exchange(true, std::memory_order_relaxed)) blocks_.hash(i);
 }
 
+void FirstRead::prepare(int threads) {
+    if (hashes_) return finish(threads);
+    for (int64_t i = 0; i < blocks_.count; ++i) map(blocks_.first_row(i), blocks_.last_row(blocks_.count - 1));
+}
+
 void FirstRead::finish(int threads) {
+    if (!hashes_) return;
     std::vector<int64_t> left;
     for (int64_t i = 0; i < blocks_.count; ++i)
         if (!flags_[i].hashed.exchange(true, std::memory_order_relaxed)) left.push_back(i);

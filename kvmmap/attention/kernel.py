@@ -29,6 +29,9 @@ _F32 = np.dtype(np.float32)
 _BLOCK_DIFFERS = -2
 """What a kernel returns where an unread block does not match its checksum."""
 
+_BLOCKS_MATCH = -3
+"""What a kernel returns where all unread blocks match, and it has not noted that."""
+
 Kernel = Callable[..., int]
 """A function with the arguments of `_core.attend`."""
 
@@ -208,16 +211,18 @@ def _call(
         more["recent"] = recent.rows.arguments(recent.length)
     if not unread:
         return kernel(*arguments, exact=exact, **more)
-    blocks = [some for some in unread if some is not None]
     of_extents = tuple([None if some is None else some.arguments for some in unread])
     bad = kernel(*arguments, exact=exact, unread=of_extents, **more)
     if bad == _BLOCK_DIFFERS:
-        for some in blocks:
-            some.verify(threads)
+        for some in unread:
+            if some is not None:
+                some.verify(threads)
         return kernel(*arguments, exact=exact, **more)  # it was right when it was read again
-    if bad < 0:
-        for some in blocks:
-            some.note()
+    if bad == _BLOCKS_MATCH:
+        for some in unread:
+            if some is not None:
+                some.note()
+        return -1
     return bad
 
 

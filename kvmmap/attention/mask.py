@@ -160,10 +160,12 @@ def visible_ranges(ranges: NDArray[np.int64], mask: Mask, n: int) -> list[tuple[
         mask: what each query sees.
         n: queries.
     """
-    end = mask.query_start + n if mask.causal else int(ranges[:, 3].max(initial=0))
-    if mask.window is None and len(ranges) == 1:
-        start, stop = int(ranges[0, 2]), min(int(ranges[0, 3]), end)
+    if mask.window is None and len(ranges) == 1:  # the usual case
+        ((_, _, start, stop),) = ranges.tolist()
+        if mask.causal:
+            stop = min(stop, mask.query_start + n)
         return [(start, stop)] if start < stop else []
+    end = mask.query_start + n if mask.causal else int(ranges[:, 3].max(initial=0))
     begin = 0 if mask.window is None else max(0, mask.query_start - mask.window + 1)
     seen: list[tuple[int, int]] = []
     for start, stop in sorted({(start, min(stop, end)) for start, stop in ranges[:, 2:].tolist()}):

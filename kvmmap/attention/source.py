@@ -12,9 +12,11 @@ from ..geometry import LayerGeometry
 from ..recent import RecentRows
 from ..rows import Rows
 
-UnreadArguments = tuple[int, NDArray[np.int64], int, int, NDArray[np.uint64], int]
+UnreadArguments = tuple[int, NDArray[np.int64], int, int, NDArray[np.uint64] | None, int, list[int], int]
 """What `_core.attend` takes of unread blocks: track, blocks, positions of a block, where the last one ends, checksums,
-and the index that the checksum of block 0 has, or would have, among these."""
+the index that the checksum of block 0 has, or would have, among these; a list with a number a track, and what this
+track's is raised to if all blocks match: then they need not be noted, unless it is 0. Without checksums, pages are
+mapped and nothing is compared."""
 
 
 class Unread(Protocol):

@@ -236,7 +236,9 @@ class ChainLayer(LayerStore):
         found: list[Unread | None] = []
         for ancestor, store in zip(self._ancestors, self._stores, strict=False):
             mine = self._needed_of(ancestor, ranges)
-            unread = None if mine is None else store.unread_blocks(mine)[0]
+            if mine is None:  # to be mapped, and compared with nothing
+                mine = np.clip(ranges - ancestor.base, 0, ancestor.count)
+            unread = store.unread_blocks(mine)[0]
             found.append(None if unread is None else UnreadOfFile(unread, ancestor.base))
         unread = self._own.unread_blocks(np.maximum(ranges - self._base, 0))[0]
         found.append(None if unread is None else UnreadOfFile(unread, self._base))

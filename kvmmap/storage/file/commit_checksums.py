@@ -15,8 +15,8 @@ from ...errors import CorruptCacheError
 from ...format import Section, Slot
 from ..checksums import BlockHasher
 from ..protocols import Rows
-from .first_read import WHAT_TO_DO
 from .mapped_file import MappedFile
+from .unread_blocks import WHAT_TO_DO
 
 
 class CommitChecksums:

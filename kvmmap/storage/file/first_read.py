@@ -1,141 +1,106 @@
-"""Comparing blocks with their checksums when they are first read through a handle.
+"""What a handle reads for the first time: blocks that were not compared with their checksums yet, and pages not mapped.
 
-What a commit does not cover has no checksum yet: positions published since, and on a writer's handle those that it
-wrote itself. Hashing goes through the map, because what is hashed is read right afterwards.
+What comparing is lives in `unread_blocks`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...attention.source import Ranges, UnreadArguments
-from ...errors import CorruptCacheError
-from ..checksums import Track, digest, row_digests
-from .mapped_file import MappedFile
-from .page_cache import map_pages
+from ...attention.source import Ranges
+from ..checksums import row_digests
+from .mapped_file import LAYERS_AT_ONCE, MappedFile
 from .snapshot import Snapshot, SnapshotHolder
+from .unread_blocks import UnmappedBlocks, UnreadBlocks, compare
 
-_BLOCKS_AT_ONCE = 64
-"""Blocks whose pages are mapped before they are hashed."""
-
-WHAT_TO_DO = "`kvmmap verify PATH` lists all damage, `kvmmap repair PATH NEW_PATH` saves what is sound"
+NewBlocks = UnreadBlocks | UnmappedBlocks
 
 
-def is_verified(holder: SnapshotHolder, layer: int, stop: int) -> bool:
-    """True if nothing of a layer's positions [0, stop) is left to compare: the usual case, and quickly answered."""
-    slot, verified = holder.current.slot, holder.current.verified
-    return verified is None or verified.below[layer] >= min(stop, slot.seq_len, holder.inherited_len)
-
-
-class UnreadBlocks:
-    """Blocks of a layer that this handle reads for the first time, and their checksums: computed here, or by attention.
+class FirstReads:
+    """What is new to a handle in its layers.
 
     Args:
         mapped: the file.
         holder: of the snapshot.
-        snapshot: what is read.
-        layer: which.
-        blocks: their numbers, ascending.
     """
 
-    __slots__ = ("_blocks", "_holder", "_layer", "_mapped", "_snapshot")
-
-    def __init__(
-        self, mapped: MappedFile, holder: SnapshotHolder, snapshot: Snapshot, layer: int, blocks: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, mapped: MappedFile, holder: SnapshotHolder) -> None:
         self._mapped = mapped
         self._holder = holder
-        self._snapshot = snapshot
-        self._layer = layer
-        self._blocks = blocks
+        self._touched = [0] * mapped.geometry.num_layers
+        """By layer, where nothing is compared: 1 once it was read."""
+        self._prepared: tuple[Snapshot, int, Ranges, dict[int, NewBlocks]] | None = None
+        """For a snapshot, positions inherited and ranges: by layer, what `unread` will return."""
 
-    @property
-    def arguments(self) -> UnreadArguments:
-        size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
-        return self._layer, self._blocks, size, stop, *self._expected()
+    def all_read(self, layer: int, stop: int) -> bool:
+        """True if nothing of a layer's positions [0, stop) is new: the usual case, and quickly answered."""
+        holder = self._holder
+        slot, verified = holder.current.slot, holder.current.verified
+        if verified is None:
+            return self._touched[layer] != 0
+        return verified.below[layer] >= min(stop, slot.seq_len, holder.inherited_len)
 
-    def note(self) -> None:
-        """Remember that the blocks match their checksums."""
-        slot, verified = self._snapshot.slot, self._snapshot.verified
-        assert verified is not None
-        verified.note_all(self._layer, self._blocks, slot.seq_len)
-        verified.sum_up(self._layer, min(slot.seq_len, self._holder.inherited_len))
+    def unread(self, layer: int, ranges: Ranges) -> NewBlocks | None:
+        """Return the blocks of a layer that ranges of positions touch, but for those that this handle has read; None if
+        there are no others."""
+        holder, prepared = self._holder, self._prepared
+        snapshot, inherited = holder.current, holder.inherited_len
+        if type(ranges) is not list or len(ranges) != 1:
+            return self._find(snapshot, layer, ranges)
+        if prepared is None or prepared[0] is not snapshot or prepared[1:3] != (inherited, ranges):
+            prepared = self._prepared = snapshot, inherited, ranges, {}
+        # Each is used once: whatever happens then, the layer is looked at anew.
+        found = prepared[3].pop(layer, None)
+        if found is None:
+            found = self._find(snapshot, layer, ranges)
+            if found is not None:
+                self._prepare(found, layer + 1, prepared[3])
+        return found
 
-    def verify(self, threads: int) -> None:
-        """Hash the blocks, from the map, compare the checksums with the file's, and remember those that match.
+    def _prepare(self, unread: NewBlocks, first: int, found: dict[int, NewBlocks]) -> None:
+        """Prepare what the layers from `first` on will be asked for, if they are read as the one before was."""
+        layers = self._mapped.geometry.layers
+        for layer in range(first, min(first + LAYERS_AT_ONCE - 1, len(layers))):
+            other = unread.of_layer(layer) if layers[layer].has_rows else None
+            if other is not None:
+                found[layer] = other
 
-        Raises:
-            CorruptCacheError: a block does not match its checksum.
-            CacheChangedError: its rows were truncated meanwhile.
-        """
-        rows = self._mapped.slabs(self._layer)
-        size, stop = self._mapped.geometry.block_tokens, self._snapshot.slot.seq_len
-        found = np.empty(len(self._blocks), np.uint64)
-        for first in range(0, len(self._blocks), _BLOCKS_AT_ONCE):
-            some = self._blocks[first : first + _BLOCKS_AT_ONCE]
-            _map_pages(self._mapped, self._layer, some, stop)
-            found[first : first + len(some)] = row_digests(rows, self._layer, some, size, stop, threads)
-        self._compare(found)
-        self.note()
-
-    def _compare(self, found: NDArray[np.uint64]) -> None:
-        """Raise for the first block whose checksum is another than the file's."""
-        sums, of_first = self._expected()
-        expected = sums[of_first + self._blocks]
-        wrong = found != expected
-        if not wrong.any():
-            return
-        slot, verified = self._snapshot.slot, self._snapshot.verified
-        assert verified is not None
-        verified.note_all(self._layer, self._blocks[~wrong], slot.seq_len)
-        rows = self._mapped.slabs(self._layer)
-        for i in np.flatnonzero(wrong).tolist():
-            _compare(
-                *(self._mapped, self._holder, self._snapshot, rows),
-                *(self._layer, int(self._blocks[i]), slot.seq_len, int(expected[i])),
-            )
-
-    def _expected(self) -> tuple[NDArray[np.uint64], int]:
-        """Return the file's checksums of the blocks, and which of these is, or would be, that of block 0."""
-        blocks, slot = self._blocks, self._snapshot.slot
-        total = -(-slot.seq_len // self._mapped.geometry.block_tokens)
-        if 2 * len(blocks) > total:
-            return self._mapped.all_checksums(slot), self._layer * total
-        first = int(blocks[0])
-        return self._mapped.checksums(slot, first, int(blocks[-1]) + 1)[:, self._layer].copy(), -first
-
-
-def unread_blocks(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges) -> UnreadBlocks | None:
-    """Return the blocks of a layer that ranges of positions touch, but for those that this handle has verified; None if
-    there are no others."""
-    snapshot = holder.current
-    if snapshot.verified is None:
+    def _find(self, snapshot: Snapshot, layer: int, ranges: Ranges) -> NewBlocks | None:
+        mapped, slot = self._mapped, snapshot.slot
+        if snapshot.verified is not None:
+            blocks = snapshot.verified.missing(layer, ranges, min(slot.seq_len, self._holder.inherited_len))
+            return UnreadBlocks(mapped, self._holder, snapshot, layer, blocks) if len(blocks) else None
+        if self._touched[layer]:
+            return None
+        if len(ranges) == 1:
+            size, start, stop = mapped.geometry.block_tokens, int(ranges[0][0]), int(ranges[0][1])
+            if start < stop:
+                blocks = np.arange(start // size, -(-stop // size))
+                return UnmappedBlocks(layer, blocks, size, stop, self._touched)
+        self._touched[layer] = 1  # of a selection, page faults map what is read and no more
         return None
-    blocks = snapshot.verified.missing(layer, ranges, min(snapshot.slot.seq_len, holder.inherited_len))
-    return UnreadBlocks(mapped, holder, snapshot, layer, blocks) if len(blocks) else None
+
+    def to_compare(self, layer: int, ranges: Ranges) -> UnreadBlocks | None:
+        """Return the blocks of a layer that ranges of positions touch and that are to be compared now, without
+        attention."""
+        self._prepared = None  # it may have some of them
+        if self._holder.current.verified is None:
+            self._touched[layer] = 1
+            return None
+        found = self._find(self._holder.current, layer, ranges)
+        return found if isinstance(found, UnreadBlocks) else None
 
 
-def verify_rows(mapped: MappedFile, holder: SnapshotHolder, layer: int, ranges: Ranges, threads: int = 1) -> None:
-    """Compare the blocks of a layer that ranges of positions touch, unless this handle has done so before.
+def verify_rows(first_reads: FirstReads, layer: int, ranges: Ranges, threads: int = 1) -> None:
+    """Compare the blocks of a layer that ranges of positions touch, unless their handle has done so before.
 
     Raises:
         CorruptCacheError: a block does not match its checksum.
         CacheChangedError: its rows were truncated meanwhile.
     """
-    unread = unread_blocks(mapped, holder, layer, ranges)
+    unread = first_reads.to_compare(layer, ranges)
     if unread is not None:
         unread.verify(threads)
-
-
-def _map_pages(mapped: MappedFile, layer: int, blocks: NDArray[np.int64], covered: int) -> None:
-    """Map the pages of blocks by one call an array, in place of a page fault for every few of them."""
-    size = mapped.geometry.block_tokens
-    start, stop = int(blocks[0]) * size, min((int(blocks[-1]) + 1) * size, covered)
-    if stop - start > 2 * size * len(blocks):
-        return  # most of what lies between is not wanted
-    for extent in mapped.blocks.row_extents(layer, start, stop):
-        map_pages(mapped.rows_memory, extent.offset, extent.offset + extent.size)
 
 
 def verify_tokens(mapped: MappedFile, holder: SnapshotHolder, stop: int) -> None:
@@ -151,35 +116,6 @@ def verify_tokens(mapped: MappedFile, holder: SnapshotHolder, stop: int) -> None
     found = row_digests([ids], track, blocks, size, slot.token_len)
     if not np.array_equal(found, sums[blocks]):
         for block in blocks.tolist():
-            _compare(mapped, holder, snapshot, [ids], track, block, slot.token_len, int(sums[block]))
+            compare(mapped, holder, snapshot, [ids], track, block, slot.token_len, int(sums[block]))
     verified.note_all(track, blocks, slot.token_len)
     verified.sum_up(track, covered)
-
-
-def _compare(
-    mapped: MappedFile,
-    holder: SnapshotHolder,
-    snapshot: Snapshot,
-    arrays: Track,
-    track: int,
-    block: int,
-    length: int,
-    expected: int,
-) -> None:
-    """Compare a block of a track of which `length` positions are committed."""
-    start = block * mapped.geometry.block_tokens
-    stop = min(start + mapped.geometry.block_tokens, length)
-    if digest(arrays, track, block, start, stop) == expected:
-        assert snapshot.verified is not None
-        snapshot.verified.note(track, block, stop - start)
-        return
-    holder.validate(snapshot.generation_word)  # other rows may have been written there
-    layer = track if track < mapped.geometry.num_layers else None
-    place = "token ids are" if layer is None else f"layer {layer} is"
-    raise CorruptCacheError(
-        f"{mapped.path}: {place} damaged in positions [{start}, {stop}), block {block}: checksum does not match. "
-        f"{WHAT_TO_DO}",
-        path=mapped.path,
-        layer=layer,
-        position=start,
-    )

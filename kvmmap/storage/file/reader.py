@@ -23,12 +23,13 @@ from ..protocols import LayerStore, Progress, Verify, VerifyReport
 from ..readonly import ReadOnlyStorage
 from ..rowless import RowlessLayer
 from .checkpoints import FileCheckpoints
-from .first_read import WHAT_TO_DO, verify_tokens
+from .first_read import FirstReads, verify_tokens
 from .last_use import UseRecorder, last_use_ns
 from .live_record import LiveRecord
 from .mapped_file import MappedFile, open_file, read_parent, read_superblock
 from .reader_layer import MappedLayer
 from .snapshot import Snapshot, SnapshotHolder
+from .unread_blocks import WHAT_TO_DO
 from .verify import check_blocks, verify_file
 
 
@@ -56,6 +57,7 @@ class MappedReader(ReadOnlyStorage):
         self._verify = verify
         use = UseRecorder(file) if record_use else None
         self.holder = SnapshotHolder(self.mapped, recover=recover, verify=verify == "read", use=use)
+        self.first_reads = FirstReads(self.mapped, self.holder)
         self.checkpoints: Checkpoints = FileCheckpoints(self.mapped, self.holder)
         self._length = 0
         """Length of layers that have not been made."""
@@ -94,7 +96,7 @@ class MappedReader(ReadOnlyStorage):
         return layer
 
     def _make_layer(self, number: int) -> MappedLayer:
-        return MappedLayer(self, number, self.mapped, self.holder)
+        return MappedLayer(self, number, self.mapped, self.holder, self.first_reads)
 
     def mapped_layer(self, number: int) -> MappedLayer:
         """Return a layer that has rows."""

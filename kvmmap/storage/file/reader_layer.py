@@ -7,15 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ...attention.source import Ranges
-from ...format import slab_sections
+from ...attention.source import Ranges, Unread
 from ...recent import RecentRows
 from ..protocols import Rows
 from ..readonly import ReadOnlyLayer, ReadOnlyStorage
 from ..sketches import ComputedSketches
 from . import page_cache
 from .file_sketches import KeptSketches
-from .first_read import UnreadBlocks, is_verified, unread_blocks, verify_rows
+from .first_read import FirstReads, verify_rows
 from .mapped_file import MappedFile
 from .recent_records import BadRecord, LayerRecords
 from .snapshot import SnapshotHolder
@@ -26,10 +25,13 @@ class MappedLayer(ReadOnlyLayer):
 
     in_memory = True
 
-    def __init__(self, storage: ReadOnlyStorage, index: int, mapped: MappedFile, holder: SnapshotHolder) -> None:
+    def __init__(
+        self, storage: ReadOnlyStorage, index: int, mapped: MappedFile, holder: SnapshotHolder, first_reads: FirstReads
+    ) -> None:
         super().__init__(storage, index)
         self._mapped = mapped
         self._holder = holder
+        self._first_reads = first_reads
         self._block_tokens = mapped.geometry.block_tokens
         self._slabs: Rows | None = None
         self._records = LayerRecords(mapped.superblock, index) if mapped.geometry.keeps_recent else None
@@ -38,8 +40,7 @@ class MappedLayer(ReadOnlyLayer):
         self._torn: list[BadRecord] = []
         """Records that were torn or damaged when they were read."""
         # Plain attributes: a cached property would make all of them slower to reach, which a push notices.
-        sections = mapped.superblock.sections
-        self._offsets = [sections[kind, index].offset for kind in slab_sections(self.geometry)]
+        self._offsets = mapped.slab_offsets(index)
         """Where the layer's slabs are in the file."""
         self._sketches: tuple[KeptSketches | None, ComputedSketches] | None = None
 
@@ -84,13 +85,13 @@ class MappedLayer(ReadOnlyLayer):
         self._slabs = None
 
     def is_verified(self, stop: int) -> bool:
-        return is_verified(self._holder, self.index, stop)
+        return self._first_reads.all_read(self.index, stop)
 
     def ensure_verified(self, ranges: NDArray[np.int64], threads: int = 1) -> None:
-        verify_rows(self._mapped, self._holder, self.index, ranges, threads)
+        verify_rows(self._first_reads, self.index, ranges, threads)
 
-    def unread_blocks(self, ranges: Ranges) -> tuple[UnreadBlocks | None]:
-        return (unread_blocks(self._mapped, self._holder, self.index, ranges),)
+    def unread_blocks(self, ranges: Ranges) -> tuple[Unread | None]:
+        return (self._first_reads.unread(self.index, ranges),)
 
     def rows(self, start: int, stop: int) -> Rows:
         if not self.is_verified(stop):

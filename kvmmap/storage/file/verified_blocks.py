@@ -73,14 +73,25 @@ class VerifiedBlocks:
         `covered`."""
         if not len(blocks):
             return
+        reach = self.reach(track, blocks, covered)
+        if not reach:
+            self._of(track)[blocks] = self._wanted_of(blocks, covered)
+        elif reach > self.below[track]:
+            self.below[track] = reach
+
+    def reach(self, track: int, blocks: NDArray[np.int64], covered: int) -> int:
+        """Return what `below` becomes once some blocks, in ascending order, are verified as `note_all` says; 0 if they
+        leave a gap, or there is one before them."""
         start, stop, known = self._last
         if blocks is not known:
             start, stop = int(blocks[0]), int(blocks[-1]) + 1
-        size, below = self._block_tokens, self.below[track]
-        if track not in self._rows and stop - start == len(blocks) and start * size <= below:
-            self.below[track] = max(below, min(covered, stop * size))
-            return
-        self._of(track)[blocks] = self._wanted_of(blocks, covered)
+        if track in self._rows or stop - start != len(blocks) or start * self._block_tokens > self.below[track]:
+            return 0
+        return min(covered, stop * self._block_tokens)
+
+    def has_gaps(self, track: int) -> bool:
+        """True if `below` does not tell all that is verified."""
+        return track in self._rows
 
     def sum_up(self, track: int, covered: int) -> None:
         """Update `below` from what was noted."""

@@ -102,7 +102,7 @@ class MappedWriter(Committer):
     def _make_layer(self, number: int) -> WriterLayer:
         if self._scratch is None:
             self._scratch = ScratchRows(self.geometry.capacity)
-        return WriterLayer(self, number, self.mapped, self.holder, self._scratch)
+        return WriterLayer(self, number, self.mapped, self.holder, self.first_reads, self._scratch)
 
     # Appending
 

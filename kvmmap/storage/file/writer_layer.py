@@ -16,6 +16,7 @@ from ...ranges import check_room
 from ...recent import RecentRows
 from ..protocols import Rows
 from .committer import Committer
+from .first_read import FirstReads
 from .live_record import LiveRecord
 from .mapped_file import MappedFile
 from .reader_layer import MappedLayer
@@ -59,9 +60,15 @@ class WriterLayer(MappedLayer):
     _storage: Committer
 
     def __init__(
-        self, storage: Committer, index: int, mapped: MappedFile, holder: SnapshotHolder, scratch: ScratchRows
+        self,
+        storage: Committer,
+        index: int,
+        mapped: MappedFile,
+        holder: SnapshotHolder,
+        first_reads: FirstReads,
+        scratch: ScratchRows,
     ) -> None:
-        super().__init__(storage, index, mapped, holder)
+        super().__init__(storage, index, mapped, holder, first_reads)
         self._row_bytes = self.geometry.slab_bytes(1)
         self._live: LiveRecord | None = mapped.live
         self._scratch_rows = scratch
