@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import KvmmapError, ShapeMismatchError
 from .ranges import index
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VARIABLE = "KVMMAP_NUM_THREADS"
 """The environment variable that limits threads. It is read at each call."""
@@ -75,6 +78,8 @@ def processors() -> int:
 
 @functools.cache
 def _own_quota() -> int | None:
+    from pathlib import Path  # here: it loads urllib and ipaddress, a tenth of what importing kvmmap takes
+
     return quota_of(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 
 
