@@ -538,3 +538,26 @@ def test_while_another_thread_appends() -> None:
     thread.join()
     assert len(layer) == 20_000
     check(layer, rows(1, 4, 16))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4-rotated", "bf16"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16])
+def test_high_scores(kernel: str, dtype: Any, codec: str) -> None:
+    """Of hundreds and thousands: where one is far above the others, the result is its value, whatever its size."""
+    for dim, length, n in ((64, 16, 1), (64, 50, 1), (128, 300, 1), (64, 700, 1), (64, 300, 5), (128, 300, 40)):
+        layer = QuantizedKvLayer(length, 2, dim, key_codec=codec, value_codec=codec)
+        for size in (10, 30):
+            layer.truncate(0)
+            layer.extend(rows(length, 2, dim) * size, rows(length, 2, dim, seed=1))
+            keys, values = layer.read_keys(), layer.read_values()
+            for group in (1, 4, 16):
+                queries = (rows(n, 2 * group, dim, seed=group) * size).astype(dtype)
+                scores = np.einsum("nhd,lhd->nhl", queries.astype(np.float32), keys.repeat(group, axis=1)) / dim**0.5
+                scores[np.arange(length) > np.arange(length - n, length)[:, None, None].repeat(2 * group, 1)] = -np.inf
+                second, first = np.moveaxis(np.sort(scores)[..., -2:], -1, 0)
+                clear = first - second > 10 + 1e-3 * np.abs(first)
+                found, lse = layer.attend(queries, return_lse=True)
+                expected = values[scores.argmax(-1), np.arange(2 * group) // group]
+                assert clear.sum() > clear.size / 4
+                np.testing.assert_allclose(found[clear], expected[clear], rtol=0, atol=2e-3 * np.abs(values).max())
+                np.testing.assert_allclose(lse[clear], first[clear], rtol=3e-4)

@@ -23,13 +23,13 @@ inline __m512 logarithm(__m512 x) {
     return _mm512_fmadd_ps(p, t, exponent);
 }
 
-// 2^x, to 2.6e-6 of the result.
-inline __m512 power(__m512 x) {
+// 2^x times `unit`, a constant, to 2.6e-6 of the result.
+inline __m512 power(__m512 x, float unit = 1.0f) {
     const __m512 f = _mm512_reduce_ps(x, 0x9);  // what is above the next lower whole number
-    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.013534171982586841f), _mm512_set1_ps(0.05201146457510353f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2414427450315753f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6930038398500464f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0000025928535303f));
+    __m512 p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.013534171982586841f * unit), _mm512_set1_ps(0.05201146457510353f * unit));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2414427450315753f * unit));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6930038398500464f * unit));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0000025928535303f * unit));
     return _mm512_scalef_ps(p, x);
 }
 

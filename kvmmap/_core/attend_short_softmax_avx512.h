@@ -26,11 +26,12 @@ class ShortSoftmax {
         const float top = score(scores, count, scales);
         if (top > state_.top[row]) full_.rescale(row, top);
         const float unit = std::exp2(top - state_.top[row]) / most_weight;
-        const __m512 shift = _mm512_set1_ps(log_most_weight - top);
+        const __m512 above = _mm512_set1_ps(top);
         char* out = reinterpret_cast<char*>(scores);
         __m512 total = _mm512_setzero_ps();
         for (int64_t j = 0; j < count; j += 16, out += 4 * step_bytes<2>) {
-            const __m512 weight = power(_mm512_add_ps(_mm512_load_ps(scores + j), shift));
+            // Less the highest first, which is exact near it: the largest weight must round to no more than two digits hold.
+            const __m512 weight = power(_mm512_sub_ps(_mm512_load_ps(scores + j), above), most_weight);
             total = _mm512_fmadd_ps(weight, _mm512_load_ps(scales.inverses + j), total);
             store_digits<2>(_mm512_cvtps_epi32(weight), out);
         }
