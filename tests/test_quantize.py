@@ -158,6 +158,35 @@ def test_near_ties_at_any_scale(rng):
     check(x * rng.choice(np.float32([-1, 1]), x.shape))
 
 
+def test_quotients_between_a_whole_number_and_its_neighbour():
+    """Kernels divide by corrected products, which can err only where a quotient is near to the middle of two floats.
+
+    Codes depend on it only beside a half: all pairs of numbers whose quotient is within 16 times the error that these
+    products may have, as far as f32 has a row with this scale.
+    """
+    rows = []
+    for twice in range(1, 254, 2):
+        for side in (-1, 1):
+            bits = twice.bit_length() - (side < 0 and twice == 1)
+            middle = (twice << (25 - bits)) + side  # the float beside `twice` is twice as far away
+            for shift in (24, 25):
+                off = np.arange(-64, 65)
+                divisor = -off * pow(middle, -1, 1 << shift) % (1 << shift)
+                number = (divisor * middle + off) >> shift
+                fits = (divisor >> 23 == 1) & (number >> 23 == 1)
+                scale = np.float32(divisor[fits]) * np.float32(2**-10)
+                x = np.ldexp(np.float64(number[fits]), shift - 25 + bits - 11).astype(np.float32)
+                top = (127 * scale.astype(np.float64)).astype(np.float32)
+                reached = (top / np.float32(127) == scale) & (x <= top)
+                rows.append(np.stack([top, x, -x, np.zeros_like(x)], axis=-1)[reached])
+    x = np.concatenate(rows)
+    assert len(x) > 2000
+    near = np.abs(2 * x[:, 1].astype(np.float64) / oracle.quantize(x)[1] % 2 - 1)
+    assert near.max() < 1e-4
+    check(x)
+    check(np.tile(x, 24))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, BF16])
 def test_every_half_precision_number(dtype):
     x = np.arange(2**16, dtype=np.uint16).view(dtype)

@@ -1,4 +1,4 @@
-// Numbers to codes, and to those of the nearest levels, in registers of 64 bytes.
+// Codes of the nearest levels, in registers of 64 bytes.
 #pragma once
 
 #include <immintrin.h>
@@ -17,11 +17,6 @@ inline __m512i field(__m512i v, int mask) {
 
 inline __m512i table(const Register& r) {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(r.values)));
-}
-
-// trunc(2q) to q rounded half away from zero, in 16 bits.
-inline __m512i halved(__m512i twice) {
-    return _mm512_mulhrs_epi16(_mm512_add_epi16(twice, _mm512_srai_epi16(twice, 15)), _mm512_set1_epi16(0x4000));
 }
 
 struct Nearest {

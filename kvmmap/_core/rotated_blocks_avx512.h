@@ -129,8 +129,7 @@ class RotatedBlocks {
             const auto twice = [&](int r) {
                 return _mm512_cvttps_epi32(quotient(_mm512_loadu_ps(in + r * pitch + i), divisor[r], factor[r]));
             };
-            const __m512i low = _mm512_packs_epi32(twice(0), twice(1)), high = _mm512_packs_epi32(twice(2), twice(3));
-            return side_by_side(_mm512_packs_epi16(halved(low), halved(high)));
+            return pack_halved(twice(0), twice(1), twice(2), twice(3));
         };
         int64_t i = 0;
         for (; i + 16 <= dim; i += 16) put_rows(codes_of(i), here, out + i, dim);

@@ -87,9 +87,8 @@ class RotatedRows {
         const auto twice = [&](int i) { return _mm512_cvttps_epi32(quotient(number(r, i), divisor, factor)); };
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-            const __m512i low = _mm512_packs_epi32(twice(4 * c), twice(4 * c + 1));
-            const __m512i high = _mm512_packs_epi32(twice(4 * c + 2), twice(4 * c + 3));
-            _mm512_storeu_si512(out + 64 * c, side_by_side(_mm512_packs_epi16(halved(low), halved(high))));
+            const __m512i codes = pack_halved(twice(4 * c), twice(4 * c + 1), twice(4 * c + 2), twice(4 * c + 3));
+            _mm512_storeu_si512(out + 64 * c, codes);
         }
     }
 

@@ -37,13 +37,6 @@ inline void store(char* out, __m256 v) {
     }
 }
 
-// Codes of 8 numbers, 32 bits each.
-inline __m256i divide(__m256 x, __m256 scale) {
-    const __m256 q = _mm256_div_ps(x, scale);
-    const __m256 away = _mm256_or_ps(_mm256_set1_ps(below_half), _mm256_and_ps(q, _mm256_set1_ps(-0.0f)));
-    return _mm256_cvttps_epi32(_mm256_add_ps(q, away));
-}
-
 inline uint32_t largest(__m256i v) {
     __m128i top = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     top = _mm_max_epu32(top, _mm_shuffle_epi32(top, 0x4e));
@@ -84,14 +77,14 @@ struct Avx2 {
     }
 
     template <Dtype D>
-    static void code(const char* row, int64_t dim, float row_scale, int8_t* codes) {
+    static void code(const char* row, int64_t dim, const Divisor& by, int8_t* codes) {
         constexpr int64_t bytes = lanes * item<D>;
-        const __m256 scale = _mm256_set1_ps(row_scale);
+        const __m256 half = _mm256_set1_ps(by.half), reciprocal = _mm256_set1_ps(by.reciprocal);
+        const auto twice = [&](const char* p) { return _mm256_cvttps_epi32(quotient(load<D>(p), half, reciprocal)); };
         for (int64_t i = 0; i < dim; i += step) {
             if (i + step > dim) i = dim - step;
             const char* in = row + i * item<D>;
-            const __m256i packed = pack(divide(load<D>(in), scale), divide(load<D>(in + bytes), scale),
-                                        divide(load<D>(in + 2 * bytes), scale), divide(load<D>(in + 3 * bytes), scale));
+            const __m256i packed = pack_halved(twice(in), twice(in + bytes), twice(in + 2 * bytes), twice(in + 3 * bytes));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), packed);
         }
     }

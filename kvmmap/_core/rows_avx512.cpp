@@ -10,13 +10,6 @@ namespace {
 
 constexpr int64_t lanes = 16;
 
-// Codes of 16 numbers, 32 bits each.
-inline __m512i divide(__m512 x, __m512 scale) {
-    const __m512 q = _mm512_div_ps(x, scale);
-    const __m512 away = _mm512_or_ps(_mm512_set1_ps(below_half), _mm512_and_ps(q, _mm512_set1_ps(-0.0f)));
-    return _mm512_cvttps_epi32(_mm512_add_ps(q, away));
-}
-
 inline __m512 widen(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); }
 
 struct Avx512 {
@@ -50,20 +43,20 @@ struct Avx512 {
     }
 
     template <Dtype D>
-    static void code(const char* in, int64_t dim, float row_scale, int8_t* codes) {
+    static void code(const char* in, int64_t dim, const Divisor& by, int8_t* codes) {
         constexpr int64_t bytes = lanes * item<D>;
-        const __m512 scale = _mm512_set1_ps(row_scale);
+        const __m512 half = _mm512_set1_ps(by.half), reciprocal = _mm512_set1_ps(by.reciprocal);
+        const auto twice = [&](const char* p, __mmask16 mask = 0xffff) {
+            return _mm512_cvttps_epi32(quotient(load<D>(p, mask), half, reciprocal));
+        };
         int64_t i = 0;
-        for (; i + 4 * lanes <= dim; i += 4 * lanes, in += 4 * bytes) {
-            const __m512i packed = pack(divide(load<D>(in), scale), divide(load<D>(in + bytes), scale),
-                                        divide(load<D>(in + 2 * bytes), scale), divide(load<D>(in + 3 * bytes), scale));
-            _mm512_storeu_si512(codes + i, packed);
-        }
-        for (; i + lanes <= dim; i += lanes, in += bytes)
-            _mm_storeu_epi8(codes + i, _mm512_cvtsepi32_epi8(divide(load<D>(in), scale)));
+        for (; i + 4 * lanes <= dim; i += 4 * lanes, in += 4 * bytes)
+            _mm512_storeu_si512(codes + i, pack_halved(twice(in), twice(in + bytes), twice(in + 2 * bytes),
+                                                       twice(in + 3 * bytes)));
+        for (; i + lanes <= dim; i += lanes, in += bytes) _mm_storeu_epi8(codes + i, _mm512_cvtsepi32_epi8(halved(twice(in))));
         if (i < dim) {
             const __mmask16 mask = first16(dim - i);
-            _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtsepi32_epi8(divide(load<D>(in, mask), scale)));
+            _mm_mask_storeu_epi8(codes + i, mask, _mm512_cvtsepi32_epi8(halved(twice(in, mask))));
         }
     }
 

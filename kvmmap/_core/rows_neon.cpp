@@ -70,8 +70,8 @@ struct Neon {
     }
 
     template <Dtype D>
-    static void code(const char* row, int64_t dim, float row_scale, int8_t* codes) {
-        const float32x4_t scale = vdupq_n_f32(row_scale);
+    static void code(const char* row, int64_t dim, const Divisor& by, int8_t* codes) {
+        const float32x4_t scale = vdupq_n_f32(by.scale);
         for (int64_t i = 0; i < dim; i += step) {
             if (i + step > dim) i = dim - step;
             const char* in = row + i * item<D>;

@@ -39,13 +39,6 @@ template <int64_t bytes>
     for (int64_t i = 64; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// x / scale as IEEE division rounds it, where that decides a code: the product with the reciprocal, corrected by what it
-// leaves (Markstein, 1990), in a tenth of the time. The two differed nowhere in 6e8 quotients within 8 ulp of a half.
-inline __m512 quotient(__m512 x, __m512 scale, __m512 reciprocal) {
-    const __m512 near = _mm512_mul_ps(x, reciprocal);
-    return _mm512_fmadd_ps(_mm512_fnmadd_ps(near, scale, x), reciprocal, near);
-}
-
 // `bits` is 8 for int8.
 template <int bits>
 class BatchScales {
