@@ -99,11 +99,24 @@ struct Avx2 {
         const bool whole_steps = dim % (bits == 3 || bits == 6 ? 128 : 64) == 0;
         for (const int8_t* end = out + n * dim; out < end; out += dim, codes += dim / 8 * bits) {
             if (whole_steps) row<bits>(codes, dim, out);
-            else unpack_levels<bits>(codes, dim, out);
+            else any_row<bits>(codes, dim, out);
         }
     }
 
   private:
+    // Parts of its planes end within a step.
+    template <int bits>
+    static void any_row(const char* codes, int64_t dim, int8_t* out) {
+        unpack_codes<bits>(codes, dim, reinterpret_cast<uint8_t*>(out));
+        int64_t i = 0;
+        for (; i + 32 <= dim; i += 32) {
+            const __m256i code = load_32(out + i);
+            if constexpr (bits == 6) put_uniform(code, _mm256_setzero_si256(), out + i);
+            else put<bits>(code, codes + (bits == 3 ? dim / 4 : dim / 2), i, out);
+        }
+        look_up<bits>(codes, i, dim, out);
+    }
+
     template <int bits>
     static void row(const char* codes, int64_t dim, int8_t* out) {
         if constexpr (bits == 3) {

@@ -146,19 +146,30 @@ void unpack_plane(const char* in, int low, int64_t dim, uint8_t* codes) {
         }
 }
 
-// A row of what levels<bits> does, in plain steps.
+// Codes of a row, a byte each, but for what planes of single bits hold of them.
 template <int bits>
-void unpack_levels(const char* in, int64_t dim, int8_t* out) {
-    auto* codes = reinterpret_cast<uint8_t*>(out);
+void unpack_codes(const char* in, int64_t dim, uint8_t* codes) {
     std::memset(codes, 0, dim);
     unpack_plane<bits == 3 ? 2 : 4>(in, 0, dim, codes);
     if constexpr (bits == 6) unpack_plane<2>(in + dim / 2, 4, dim, codes);
+}
+
+// Numbers from `first` on: what unpack_codes gave to levels, in its place.
+template <int bits>
+void look_up(const char* in, int64_t first, int64_t dim, int8_t* out) {
     const char* single = in + (bits == 3 ? dim / 4 : dim / 2);
-    for (int64_t i = 0; i < dim; ++i) {
-        int code = codes[i];
+    for (int64_t i = first; i < dim; ++i) {
+        int code = static_cast<uint8_t>(out[i]);
         if constexpr (bits == 3 || bits == 5) code |= (single[i / 8] >> i % 8 & 1) << (bits - 1);
         out[i] = levels_of<bits>.level(code);
     }
+}
+
+// A row of what levels<bits> does, in plain steps.
+template <int bits>
+void unpack_levels(const char* in, int64_t dim, int8_t* out) {
+    unpack_codes<bits>(in, dim, reinterpret_cast<uint8_t*>(out));
+    look_up<bits>(in, 0, dim, out);
 }
 
 // x * inverse, rounded half away from zero, within 127.

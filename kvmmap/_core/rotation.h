@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -24,10 +24,25 @@ class Hadamard {
     // n numbers in place, n a power of two.
     static void run(float* x, int64_t n) {
         if (n < W) return few(x, n);
-        if (n == W) return registers<1>(x);
-        if (n == 2 * W) return registers<2>(x);
-        if (n == 4 * W) return registers<4>(x);
-        for (int64_t i = 0; i < n; i += 8 * W) registers<8>(x + i);
+        run(x, n, [x](int64_t i) { return L::load(x + i); });
+    }
+
+    // Those times their factors.
+    static void run(float* x, const float* factors, int64_t n) {
+        if (n < W) {
+            for (int64_t i = 0; i < n; ++i) x[i] *= factors[i];
+            return few(x, n);
+        }
+        run(x, n, [x, factors](int64_t i) { return L::load(x + i) * L::load(factors + i); });
+    }
+
+    // n numbers, W or more, given W at a time.
+    template <class Load>
+    [[gnu::always_inline]] static inline void run(float* x, int64_t n, Load&& load) {
+        if (n == W) return registers<1>(x, 0, load);
+        if (n == 2 * W) return registers<2>(x, 0, load);
+        if (n == 4 * W) return registers<4>(x, 0, load);
+        for (int64_t i = 0; i < n; i += 8 * W) registers<8>(x, i, load);
         for (int64_t h = 8 * W; h < n; h *= 2)
             for (int64_t i = 0; i < n; i += 2 * h)
                 for (int64_t j = i; j < i + h; j += W) {
@@ -64,14 +79,14 @@ class Hadamard {
                 }
     }
 
-    template <int R>
-    static void registers(float* x) {
+    template <int R, class Load>
+    [[gnu::always_inline]] static inline void registers(float* x, int64_t first, Load&& load) {
         F v[R];
 #pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) v[i] = L::load(x + i * W);
+        for (int i = 0; i < R; ++i) v[i] = load(first + i * W);
         transform(v);
 #pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) L::store(x + i * W, v[i]);
+        for (int i = 0; i < R; ++i) L::store(x + first + i * W, v[i]);
     }
 
     template <int R, int h>
@@ -97,9 +112,11 @@ class Hadamard {
 #else
         const F partner = __builtin_shuffle(v, I{(lane ^ h)...});
 #endif
-#if defined(__AVX512F__)
         // One operation for two: the product is exact, so that only the sum is rounded, as below.
+#if defined(__AVX512F__)
         if constexpr (W == 16) return _mm512_fmadd_ps(v, F{(lane & h ? -1.0f : 1.0f)...}, partner);
+#elif defined(__FMA__)
+        if constexpr (W == 8) return _mm256_fmadd_ps(v, F{(lane & h ? -1.0f : 1.0f)...}, partner);
 #endif
         constexpr int32_t minus = static_cast<int32_t>(0x80000000u);
         I bits;
@@ -125,8 +142,9 @@ inline void each_block(int64_t dim, Body&& body) {
 template <int W>
 void rotate(const Rotation& rotation, int64_t n, float* rows) {
     for (float* row = rows; row < rows + n * rotation.dim; row += rotation.dim) {
-        for (int64_t i = 0; i < rotation.dim; ++i) row[i] *= rotation.factors[i];
-        each_block(rotation.dim, [&](int64_t first, int64_t block) { Hadamard<W>::run(row + first, block); });
+        each_block(rotation.dim, [&](int64_t first, int64_t block) {
+            Hadamard<W>::run(row + first, rotation.factors + first, block);
+        });
     }
 }
 
