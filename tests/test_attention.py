@@ -162,6 +162,29 @@ def test_scores_beyond_f32_give_numbers(kernel: str) -> None:
     assert np.isfinite(lse).all()
 
 
+@pytest.mark.parametrize(
+    ("codec", "largest"),
+    [("int8", 3e38), ("int4-rotated", 1e6), ("bf16", 3e38), ("f16", 6e4), ("f32", 3e38)],
+)
+def test_extremes_of_rows_and_queries(kernel: str, codec: str, largest: float) -> None:
+    # Scores may be beyond f32, but the result is an average of values, of which none is below half of the largest.
+    signs = np.sign(rows(300, 2, 64)) * np.float32(0.9)
+    for key_size, value_size, length in [(largest, 1, 40), (1, largest, 300), (largest, largest, 300), (1e-38, 1, 40)]:
+        layer = QuantizedKvLayer(length, 2, 64, key_codec=codec, value_codec=codec)
+        values = np.linspace(0.5, 1, length * 128, dtype=np.float32).reshape(length, 2, 64)
+        layer.extend(signs[:length] * np.float32(key_size), values * np.float32(value_size))
+        stored = layer.read_values()
+        # Rotating a query adds its numbers up.
+        for size in (1e-38, 1, 1e30, 1e36 if "rotated" in codec else 3e38):
+            for n, group in ((1, 1), (1, 4), (9, 2)):
+                queries = np.sign(rows(n, 2 * group, 64, seed=n)) * np.float32(size)
+                for these in (queries, queries.astype(bfloat16)):
+                    out = layer.attend(these, causal=False)
+                    assert np.isfinite(out).all(), (key_size, value_size, size, n, group, these.dtype)
+                    assert out.min() >= stored.min() * 0.99
+                    assert out.max() / 1.01 <= stored.max()
+
+
 def test_one_key_far_above_all_others(kernel: str) -> None:
     # An attention sink: its value is small, and what the others add must not be lost beside its weight.
     layer = QuantizedKvLayer(3000, 1, 32)

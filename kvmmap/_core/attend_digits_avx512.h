@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace kvmmap {
 namespace {
@@ -101,6 +102,12 @@ inline __m512 put_together(__m512i low, __m512i high) {
 inline __m512 put_together(__m512i low, __m512i middle, __m512i high) {
     const __m512 small = _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536.0f), small);
+}
+
+// Infinities become the largest numbers, as the product of one and a scale of zero is none; a NaN stays one.
+inline __m512 within_floats(__m512 v) {
+    constexpr float most = std::numeric_limits<float>::max();
+    return _mm512_max_ps(_mm512_set1_ps(-most), _mm512_min_ps(_mm512_set1_ps(most), v));
 }
 
 inline float highest(__m512 v) { return _mm512_reduce_max_ps(v); }

@@ -246,7 +246,7 @@ class FewStreams : public StreamsShape {
         for (int64_t j = 0; j < count; j += lanes) {
             __m512 score = _mm512_load_ps(scores + j);
             // A NaN is the second operand, and stays one.
-            if (!(job_.softcap > 0)) score = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_mul_ps(score, _mm512_load_ps(key_scales + j))));
+            if (!(job_.softcap > 0)) score = _mm512_max_ps(least, _mm512_min_ps(most, _mm512_mul_ps(within_floats(score), _mm512_load_ps(key_scales + j))));
             if (!whole) score = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), now_.seen[j / lanes], score);
             _mm512_store_ps(scores + j, score);
             best = _mm512_max_ps(best, score);

@@ -2,6 +2,8 @@
 // instruction for bytes. Codes are widened as they are used; the numbers of a row lie in the lanes for keys as for values.
 #pragma once
 
+#include <cmath>
+
 #include "attend_tiles.h"
 #include "widen.h"
 
@@ -14,17 +16,31 @@ struct Floats {
     using L = Lanes<W>;
     using F = typename L::F;
     using Number = Row;
+    // The largest number of a row.
+    static constexpr float most_number = std::is_same_v<Row, int8_t> ? 128.0f : std::is_same_v<Row, F16> ? 65504.0f : 0x1.fffffep127f;
 
     struct Weights {
         alignas(64) float w[4][tile];
     };
 
     static int64_t width(int64_t value_dim) { return (value_dim + W - 1) / W * W; }
-    static int64_t query_bytes(int64_t dim) { return width(dim) * 4; }
+    static constexpr int64_t query_header = 16;  // floats before the numbers of a query: what products are to be multiplied with
+    static int64_t query_bytes(int64_t dim) { return (query_header + width(dim)) * 4; }
 
+    // Queries whose products could overflow are smaller by a power of two, which scores are multiplied with: infinities of both
+    // signs would make a NaN of a sum.
     static void prepare(const float* query, int64_t dim, float factor, void* prepared) {
-        float* out = static_cast<float*>(prepared);
-        for (int64_t d = 0; d < dim; ++d) out[d] = query[d] * factor;
+        float* out = static_cast<float*>(prepared) + query_header;
+        double size = 0;
+        for (int64_t d = 0; d < dim; ++d) size = std::max(size, std::fabs(static_cast<double>(query[d])));
+        size *= std::fabs(static_cast<double>(factor)) * static_cast<double>(2 * dim);
+        constexpr double most = 0x1p127 / static_cast<double>(most_number);
+        int exponent = 0;
+        if (size > most) std::frexp(size / most, &exponent);
+        // Bounded, so that a product of zero stays zero.
+        static_cast<float*>(prepared)[0] = static_cast<float>(std::ldexp(1.0, std::min(exponent, 126)));
+        const double smaller = static_cast<double>(factor) * std::ldexp(1.0, -exponent);
+        for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(query[d] * smaller);
         for (int64_t d = dim; d < width(dim); ++d) out[d] = 0;
     }
 
@@ -44,7 +60,8 @@ struct Floats {
     template <int R>
     void scores(const char* const (&queries)[R], float (&out)[R][tile], Ahead&) const {
         const float* q[R];
-        for (int r = 0; r < R; ++r) q[r] = reinterpret_cast<const float*>(queries[r]);
+        float worth[R];
+        for (int r = 0; r < R; ++r) worth[r] = *reinterpret_cast<const float*>(queries[r]), q[r] = reinterpret_cast<const float*>(queries[r]) + query_header;
         for (int64_t j = 0; j < count_; ++j) {
             const Row* key = keys_ + j * key_stride_;
             F sums[R] = {};
@@ -57,7 +74,7 @@ struct Floats {
                 const F k = widen_some(key + d, dim_ - d);
                 for (int r = 0; r < R; ++r) sums[r] += k * L::load(q[r] + d);
             }
-            for (int r = 0; r < R; ++r) out[r][j] = L::sum(sums[r]);
+            for (int r = 0; r < R; ++r) out[r][j] = L::sum(sums[r]) * worth[r];
         }
         for (int r = 0; r < R; ++r)
             for (int64_t j = count_; j < tile; ++j) out[r][j] = 0;

@@ -40,7 +40,7 @@ class OneQuery {
     }
 
     OneQuery(const AttendJob& job, const char* prepared, AttendState state)
-        : job_(job), group_(job.group()), key_row_(job.kv_heads * job.dim), value_row_(job.kv_heads * job.value_dim),
+        : job_(job), group_(job.group()), query_(Engine::query_bytes(job.dim) / 4), key_row_(job.kv_heads * job.dim), value_row_(job.kv_heads * job.value_dim),
           keys_(static_cast<const Number*>(job.key_rows)), values_(static_cast<const Number*>(job.value_rows)),
           queries_(reinterpret_cast<const float*>(prepared)), state_(state),
           softmax_(job.softcap, state, Engine::width(job.value_dim)), memory_(new char[64 + 4 * most * (job.q_heads + 2)]) {
@@ -93,7 +93,7 @@ class OneQuery {
         const Number* rows[chunk];
         locate(keys_ + head * job_.dim, key_row_, at, stop, rows);
         in_fours(head * group_, (head + 1) * group_, [&](auto n, int64_t row) {
-            multiply<decltype(n)::value>(rows, queries_ + row * job_.dim, scores_ + row * most + at - start);
+            multiply<decltype(n)::value>(rows, queries_ + row * query_, scores_ + row * most + at - start);
         });
     }
 
@@ -106,14 +106,18 @@ class OneQuery {
             for (auto& sum : sums) sum = _mm512_setzero_ps();
             for (int64_t d = 0; d < job_.dim; d += 16) {
                 __m512 q[R];
-                for (int r = 0; r < R; ++r) q[r] = _mm512_loadu_ps(queries + r * job_.dim + d);
+                for (int r = 0; r < R; ++r) q[r] = _mm512_loadu_ps(queries + r * query_ + Engine::query_header + d);
 #pragma GCC unroll 16
                 for (int j = 0; j < count; ++j) {
                     const __m512 key = (__m512)widen<16>(rows[first + j] + d);
                     for (int r = 0; r < R; ++r) sums[r * count + j] = _mm512_fmadd_ps(key, q[r], sums[r * count + j]);
                 }
             }
-            const __m512 all = sum_each(sums);
+            // Lanes are positions of one row of queries after the other.
+            __m512 worth = _mm512_set1_ps(queries[0]);
+            for (int r = 1; r < R; ++r)
+                worth = _mm512_mask_mov_ps(worth, static_cast<__mmask16>(0xffff << r * count), _mm512_set1_ps(queries[r * query_]));
+            const __m512 all = _mm512_mul_ps(sum_each(sums), worth);
             if constexpr (R == 1) {
                 _mm512_store_ps(out, all);
             } else if constexpr (R == 2) {
@@ -174,7 +178,7 @@ class OneQuery {
     }
 
     const AttendJob& job_;
-    int64_t group_, key_row_, value_row_;
+    int64_t group_, query_, key_row_, value_row_;
     const Number *keys_, *values_;
     const float* queries_;
     AttendState state_;

@@ -48,7 +48,7 @@ class ShortSoftmax {
         __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t j = 0; j < count; j += 16) {
             const __m512 scale = capped ? one : _mm512_load_ps(scales.keys + j);
-            const __m512 score = _mm512_fmadd_ps(_mm512_load_ps(scores + j), scale, _mm512_load_ps(scales.logarithms + j));
+            const __m512 score = _mm512_fmadd_ps(within_floats(_mm512_load_ps(scores + j)), scale, _mm512_load_ps(scales.logarithms + j));
             top = _mm512_max_ps(top, score);
             _mm512_store_ps(scores + j, score);
         }

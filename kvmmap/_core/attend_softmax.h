@@ -23,9 +23,11 @@ class Softmax {
     // Products of codes -> scores, in units of log 2. `count` is a multiple of the lanes, here and below.
     void scale(float* scores, const float* key_scales, int64_t count) const {
         // What is beyond f32 stays below infinity: its difference to the highest must be a number.
-        const F high = L::all(0x1p126f), low = L::all(-0x1p126f);
+        const F high = L::all(0x1p126f), low = L::all(-0x1p126f), most = L::all(std::numeric_limits<float>::max());
         for (int64_t j = 0; j < count; j += W) {
-            const F s = L::load(scores + j) * L::load(key_scales + j);
+            // A product that is infinite is none with a scale of zero.
+            const F product = L::load(scores + j), finite = product > most ? most : product < -most ? -most : product;
+            const F s = finite * L::load(key_scales + j);
             L::store(scores + j, s > high ? high : s < low ? low : s);  // and a NaN stays one
         }
         if (softcap_ > 0) cap(scores, count);
