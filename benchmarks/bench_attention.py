@@ -158,12 +158,14 @@ def error(layer: kvmmap.QuantizedKvLayer, queries: np.ndarray, out: np.ndarray) 
 
 
 def prompt(report: Report, length: int, rounds: int, clock: Callable[[], float]) -> None:
-    """Chunks of a prompt, causal: the last queries of so many positions."""
+    """Chunks of a prompt, causal: the last queries of so many positions, as far as there are as many."""
     heads = CHUNK_LENGTHS.get(length, 2)
     layer = filled(length, heads, DIM)
     keys, values = (torch.from_numpy(x.swapaxes(0, 1).copy())[None] for x in (layer.read_keys(), layer.read_values()))
     keys_and_values = [x.bfloat16() for x in (keys, values)]
     for n, required in CHUNKS.items():
+        if n > length:
+            break
         queries = gaussian(n, heads * CHUNK_GROUP, DIM, seed=3)
         halved, out = queries.astype(bfloat16), np.empty_like(queries)
         theirs = torch.from_numpy(queries.swapaxes(0, 1).copy())[None]
