@@ -67,9 +67,9 @@ def merge_attention(
 def _parts(parts: Sequence[Any], name: str) -> list[NDArray[Any]]:
     try:
         arrays = [as_numpy(part, name) for part in parts]
-    except TypeError as error:
-        if isinstance(error, DtypeError):
-            raise
+    except DtypeError:
+        raise
+    except TypeError:
         raise DtypeError(f"{name} must be a sequence of arrays, not {type(parts).__name__}") from None
     for array in arrays:
         if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":

@@ -94,7 +94,8 @@ class UnreadBlocks:
 
     def _compare(self, found: NDArray[np.uint64]) -> None:
         """Raise for the first block whose checksum is another than the file's."""
-        sums, of_first = self._expected()
+        sums, of_first = self.arguments[4:6]
+        assert sums is not None
         expected = sums[of_first + self._blocks]
         wrong = found != expected
         if not wrong.any():

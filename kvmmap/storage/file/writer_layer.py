@@ -129,7 +129,8 @@ class WriterLayer(MappedLayer):
 
     @property
     def appends_positions(self) -> bool:
-        return self.geometry.has_rows and {self.geometry.key_codec, self.geometry.value_codec} <= set(COMPILED)
+        shape = self.geometry
+        return shape.has_rows and shape.key_codec in COMPILED and shape.value_codec in COMPILED
 
     def append_position(
         self, position: int, keys: NDArray[Any], key_dtype: int, values: NDArray[Any], value_dtype: int
